@@ -1,0 +1,12 @@
+// One registration function per kernel family; native.cpp calls each.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace pyrobust {
+
+void bind_matmul(pybind11::module_& m);
+void bind_sampling(pybind11::module_& m);
+void bind_interval(pybind11::module_& m);
+
+}  // namespace pyrobust

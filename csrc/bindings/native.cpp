@@ -1,0 +1,32 @@
+// The module pyrobust._native: the kernel families and the machine they run on.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "bindings/families.h"
+#include "runtime/cpu_features.h"
+
+namespace {
+
+std::vector<std::string> supported_isas() {
+  std::vector<std::string> names;
+  for (int i = 0; i < pyrobust::kIsaCount; ++i) {
+    const auto isa = static_cast<pyrobust::Isa>(i);
+    if (pyrobust::isa_supported(isa)) names.emplace_back(pyrobust::isa_name(isa));
+  }
+  return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Native kernels of pyrobust.";
+  m.def("isa", [] { return std::string(pyrobust::isa_name(pyrobust::current_isa())); });
+  m.def("set_isa", [](const std::string& name) { pyrobust::set_isa(pyrobust::parse_isa(name)); });
+  m.def("supported_isas", &supported_isas);
+  pyrobust::bind_matmul(m);
+  pyrobust::bind_sampling(m);
+  pyrobust::bind_interval(m);
+}

@@ -1,0 +1,100 @@
+// Compiled without ISA flags: detection must run on every CPU.
+#include "runtime/cpu_features.h"
+
+#include <atomic>
+#include <cstdlib>
+
+#include "runtime/check.h"
+
+#if defined(PYROBUST_X86) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace pyrobust {
+namespace {
+
+constexpr const char* kNames[kIsaCount] = {"portable", "avx2", "avx512", "amx"};
+std::atomic<int> g_isa{-1};
+
+#if defined(PYROBUST_X86)
+bool avx2_supported() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
+}
+
+bool avx512_supported() {
+  return avx2_supported() && __builtin_cpu_supports("avx512f") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") &&
+         __builtin_cpu_supports("avx512vbmi");
+}
+
+bool amx_supported() {
+#if defined(__linux__)
+  if (!(avx512_supported() && __builtin_cpu_supports("amx-tile") &&
+        __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("amx-bf16"))) {
+    return false;
+  }
+  // Linux grants tile state per process, on request only.
+  constexpr long kArchReqXcompPerm = 0x1023, kXfeatureXtiledata = 18;
+  static const bool granted = syscall(SYS_arch_prctl, kArchReqXcompPerm, kXfeatureXtiledata) == 0;
+  return granted;
+#else
+  return false;
+#endif
+}
+#endif
+
+}  // namespace
+
+const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
+
+Isa parse_isa(const std::string& name) {
+  for (int i = 0; i < kIsaCount; ++i) {
+    if (name == kNames[i]) return static_cast<Isa>(i);
+  }
+  fail("PYROBUST_ISA must be one of portable, avx2, avx512, amx; got '", name, "'.");
+}
+
+bool isa_supported(Isa isa) {
+#if defined(PYROBUST_X86)
+  switch (isa) {
+    case Isa::kPortable:
+      return true;
+    case Isa::kAvx2:
+      return avx2_supported();
+    case Isa::kAvx512:
+      return avx512_supported();
+    case Isa::kAmx:
+      return amx_supported();
+  }
+  return false;
+#else
+  return isa == Isa::kPortable;
+#endif
+}
+
+Isa best_isa() {
+  int best = 0;
+  for (int i = 1; i < kIsaCount; ++i) {
+    if (isa_supported(static_cast<Isa>(i))) best = i;
+  }
+  return static_cast<Isa>(best);
+}
+
+void set_isa(Isa isa) {
+  check(isa_supported(isa), "PYROBUST_ISA: this machine does not support ", isa_name(isa),
+        "; the best it has is ", isa_name(best_isa()), ".");
+  g_isa.store(static_cast<int>(isa));
+}
+
+Isa current_isa() {
+  if (g_isa.load() < 0) {
+    const char* forced = std::getenv("PYROBUST_ISA");
+    set_isa(forced != nullptr && *forced != '\0' ? parse_isa(forced) : best_isa());
+  }
+  return static_cast<Isa>(g_isa.load());
+}
+
+}  // namespace pyrobust

@@ -1,0 +1,28 @@
+// Which instruction sets this machine offers and which one the kernels use.
+#pragma once
+
+#include <string>
+
+namespace pyrobust {
+
+enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
+constexpr int kIsaCount = 4;
+
+const char* isa_name(Isa isa);
+
+// Throws std::invalid_argument for a name outside portable, avx2, avx512, amx.
+Isa parse_isa(const std::string& name);
+
+// True where both the CPU and the operating system support `isa`.
+bool isa_supported(Isa isa);
+
+Isa best_isa();
+
+// PYROBUST_ISA if set, else the best; decided at the first call. Throws if the variable names an
+// unknown or unsupported set.
+Isa current_isa();
+
+// For tests and for PYROBUST_ISA-like control from Python. Throws if unsupported.
+void set_isa(Isa isa);
+
+}  // namespace pyrobust

@@ -1,0 +1,1 @@
+"""Bounds and certificates: statements with a guarantee."""

@@ -1,0 +1,1 @@
+"""Attacks, scores, detectors and benchmark protocols."""

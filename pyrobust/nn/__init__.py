@@ -1,0 +1,1 @@
+"""Modules that mirror torch.nn: packed layers, SmoothedClassifier, methods that are layers."""

@@ -1,0 +1,1 @@
+"""The three kernel families as torch operators."""

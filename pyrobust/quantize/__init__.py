@@ -1,0 +1,1 @@
+"""How weights become low-bit codes."""

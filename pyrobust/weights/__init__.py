@@ -1,0 +1,1 @@
+"""Arithmetic, matching and spectra of whole state dicts."""

