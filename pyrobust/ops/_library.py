@@ -31,11 +31,17 @@ def define(
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
     vmap: Callable[..., Any] | None = None,
+    fallback: Callable[..., Any] | None = None,
 ) -> None:
-    """Register one operator: ``schema`` without namespace, CPU kernel, fake kernel, gradients."""
+    """Register one operator: ``schema`` without namespace, CPU kernel, fake kernel, gradients.
+
+    ``fallback``, written in torch operations, serves every other device.
+    """
     name = schema[: schema.index("(")]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, kernel, "CPU")
+    if fallback is not None:
+        _LIBRARY.impl(name, fallback, "CompositeExplicitAutograd")
     torch.library.register_fake(f"pyrobust::{name}", fake, lib=_LIBRARY)
     if backward is not None:
         torch.library.register_autograd(

@@ -1,0 +1,68 @@
+// Interval kernels: the image of a box under an affine map, rounded outward.
+//
+//   lower, upper (B, K), W (N, K), b (N)  ->  out_lower, out_upper (B, N)
+//
+// Promises, for every x with lower <= x <= upper, all inputs finite:
+//   kReal      out_lower <= sum_k W[n,k] x_k + b[n] <= out_upper in real arithmetic, W and b as
+//              stored.
+//   kDeployed  the same, and also y for every float32 evaluation y of that sum: any order and
+//              grouping, bias first or last, with or without FMA, denormals kept or flushed.
+//   kNearest   the same formula in plain round to nearest: fast, NOT sound.
+//
+// Method (Rump 1999; Revol and Theveny 2014). Per element a centre and a radius with
+// [c - r, c + r] containing [lower, upper]; then one pass over W computes two sums,
+//   yc = fl(sum_k W c_k),      yr = fl(sum_k |W| r'_k),
+// where the radius carries the rounding errors of the centre BEFORE its product:
+//   r'_k = up(r_k (1 + g_x) + g_c |c_k| + 2^-100).
+//
+// Proof. Let u = 2^-24 and gamma_n = n u / (1 - n u) (core/rounding.h). The sums are blocked so
+// that no term passes more than D = sum_depth(K) roundings. A product, fused or not, may also lose
+// 2^-150 by underflow; sums of denormals are exact. So with S(v) = sum_k |W[n,k]| v_k,
+//   (1) |yc - sum W c| <= gamma_D S(|c|) + K 2^-149,
+//   (2) S(r') <= (yr + K 2^-149) / (1 - gamma_D)       (all terms are >= 0).
+// kReal: sum W x lies within S(r) of sum W c, hence within S(r) + gamma_D S(|c|) + K 2^-149 of yc;
+// g_c = gamma_D and g_x = 0 make S(r') cover the first two terms. kDeployed: an evaluation in any
+// order rounds a term at most K + 1 times (one product, K sums with the bias), so y lies within
+//   G (S(|x|) + |b|) + F of sum W x + b,   G = gamma_{K+2},   |x| <= |c| + r,
+// hence g_c = gamma_D + G, g_x = G, and G |b| joins the result. F is what flushing loses: 2^-126
+// for every product and sum, 2^-126 |W| where an input is flushed (covered by the 2^-100 in r') and
+// 2^-126 |x| where a weight is; together below kFlush (K + 8) (1 + max |x|), kFlush = 2^-124, which
+// is added in both modes and covers the K 2^-149 as well. Finally
+//   R = fl(yr inflate + offset) with inflate >= (1 + 8u) / (1 - gamma_D) bounds the distance from
+// yc + b, and the ends are below(below(yc + b) - R), above(above(yc + b) + R), where below and
+// above step over at least one neighbour and so cover the rounding of each sum.
+//
+// Overflow. An infinity or NaN in yc + b or in R (it never becomes finite again) gives the ends
+// -inf and +inf, never NaN; so do infinite or NaN inputs. A deployed sum cannot overflow while
+// R < G 2^126, as S(|x|) + |b| <= R / G then; otherwise the ends are infinite.
+// Limits. K <= kMaxTerms keeps gamma <= 1/7. Every kernel runs with the default floating-point
+// environment (round to nearest, denormals kept) and restores the caller's.
+#pragma once
+
+#include <cstdint>
+
+namespace pyrobust {
+namespace interval {
+
+enum class Rounding : int { kNearest = 0, kReal = 1, kDeployed = 2 };
+
+constexpr int64_t kMaxTerms = int64_t{1} << 21;
+
+// All arrays are dense and row-major.
+struct LinearCall {
+  const float* lower;   // (batch, in_features)
+  const float* upper;   // (batch, in_features)
+  const float* weight;  // (out_features, in_features)
+  const float* bias;    // (out_features) or null
+  int64_t batch;
+  int64_t in_features;
+  int64_t out_features;
+  Rounding rounding;
+  float* out_lower;  // (batch, out_features)
+  float* out_upper;  // (batch, out_features)
+};
+
+void interval_linear(const LinearCall& call, int num_threads);
+
+}  // namespace interval
+}  // namespace pyrobust

@@ -1,0 +1,96 @@
+"""Interval products in torch operations: float64 tensors, and devices without a kernel of ours.
+
+The same centre-radius method as ``csrc/interval/interval.h``, computed in float64 and rounded
+outward to the input's dtype. The matrix product may sum in any order, so the centre's error is
+bounded by ``gamma_{K+2}`` of float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["outward_image", "round_outward"]
+
+_UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
+_INFINITY = float("inf")
+
+Product = Callable[[Tensor, Tensor], Tensor]
+
+
+def _gamma(terms: int, unit: float) -> float:
+    return terms * unit / (1.0 - terms * unit) * (1.0 + 2.0**-48)
+
+
+def round_outward(lower: Tensor, upper: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Float64 ends converted to ``dtype``, never inwards.
+
+    An end that rounds inwards to a denormal moves to the smallest normal number of its side, so
+    that flushed denormals (``torch.set_flush_denormal``) cannot hide the step.
+    """
+    low, high = lower.to(dtype), upper.to(dtype)
+    infinity = torch.full((), _INFINITY, dtype=dtype, device=low.device)
+    tiny = torch.finfo(dtype).tiny
+    step_low = torch.where(low.abs() < tiny, -tiny, torch.nextafter(low, -infinity))
+    step_high = torch.where(high.abs() < tiny, tiny, torch.nextafter(high, infinity))
+    low = torch.where(low.to(lower.dtype) > lower, step_low, low)
+    high = torch.where(high.to(upper.dtype) < upper, step_high, high)
+    return low, high
+
+
+def outward_image(
+    lower: Tensor,
+    upper: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    product: Product,
+    *,
+    terms: int,
+    rounding: str,
+) -> tuple[Tensor, Tensor]:
+    """Bounds of ``product(x, weight) + bias`` over the box, for a product linear in both.
+
+    Args:
+        lower: the box's lower ends, float32 or float64.
+        upper: the upper ends, same shape and dtype.
+        weight: weights, same dtype.
+        bias: broadcastable to the product's shape, or None.
+        product: linear in each argument, with float64 operands.
+        terms: how many products one output sums, at most ``2**21``.
+        rounding: ``"real"``, ``"deployed"`` or ``"nearest"``.
+    """
+    dtype = lower.dtype
+    low, high, matrix = lower.double(), upper.double(), weight.double()
+    shift = torch.zeros((), dtype=low.dtype, device=low.device) if bias is None else bias.double()
+    centre = torch.where(low == high, low, low * 0.5 + high * 0.5)
+    radius = torch.maximum(high - centre, centre - low)
+    if rounding == "nearest":
+        middle, reach = product(centre, matrix) + shift, product(radius, matrix.abs())
+        return _finite_or_everything(middle - reach, middle + reach, middle, reach, dtype)
+    own = _gamma(terms + 2, _UNIT[torch.float64])
+    deployed = _gamma(terms + 2, _UNIT[dtype]) if rounding == "deployed" else 0.0
+    tiny = torch.finfo(dtype).tiny
+    slack = 1.0 + 2.0**-49
+    radius = radius * (slack * (1.0 + deployed)) + centre.abs() * (slack * (own + deployed)) + tiny
+    middle = product(centre, matrix) + shift
+    # Flushed denormals and underflow, as in interval.h; the largest |x| serves every output.
+    flush = 4.0 * tiny * (terms + 8)
+    largest = torch.maximum(low.abs(), high.abs()).amax() if low.numel() else low.new_zeros(())
+    reach = product(radius, matrix.abs()) / (1.0 - own) + shift.abs() * deployed
+    reach = (reach + flush * (1.0 + 2.0 * largest)) * slack
+    if deployed:
+        reach = torch.where(reach < deployed * torch.finfo(dtype).max / 4, reach, _INFINITY)
+    infinity = torch.full((), _INFINITY, dtype=torch.float64, device=low.device)
+    below = torch.nextafter(torch.nextafter(middle, -infinity) - reach, -infinity)
+    above = torch.nextafter(torch.nextafter(middle, infinity) + reach, infinity)
+    return _finite_or_everything(below, above, middle, reach, dtype)
+
+
+def _finite_or_everything(
+    lower: Tensor, upper: Tensor, middle: Tensor, reach: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    bounded = torch.isfinite(middle) & torch.isfinite(reach)
+    low, high = round_outward(lower, upper, dtype)
+    return torch.where(bounded, low, -_INFINITY), torch.where(bounded, high, _INFINITY)
