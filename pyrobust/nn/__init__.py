@@ -1,5 +1,16 @@
 """Modules that mirror torch.nn: packed layers, SmoothedClassifier, methods that are layers."""
 
+from pyrobust.nn.siren_square import (
+    SIREN,
+    Sine,
+    activation_spectrum,
+    empirical_ntk,
+    fit_signal,
+    ntk_spectrum,
+    spectral_centroid,
+    winner_init_,
+    winner_scales,
+)
 from pyrobust.nn.weight_compander import (
     WeightCompander,
     apply_weight_compander,
@@ -10,6 +21,15 @@ from pyrobust.nn.weight_compander import (
 )
 
 __all__ = [
+    "SIREN",
+    "Sine",
+    "activation_spectrum",
+    "empirical_ntk",
+    "fit_signal",
+    "ntk_spectrum",
+    "spectral_centroid",
+    "winner_init_",
+    "winner_scales",
     "WeightCompander",
     "apply_weight_compander",
     "compander_param_groups",
