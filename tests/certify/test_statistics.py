@@ -1,0 +1,127 @@
+"""Confidence bounds and radii against exact arithmetic."""
+
+from fractions import Fraction
+from math import comb
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+
+from pyrobust.certify import (
+    clopper_pearson_lower,
+    clopper_pearson_upper,
+    gaussian_radius,
+    hoeffding_lower,
+    hoeffding_upper,
+    union_bound,
+)
+
+
+def tail(k, n, p):
+    """P(at least k successes of n), exactly."""
+    p = Fraction(p)
+    return sum(comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(k, n + 1))
+
+
+def long_tail(k, n, p):
+    """The same for large n in 40 digits; the terms fall from k on, as the mean lies below k."""
+    p = mpmath.mpf(p)
+    term = mpmath.binomial(n, k) * p**k * (1 - p) ** (n - k)
+    total, ratio = term, p / (1 - p)
+    for i in range(k, n):
+        term *= ratio * (n - i) / (i + 1)
+        total += term
+        if term < total * mpmath.mpf(10) ** -30:
+            break
+    return total
+
+
+def test_all_votes_give_the_closed_form():
+    assert clopper_pearson_lower(100, 100, 0.001).item() == pytest.approx(0.001**0.01, rel=1e-9)
+    assert clopper_pearson_upper(0, 100, 0.001).item() == pytest.approx(1 - 0.001**0.01, rel=1e-9)
+
+
+@pytest.mark.parametrize("alpha", [0.3, 0.05, 0.001, 1e-9])
+def test_lower_bound_is_sound_and_tight_in_exact_arithmetic(alpha):
+    for n in (1, 2, 7, 40):
+        bounds = clopper_pearson_lower(torch.arange(n + 1), n, alpha).tolist()
+        assert bounds[0] == 0
+        for k in range(1, n + 1):
+            assert tail(k, n, bounds[k]) <= Fraction(alpha)
+            assert tail(k, n, bounds[k] * (1 + 1e-8)) > Fraction(alpha) * (1 - Fraction(1, 10**6))
+
+
+@pytest.mark.parametrize("n", [1000, 100_000])
+@pytest.mark.parametrize("alpha", [0.05, 0.001])
+def test_lower_bound_is_sound_for_many_votes(n, alpha):
+    with mpmath.workdps(40):
+        for k in (1, 5, n // 3, n // 2, n - 50, n - 1, n):
+            bound = clopper_pearson_lower(k, n, alpha).item()
+            exact = long_tail(k, n, bound)
+            assert exact <= alpha
+            assert exact >= alpha * (1 - 1e-4)
+
+
+def test_upper_bound_mirrors_the_lower_one():
+    k = torch.arange(41)
+    mirrored = 1 - clopper_pearson_lower(40 - k, 40, 0.01)
+    upper = clopper_pearson_upper(k, 40, 0.01)
+    torch.testing.assert_close(upper, mirrored, rtol=1e-8, atol=1e-9)
+    assert upper[-1] == 1
+    for votes in range(40):
+        assert 1 - tail(votes + 1, 40, upper[votes].item()) <= Fraction(0.01)
+
+
+def test_hoeffding_is_symmetric_and_covers():
+    assert hoeffding_lower(0.5, 100, 0.05).item() == pytest.approx(0.5 - (np.log(20) / 200) ** 0.5)
+    total = hoeffding_lower(0.3, 10, 0.1, span=2.0) + hoeffding_upper(0.3, 10, 0.1, span=2.0)
+    assert total.item() == pytest.approx(0.6)
+
+
+def test_union_bound_never_exceeds_alpha():
+    for count in range(1, 200):
+        assert Fraction(union_bound(0.001, count)) * count <= Fraction(0.001)
+
+
+def test_radius_is_rounded_down_from_the_exact_quantile():
+    p = torch.rand(300, dtype=torch.float64)
+    p = torch.cat([p, torch.tensor([1e-300, 1 - 1e-15, 0.5 + 1e-12], dtype=torch.float64)])
+    radius = gaussian_radius(p, 0.25)
+    with mpmath.workdps(60):
+        for value, probability in zip(radius.tolist(), p.tolist(), strict=True):
+            below = mpmath.ncdf(mpmath.mpf(value) / mpmath.mpf(0.25))
+            above = mpmath.ncdf(mpmath.mpf(value + 1e-11 * abs(value) + 1e-15) / mpmath.mpf(0.25))
+            assert below <= probability
+            assert above >= probability
+
+
+def test_radius_is_signed_and_keeps_the_limits():
+    assert gaussian_radius(torch.tensor([0.0, 1.0]), 1.0).tolist() == [-np.inf, np.inf]
+    assert gaussian_radius(0.2, 1.0).item() < 0
+    assert gaussian_radius(1.0, 1.0, p_upper=1.0).item() == -np.inf
+
+
+def test_two_class_radius_reduces_to_one_class():
+    p = torch.tensor([0.6, 0.9], dtype=torch.float64)
+    torch.testing.assert_close(gaussian_radius(p, 0.5, p_upper=1 - p), gaussian_radius(p, 0.5))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0, -1.0, float("nan")])
+def test_alpha_outside_the_open_unit_interval_is_refused(alpha):
+    for call in (clopper_pearson_lower, clopper_pearson_upper, hoeffding_lower, hoeffding_upper):
+        with pytest.raises(ValueError, match=r"alpha must lie in the open interval \(0, 1\)"):
+            call(1, 2, alpha)
+    with pytest.raises(ValueError, match="alpha"):
+        union_bound(alpha, 2)
+
+
+def test_bad_counts_and_probabilities_are_refused():
+    with pytest.raises(ValueError, match=r"k must be an integer in \[0, n\]; got 3 of 2"):
+        clopper_pearson_lower(3, 2, 0.1)
+    with pytest.raises(ValueError, match="n must be at least 1; got 0"):
+        clopper_pearson_upper(0, 0, 0.1)
+    with pytest.raises(ValueError, match=r"p_lower must lie in \[0, 1\]"):
+        gaussian_radius(torch.tensor([float("nan")]), 1.0)
+    with pytest.raises(ValueError, match="sigma must be finite and positive; got 0"):
+        gaussian_radius(0.9, 0)
