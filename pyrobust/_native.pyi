@@ -15,3 +15,30 @@ def interval_linear(
     out_upper: Tensor,
     num_threads: int,
 ) -> None: ...
+def packed_linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    in_features: int,
+    levels: int,
+    group_size: int,
+    group_dim: int,
+    int8: bool,
+    num_threads: int,
+) -> None: ...
+def dequantize(
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    out: Tensor,
+    in_features: int,
+    levels: int,
+    group_size: int,
+    group_dim: int,
+    num_threads: int,
+) -> None: ...
+def unpack_codes(packed: Tensor, codes: Tensor, levels: int, num_threads: int) -> None: ...
+def pack_codes(codes: Tensor, packed: Tensor, levels: int, num_threads: int) -> None: ...

@@ -1,0 +1,58 @@
+// Internal: what an instruction set supplies to the matmul family.
+//
+// dispatch.cpp cuts M into blocks of at most kMaxBlockRows rows of x, prepares each block once
+// (float32 or int8, in the order of k that the set wants), and splits the rows of W over threads.
+#pragma once
+
+#include <cstdint>
+
+#include "matmul/matmul.h"
+
+namespace pyrobust::matmul {
+
+// Rows of x per block: enough to pay for decoding W again per block, few enough for scratch to stay
+// small (block * cols floats).
+constexpr int64_t kMaxBlockRows = 256;
+
+// Longest int32 sum: 65536 * 127 * 255 < 2^31.
+constexpr int64_t kMaxIntegerRun = 65536;
+
+// One block of prepared activations. `data` is laid out by the same set's `prepare`.
+struct Block {
+  const void* data = nullptr;
+  const double* step = nullptr;  // int8 mode: one per row
+  int64_t rows = 0;
+};
+
+// Where a tile of results goes: row-major (x.rows, weight.rows), `row` the block's first row.
+struct Output {
+  void* data = nullptr;
+  const float* bias = nullptr;
+  FloatType type = FloatType::kFloat32;
+  int64_t row = 0;
+  int64_t stride = 0;
+};
+
+struct MatmulKernels {
+  // Bytes that `prepare` writes for `rows` rows, and scratch bytes that `multiply` needs a thread.
+  int64_t (*prepared_bytes)(const PackedMatrix& weight, Mode mode, int64_t rows);
+  int64_t (*scratch_bytes)(const PackedMatrix& weight, Mode mode, int64_t rows);
+  // Converts rows [first, first + rows) of x; writes `step` in int8 mode. `scratch` is as above.
+  void (*prepare)(const PackedMatrix& weight, Mode mode, const Activations& x, int64_t first,
+                  int64_t rows, void* prepared, double* step, void* scratch);
+  // Writes columns [begin, end) of the output (rows of W) for one block.
+  void (*multiply)(const PackedMatrix& weight, Mode mode, const Block& block, int64_t begin,
+                   int64_t end, const Output& out, void* scratch);
+  // Writes rows [begin, end) of the exact float weight to out + begin * cols.
+  void (*dequantize)(const PackedMatrix& weight, int64_t begin, int64_t end, float* out);
+  // Rows of W a thread's share must be a multiple of.
+  int64_t row_align;
+};
+
+// Null where the build has no such path. A null entry of a table means "use the next lower".
+const MatmulKernels& portable_kernels();
+const MatmulKernels* avx2_kernels();
+const MatmulKernels* avx512_kernels();
+const MatmulKernels* amx_kernels();
+
+}  // namespace pyrobust::matmul

@@ -1,0 +1,90 @@
+// Packed low-bit matmul: y = x W^T + bias, with W in 1, 1.58, 2, 3, 4 or 8 bits. Read this first.
+//
+// The weight. W is (rows, cols) = (out_features, in_features), stored as codes with one scale and
+// one zero per group:
+//
+//     W[n, k] = scale * (code[n, k] - zero)                       2, 3, 4, 8 bits
+//     W[n, k] = scale * (code[n, k] - 2^(bits-1))                 the same, symmetric (zero ==
+//     null) W[n, k] = scale * (code[n, k] - 1)                          1.58 bits, codes 0, 1, 2
+//     W[n, k] = scale * (2 code[n, k] - 1)                        1 bit
+//
+//     group_dim 1, group_size 4          group_dim 0, group_size 2
+//     k ->  0 1 2 3 | 4 5 6 7 | 8 9      k ->  0 1 2 3 4 5 6 7 8 9
+//     n=0   s00     | s01     | s02      n=0   s  s  s  ...            scale (ceil(rows/g), cols):
+//     n=1   s10     | s11     | s12      n=1   0k, one per column      one per column and row group
+//     scale (rows, ceil(cols/g))         ------------------------
+//     the last group may be shorter      n=2   1k
+//
+// codes: the canonical layout of core/bit_layout.h, (rows, packed_row_bytes(cols)). `levels` names
+// the format by its number of code values: 2, 3, 4, 8, 16, 256.
+//
+// Precondition on the data: a scale has at most 15 significant bits (any float16 or bfloat16 does).
+// Then W[n, k] is a float32 without rounding; dequantize() returns the stored weight exactly.
+//
+// The activations x are (M, cols), float32, float16 or bfloat16; y is (M, rows) of the same type.
+//   exact   y = x W^T + bias, with |error| <= 1e-6 (sum_k |x||W| + |bias|) against real numbers,
+//           plus, for float16 and bfloat16, the final rounding to that type. (Overflow and
+//           underflow of intermediate products excepted: |x scale| within 2^-126 .. 2^127
+//           suffices.)
+//   int8    x is first replaced by its 8-bit rounding (core/activation_int8.h, one step a row); the
+//           product of that with W is then computed with integer sums per group (group_dim 1), or
+//           double sums of exact products (group_dim 0), in an order that this page fixes:
+//             group_dim 1   t = sum over groups g ascending of (double) S_g * scale_g, where S_g is
+//                           the int32 sum of q (code - zero) over the group (groups of more than
+//                           65536 columns count as several of 65536); 46 bits: no product rounds
+//             group_dim 0   t = lanes ((0+1)+(2+3)) + ((4+5)+(6+7)), lane l = sum over k = l, l+8,
+//                           ... ascending of q scale (code - zero) in double; no product rounds
+//             y = (float) (t * step + bias)
+// In both modes a row of y depends on its row of x alone, not on M or the other rows. In int8 mode
+// it has the same bits on every instruction set and for any number of threads; in exact mode, the
+// same bits for any number of threads on one instruction set.
+//
+// NaN and infinity: exact mode propagates them as the float product does. In int8 mode a row of x
+// that holds one gives a row of NaN.
+//
+// Sizes may be anything from 0; nothing need divide anything. Inputs are contiguous, do not
+// overlap `out`, and are checked in dispatch.cpp (std::invalid_argument). No buffer is read past
+// its end.
+#pragma once
+
+#include <cstdint>
+
+#include "core/float_types.h"
+
+namespace pyrobust::matmul {
+
+struct PackedMatrix {
+  const uint8_t* codes = nullptr;
+  const void* scale = nullptr;
+  const uint8_t* zero = nullptr;  // shape of scale; null: symmetric
+  FloatType scale_type = FloatType::kFloat32;
+  int64_t rows = 0;
+  int64_t cols = 0;
+  int64_t group_size = 1;
+  int group_dim = 1;
+  int levels = 16;
+};
+
+struct Activations {
+  const void* data = nullptr;
+  FloatType type = FloatType::kFloat32;
+  int64_t rows = 0;  // M
+};
+
+enum class Mode : int { kExact, kInt8 };
+
+// `bias` holds W.rows floats or is null; `out` holds (x.rows, W.rows) values of x.type.
+void packed_linear(const Activations& x, const PackedMatrix& weight, const float* bias, Mode mode,
+                   void* out, int num_threads);
+
+// out: (rows, cols), the exact weight.
+void dequantize(const PackedMatrix& weight, float* out, int num_threads);
+
+// Codes (rows, cols), one a byte, to and from the canonical layout. pack_codes throws where a code
+// is not below `levels`.
+void unpack_codes(const uint8_t* packed, int64_t rows, int64_t cols, int levels, uint8_t* codes,
+                  int num_threads);
+void pack_codes(const uint8_t* codes, int64_t rows, int64_t cols, int levels, uint8_t* packed,
+                int num_threads);
+
+}  // namespace pyrobust::matmul

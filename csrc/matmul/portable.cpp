@@ -1,0 +1,123 @@
+// The reference path: plain loops over core/, double sums, no intrinsics. The other paths are
+// tested against it, in int8 mode for equal bits.
+#include "core/activation_int8.h"
+#include "matmul/kernels.h"
+#include "matmul/weights.h"
+
+namespace pyrobust::matmul {
+namespace {
+
+double sum_of_lanes(const double* lane) {
+  return ((lane[0] + lane[1]) + (lane[2] + lane[3])) + ((lane[4] + lane[5]) + (lane[6] + lane[7]));
+}
+
+// The products are exact in double: 24 + 24 bits.
+double dot(const float* a, const float* b, int64_t count) {
+  double lane[8] = {};
+  int64_t k = 0;
+  for (; k + 8 <= count; k += 8) {
+    for (int i = 0; i < 8; ++i) lane[i] += static_cast<double>(a[k + i]) * b[k + i];
+  }
+  for (int i = 0; k + i < count; ++i) lane[i] += static_cast<double>(a[k + i]) * b[k + i];
+  return sum_of_lanes(lane);
+}
+
+double grouped_integer_dot(const PackedMatrix& w, int64_t n, const int8_t* q, const int16_t* v) {
+  const int64_t first = scale_row(w, n);
+  double total = 0.0;
+  for (int64_t begin = 0, group = 0; begin < w.cols; begin += w.group_size, ++group) {
+    const int64_t end = w.cols - begin > w.group_size ? begin + w.group_size : w.cols;
+    const double scale = load_float(w.scale, first + group, w.scale_type);
+    for (int64_t from = begin; from < end; from += kMaxIntegerRun) {
+      const int64_t to = end - from > kMaxIntegerRun ? from + kMaxIntegerRun : end;
+      int32_t sum = 0;
+      for (int64_t k = from; k < to; ++k) sum += q[k] * v[k];
+      total += static_cast<double>(sum) * scale;
+    }
+  }
+  return total;
+}
+
+double columnwise_integer_dot(const PackedMatrix& w, const int8_t* q, const float* weight) {
+  double lane[8] = {};
+  for (int64_t k = 0; k < w.cols; ++k) lane[k % 8] += static_cast<double>(q[k]) * weight[k];
+  return sum_of_lanes(lane);
+}
+
+void store(const Output& out, int64_t m, int64_t n, double value) {
+  const double bias = out.bias != nullptr ? out.bias[n] : 0.0;
+  store_float(out.data, (out.row + m) * out.stride + n, out.type, static_cast<float>(value + bias));
+}
+
+int64_t prepared_bytes(const PackedMatrix& w, Mode mode, int64_t rows) {
+  return rows * w.cols * static_cast<int64_t>(mode == Mode::kExact ? sizeof(float) : 1);
+}
+
+int64_t scratch_bytes(const PackedMatrix& w, Mode, int64_t) {
+  return w.cols * static_cast<int64_t>(sizeof(float));
+}
+
+void prepare(const PackedMatrix& w, Mode mode, const Activations& x, int64_t first, int64_t rows,
+             void* prepared, double* step, void* scratch) {
+  for (int64_t m = 0; m < rows; ++m) {
+    float* row = mode == Mode::kExact ? static_cast<float*>(prepared) + m * w.cols
+                                      : static_cast<float*>(scratch);
+    for (int64_t k = 0; k < w.cols; ++k) {
+      row[k] = load_float(x.data, (first + m) * w.cols + k, x.type);
+    }
+    if (mode == Mode::kInt8) {
+      step[m] = activation_step(row, w.cols);
+      quantize_activations(row, w.cols, step[m], static_cast<int8_t*>(prepared) + m * w.cols);
+    }
+  }
+}
+
+void multiply_exact(const PackedMatrix& w, const Block& block, int64_t begin, int64_t end,
+                    const Output& out, float* row) {
+  const float* x = static_cast<const float*>(block.data);
+  for (int64_t n = begin; n < end; ++n) {
+    float_row(w, n, row);
+    for (int64_t m = 0; m < block.rows; ++m) store(out, m, n, dot(x + m * w.cols, row, w.cols));
+  }
+}
+
+void multiply_int8(const PackedMatrix& w, const Block& block, int64_t begin, int64_t end,
+                   const Output& out, void* scratch) {
+  const int8_t* q = static_cast<const int8_t*>(block.data);
+  for (int64_t n = begin; n < end; ++n) {
+    if (w.group_dim == 1) {
+      integer_row(w, n, static_cast<int16_t*>(scratch));
+    } else {
+      float_row(w, n, static_cast<float*>(scratch));
+    }
+    for (int64_t m = 0; m < block.rows; ++m) {
+      const int8_t* row = q + m * w.cols;
+      const double total =
+          w.group_dim == 1 ? grouped_integer_dot(w, n, row, static_cast<const int16_t*>(scratch))
+                           : columnwise_integer_dot(w, row, static_cast<const float*>(scratch));
+      store(out, m, n, total * block.step[m]);
+    }
+  }
+}
+
+void multiply(const PackedMatrix& w, Mode mode, const Block& block, int64_t begin, int64_t end,
+              const Output& out, void* scratch) {
+  if (mode == Mode::kExact) {
+    multiply_exact(w, block, begin, end, out, static_cast<float*>(scratch));
+  } else {
+    multiply_int8(w, block, begin, end, out, scratch);
+  }
+}
+
+void dequantize_rows(const PackedMatrix& w, int64_t begin, int64_t end, float* out) {
+  for (int64_t n = begin; n < end; ++n) float_row(w, n, out + n * w.cols);
+}
+
+constexpr MatmulKernels kKernels = {prepared_bytes, scratch_bytes,   prepare,
+                                    multiply,       dequantize_rows, 1};
+
+}  // namespace
+
+const MatmulKernels& portable_kernels() { return kKernels; }
+
+}  // namespace pyrobust::matmul

@@ -1,0 +1,434 @@
+"""Packed low-bit matmul as torch operators: the product, the exact weight, packing of codes.
+
+The contract (what is computed, in which order, with which error) is ``csrc/matmul/matmul.h``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from pyrobust import _native
+from pyrobust._checks import check_choice, check_float_tensor, check_integer, check_shape
+from pyrobust.ops._library import define, dispatcher_needed, refuse_forward_mode
+from pyrobust.ops.formats import check_bits, levels_of, row_bytes
+
+__all__ = ["dequantize_codes", "pack_codes", "packed_linear", "unpack_codes"]
+
+_FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# Rows of W that the gradient turns into floats at a time: 256 x 4096 floats stay in cache.
+_GRADIENT_ROWS = 256
+
+
+def packed_linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    in_features: int,
+    bits: float,
+    group_size: int,
+    group_dim: int = 1,
+    activations: str | None = None,
+) -> Tensor:
+    """Multiply ``x`` with a packed weight: ``y = x W^T + bias``.
+
+    A row of the result depends on its row of ``x`` alone, to the bit, whatever else the batch
+    holds.
+    Differentiable in ``x`` (through the packed weight; the rounding of ``activations="int8"``
+    counts as the identity) and in ``bias``; forward-mode differentiation raises.
+
+    Args:
+        x: ``(..., in_features)`` float32, bfloat16 or float16.
+        codes: ``(out_features, row_bytes)`` uint8, the canonical layout of
+            :class:`~pyrobust.quantize.QTensor`.
+        scale: ``(out_features, ceil(in_features / group_size))`` for ``group_dim=1``, else
+            ``(ceil(out_features / group_size), in_features)``; float32, float16 or bfloat16, at
+            most 15 significant bits.
+        zero: uint8 of the shape of ``scale``, or None for a symmetric weight.
+        bias: ``(out_features,)`` float, added before the final rounding.
+        in_features: columns of the weight.
+        bits: 1, 1.58, 2, 3, 4 or 8.
+        group_size: weights that share a scale; the last group may be shorter.
+        group_dim: 1, groups along ``in_features``; 0, along ``out_features``.
+        activations: None multiplies in float: the error is at most ``1e-6 * (|x| |W|^T + |bias|)``
+            before the final rounding to the type of ``x``. ``"int8"`` rounds each row of ``x`` to 8
+            bits first (step: its largest magnitude / 127) and is then exact up to double rounding:
+            the same bits on every instruction set and thread count. A row of ``x`` with a NaN
+            or an infinity then gives a row of NaN.
+
+    Returns:
+        ``(..., out_features)`` of the dtype of ``x``.
+
+    Raises:
+        TypeError: a dtype is not accepted.
+        ValueError: a shape, ``bits``, ``group_size``, ``group_dim`` or ``activations`` is wrong.
+        NotImplementedError: ``x`` or ``bias`` carries a forward-mode tangent.
+    """
+    options: dict[str, Any] = {
+        "in_features": in_features,
+        "bits": bits,
+        "group_size": group_size,
+        "group_dim": group_dim,
+        "activations": activations,
+    }
+    if has_torch_function((x, codes, scale, zero, bias)):
+        relevant = (x, codes, scale, zero, bias)
+        result: Tensor = handle_torch_function(packed_linear, relevant, *relevant, **options)
+        return result
+    if dispatcher_needed(x, codes, scale, zero, bias):
+        _check_product(x, codes, scale, zero, bias, **options)
+        refuse_forward_mode("packed_linear", x, scale, bias)
+        int8 = activations == "int8"
+        product: Tensor = torch.ops.pyrobust.packed_linear(
+            x, codes, scale, zero, bias, in_features, bits, group_size, group_dim, int8
+        )
+        return product
+    try:  # plain inference: the binding checks everything, Python words what it refuses
+        return _linear_kernel(
+            x, codes, scale, zero, bias, in_features, bits, group_size, group_dim,
+            _INT8[activations],
+        )  # fmt: skip
+    except (KeyError, TypeError, ValueError):
+        _check_product(x, codes, scale, zero, bias, **options)
+        raise
+
+
+def dequantize_codes(
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None = None,
+    *,
+    in_features: int,
+    bits: float,
+    group_size: int,
+    group_dim: int = 1,
+) -> Tensor:
+    """The weight that packed codes stand for, exact in float32.
+
+    Args:
+        codes: as for :func:`packed_linear`.
+        scale: as for :func:`packed_linear`.
+        zero: as for :func:`packed_linear`.
+        in_features: columns of the weight.
+        bits: 1, 1.58, 2, 3, 4 or 8.
+        group_size: weights that share a scale.
+        group_dim: 1 or 0.
+
+    Returns:
+        ``(out_features, in_features)`` float32, without rounding.
+
+    Raises:
+        TypeError: a dtype is not accepted.
+        ValueError: a shape or option is wrong.
+    """
+    _check_weight("dequantize_codes", codes, scale, zero, in_features, bits, group_size, group_dim)
+    weight: Tensor = torch.ops.pyrobust.dequantize_codes(
+        codes, scale, zero, in_features, bits, group_size, group_dim
+    )
+    return weight
+
+
+def pack_codes(codes: Tensor, *, bits: float) -> Tensor:
+    """Pack one code a byte into the canonical layout.
+
+    Args:
+        codes: ``(rows, columns)`` uint8, each below the number of levels of ``bits``.
+        bits: 1, 1.58, 2, 3, 4 or 8.
+
+    Returns:
+        ``(rows, row_bytes)`` uint8.
+
+    Raises:
+        TypeError: ``codes`` is not uint8.
+        ValueError: ``codes`` is not two-dimensional or holds a value that the width cannot hold.
+
+    Example:
+        >>> pack_codes(torch.tensor([[1, 2, 3, 4]], dtype=torch.uint8), bits=4)
+        tensor([[33, 67]], dtype=torch.uint8)
+    """
+    check_bits("pack_codes", bits)
+    _check_bytes("pack_codes", "codes", codes)
+    packed = codes.new_empty(codes.shape[0], row_bytes(codes.shape[1], bits))
+    _native.pack_codes(codes.contiguous(), packed, levels_of(bits), torch.get_num_threads())
+    return packed
+
+
+def unpack_codes(packed: Tensor, *, in_features: int, bits: float) -> Tensor:
+    """Undo :func:`pack_codes`.
+
+    Args:
+        packed: ``(rows, row_bytes)`` uint8.
+        in_features: columns of the result.
+        bits: 1, 1.58, 2, 3, 4 or 8.
+
+    Returns:
+        ``(rows, in_features)`` uint8.
+
+    Raises:
+        TypeError: ``packed`` is not uint8.
+        ValueError: the number of bytes in a row disagrees with ``in_features`` and ``bits``.
+    """
+    check_bits("unpack_codes", bits)
+    check_integer("unpack_codes", "in_features", in_features, 0)
+    _check_bytes("unpack_codes", "packed", packed)
+    check_shape("unpack_codes", "packed", packed, (None, row_bytes(in_features, bits)))
+    codes = packed.new_empty(packed.shape[0], in_features)
+    _native.unpack_codes(packed.contiguous(), codes, levels_of(bits), torch.get_num_threads())
+    return codes
+
+
+# --- checks -----------------------------------------------------------------------------------
+
+_INT8 = {None: False, "int8": True}
+
+
+def _check_bytes(subject: str, name: str, value: Tensor) -> None:
+    if value.dtype != torch.uint8:
+        raise TypeError(f"{subject}: {name} must have dtype torch.uint8; got {value.dtype}.")
+    check_shape(subject, name, value, (None, None))
+
+
+def _check_float(subject: str, name: str, value: Tensor) -> None:
+    check_float_tensor(subject, name, value)
+    if value.dtype not in _FLOAT_TYPES:
+        raise TypeError(
+            f"{subject}: {name} must be float32, float16 or bfloat16; got {value.dtype}."
+        )
+
+
+def _check_weight(
+    subject: str,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    in_features: int,
+    bits: float,
+    group_size: int,
+    group_dim: int,
+) -> None:
+    check_bits(subject, bits)
+    check_integer(subject, "group_size", group_size, 1)
+    check_choice(subject, "group_dim", group_dim, (0, 1))
+    _check_bytes(subject, "codes", codes)
+    check_shape(subject, "codes", codes, (None, row_bytes(in_features, bits)))
+    rows = codes.shape[0]
+    grouped = (rows, -(-in_features // group_size))
+    if group_dim == 0:
+        grouped = (-(-rows // group_size), in_features)
+    _check_float(subject, "scale", scale)
+    check_shape(subject, "scale", scale, grouped)
+    if zero is not None:
+        if bits in (1, 1.58):
+            raise ValueError(f"{subject}: zero must be None at {bits} bits; got a tensor.")
+        _check_bytes(subject, "zero", zero)
+        check_shape(subject, "zero", zero, grouped)
+
+
+def _check_product(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    *,
+    in_features: int,
+    bits: float,
+    group_size: int,
+    group_dim: int,
+    activations: str | None,
+) -> None:
+    subject = "packed_linear"
+    _check_float(subject, "x", x)
+    check_choice(subject, "activations", activations, _INT8)
+    if x.ndim == 0 or x.shape[-1] != in_features:
+        raise ValueError(
+            f"{subject}: x must have in_features = {in_features} values on its last axis; "
+            f"got shape {tuple(x.shape)}."
+        )
+    _check_weight(subject, codes, scale, zero, in_features, bits, group_size, group_dim)
+    if bias is not None:
+        _check_float(subject, "bias", bias)
+        check_shape(subject, "bias", bias, (codes.shape[0],))
+
+
+# --- operators --------------------------------------------------------------------------------
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Contiguous, with the conjugate and negative bits resolved."""
+    return tensor.resolve_conj().resolve_neg().contiguous()
+
+
+def _linear_kernel(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    in_features: int,
+    bits: float,
+    group_size: int,
+    group_dim: int,
+    int8: bool,
+) -> Tensor:
+    out = x.new_empty((*x.shape[:-1], codes.shape[0]))
+    if bias is not None and bias.dtype != torch.float32:
+        bias = bias.float()
+    _native.packed_linear(
+        _plain(x),
+        codes.contiguous(),
+        scale.contiguous(),
+        None if zero is None else zero.contiguous(),
+        None if bias is None else bias.contiguous(),
+        out,
+        in_features,
+        levels_of(bits),
+        group_size,
+        group_dim,
+        int8,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _linear_fake(x: Tensor, codes: Tensor, *_: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, codes, scale, zero, bias, *options = inputs
+    ctx.save_for_backward(codes, scale, zero)
+    ctx.options = tuple(options[:-1])
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    codes, scale, zero = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = torch.ops.pyrobust.packed_linear_transpose(grad, codes, scale, zero, *ctx.options)
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[4]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32)
+        grad_bias = grad_bias.to(ctx.bias_dtype)
+    return (grad_x, None, None, None, grad_bias, None, None, None, None, None)
+
+
+def _transpose_kernel(
+    grad: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    in_features: int,
+    bits: float,
+    group_size: int,
+    group_dim: int,
+) -> Tensor:
+    """``grad @ W``, with W turned into floats one block of rows at a time."""
+    flat = _plain(grad).reshape(-1, grad.shape[-1]).float()
+    total = flat.new_zeros(flat.shape[0], in_features)
+    # With groups along the rows, blocks start on group borders.
+    step = _GRADIENT_ROWS if group_dim == 1 else -(-_GRADIENT_ROWS // group_size) * group_size
+    for begin in range(0, codes.shape[0], step):
+        rows = slice(begin, begin + step)
+        groups = rows if group_dim == 1 else slice(begin // group_size, -(-rows.stop // group_size))
+        weight = _dequantize_kernel(
+            codes[rows], scale[groups], None if zero is None else zero[groups],
+            in_features, bits, group_size, group_dim,
+        )  # fmt: skip
+        total.addmm_(flat[:, rows], weight)
+    return total.to(grad.dtype).reshape(*grad.shape[:-1], in_features)
+
+
+def _transpose_fake(
+    grad: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, in_features: int, *_: Any
+) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], in_features))
+
+
+def _transpose_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, codes, scale, zero, *options = inputs
+    ctx.save_for_backward(codes, scale, zero)
+    ctx.options = tuple(options)
+
+
+def _transpose_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    codes, scale, zero = ctx.saved_tensors
+    result = torch.ops.pyrobust.packed_linear(grad, codes, scale, zero, None, *ctx.options, False)
+    return (result, None, None, None, None, None, None, None)
+
+
+def _dequantize_kernel(
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    in_features: int,
+    bits: float,
+    group_size: int,
+    group_dim: int,
+) -> Tensor:
+    out = codes.new_empty((codes.shape[0], in_features), dtype=torch.float32)
+    _native.dequantize(
+        codes.contiguous(),
+        scale.contiguous(),
+        None if zero is None else zero.contiguous(),
+        out,
+        in_features,
+        levels_of(bits),
+        group_size,
+        group_dim,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _dequantize_fake(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, in_features: int, *_: Any
+) -> Tensor:
+    return codes.new_empty((codes.shape[0], in_features), dtype=torch.float32)
+
+
+def _batched_rows(operator: str) -> Any:
+    """Vmap rule: the mapped axis of the first argument becomes one more leading axis."""
+
+    def rule(info: Any, dims: tuple[int | None, ...], first: Tensor, *rest: Any) -> Any:
+        call = getattr(torch.ops.pyrobust, operator)
+        if dims[0] is not None and all(dim is None for dim in dims[1:]):
+            return call(first.movedim(dims[0], 0), *rest), 0
+        results = []
+        for i in range(info.batch_size):
+            picked = [
+                value if dim is None else value.select(dim, i)
+                for value, dim in zip((first, *rest), dims, strict=True)
+            ]
+            results.append(call(*picked))
+        return torch.stack(results), 0
+
+    return rule
+
+
+_WEIGHT = "Tensor codes, Tensor scale, Tensor? zero"
+_OPTIONS = "int in_features, float bits, int group_size, int group_dim"
+define(
+    f"packed_linear(Tensor x, {_WEIGHT}, Tensor? bias, {_OPTIONS}, bool int8) -> Tensor",
+    _linear_kernel,
+    _linear_fake,
+    backward=_linear_backward,
+    setup_context=_linear_context,
+    vmap=_batched_rows("packed_linear"),
+)
+define(
+    f"packed_linear_transpose(Tensor grad, {_WEIGHT}, {_OPTIONS}) -> Tensor",
+    _transpose_kernel,
+    _transpose_fake,
+    backward=_transpose_backward,
+    setup_context=_transpose_context,
+    vmap=_batched_rows("packed_linear_transpose"),
+)
+define(f"dequantize_codes({_WEIGHT}, {_OPTIONS}) -> Tensor", _dequantize_kernel, _dequantize_fake)
