@@ -1,5 +1,7 @@
 """Modules that mirror torch.nn: packed layers, SmoothedClassifier, methods that are layers."""
 
+from pyrobust.nn.adapter import Adapter, weight_checksum
+from pyrobust.nn.lora import ConvLoRA2d, LoHa, LoRALinear, VeRA
 from pyrobust.nn.siren_square import (
     SIREN,
     Sine,
@@ -11,6 +13,7 @@ from pyrobust.nn.siren_square import (
     winner_init_,
     winner_scales,
 )
+from pyrobust.nn.svfit import SVFitConv2d, SVFitLinear
 from pyrobust.nn.weight_compander import (
     WeightCompander,
     apply_weight_compander,
@@ -21,6 +24,14 @@ from pyrobust.nn.weight_compander import (
 )
 
 __all__ = [
+    "Adapter",
+    "ConvLoRA2d",
+    "LoHa",
+    "LoRALinear",
+    "SVFitConv2d",
+    "SVFitLinear",
+    "VeRA",
+    "weight_checksum",
     "SIREN",
     "Sine",
     "activation_spectrum",

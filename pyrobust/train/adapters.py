@@ -1,0 +1,349 @@
+"""Put adapters into a model by layer name, train, merge, save and load them.
+
+A configuration (:class:`SVFit`, :class:`LoRA`) names the layers by the end of their names, as the
+usual tools do ("q_proj" matches "model.layers.0.self_attn.q_proj"). LoRA adapters are written and
+read in the format of the ``peft`` package as well.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pyrobust.nn.adapter import Adapter
+from pyrobust.nn.lora import ConvLoRA2d, LoRALinear
+from pyrobust.nn.svfit import SVFitConv2d, SVFitLinear
+
+__all__ = [
+    "LoRA",
+    "SVFit",
+    "adapter_param_groups",
+    "adapters",
+    "apply_adapter",
+    "load_adapter",
+    "load_peft_lora",
+    "merge_adapters",
+    "save_adapter",
+    "save_peft_lora",
+    "unmerge_adapters",
+]
+
+_PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class SVFit:
+    """Configuration of :class:`pyrobust.nn.SVFitLinear` / ``SVFitConv2d``.
+
+    Attributes:
+        targets: ends of layer names.
+        rank: trained singular values per block; None chooses by ``energy``.
+        energy: share of the spectrum, in ``(0, 1]``.
+        measure: "sum" or "squares".
+        mode: "delta" or "split".
+        subspace: "top" or "random".
+        positive: keep singular values positive.
+        row_blocks: blocks of rows with a decomposition each.
+    """
+
+    targets: tuple[str, ...]
+    rank: int | None = None
+    energy: float = 0.99
+    measure: str = "sum"
+    mode: str = "delta"
+    subspace: str = "top"
+    positive: bool = False
+    row_blocks: int = 1
+
+    def build(self, layer: nn.Module) -> Adapter:
+        """The adapter over ``layer``."""
+        kind: type[SVFitConv2d] | type[SVFitLinear]
+        kind = SVFitConv2d if isinstance(layer, nn.Conv2d) else SVFitLinear
+        return kind(
+            layer,  # type: ignore[arg-type]  # other kinds are refused by the adapter
+            self.rank,
+            energy=self.energy,
+            measure=self.measure,
+            mode=self.mode,
+            subspace=self.subspace,
+            positive=self.positive,
+            row_blocks=self.row_blocks,
+        )
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Configuration of :class:`pyrobust.nn.LoRALinear` / ``ConvLoRA2d``.
+
+    Attributes:
+        targets: ends of layer names.
+        r: rank.
+        alpha: the update is scaled by ``alpha / r``.
+        init: "zero" or "pissa".
+    """
+
+    targets: tuple[str, ...]
+    r: int = 8
+    alpha: float = 16.0
+    init: str = "zero"
+
+    def build(self, layer: nn.Module) -> Adapter:
+        """The adapter over ``layer``."""
+        kind: type[ConvLoRA2d] | type[LoRALinear]
+        kind = ConvLoRA2d if isinstance(layer, nn.Conv2d) else LoRALinear
+        return kind(layer, r=self.r, alpha=self.alpha, init=self.init)  # type: ignore[arg-type]
+
+
+def _matches(name: str, targets: tuple[str, ...]) -> bool:
+    return any(name == target or name.endswith("." + target) for target in targets)
+
+
+def _targets(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Module]:
+    modules = dict(model.named_modules())
+    inside = {f"{n}.base" for n, m in modules.items() if isinstance(m, Adapter)}
+    found = {n: m for n, m in modules.items() if n not in inside and _matches(n, targets)}
+    if not found:
+        candidates = [n for n, m in modules.items() if isinstance(m, nn.Linear | nn.Conv2d)]
+        raise ValueError(
+            f"apply_adapter: targets {targets} match no module; linear and convolution layers are "
+            f"{', '.join(candidates) or 'absent'}."
+        )
+    return found
+
+
+def _check_untied(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for name, module in chosen.items():
+        weight = getattr(module, "weight", None)
+        names = owners.get(id(weight), [])
+        if len(names) > 1:
+            raise ValueError(
+                f"apply_adapter: the weight of {name!r} is shared ({', '.join(names)}); merging an "
+                "adapter would change the other users."
+            )
+
+
+def apply_adapter(
+    model: nn.Module, config: SVFit | LoRA, *, trainable: tuple[str, ...] = ()
+) -> nn.Module:
+    """Freeze ``model`` and put adapters over the layers that ``config`` names, in place.
+
+    Args:
+        model: any model; nothing is changed if a layer is refused.
+        config: which adapter over which layers.
+        trainable: ends of names of modules that are trained in full (the classification head).
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        ValueError: targets match nothing (the candidates are listed), a weight is shared, adapted
+            already, or not finite.
+        TypeError: a target is neither linear nor convolution.
+    """
+    chosen = _targets(model, config.targets)
+    _check_untied(model, chosen)
+    flags = {p: p.requires_grad for p in model.parameters()}
+    try:
+        built = {name: config.build(layer) for name, layer in chosen.items()}
+    except (TypeError, ValueError):
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+        raise
+    model.requires_grad_(False)
+    for name, adapter in built.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, adapter)
+        for parameter in adapter.trainable_parameters():
+            parameter.requires_grad_(True)
+    for name, module in model.named_modules():
+        if _matches(name, trainable):
+            module.requires_grad_(True)
+    return model
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    """The adapters of a model by module name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, Adapter)}
+
+
+def adapter_param_groups(
+    model: nn.Module, *, lr: float, weight_decay: float = 0.0, adapter_lr: float | None = None
+) -> list[dict[str, Any]]:
+    """Optimizer groups: adapter parameters without decay, other trainable ones with it.
+
+    Args:
+        model: an adapted model.
+        lr: learning rate of trainable parameters outside adapters.
+        weight_decay: their decay.
+        adapter_lr: learning rate of the adapters; default ``lr``.
+    """
+    own = [p for a in adapters(model).values() for p in a.trainable_parameters()]
+    known = {id(p) for p in own}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+    rate = lr if adapter_lr is None else adapter_lr
+    groups: list[dict[str, Any]] = [{"params": own, "lr": rate, "weight_decay": 0.0}]
+    if rest:
+        groups.append({"params": rest, "lr": lr, "weight_decay": weight_decay})
+    return groups
+
+
+def merge_adapters(model: nn.Module) -> nn.Module:
+    """Merge every adapter of the model, in place."""
+    for adapter in adapters(model).values():
+        adapter.merge()
+    return model
+
+
+def unmerge_adapters(model: nn.Module) -> nn.Module:
+    """Take every merged adapter out again, bit for bit."""
+    for adapter in adapters(model).values():
+        adapter.unmerge()
+    return model
+
+
+def _write_atomically(
+    tensors: dict[str, Tensor], path: str | os.PathLike[str], metadata: dict[str, str]
+) -> None:
+    target = Path(path)
+    handle, name = tempfile.mkstemp(dir=target.parent, suffix=".tmp")
+    os.close(handle)
+    try:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, name, metadata)
+        os.replace(name, target)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with safe_open(path, framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write the adapters' own tensors (safetensors, atomically), with checksums of their bases.
+
+    Raises:
+        ValueError: the model has no adapter.
+    """
+    found = adapters(model)
+    if not found:
+        raise ValueError("save_adapter: the model has no adapter.")
+    tensors = {
+        f"{name}.{key}": value
+        for name, adapter in found.items()
+        for key, value in adapter.adapter_state_dict().items()
+    }
+    _write_atomically(tensors, path, {"format": "pyrobust-adapter", "version": "1"})
+
+
+def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """Load what :func:`save_adapter` wrote into a model with the same adapters.
+
+    Raises:
+        ValueError: not such a file, other layers are adapted, or another base weight.
+    """
+    tensors, metadata = _read(path)
+    if metadata.get("format") != "pyrobust-adapter" or metadata.get("version") != "1":
+        raise ValueError(f"load_adapter: {path} is not a pyrobust adapter file of version 1.")
+    found = adapters(model)
+    states: dict[str, dict[str, Tensor]] = {name: {} for name in found}
+    for key, value in tensors.items():
+        name, _, own = key.rpartition(".")
+        if name not in states:
+            raise ValueError(f"load_adapter: {path} adapts {name!r}, the model does not.")
+        states[name][own] = value
+    for name, adapter in found.items():
+        adapter.load_adapter_state_dict(states[name])
+    return model
+
+
+def _lora_adapters(model: nn.Module, subject: str) -> dict[str, LoRALinear | ConvLoRA2d]:
+    found: dict[str, LoRALinear | ConvLoRA2d] = {}
+    for name, adapter in adapters(model).items():
+        if not isinstance(adapter, LoRALinear | ConvLoRA2d):
+            raise ValueError(f"{subject}: {name!r} is a {type(adapter).__name__}, not LoRA.")
+        if adapter.groups != 1:
+            raise ValueError(f"{subject}: {name!r} adapts a grouped convolution.")
+        found[name] = adapter
+    if not found:
+        raise ValueError(f"{subject}: the model has no LoRA adapter.")
+    return found
+
+
+def save_peft_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Write LoRA adapters as the ``peft`` package does: adapter_config.json and safetensors.
+
+    Raises:
+        ValueError: no LoRA adapter, another kind of adapter, or unequal ranks.
+    """
+    found = _lora_adapters(model, "save_peft_lora")
+    settings = {(a.r, a.alpha) for a in found.values()}
+    if len(settings) > 1:
+        raise ValueError("save_peft_lora: the adapters differ in r or alpha.")
+    (r, alpha), *_ = settings
+    tensors = {}
+    for name, adapter in found.items():
+        shape = adapter.base.weight.shape[1:]
+        tensors[f"{_PEFT_PREFIX}{name}.lora_A.weight"] = adapter.lora_A.detach().reshape(r, *shape)
+        tail = [1] * (len(shape) - 1)
+        tensors[f"{_PEFT_PREFIX}{name}.lora_B.weight"] = adapter.lora_B.detach().reshape(
+            -1, r, *tail
+        )
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    config = {
+        "peft_type": "LORA",
+        "r": r,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(found),
+    }
+    _write_atomically(tensors, target / "adapter_model.safetensors", {"format": "pt"})
+    (target / "adapter_config.json").write_text(json.dumps(config, indent=2))
+
+
+@torch.no_grad()
+def load_peft_lora(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
+    """Apply a LoRA checkpoint of the ``peft`` package to a plain model, in place.
+
+    Args:
+        model: the base model without adapters.
+        folder: holds adapter_config.json and adapter_model.safetensors.
+
+    Returns:
+        ``model`` with :class:`LoRALinear` / :class:`ConvLoRA2d` over the adapted layers.
+
+    Raises:
+        ValueError: not a plain LoRA checkpoint, or its layers are not in the model.
+    """
+    source = Path(folder)
+    config = json.loads((source / "adapter_config.json").read_text())
+    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("use_rslora"):
+        raise ValueError(f"load_peft_lora: {folder} is not a plain LoRA checkpoint.")
+    tensors, _ = _read(source / "adapter_model.safetensors")
+    names = sorted({k.removeprefix(_PEFT_PREFIX).split(".lora_")[0] for k in tensors})
+    missing = [name for name in names if name not in dict(model.named_modules())]
+    if missing:
+        raise ValueError(f"load_peft_lora: the model has no module {', '.join(missing)}.")
+    apply_adapter(model, LoRA(tuple(names), r=config["r"], alpha=config["lora_alpha"]))
+    for name, adapter in _lora_adapters(model, "load_peft_lora").items():
+        for factor in ("lora_A", "lora_B"):
+            value = tensors[f"{_PEFT_PREFIX}{name}.{factor}.weight"]
+            own = adapter.get_parameter(factor)
+            own.copy_(value.reshape(own.shape))
+    return model
