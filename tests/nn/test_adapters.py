@@ -224,5 +224,5 @@ def test_bad_weights():
         LoRALinear(layer)
     layer = linear()
     layer.weight = nn.Parameter(torch.ones(10, 12, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(TypeError, match="floating point; got torch.int8"):
+    with pytest.raises(TypeError, match=r"floating point; got torch\.int8"):
         SVFitLinear(layer, 2)
