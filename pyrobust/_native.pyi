@@ -42,3 +42,17 @@ def dequantize(
 ) -> None: ...
 def unpack_codes(packed: Tensor, codes: Tensor, levels: int, num_threads: int) -> None: ...
 def pack_codes(codes: Tensor, packed: Tensor, levels: int, num_threads: int) -> None: ...
+def interval_conv2d(
+    lower: Tensor,
+    upper: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    pad: list[int],
+    dilation: list[int],
+    groups: int,
+    rounding: str,
+    out_lower: Tensor,
+    out_upper: Tensor,
+    num_threads: int,
+) -> None: ...

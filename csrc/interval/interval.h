@@ -48,21 +48,45 @@ enum class Rounding : int { kNearest = 0, kReal = 1, kDeployed = 2 };
 
 constexpr int64_t kMaxTerms = int64_t{1} << 21;
 
-// All arrays are dense and row-major.
-struct LinearCall {
-  const float* lower;   // (batch, in_features)
-  const float* upper;   // (batch, in_features)
-  const float* weight;  // (out_features, in_features)
-  const float* bias;    // (out_features) or null
-  int64_t batch;
-  int64_t in_features;
-  int64_t out_features;
-  Rounding rounding;
-  float* out_lower;  // (batch, out_features)
-  float* out_upper;  // (batch, out_features)
+// The weight (rows, terms), row-major.
+struct Weight {
+  const float* data = nullptr;
+  int64_t rows = 0;
+  int64_t terms = 0;
 };
 
-void interval_linear(const LinearCall& call, int num_threads);
+// What both products share. All arrays are dense and row-major.
+struct Call {
+  const float* lower;
+  const float* upper;
+  Weight weight;
+  const float* bias;  // (rows) or null
+  Rounding rounding;
+  float* out_lower;
+  float* out_upper;
+};
+
+// lower, upper (batch, weight.terms); out (batch, weight.rows).
+void interval_linear(const Call& call, int64_t batch, int num_threads);
+
+// Geometry of a two-dimensional convolution; zeros pad the top and the left by the given amount,
+// the other sides by what the output size needs.
+struct Window {
+  int64_t kernel_height, kernel_width;
+  int64_t stride_height, stride_width;
+  int64_t pad_top, pad_left;
+  int64_t dilation_height, dilation_width;
+  int64_t groups;
+  int64_t out_height, out_width;
+};
+
+struct Images {
+  int64_t batch, channels, height, width;
+};
+
+// lower, upper (batch, channels, height, width); out (batch, weight.rows, out_height, out_width);
+// weight.terms = channels / groups * kernel_height * kernel_width, in that order.
+void interval_conv2d(const Call& call, const Images& images, const Window& window, int num_threads);
 
 }  // namespace interval
 }  // namespace pyrobust

@@ -8,10 +8,18 @@
 namespace pyrobust {
 namespace interval {
 
-// Every kernel sums at most kBlock terms in a row before it starts a new partial sum, and adds the
-// partial sums in a row; products, lanes and the last reduction cost at most 8 further roundings.
-constexpr int64_t kBlock = 64;
-PYROBUST_HD int64_t sum_depth(int64_t terms) { return kBlock + (terms + kBlock - 1) / kBlock + 8; }
+// How every kernel sums: runs of at most kRun terms, kRunsOfChunk runs make a chunk, chunks are
+// added in a row. Products, lanes and the last reduction cost at most 8 roundings more.
+constexpr int64_t kRun = 64;
+constexpr int64_t kRunsOfChunk = 4;
+constexpr int64_t kChunk = kRun * kRunsOfChunk;
+PYROBUST_HD int64_t sum_depth(int64_t terms) {
+  return (terms < kRun ? terms : kRun) + kRunsOfChunk + (terms + kChunk - 1) / kChunk + 8;
+}
+
+// Inputs side by side: a panel holds, for every term, kLanes centres and then kLanes radii.
+constexpr int64_t kLanes = 8;
+constexpr int64_t kPanelWidth = 2 * kLanes;
 
 // The numbers of interval.h that depend on the mode and on K only.
 struct Constants {
@@ -32,8 +40,8 @@ struct Ends {
   int64_t count;
 };
 
-// yc and yr of `rows` weight rows for `batch` inputs: sums[b * sum_stride + n].
-struct Products {
+// yc and yr of `rows` weight rows for a few inputs: sums[b * sum_stride + n].
+struct Dots {
   const float* centre;  // (batch, terms)
   const float* radius;  // (batch, terms)
   const float* weight;  // (rows, terms)
@@ -45,8 +53,17 @@ struct Products {
   int64_t sum_stride;
 };
 
-// out[n] from yc[n], yr[n], bias[n] (or null) and one absolute term for the whole run.
-struct Finish {
+// The same for one panel: sums (rows, kPanelWidth), centres then radii.
+struct Tiles {
+  const float* panel;   // (terms, kPanelWidth)
+  const float* weight;  // (rows, terms)
+  int64_t rows;
+  int64_t terms;
+  float* sums;
+};
+
+// Ends of `count` outputs of one input from yc[n], yr[n], bias[n] (or null).
+struct FinishRow {
   const float* centre_sums;
   const float* radius_sums;
   const float* bias;
@@ -56,13 +73,31 @@ struct Finish {
   float* out_upper;
 };
 
-struct IntervalKernels {
-  float (*prepare)(const Ends& ends, const Constants& constants, float* centre, float* radius);
-  void (*products)(const Products& work);
-  void (*finish)(const Finish& work, const Constants& constants);
+// Ends of the first `lanes` inputs of a panel: out[n * row_stride + lane * lane_stride]; one of the
+// strides is 1.
+struct FinishPanel {
+  const float* sums;
+  const float* bias;
+  const float* offsets;  // kLanes of them
+  int64_t rows;
+  int64_t lanes;
+  int64_t row_stride;
+  int64_t lane_stride;
+  float* out_lower;
+  float* out_upper;
 };
 
+struct IntervalKernels {
+  float (*prepare)(const Ends& ends, const Constants& constants, float* centre, float* radius);
+  void (*dots)(const Dots& work);
+  void (*tiles)(const Tiles& work);
+  void (*finish_row)(const FinishRow& work, const Constants& constants);
+  void (*finish_panel)(const FinishPanel& work, const Constants& constants);
+};
+
+// A null entry means "use the portable one"; a null table, that the build has no such path.
 extern const IntervalKernels kPortableKernels;
+const IntervalKernels* avx2_kernels();
 
 }  // namespace interval
 }  // namespace pyrobust

@@ -32,16 +32,17 @@ struct Sums {
   float radius;
 };
 
-constexpr int kLanes = 8;
+// As many lanes as chunks have runs, so that a chunk of the proof is kDotLanes runs of kRun terms.
+constexpr int kDotLanes = 16;
 
 Sums dot(const float* weight, const float* centre, const float* radius, int64_t terms) {
-  float total_c[kLanes] = {}, total_r[kLanes] = {};
-  for (int64_t block = 0; block < terms; block += kLanes * kBlock) {
-    const int64_t end = terms < block + kLanes * kBlock ? terms : block + kLanes * kBlock;
-    float part_c[kLanes] = {}, part_r[kLanes] = {};
+  float total_c[kDotLanes] = {}, total_r[kDotLanes] = {};
+  for (int64_t block = 0; block < terms; block += kDotLanes * kRun) {
+    const int64_t end = terms < block + kDotLanes * kRun ? terms : block + kDotLanes * kRun;
+    float part_c[kDotLanes] = {}, part_r[kDotLanes] = {};
     int64_t k = block;
-    for (; k + kLanes <= end; k += kLanes) {
-      for (int lane = 0; lane < kLanes; ++lane) {
+    for (; k + kDotLanes <= end; k += kDotLanes) {
+      for (int lane = 0; lane < kDotLanes; ++lane) {
         part_c[lane] += weight[k + lane] * centre[k + lane];
         part_r[lane] += std::fabs(weight[k + lane]) * radius[k + lane];
       }
@@ -50,12 +51,12 @@ Sums dot(const float* weight, const float* centre, const float* radius, int64_t 
       part_c[lane] += weight[k] * centre[k];
       part_r[lane] += std::fabs(weight[k]) * radius[k];
     }
-    for (int lane = 0; lane < kLanes; ++lane) {
+    for (int lane = 0; lane < kDotLanes; ++lane) {
       total_c[lane] += part_c[lane];
       total_r[lane] += part_r[lane];
     }
   }
-  for (int half = kLanes / 2; half > 0; half /= 2) {
+  for (int half = kDotLanes / 2; half > 0; half /= 2) {
     for (int lane = 0; lane < half; ++lane) {
       total_c[lane] += total_c[lane + half];
       total_r[lane] += total_r[lane + half];
@@ -64,7 +65,7 @@ Sums dot(const float* weight, const float* centre, const float* radius, int64_t 
   return {total_c[0], total_r[0]};
 }
 
-void products(const Products& work) {
+void dots(const Dots& work) {
   for (int64_t n = 0; n < work.rows; ++n) {
     for (int64_t b = 0; b < work.batch; ++b) {
       const Sums sums = dot(work.weight + n * work.terms, work.centre + b * work.terms,
@@ -75,27 +76,72 @@ void products(const Products& work) {
   }
 }
 
-void finish(const Finish& work, const Constants& constants) {
-  for (int64_t n = 0; n < work.count; ++n) {
-    const float shift = work.bias != nullptr ? work.bias[n] : 0.0f;
-    const float centre = work.centre_sums[n] + shift;
-    float low = centre - work.radius_sums[n], high = centre + work.radius_sums[n];
-    float radius = work.radius_sums[n];
-    if (constants.outward) {
-      radius = (radius * constants.inflate + std::fabs(shift) * constants.bias_gain + work.offset) *
-               kSlack;
-      low = rounding::below(rounding::below(centre) - radius);
-      high = rounding::above(rounding::above(centre) + radius);
+void add_chunk(const float* panel, const float* weight, int64_t terms, float* sums) {
+  float total[kPanelWidth] = {};
+  for (int64_t begin = 0; begin < terms; begin += kRun) {
+    const int64_t end = terms < begin + kRun ? terms : begin + kRun;
+    float part[kPanelWidth] = {};
+    for (int64_t k = begin; k < end; ++k) {
+      const float w = weight[k], size = std::fabs(w);
+      const float* column = panel + k * kPanelWidth;
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        part[lane] += w * column[lane];
+        part[kLanes + lane] += size * column[kLanes + lane];
+      }
     }
-    const bool bounded = rounding::is_finite(centre) && radius < constants.limit;
-    work.out_lower[n] = bounded ? low : -rounding::infinity();
-    work.out_upper[n] = bounded ? high : rounding::infinity();
+    for (int64_t lane = 0; lane < kPanelWidth; ++lane) total[lane] += part[lane];
+  }
+  for (int64_t lane = 0; lane < kPanelWidth; ++lane) sums[lane] += total[lane];
+}
+
+void tiles(const Tiles& work) {
+  for (int64_t i = 0; i < work.rows * kPanelWidth; ++i) work.sums[i] = 0.0f;
+  for (int64_t begin = 0; begin < work.terms; begin += kChunk) {
+    const int64_t count = work.terms - begin < kChunk ? work.terms - begin : kChunk;
+    for (int64_t n = 0; n < work.rows; ++n) {
+      add_chunk(work.panel + begin * kPanelWidth, work.weight + n * work.terms + begin, count,
+                work.sums + n * kPanelWidth);
+    }
+  }
+}
+
+void finish_one(float centre, float radius, float shift, float offset, const Constants& constants,
+                float* out_lower, float* out_upper) {
+  centre += shift;
+  float low = centre - radius, high = centre + radius;
+  if (constants.outward) {
+    radius =
+        (radius * constants.inflate + std::fabs(shift) * constants.bias_gain + offset) * kSlack;
+    low = rounding::below(rounding::below(centre) - radius);
+    high = rounding::above(rounding::above(centre) + radius);
+  }
+  const bool bounded = rounding::is_finite(centre) && radius < constants.limit;
+  *out_lower = bounded ? low : -rounding::infinity();
+  *out_upper = bounded ? high : rounding::infinity();
+}
+
+void finish_row(const FinishRow& work, const Constants& constants) {
+  for (int64_t n = 0; n < work.count; ++n) {
+    finish_one(work.centre_sums[n], work.radius_sums[n], work.bias != nullptr ? work.bias[n] : 0.0f,
+               work.offset, constants, work.out_lower + n, work.out_upper + n);
+  }
+}
+
+void finish_panel(const FinishPanel& work, const Constants& constants) {
+  for (int64_t n = 0; n < work.rows; ++n) {
+    const float* sums = work.sums + n * kPanelWidth;
+    const float shift = work.bias != nullptr ? work.bias[n] : 0.0f;
+    for (int64_t lane = 0; lane < work.lanes; ++lane) {
+      const int64_t at = n * work.row_stride + lane * work.lane_stride;
+      finish_one(sums[lane], sums[kLanes + lane], shift, work.offsets[lane], constants,
+                 work.out_lower + at, work.out_upper + at);
+    }
   }
 }
 
 }  // namespace
 
-const IntervalKernels kPortableKernels = {prepare, products, finish};
+const IntervalKernels kPortableKernels = {prepare, dots, tiles, finish_row, finish_panel};
 
 }  // namespace interval
 }  // namespace pyrobust

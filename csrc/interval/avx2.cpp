@@ -1,0 +1,344 @@
+// Eight lanes and FMA: the loops of portable.cpp with W loaded once for centre and radius, |W| made
+// in a register. Round to nearest throughout; the bounds of interval.h do the rest, as AVX2 has no
+// embedded rounding.
+#include <immintrin.h>
+
+#include "core/rounding.h"
+#include "interval/kernels.h"
+
+namespace pyrobust {
+namespace interval {
+namespace {
+
+constexpr float kSlack = 1.0f + 8.0f / 16777216.0f;  // 1 + 8u, as in portable.cpp
+
+inline __m256 magnitude(__m256 x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
+
+inline __m256i tail_mask(int64_t count) {
+  const __m256i index = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), index);
+}
+
+inline float sum_of(__m256 x) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+inline float max_of(__m256 x) {
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+
+// --- centre and radius
+// ----------------------------------------------------------------------------
+
+struct Eight {
+  __m256 centre, radius, magnitude, unbounded;
+};
+
+inline Eight prepare_eight(__m256 low, __m256 high, const Constants& constants) {
+  const __m256 half = _mm256_set1_ps(0.5f);
+  const __m256 middle = _mm256_add_ps(_mm256_mul_ps(half, low), _mm256_mul_ps(half, high));
+  const __m256 same = _mm256_cmp_ps(low, high, _CMP_EQ_OQ);
+  const __m256 c = _mm256_blendv_ps(middle, low, same);
+  const __m256 reach = _mm256_max_ps(_mm256_sub_ps(high, c), _mm256_sub_ps(c, low));
+  const __m256 zero = _mm256_setzero_ps();
+  const __m256 unbounded =
+      _mm256_or_ps(_mm256_cmp_ps(_mm256_sub_ps(c, c), zero, _CMP_NEQ_UQ),
+                   _mm256_cmp_ps(_mm256_sub_ps(reach, reach), zero, _CMP_NEQ_UQ));
+  __m256 radius = reach;
+  if (constants.outward) {
+    const __m256 grown = _mm256_mul_ps(reach, _mm256_set1_ps(constants.radius_gain));
+    const __m256 error = _mm256_mul_ps(magnitude(c), _mm256_set1_ps(constants.centre_gain));
+    radius = _mm256_add_ps(_mm256_mul_ps(_mm256_add_ps(grown, error), _mm256_set1_ps(kSlack)),
+                           _mm256_set1_ps(constants.input_floor));
+  }
+  return {c, radius, _mm256_max_ps(magnitude(low), magnitude(high)), unbounded};
+}
+
+float prepare(const Ends& ends, const Constants& constants, float* centre, float* radius) {
+  __m256 largest = _mm256_setzero_ps(), unbounded = _mm256_setzero_ps();
+  for (int64_t i = 0; i < ends.count; i += 8) {
+    const __m256i mask = tail_mask(ends.count - i < 8 ? ends.count - i : 8);
+    const Eight now = prepare_eight(_mm256_maskload_ps(ends.lower + i, mask),
+                                    _mm256_maskload_ps(ends.upper + i, mask), constants);
+    _mm256_maskstore_ps(centre + i, mask, now.centre);
+    _mm256_maskstore_ps(radius + i, mask, now.radius);
+    largest = _mm256_max_ps(now.magnitude, largest);
+    unbounded = _mm256_or_ps(now.unbounded, unbounded);
+  }
+  return _mm256_movemask_ps(unbounded) != 0 ? rounding::infinity() : max_of(largest);
+}
+
+// --- a few inputs: R rows of W against B inputs
+// ----------------------------------------------------
+
+struct Inputs {
+  const float* centre;
+  const float* radius;
+  int64_t stride;
+};
+
+template <int R, int B>
+inline void dot_step(const float* weight, int64_t row_stride, const Inputs& input, int64_t k,
+                     __m256i mask, bool whole, __m256 (&c)[R][B], __m256 (&r)[R][B]) {
+  for (int i = 0; i < R; ++i) {
+    const float* at = weight + i * row_stride + k;
+    const __m256 w = whole ? _mm256_loadu_ps(at) : _mm256_maskload_ps(at, mask);
+    const __m256 size = magnitude(w);
+    for (int b = 0; b < B; ++b) {
+      const float *centre = input.centre + b * input.stride + k,
+                  *radius = input.radius + b * input.stride + k;
+      const __m256 x = whole ? _mm256_loadu_ps(centre) : _mm256_maskload_ps(centre, mask);
+      const __m256 y = whole ? _mm256_loadu_ps(radius) : _mm256_maskload_ps(radius, mask);
+      c[i][b] = _mm256_fmadd_ps(w, x, c[i][b]);
+      r[i][b] = _mm256_fmadd_ps(size, y, r[i][b]);
+    }
+  }
+}
+
+template <int R, int B>
+void dot_rows(const Dots& work, int64_t n) {
+  const float* weight = work.weight + n * work.terms;
+  const Inputs input{work.centre, work.radius, work.terms};
+  const int64_t whole = work.terms / 8 * 8;
+  __m256 total_c[R][B], total_r[R][B];
+  for (int i = 0; i < R; ++i) {
+    for (int b = 0; b < B; ++b) total_c[i][b] = total_r[i][b] = _mm256_setzero_ps();
+  }
+  const __m256i mask = tail_mask(work.terms - whole);
+  for (int64_t begin = 0; begin < work.terms; begin += 8 * kRun) {
+    const int64_t end = whole < begin + 8 * kRun ? whole : begin + 8 * kRun;
+    __m256 c[R][B], r[R][B];
+    for (int i = 0; i < R; ++i) {
+      for (int b = 0; b < B; ++b) c[i][b] = r[i][b] = _mm256_setzero_ps();
+    }
+    for (int64_t k = begin; k < end; k += 8) {
+      dot_step<R, B>(weight, work.terms, input, k, mask, true, c, r);
+    }
+    if (end == whole && end < work.terms && end < begin + 8 * kRun) {
+      dot_step<R, B>(weight, work.terms, input, end, mask, false, c, r);
+    }
+    for (int i = 0; i < R; ++i) {
+      for (int b = 0; b < B; ++b) {
+        total_c[i][b] = _mm256_add_ps(total_c[i][b], c[i][b]);
+        total_r[i][b] = _mm256_add_ps(total_r[i][b], r[i][b]);
+      }
+    }
+  }
+  for (int i = 0; i < R; ++i) {
+    for (int b = 0; b < B; ++b) {
+      work.centre_sums[b * work.sum_stride + n + i] = sum_of(total_c[i][b]);
+      work.radius_sums[b * work.sum_stride + n + i] = sum_of(total_r[i][b]);
+    }
+  }
+}
+
+// R x B x 2 accumulators hide the latency of FMA: 8 or 12 of the 16 registers.
+template <int R, int B>
+void dots_of(const Dots& work) {
+  int64_t n = 0;
+  for (; n + R <= work.rows; n += R) dot_rows<R, B>(work, n);
+  for (; n < work.rows; ++n) dot_rows<1, B>(work, n);
+}
+
+void dots(const Dots& work) {
+  Dots part = work;
+  for (int64_t b = 0; b < work.batch; b += 4) {
+    part.centre = work.centre + b * work.terms;
+    part.radius = work.radius + b * work.terms;
+    part.centre_sums = work.centre_sums + b * work.sum_stride;
+    part.radius_sums = work.radius_sums + b * work.sum_stride;
+    switch (work.batch - b) {
+      case 1:
+        dots_of<4, 1>(part);
+        break;
+      case 2:
+        dots_of<2, 2>(part);
+        break;
+      case 3:
+        dots_of<2, 3>(part);
+        break;
+      default:
+        dots_of<1, 4>(part);
+    }
+  }
+}
+
+// --- panels: R rows of W against eight inputs
+// ------------------------------------------------------
+
+// Ten accumulators, the two input vectors, W, |W| and the sign mask: 15 of the 16 registers. Six
+// rows would spill one.
+constexpr int kTileRows = 5;
+
+template <int R>
+void add_chunk(const float* panel, const float* weight, int64_t stride, int64_t terms,
+               float* sums) {
+  __m256 total_c[R], total_r[R];
+  for (int i = 0; i < R; ++i) {
+    total_c[i] = _mm256_loadu_ps(sums + i * kPanelWidth);
+    total_r[i] = _mm256_loadu_ps(sums + i * kPanelWidth + kLanes);
+  }
+  __m256 chunk_c[R], chunk_r[R];
+  for (int i = 0; i < R; ++i) chunk_c[i] = chunk_r[i] = _mm256_setzero_ps();
+  for (int64_t begin = 0; begin < terms; begin += kRun) {
+    const int64_t end = terms < begin + kRun ? terms : begin + kRun;
+    __m256 c[R], r[R];
+    for (int i = 0; i < R; ++i) c[i] = r[i] = _mm256_setzero_ps();
+    for (int64_t k = begin; k < end; ++k) {
+      const __m256 x = _mm256_loadu_ps(panel + k * kPanelWidth);
+      const __m256 y = _mm256_loadu_ps(panel + k * kPanelWidth + kLanes);
+      for (int i = 0; i < R; ++i) {
+        const __m256 w = _mm256_broadcast_ss(weight + i * stride + k);
+        c[i] = _mm256_fmadd_ps(w, x, c[i]);
+        r[i] = _mm256_fmadd_ps(magnitude(w), y, r[i]);
+      }
+    }
+    for (int i = 0; i < R; ++i) {
+      chunk_c[i] = _mm256_add_ps(chunk_c[i], c[i]);
+      chunk_r[i] = _mm256_add_ps(chunk_r[i], r[i]);
+    }
+  }
+  for (int i = 0; i < R; ++i) {
+    _mm256_storeu_ps(sums + i * kPanelWidth, _mm256_add_ps(total_c[i], chunk_c[i]));
+    _mm256_storeu_ps(sums + i * kPanelWidth + kLanes, _mm256_add_ps(total_r[i], chunk_r[i]));
+  }
+}
+
+void tiles(const Tiles& work) {
+  for (int64_t i = 0; i < work.rows * kPanelWidth; i += 8) {
+    _mm256_storeu_ps(work.sums + i, _mm256_setzero_ps());
+  }
+  for (int64_t begin = 0; begin < work.terms; begin += kChunk) {
+    const int64_t count = work.terms - begin < kChunk ? work.terms - begin : kChunk;
+    const float* panel = work.panel + begin * kPanelWidth;
+    const float* weight = work.weight + begin;
+    int64_t n = 0;
+    for (; n + kTileRows <= work.rows; n += kTileRows) {
+      add_chunk<kTileRows>(panel, weight + n * work.terms, work.terms, count,
+                           work.sums + n * kPanelWidth);
+    }
+    for (; n < work.rows; ++n) {
+      add_chunk<1>(panel, weight + n * work.terms, work.terms, count, work.sums + n * kPanelWidth);
+    }
+  }
+}
+
+// --- ends
+// -----------------------------------------------------------------------------------------
+
+// One neighbour or more away from x on the side of `direction` (-1 or 1): core/rounding.h.
+inline __m256 step_over(__m256 x, __m256 direction) {
+  const __m256 step =
+      _mm256_add_ps(_mm256_mul_ps(magnitude(x), _mm256_set1_ps(rounding::kNeighbour)),
+                    _mm256_set1_ps(rounding::kLeast));
+  return _mm256_add_ps(x, _mm256_mul_ps(step, direction));
+}
+
+inline void finish_eight(__m256 centre, __m256 radius, __m256 shift, __m256 offset,
+                         const Constants& constants, __m256* lower, __m256* upper) {
+  const __m256 one = _mm256_set1_ps(1.0f), minus = _mm256_set1_ps(-1.0f);
+  const __m256 infinite = _mm256_set1_ps(rounding::infinity());
+  centre = _mm256_add_ps(centre, shift);
+  __m256 low = _mm256_sub_ps(centre, radius), high = _mm256_add_ps(centre, radius);
+  if (constants.outward) {
+    const __m256 grown = _mm256_mul_ps(radius, _mm256_set1_ps(constants.inflate));
+    const __m256 late = _mm256_mul_ps(magnitude(shift), _mm256_set1_ps(constants.bias_gain));
+    radius =
+        _mm256_mul_ps(_mm256_add_ps(_mm256_add_ps(grown, late), offset), _mm256_set1_ps(kSlack));
+    low = step_over(_mm256_sub_ps(step_over(centre, minus), radius), minus);
+    high = step_over(_mm256_add_ps(step_over(centre, one), radius), one);
+  }
+  const __m256 bounded =
+      _mm256_and_ps(_mm256_cmp_ps(magnitude(centre), infinite, _CMP_LT_OQ),
+                    _mm256_cmp_ps(radius, _mm256_set1_ps(constants.limit), _CMP_LT_OQ));
+  *lower = _mm256_blendv_ps(_mm256_mul_ps(infinite, minus), low, bounded);
+  *upper = _mm256_blendv_ps(infinite, high, bounded);
+}
+
+void finish_row(const FinishRow& work, const Constants& constants) {
+  const __m256 offset = _mm256_set1_ps(work.offset);
+  for (int64_t n = 0; n < work.count; n += 8) {
+    const __m256i mask = tail_mask(work.count - n < 8 ? work.count - n : 8);
+    const __m256 shift =
+        work.bias != nullptr ? _mm256_maskload_ps(work.bias + n, mask) : _mm256_setzero_ps();
+    __m256 lower, upper;
+    finish_eight(_mm256_maskload_ps(work.centre_sums + n, mask),
+                 _mm256_maskload_ps(work.radius_sums + n, mask), shift, offset, constants, &lower,
+                 &upper);
+    _mm256_maskstore_ps(work.out_lower + n, mask, lower);
+    _mm256_maskstore_ps(work.out_upper + n, mask, upper);
+  }
+}
+
+inline void transpose(__m256 (&x)[8]) {
+  __m256 pairs[8], quads[8];
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
+    pairs[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    quads[i] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
+    quads[i + 1] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0xee);
+    quads[i + 2] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
+    quads[i + 3] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    x[i] = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x20);
+    x[i + 4] = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x31);
+  }
+}
+
+// Rows [n, n + count) with count <= 8, outputs of one input adjacent in memory.
+void finish_transposed(const FinishPanel& work, const Constants& constants, int64_t n,
+                       int64_t count) {
+  const __m256 offset = _mm256_loadu_ps(work.offsets);
+  __m256 lower[8], upper[8];
+  for (int64_t i = 0; i < 8; ++i) {
+    const int64_t row = n + (i < count ? i : 0);
+    const float* sums = work.sums + row * kPanelWidth;
+    const __m256 shift = _mm256_set1_ps(work.bias != nullptr ? work.bias[row] : 0.0f);
+    finish_eight(_mm256_loadu_ps(sums), _mm256_loadu_ps(sums + kLanes), shift, offset, constants,
+                 lower + i, upper + i);
+  }
+  transpose(lower);
+  transpose(upper);
+  const __m256i mask = tail_mask(count);
+  for (int64_t lane = 0; lane < work.lanes; ++lane) {
+    _mm256_maskstore_ps(work.out_lower + lane * work.lane_stride + n, mask, lower[lane]);
+    _mm256_maskstore_ps(work.out_upper + lane * work.lane_stride + n, mask, upper[lane]);
+  }
+}
+
+// One of the two strides is 1: rows adjacent (linear) or lanes adjacent (convolution).
+void finish_panel(const FinishPanel& work, const Constants& constants) {
+  if (work.row_stride == 1) {
+    for (int64_t n = 0; n < work.rows; n += 8) {
+      finish_transposed(work, constants, n, work.rows - n < 8 ? work.rows - n : 8);
+    }
+    return;
+  }
+  const __m256i mask = tail_mask(work.lanes);
+  const __m256 offset = _mm256_loadu_ps(work.offsets);
+  for (int64_t n = 0; n < work.rows; ++n) {
+    const float* sums = work.sums + n * kPanelWidth;
+    const __m256 shift = _mm256_set1_ps(work.bias != nullptr ? work.bias[n] : 0.0f);
+    __m256 lower, upper;
+    finish_eight(_mm256_loadu_ps(sums), _mm256_loadu_ps(sums + kLanes), shift, offset, constants,
+                 &lower, &upper);
+    _mm256_maskstore_ps(work.out_lower + n * work.row_stride, mask, lower);
+    _mm256_maskstore_ps(work.out_upper + n * work.row_stride, mask, upper);
+  }
+}
+
+constexpr IntervalKernels kKernels = {prepare, dots, tiles, finish_row, finish_panel};
+
+}  // namespace
+
+const IntervalKernels* avx2_kernels() { return &kKernels; }
+
+}  // namespace interval
+}  // namespace pyrobust

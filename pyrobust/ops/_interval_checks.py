@@ -1,0 +1,80 @@
+"""What every interval operator asks of its tensors, and what their gradients share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyrobust._checks import check_choice
+
+__all__ = [
+    "Ends",
+    "check_bias",
+    "check_box",
+    "check_operand",
+    "check_terms",
+    "dense",
+    "map_one_by_one",
+]
+
+ROUNDINGS = ("real", "deployed", "nearest")
+_MAX_TERMS = 2**21
+Ends = tuple[Tensor, Tensor]
+
+
+def check_box(subject: str, lower: Tensor, upper: Tensor, rounding: str) -> None:
+    """Raise unless the ends agree, are float32 or float64, and ``rounding`` is known."""
+    check_choice(subject, "rounding", rounding, ROUNDINGS)
+    if lower.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"{subject}: lower must have dtype float32 or float64; got {lower.dtype} "
+            "(.float() converts half precision exactly)."
+        )
+    if lower.shape != upper.shape:
+        raise ValueError(
+            f"{subject}: upper must have the shape of lower, {tuple(lower.shape)}; "
+            f"got {tuple(upper.shape)}."
+        )
+
+
+def check_operand(subject: str, name: str, value: Tensor | None, dtype: torch.dtype) -> None:
+    """Raise TypeError unless ``value`` is None or of ``dtype``."""
+    if value is not None and value.dtype != dtype:
+        raise TypeError(
+            f"{subject}: {name} must have the dtype of lower, {dtype}; got {value.dtype}."
+        )
+
+
+def check_bias(subject: str, bias: Tensor | None, rows: int) -> None:
+    """Raise ValueError unless ``bias`` is None or ``(rows,)``."""
+    if bias is not None and bias.shape != (rows,):
+        raise ValueError(f"{subject}: bias must have shape ({rows},); got {tuple(bias.shape)}.")
+
+
+def check_terms(subject: str, terms: int) -> None:
+    """Raise ValueError where an output sums more products than the error bounds allow."""
+    if terms > _MAX_TERMS:
+        raise ValueError(
+            f"{subject}: an output may sum at most {_MAX_TERMS} products; got {terms}."
+        )
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """Contiguous, with the negative bit resolved."""
+    return tensor.resolve_neg().contiguous()
+
+
+def map_one_by_one(operator: Any, info: Any, in_dims: tuple[Any, ...], args: Any) -> Any:
+    """Vmap rule without a shortcut: one call per slice."""
+    parts = [
+        operator(
+            *(
+                arg if dim is None else arg.select(dim, i)
+                for arg, dim in zip(args, in_dims, strict=True)
+            )
+        )
+        for i in range(info.batch_size)
+    ]
+    return tuple(torch.stack(ends) for ends in zip(*parts, strict=True)), (0, 0)

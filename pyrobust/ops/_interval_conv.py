@@ -1,0 +1,303 @@
+"""The image of a box under a two-dimensional convolution: operator ``interval_conv2d``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import grad as conv_gradients
+from torch.overrides import handle_torch_function, has_torch_function
+
+from pyrobust import _native
+from pyrobust._checks import check_choice, check_integer
+from pyrobust.ops._interval_checks import (
+    Ends,
+    check_bias,
+    check_box,
+    check_operand,
+    check_terms,
+    dense,
+    map_one_by_one,
+)
+from pyrobust.ops._interval_fallback import outward_image
+from pyrobust.ops._library import define, dispatcher_needed, refuse_forward_mode
+
+__all__ = ["four_sides", "interval_conv2d", "output_size", "pair"]
+
+Pair = int | Sequence[int]
+_SUBJECT = "interval_conv2d"
+
+
+def interval_conv2d(
+    lower: Tensor,
+    upper: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: Pair = 1,
+    padding: Pair | str = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    rounding: str = "real",
+) -> Ends:
+    """Image of a box of images under a convolution, as ``torch.nn.functional.conv2d``.
+
+    Patches are unfolded a few output pixels at a time; the unfolded input is never held whole.
+
+    Args:
+        lower: ``(B, C, H, W)`` or ``(C, H, W)`` lower ends, float32 or float64.
+        upper: upper ends, same dtype and shape. ``lower <= upper`` is not checked.
+        weight: ``(O, C / groups, kh, kw)``, same dtype; at most ``2**21`` values per channel.
+        bias: ``(O,)``, same dtype, or None.
+        stride: steps of the window, one number or ``(vertical, horizontal)``, ``>= 1``.
+        padding: zeros on both sides, ``"same"`` (stride 1 only) or ``"valid"``.
+        dilation: steps inside the window, ``>= 1``.
+        groups: divides ``C`` and ``O``.
+        rounding: ``"real"``, ``"deployed"`` or ``"nearest"``.
+
+    Returns:
+        ``(lower, upper)``, each ``(B, O, H', W')``; differentiable in all four tensors (the exact
+        derivative of centre-radius propagation; rounding counts as constant).
+
+    Raises:
+        TypeError: a dtype other than float32 or float64, or dtypes that differ.
+        ValueError: shapes disagree, or an option is out of range.
+    """
+    tensors = (lower, upper, weight, bias)
+    if has_torch_function(tensors):
+        options: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
+        options |= {"groups": groups, "rounding": rounding}
+        result: Ends = handle_torch_function(interval_conv2d, tensors, *tensors, **options)
+        return result
+    check_box(_SUBJECT, lower, upper, rounding)
+    for name, value in (("upper", upper), ("weight", weight), ("bias", bias)):
+        check_operand(_SUBJECT, name, value, lower.dtype)
+    if weight.ndim != 4:
+        raise ValueError(f"{_SUBJECT}: weight must have 4 dimensions; got {tuple(weight.shape)}.")
+    check_bias(_SUBJECT, bias, weight.shape[0])
+    check_terms(_SUBJECT, weight[0].numel() if weight.shape[0] else 0)
+    step, gap = pair(_SUBJECT, "stride", stride), pair(_SUBJECT, "dilation", dilation)
+    pad = four_sides(_SUBJECT, padding, weight.shape[2:], step, gap)
+    check_images(_SUBJECT, lower, weight.shape, groups)
+    output_size(_SUBJECT, lower.shape, weight.shape[2:], step, pad, gap)
+    low, high = (lower, upper) if lower.ndim == 4 else (lower.unsqueeze(0), upper.unsqueeze(0))
+    arguments = (low, high, weight, bias, step, pad, gap, groups, rounding)
+    if dispatcher_needed(*tensors):
+        refuse_forward_mode(_SUBJECT, *tensors)
+        ends: Ends = torch.ops.pyrobust.interval_conv2d(*arguments)
+    else:
+        ends = _conv_cpu(*arguments)
+    return ends if lower.ndim == 4 else (ends[0].squeeze(0), ends[1].squeeze(0))
+
+
+# --- geometry ---------------------------------------------------------------------------------
+
+
+def pair(subject: str, name: str, value: Pair) -> list[int]:
+    """One number or two, both ``>= 1``."""
+    values = [value, value] if isinstance(value, int) else list(value)
+    if len(values) != 2:
+        raise ValueError(f"{subject}: {name} must be one number or two; got {value}.")
+    for number in values:
+        check_integer(subject, name, number, 1)
+    return values
+
+
+def four_sides(
+    subject: str, padding: Pair | str, kernel: Sequence[int], stride: list[int], dilation: list[int]
+) -> list[int]:
+    """Zeros at ``[top, bottom, left, right]``."""
+    if isinstance(padding, str):
+        check_choice(subject, "padding", padding, ("valid", "same"))
+        if padding == "valid":
+            return [0, 0, 0, 0]
+        if stride != [1, 1]:
+            raise ValueError(f"{subject}: padding 'same' needs stride 1; got {tuple(stride)}.")
+        reach = [gap * (size - 1) for gap, size in zip(dilation, kernel, strict=True)]
+        return [side for total in reach for side in (total // 2, total - total // 2)]
+    values = [padding, padding] if isinstance(padding, int) else list(padding)
+    if len(values) != 2:
+        raise ValueError(f"{subject}: padding must be one number or two; got {padding}.")
+    for number in values:
+        check_integer(subject, "padding", number, 0)
+    return [values[0], values[0], values[1], values[1]]
+
+
+def check_images(subject: str, images: Tensor, weight_shape: Sequence[int], groups: int) -> None:
+    """Raise unless ``images`` is 3- or 4-dimensional with the channels that the weight needs."""
+    check_integer(subject, "groups", groups, 1)
+    channels = weight_shape[1] * groups
+    if images.ndim not in (3, 4) or images.shape[-3] != channels or weight_shape[0] % groups:
+        raise ValueError(
+            f"{subject}: lower must have shape (B, {channels}, H, W) or ({channels}, H, W) for "
+            f"weight {tuple(weight_shape)} in {groups} groups; got {tuple(images.shape)}."
+        )
+
+
+def output_size(
+    subject: str,
+    images_shape: Sequence[int],
+    kernel: Sequence[int],
+    stride: list[int],
+    pad: list[int],
+    dilation: list[int],
+) -> list[int]:
+    """``[H', W']``; raises ValueError where the window does not fit into the padded image."""
+    sizes = []
+    for axis in (0, 1):
+        inside = images_shape[-2 + axis] + pad[2 * axis] + pad[2 * axis + 1]
+        reach = dilation[axis] * (kernel[axis] - 1) + 1
+        if inside < reach:
+            raise ValueError(
+                f"{subject}: a kernel that spans {reach} must fit into the padded size; "
+                f"got {inside}."
+            )
+        sizes.append((inside - reach) // stride[axis] + 1)
+    return sizes
+
+
+# --- operator ---------------------------------------------------------------------------------
+
+
+def _conv_cpu(
+    lower: Tensor,
+    upper: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    pad: list[int],
+    dilation: list[int],
+    groups: int,
+    rounding: str,
+) -> Ends:
+    if lower.dtype != torch.float32:
+        return _conv_fallback(lower, upper, weight, bias, stride, pad, dilation, groups, rounding)
+    size = output_size(_SUBJECT, lower.shape, weight.shape[2:], stride, pad, dilation)
+    out_low = lower.new_empty((lower.shape[0], weight.shape[0], *size))
+    out_high = torch.empty_like(out_low)
+    _native.interval_conv2d(
+        dense(lower),
+        dense(upper),
+        dense(weight),
+        None if bias is None else dense(bias),
+        stride,
+        [pad[0], pad[2]],
+        dilation,
+        groups,
+        rounding,
+        out_low,
+        out_high,
+        torch.get_num_threads(),
+    )
+    return out_low, out_high
+
+
+def _padded(images: Tensor, pad: list[int]) -> Tensor:
+    return F.pad(images, (pad[2], pad[3], pad[0], pad[1]))
+
+
+def _conv_fallback(
+    lower: Tensor,
+    upper: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    pad: list[int],
+    dilation: list[int],
+    groups: int,
+    rounding: str,
+) -> Ends:
+    def product(images: Tensor, kernel: Tensor) -> Tensor:
+        return F.conv2d(_padded(images, pad), kernel, None, stride, 0, dilation, groups)
+
+    shift = None if bias is None else bias.reshape(-1, 1, 1)
+    terms = weight[0].numel() if weight.shape[0] else 0
+    return outward_image(lower, upper, weight, shift, product, terms=terms, rounding=rounding)
+
+
+def _conv_fake(
+    lower: Tensor,
+    upper: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    pad: list[int],
+    dilation: list[int],
+    groups: int,
+    rounding: str,
+) -> Ends:
+    size = output_size(_SUBJECT, lower.shape, weight.shape[2:], stride, pad, dilation)
+    out = lower.new_empty((lower.shape[0], weight.shape[0], *size))
+    return out, torch.empty_like(out)
+
+
+def _conv_context(ctx: Any, inputs: tuple[Any, ...], output: Ends) -> None:
+    lower, upper, weight, bias, *window, _ = inputs
+    ctx.save_for_backward(lower, upper, weight)
+    ctx.has_bias, ctx.window = bias is not None, window
+
+
+def _conv_backward(ctx: Any, grad_lower: Tensor, grad_upper: Tensor) -> tuple[Any, ...]:
+    lower, upper, weight = ctx.saved_tensors
+    stride, pad, dilation, groups = ctx.window
+    window = {"stride": stride, "padding": 0, "dilation": dilation, "groups": groups}
+    to_centre, to_radius = grad_lower + grad_upper, grad_upper - grad_lower
+    grads: list[Tensor | None] = [None, None, None, None]
+    if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+        grads[0], grads[1] = grad_of_ends(to_centre, to_radius, lower, weight, pad, window)
+    if ctx.needs_input_grad[2]:
+        centre = _padded((lower + upper) * 0.5, pad)
+        radius = _padded((upper - lower) * 0.5, pad)
+        shape = tuple(weight.shape)
+        from_centre = conv_gradients.conv2d_weight(centre, shape, to_centre, **window)
+        from_radius = conv_gradients.conv2d_weight(radius, shape, to_radius, **window)
+        grads[2] = from_centre + weight.sign() * from_radius
+    if ctx.has_bias and ctx.needs_input_grad[3]:
+        grads[3] = to_centre.sum((0, 2, 3))
+    return *grads, None, None, None, None, None
+
+
+def grad_of_ends(
+    to_centre: Tensor,
+    to_radius: Tensor,
+    images: Tensor,
+    weight: Tensor,
+    pad: list[int],
+    window: dict[str, Any],
+) -> Ends:
+    """Gradients of the input's ends from those of the output's centre and radius."""
+    height, width = images.shape[-2:]
+    shape = (*images.shape[:2], height + pad[0] + pad[1], width + pad[2] + pad[3])
+    inner = (..., slice(pad[0], pad[0] + height), slice(pad[2], pad[2] + width))
+    centre = conv_gradients.conv2d_input(shape, weight, to_centre, **window)[inner]
+    radius = conv_gradients.conv2d_input(shape, weight.abs(), to_radius, **window)[inner]
+    return (centre - radius) * 0.5, (centre + radius) * 0.5
+
+
+def _conv_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+    dims = tuple(None if isinstance(dim, list) else dim for dim in in_dims)  # lists of numbers
+    operator = torch.ops.pyrobust.interval_conv2d
+    if any(dim is not None for dim in dims[2:]):
+        return map_one_by_one(operator, info, dims, args)
+    size = info.batch_size
+    low, high = (
+        end.movedim(dim, 0) if dim is not None else end.expand(size, *end.shape)
+        for end, dim in zip(args[:2], dims[:2], strict=True)
+    )
+    ends = operator(low.flatten(0, 1), high.flatten(0, 1), *args[2:])
+    return tuple(end.unflatten(0, (size, -1)) for end in ends), (0, 0)
+
+
+define(
+    "interval_conv2d(Tensor lower, Tensor upper, Tensor weight, Tensor? bias, int[] stride,"
+    " int[] pad, int[] dilation, int groups, str rounding) -> (Tensor, Tensor)",
+    _conv_cpu,
+    _conv_fake,
+    backward=_conv_backward,
+    setup_context=_conv_context,
+    vmap=_conv_vmap,
+    fallback=_conv_fallback,
+)
