@@ -15,6 +15,7 @@ __all__ = [
     "check_eval_mode",
     "check_finite",
     "check_float_tensor",
+    "check_instance",
     "check_integer",
     "check_open_unit",
     "check_positive",
@@ -37,6 +38,14 @@ def check_integer(subject: str, name: str, value: Any, minimum: int) -> None:
         raise TypeError(f"{subject}: {name} must be an integer; got {type(value).__name__}.")
     if value < minimum:
         raise ValueError(f"{subject}: {name} must be at least {minimum}; got {value}.")
+
+
+def check_instance(subject: str, name: str, value: Any, kind: type) -> None:
+    """Raise TypeError unless ``value`` is an instance of ``kind``."""
+    if not isinstance(value, kind):
+        package = "torch.nn" if kind.__module__.startswith("torch.nn.") else kind.__module__
+        wanted = f"{package}.{kind.__qualname__}"
+        raise TypeError(f"{subject}: {name} must be a {wanted}; got {type(value).__name__}.")
 
 
 def check_at_least(subject: str, name: str, value: float, minimum: float) -> None:

@@ -2,6 +2,9 @@
 
 from pyrobust.nn.adapter import Adapter, weight_checksum
 from pyrobust.nn.lora import ConvLoRA2d, LoHa, LoRALinear, VeRA
+from pyrobust.nn.packed_conv import PackedConv2d
+from pyrobust.nn.packed_embedding import PackedEmbedding
+from pyrobust.nn.packed_linear import PackedLinear
 from pyrobust.nn.siren_square import (
     SIREN,
     Sine,
@@ -32,6 +35,9 @@ __all__ = [
     "SVFitLinear",
     "VeRA",
     "weight_checksum",
+    "PackedConv2d",
+    "PackedEmbedding",
+    "PackedLinear",
     "SIREN",
     "Sine",
     "activation_spectrum",

@@ -1,5 +1,13 @@
 """The three kernel families as torch operators."""
 
 from pyrobust.ops.matmul import dequantize_codes, pack_codes, packed_linear, unpack_codes
+from pyrobust.ops.packed_layers import packed_conv2d, packed_embedding
 
-__all__ = ["dequantize_codes", "pack_codes", "packed_linear", "unpack_codes"]
+__all__ = [
+    "dequantize_codes",
+    "pack_codes",
+    "packed_conv2d",
+    "packed_embedding",
+    "packed_linear",
+    "unpack_codes",
+]

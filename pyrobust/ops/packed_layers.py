@@ -1,0 +1,522 @@
+"""Convolution and embedding on packed weights: unfolding in blocks, and a gather of packed rows.
+
+Both rest on the packed product. The convolution unfolds a few output rows of a few images at a
+time (:data:`COLUMN_BYTES`), so its scratch memory does not grow with the batch or the image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from pyrobust._checks import check_choice, check_float_tensor, check_integer
+from pyrobust.ops._library import define, dispatcher_needed, refuse_forward_mode
+from pyrobust.ops.matmul import dequantize_codes, packed_linear
+
+__all__ = ["COLUMN_BYTES", "packed_conv2d", "packed_embedding"]
+
+COLUMN_BYTES = 1 << 24  # bytes of unfolded input held at a time: about a last-level cache
+
+_FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+_Pair = int | Sequence[int]
+_Weight = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+def packed_conv2d(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    in_channels: int,
+    kernel_size: _Pair,
+    stride: _Pair = 1,
+    padding: _Pair | str = 0,
+    dilation: _Pair = 1,
+    groups: int = 1,
+    bits: float,
+    group_size: int,
+    group_dim: int = 1,
+    activations: str | None = None,
+) -> Tensor:
+    """Two-dimensional convolution with a packed weight, as ``torch.nn.functional.conv2d``.
+
+    The weight is the packed matrix ``(O, in_channels / groups * kh * kw)`` in torch's order. With
+    ``activations="int8"`` each unfolded patch is rounded with a scale of its own.
+
+    Args:
+        x: ``(B, in_channels, H, W)`` or ``(in_channels, H, W)``; float32, bfloat16 or float16.
+        codes: packed codes, uint8 ``(O, row_bytes)``.
+        scale: scales of the groups.
+        zero: zero-points, or None where symmetric.
+        bias: ``(O,)`` or None.
+        in_channels: channels of ``x``.
+        kernel_size: ``kh, kw`` or one number for both, like the next three.
+        stride: steps of the window, ``>= 1``.
+        padding: zeros on both sides, ``"same"`` (stride 1 only) or ``"valid"``.
+        dilation: steps inside the window, ``>= 1``.
+        groups: divides ``in_channels`` and ``O``.
+        bits: format of the codes: 1, 1.58, 2, 3, 4 or 8.
+        group_size: weights that share a scale.
+        group_dim: 1 groups along a row, 0 along a column.
+        activations: None or ``"int8"``.
+
+    Returns:
+        ``(B, O, H', W')`` in the dtype of ``x``; differentiable in ``x`` and ``bias``.
+
+    Raises:
+        TypeError: ``x`` is not a floating-point tensor.
+        ValueError: shapes disagree, or an option is out of range.
+    """
+    if has_torch_function_unary(x):
+        result: Tensor = handle_torch_function(
+            packed_conv2d,
+            (x,),
+            x,
+            codes,
+            scale,
+            zero,
+            bias,
+            in_channels=in_channels,
+            kernel_size=kernel_size,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            bits=bits,
+            group_size=group_size,
+            group_dim=group_dim,
+            activations=activations,
+        )
+        return result
+    window = (
+        _pair("kernel_size", kernel_size),
+        _pair("stride", stride),
+        _pair("dilation", dilation),
+    )
+    check_integer("packed_conv2d", "groups", groups, 1)
+    pad = _four_sides(padding, *window)
+    _check_input(x, in_channels, groups, codes.shape[0], window, pad)
+    refuse_forward_mode("packed_conv2d", x, bias)
+    images = x if x.ndim == 4 else x.unsqueeze(0)
+    weight_format = (float(bits), group_size, group_dim)
+    tensors = (images, codes, scale, zero, bias)
+    run = torch.ops.pyrobust.packed_conv2d if dispatcher_needed(*tensors) else _conv_kernel
+    out: Tensor = run(*tensors, *window, pad, groups, *weight_format, activations)
+    return out if x.ndim == 4 else out.squeeze(0)
+
+
+def packed_embedding(
+    indices: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None = None,
+    *,
+    embedding_dim: int,
+    bits: float,
+    group_size: int,
+    group_dim: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Rows of a packed table: only the rows that ``indices`` name are decoded.
+
+    Args:
+        indices: integer tensor of any shape, values in ``[0, rows)``.
+        codes: packed codes, uint8 ``(rows, row_bytes)``.
+        scale: scales of the groups.
+        zero: zero-points, or None where symmetric.
+        embedding_dim: columns of the table.
+        bits: format of the codes: 1, 1.58, 2, 3, 4 or 8.
+        group_size: weights that share a scale.
+        group_dim: 1 groups along a row, 0 along a column.
+        dtype: of the result; the decoded float32 value is rounded to it.
+
+    Returns:
+        ``(*indices.shape, embedding_dim)`` in ``dtype``.
+
+    Raises:
+        TypeError: ``indices`` is not an int32 or int64 tensor.
+        IndexError: an index lies outside the table.
+    """
+    if has_torch_function_unary(indices):
+        result: Tensor = handle_torch_function(
+            packed_embedding,
+            (indices,),
+            indices,
+            codes,
+            scale,
+            zero,
+            embedding_dim=embedding_dim,
+            bits=bits,
+            group_size=group_size,
+            group_dim=group_dim,
+            dtype=dtype,
+        )
+        return result
+    if not isinstance(indices, Tensor) or indices.dtype not in (torch.int32, torch.int64):
+        seen = getattr(indices, "dtype", type(indices).__name__)
+        raise TypeError(f"packed_embedding: indices must be an int32 or int64 tensor; got {seen}.")
+    tensors = (indices, codes, scale, zero)
+    run = torch.ops.pyrobust.packed_embedding if dispatcher_needed(*tensors) else _embedding_kernel
+    out: Tensor = run(*tensors, embedding_dim, float(bits), group_size, group_dim, dtype)
+    return out
+
+
+# -- arguments ---------------------------------------------------------------------------------
+
+
+def _pair(name: str, value: _Pair) -> tuple[int, int]:
+    values = (value, value) if isinstance(value, int) else tuple(value)
+    if len(values) != 2:
+        raise ValueError(f"packed_conv2d: {name} must be one or two integers; got {value}.")
+    for entry in values:
+        check_integer("packed_conv2d", name, entry, 1)
+    return values
+
+
+def _four_sides(
+    padding: _Pair | str,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+) -> tuple[int, int, int, int]:
+    """Zeros at the left, right, top and bottom."""
+    if isinstance(padding, str):
+        check_choice("packed_conv2d", "padding", padding, ("same", "valid"))
+        if padding == "valid":
+            return (0, 0, 0, 0)
+        if stride != (1, 1):
+            raise ValueError(f"packed_conv2d: padding 'same' needs stride 1; got {stride}.")
+        tall, wide = (d * (k - 1) for d, k in zip(dilation, kernel, strict=True))
+        return (wide // 2, wide - wide // 2, tall // 2, tall - tall // 2)
+    values = (padding, padding) if isinstance(padding, int) else tuple(padding)
+    if len(values) != 2:
+        raise ValueError(f"packed_conv2d: padding must be one or two integers; got {padding}.")
+    for entry in values:
+        check_integer("packed_conv2d", "padding", entry, 0)
+    return (values[1], values[1], values[0], values[0])
+
+
+_Window = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # kernel, stride, dilation
+
+
+def _check_input(
+    x: Any, in_channels: int, groups: int, rows: int, window: _Window, pad: tuple[int, ...]
+) -> None:
+    check_float_tensor("packed_conv2d", "x", x)
+    check_choice("packed_conv2d", "dtype of x", x.dtype, _FLOAT_TYPES)
+    if x.ndim not in (3, 4) or x.shape[-3] != in_channels:
+        raise ValueError(
+            f"packed_conv2d: x must have shape (B, {in_channels}, H, W) or ({in_channels}, H, W); "
+            f"got {tuple(x.shape)}."
+        )
+    if in_channels % groups or rows % groups:
+        raise ValueError(
+            f"packed_conv2d: groups must divide {in_channels} and {rows} channels; got {groups}."
+        )
+    kernel, _, dilation = window
+    for axis, size, both in ((0, x.shape[-2], pad[2] + pad[3]), (1, x.shape[-1], pad[0] + pad[1])):
+        reach = dilation[axis] * (kernel[axis] - 1) + 1
+        if size + both < reach:
+            raise ValueError(
+                f"packed_conv2d: the padded input must be at least as large as the window; got "
+                f"{size + both} and {reach} along axis {axis - 2}."
+            )
+
+
+# -- kernels -----------------------------------------------------------------------------------
+
+
+def _output_size(
+    shape: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    pad: Sequence[int],
+) -> tuple[int, int]:
+    tall = shape[-2] + pad[2] + pad[3] - dilation[0] * (kernel[0] - 1) - 1
+    wide = shape[-1] + pad[0] + pad[1] - dilation[1] * (kernel[1] - 1) - 1
+    return tall // stride[0] + 1, wide // stride[1] + 1
+
+
+def _blocks(total: int, bytes_each: int) -> Iterator[slice]:
+    """Slices of ``range(total)`` that hold at most COLUMN_BYTES of unfolded input, or one entry."""
+    step = max(1, COLUMN_BYTES // max(1, bytes_each))
+    for first in range(0, total, step):
+        yield slice(first, min(total, first + step))
+
+
+def _input_rows(rows: slice, kernel: int, stride: int, dilation: int) -> slice:
+    """The padded input rows that a slice of output rows reads."""
+    return slice(rows.start * stride, (rows.stop - 1) * stride + dilation * (kernel - 1) + 1)
+
+
+def _unfold(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """Patches of padded images ``(B, C, H, W)`` as rows: ``(B, H', W', C * kh * kw)``."""
+    tall, wide = _output_size(x.shape, kernel, stride, dilation, (0, 0, 0, 0))
+    b, c, h, w = x.stride()
+    patches = x.as_strided(
+        (x.shape[0], tall, wide, x.shape[1], *kernel),
+        (b, h * stride[0], w * stride[1], c, h * dilation[0], w * dilation[1]),
+        x.storage_offset(),
+    )
+    return patches.reshape(x.shape[0], tall, wide, x.shape[1] * kernel[0] * kernel[1])
+
+
+def _weight_of_group(
+    group: int, groups: int, weight: _Weight, group_size: int, group_dim: int
+) -> tuple[_Weight, int]:
+    """Rows of the packed weight that belong to one channel group, and their group size."""
+    codes, scale, zero, bias = weight
+    if groups == 1:
+        return weight, group_size
+    size = codes.shape[0] // groups
+    rows = slice(group * size, (group + 1) * size)
+    if group_dim == 0:  # groups of rows may straddle the border: give every row its own scale
+        each = torch.arange(rows.start, rows.stop, device=scale.device) // group_size
+        scale, zero = scale[each], None if zero is None else zero[each]
+        group_size = 1
+    else:
+        scale, zero = scale[rows], None if zero is None else zero[rows]
+    return (codes[rows], scale, zero, None if bias is None else bias[rows]), group_size
+
+
+def _conv_kernel(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    pad: Sequence[int],
+    groups: int,
+    bits: float,
+    group_size: int,
+    group_dim: int,
+    activations: str | None,
+) -> Tensor:
+    tall, wide = _output_size(x.shape, kernel, stride, dilation, pad)
+    out = x.new_empty(x.shape[0], codes.shape[0], tall, wide)
+    channels, outputs = x.shape[1] // groups, codes.shape[0] // groups
+    columns = channels * kernel[0] * kernel[1]
+    row_bytes = wide * columns * x.element_size()
+    for images in _blocks(x.shape[0], row_bytes * tall):
+        padded = F.pad(x[images], tuple(pad))
+        for rows in _blocks(tall, row_bytes):
+            reads = _input_rows(rows, kernel[0], stride[0], dilation[0])
+            for group in range(groups):
+                part = padded[:, group * channels : (group + 1) * channels, reads]
+                weight, own_size = _weight_of_group(
+                    group, groups, (codes, scale, zero, bias), group_size, group_dim
+                )
+                product = packed_linear(
+                    _unfold(part, kernel, stride, dilation),
+                    *weight,
+                    in_features=columns,
+                    bits=bits,
+                    group_size=own_size,
+                    group_dim=group_dim,
+                    activations=activations,
+                )
+                writes = slice(group * outputs, (group + 1) * outputs)
+                out[images, writes, rows] = product.permute(0, 3, 1, 2)
+    return out
+
+
+def _conv_fake(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    pad: Sequence[int],
+    groups: int,
+    bits: float,
+    group_size: int,
+    group_dim: int,
+    activations: str | None,
+) -> Tensor:
+    size = _output_size(x.shape, kernel, stride, dilation, pad)
+    return x.new_empty(x.shape[0], codes.shape[0], *size)
+
+
+def _input_grad_kernel(
+    grad: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    shape: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    pad: Sequence[int],
+    groups: int,
+    bits: float,
+    group_size: int,
+    group_dim: int,
+) -> Tensor:
+    """Gradient to the input of the convolution, accumulated in float32."""
+    left, right, top, bottom = pad
+    out = grad.new_empty(tuple(shape))
+    channels, outputs = shape[1] // groups, codes.shape[0] // groups
+    columns = channels * kernel[0] * kernel[1]
+    tall, wide = grad.shape[-2:]
+    high, broad = shape[2] + top + bottom, shape[3] + left + right
+    for images in _blocks(shape[0], 4 * tall * wide * columns):
+        count = images.stop - images.start
+        padded = grad.new_zeros(count, shape[1], high, broad, dtype=torch.float32)
+        for rows in _blocks(tall, 4 * wide * columns):
+            reads = _input_rows(rows, kernel[0], stride[0], dilation[0])
+            for group in range(groups):
+                weight, own_size = _weight_of_group(
+                    group, groups, (codes, scale, zero, None), group_size, group_dim
+                )
+                part = grad[images, group * outputs : (group + 1) * outputs, rows]
+                unfolded = torch.ops.pyrobust.packed_linear_transpose(
+                    part.permute(0, 2, 3, 1).reshape(-1, outputs).float(),
+                    *weight[:3],
+                    columns,
+                    bits,
+                    own_size,
+                    group_dim,
+                )
+                padded[:, group * channels : (group + 1) * channels, reads] += F.fold(
+                    unfolded.reshape(count, -1, columns).transpose(1, 2),
+                    (reads.stop - reads.start, broad),
+                    tuple(kernel),
+                    tuple(dilation),
+                    0,
+                    tuple(stride),
+                )
+        out[images] = padded[:, :, top : top + shape[2], left : left + shape[3]].to(out.dtype)
+    return out
+
+
+def _input_grad_fake(grad: Tensor, *arguments: Any) -> Tensor:
+    return grad.new_empty(tuple(arguments[3]))
+
+
+def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, codes, scale, zero, bias, *options, _activations = inputs
+    ctx.save_for_backward(codes, scale, zero)
+    ctx.shape, ctx.options = x.shape, options
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        arguments = (*ctx.saved_tensors, ctx.shape, *ctx.options)
+        grad_x = torch.ops.pyrobust.packed_conv2d_input_grad(grad, *arguments)
+    if ctx.needs_input_grad[4]:
+        grad_bias = grad.sum((0, 2, 3), dtype=torch.float32).to(ctx.bias_dtype)
+    return (grad_x, None, None, None, grad_bias, *[None] * 9)
+
+
+def _input_grad_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, codes, scale, zero, _, *options = inputs
+    ctx.save_for_backward(codes, scale, zero)
+    ctx.options = options
+
+
+def _input_grad_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The map is linear and its adjoint is the convolution itself."""
+    again = torch.ops.pyrobust.packed_conv2d(grad, *ctx.saved_tensors, None, *ctx.options, None)
+    return (again, *[None] * 12)
+
+
+def _conv_vmap(
+    info: Any, in_dims: tuple[int | None, ...], x: Tensor, *rest: Any
+) -> tuple[Tensor, int]:
+    """A mapped axis of ``x`` joins the batch."""
+    if any(dim is not None for dim in in_dims[1:5]):
+        raise NotImplementedError("packed_conv2d: vmap over the packed weight or the bias.")
+    x = x.movedim(in_dims[0] or 0, 0)
+    out = torch.ops.pyrobust.packed_conv2d(x.flatten(0, 1), *rest)
+    return out.unflatten(0, x.shape[:2]), 0
+
+
+def _embedding_kernel(
+    indices: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    embedding_dim: int,
+    bits: float,
+    group_size: int,
+    group_dim: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    flat = indices.reshape(-1)
+    if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= codes.shape[0]):
+        raise IndexError(
+            f"packed_embedding: indices must lie in [0, {codes.shape[0]}); got values from "
+            f"{int(flat.min())} to {int(flat.max())}."
+        )
+    groups = flat if group_dim == 1 else flat // group_size
+    rows = dequantize_codes(
+        codes[flat],
+        scale[groups],
+        None if zero is None else zero[groups],
+        in_features=embedding_dim,
+        bits=bits,
+        group_size=group_size if group_dim == 1 else 1,
+        group_dim=group_dim,
+    )
+    return rows.to(dtype).reshape(*indices.shape, embedding_dim)
+
+
+def _embedding_fake(
+    indices: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    embedding_dim: int,
+    bits: float,
+    group_size: int,
+    group_dim: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return codes.new_empty((*indices.shape, embedding_dim), dtype=dtype)
+
+
+_WEIGHT = "Tensor codes, Tensor scale, Tensor? zero"
+_WINDOW = "int[] kernel, int[] stride, int[] dilation, int[] pad, int groups"
+_FORMAT = "float bits, int group_size, int group_dim"
+
+define(
+    f"packed_conv2d(Tensor x, {_WEIGHT}, Tensor? bias, {_WINDOW}, {_FORMAT}, "
+    "str? activations) -> Tensor",
+    _conv_kernel,
+    _conv_fake,
+    backward=_conv_backward,
+    setup_context=_conv_setup,
+    vmap=_conv_vmap,
+)
+define(
+    f"packed_conv2d_input_grad(Tensor grad, {_WEIGHT}, SymInt[] shape, {_WINDOW}, {_FORMAT}) "
+    "-> Tensor",
+    _input_grad_kernel,
+    _input_grad_fake,
+    backward=_input_grad_backward,
+    setup_context=_input_grad_setup,
+)
+define(
+    f"packed_embedding(Tensor indices, {_WEIGHT}, int embedding_dim, {_FORMAT}, "
+    "ScalarType dtype) -> Tensor",
+    _embedding_kernel,
+    _embedding_fake,
+)
