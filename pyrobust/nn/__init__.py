@@ -16,6 +16,7 @@ from pyrobust.nn.siren_square import (
     winner_init_,
     winner_scales,
 )
+from pyrobust.nn.smoothed_classifier import SmoothedClassifier
 from pyrobust.nn.svfit import SVFitConv2d, SVFitLinear
 from pyrobust.nn.weight_compander import (
     WeightCompander,
@@ -40,6 +41,7 @@ __all__ = [
     "PackedLinear",
     "SIREN",
     "Sine",
+    "SmoothedClassifier",
     "activation_spectrum",
     "empirical_ntk",
     "fit_signal",

@@ -2,9 +2,12 @@
 
 from pyrobust.ops.matmul import dequantize_codes, pack_codes, packed_linear, unpack_codes
 from pyrobust.ops.packed_layers import packed_conv2d, packed_embedding
+from pyrobust.ops.sampling import count_votes, gaussian_samples
 
 __all__ = [
+    "count_votes",
     "dequantize_codes",
+    "gaussian_samples",
     "pack_codes",
     "packed_conv2d",
     "packed_embedding",

@@ -1,0 +1,122 @@
+"""Votes of a classifier on noisy copies of its inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyrobust import _native
+from pyrobust._checks import check_eval_mode, check_float_tensor, check_integer
+from pyrobust.ops.sampling import gaussian_samples
+
+__all__ = ["check_voting", "classify", "count_noisy_votes", "device_of"]
+
+
+def check_voting(subject: str, base: nn.Module, x: Tensor, batch_size: int) -> None:
+    """Raise unless ``x`` is a batch of float images and ``base`` is in evaluation mode."""
+    if isinstance(x, Tensor) and not x.is_floating_point():
+        raise TypeError(
+            f"{subject}: x must be a floating-point tensor, got {x.dtype}; Gaussian noise needs "
+            "real-valued inputs, so scale integer images first, as in x.float() / 255."
+        )
+    check_float_tensor(subject, "x", x)
+    if x.ndim < 2:
+        raise ValueError(f"{subject}: x must be a batch (B, ...); got shape {tuple(x.shape)}.")
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError(f"{subject}: x must be finite; it holds NaN or infinite values.")
+    check_integer(subject, "batch_size", batch_size, 1)
+    check_eval_mode(subject, base)
+
+
+def device_of(base: nn.Module) -> torch.device:
+    """Where the base computes: the device of its first parameter or buffer, else the CPU."""
+    for tensor in (*base.parameters(), *base.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def classify(base: nn.Module, noisy: Tensor, num_classes: int, subject: str) -> tuple[Tensor, int]:
+    """``(N,)`` int64 classes of ``(N, ...)`` CPU inputs, and the first row with a NaN, or -1.
+
+    Raises:
+        ValueError: the base does not return ``(N, num_classes)``.
+    """
+    with torch.no_grad():
+        logits = base(noisy.to(device_of(base)))
+    if logits.shape != (noisy.shape[0], num_classes):
+        raise ValueError(
+            f"{subject}: the base must return shape ({noisy.shape[0]}, {num_classes}) for "
+            f"num_classes={num_classes}; got {tuple(logits.shape)}."
+        )
+    halves = (torch.float16, torch.bfloat16)
+    logits = logits if logits.dtype in halves else logits.to(torch.float32)
+    votes = torch.empty(noisy.shape[0], dtype=torch.int64)
+    nan = _native.find_votes(logits.cpu().contiguous(), votes, torch.get_num_threads())
+    return votes, nan
+
+
+def count_noisy_votes(
+    base: nn.Module,
+    x: Tensor,
+    sigma: float,
+    n: int,
+    *,
+    num_classes: int,
+    seed: int,
+    first_sample: int = 0,
+    first_index: int = 0,
+    batch_size: int = 512,
+    subject: str = "count_noisy_votes",
+    bar: Any = None,
+) -> Tensor:
+    """Class counts of ``n`` Gaussian copies of each input.
+
+    Every forward batch holds copies of one image only and starts at a multiple of ``batch_size``
+    copies, so an image meets the same batches whatever other images stand beside it.
+
+    Args:
+        base: classifier, ``(N, ...)`` to ``(N, num_classes)``, in evaluation mode, any device.
+        x: ``(B, ...)`` float inputs.
+        sigma: standard deviation of the noise, ``> 0``, in the units of ``x``.
+        n: copies per input.
+        num_classes: ``K``.
+        seed: key of the noise.
+        first_sample: sample index of the first copy.
+        first_index: image index of ``x[0]``.
+        batch_size: copies per forward pass.
+        subject: who asks, for error messages.
+        bar: a tqdm bar to advance by the copies done, or None.
+
+    Returns:
+        ``(B, K)`` int64 counts on the CPU; each row sums to ``n``.
+
+    Raises:
+        ValueError: the base returns another shape, or NaN for a sample (which is named).
+    """
+    counts = torch.zeros(x.shape[0], num_classes, dtype=torch.int64)
+    images = x.detach().cpu()
+    for b in range(x.shape[0]):
+        for start in range(0, n, batch_size):
+            size = min(batch_size, n - start)
+            sample, index = first_sample + start, first_index + b
+            with torch.no_grad():
+                noisy = gaussian_samples(
+                    images[b : b + 1],
+                    sigma,
+                    size,
+                    seed=seed,
+                    first_sample=sample,
+                    first_index=index,
+                )
+            votes, nan = classify(base, noisy[0], num_classes, subject)
+            if nan >= 0:
+                raise ValueError(
+                    f"{subject}: the base must not return NaN; it does for sample {sample + nan} "
+                    f"of image {index} (seed {seed})."
+                )
+            counts[b] += torch.bincount(votes, minlength=num_classes)
+            if bar is not None:
+                bar.update(size)
+    return counts

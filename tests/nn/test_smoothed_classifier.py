@@ -1,0 +1,227 @@
+"""The smoothed classifier on bases whose true probabilities are known."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from scipy import special, stats
+from torch import nn
+
+from pyrobust.certify import clopper_pearson_lower, gaussian_radius
+from pyrobust.nn import SmoothedClassifier
+from pyrobust.ops import gaussian_samples
+
+
+class Halfspace(nn.Module):
+    """Class 1 where ``w . x > 0``; the margin of an input is its true radius."""
+
+    def __init__(self, dimension):
+        super().__init__()
+        w = torch.randn(dimension)
+        self.register_buffer("w", w / w.norm())
+
+    def forward(self, x):
+        score = x.flatten(1) @ self.w
+        return torch.stack([torch.zeros_like(score), score], dim=1)
+
+    def inputs(self, margins):
+        return torch.as_tensor(margins)[:, None] * self.w
+
+
+class Shape(nn.Module):
+    """Records the batches it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append(x.clone())
+        return x.flatten(1)[:, :3]
+
+
+def convolutional():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 10)).eval()
+
+
+def test_radius_of_a_halfspace_never_exceeds_its_margin_beyond_alpha():
+    torch.manual_seed(0)
+    base, sigma, alpha, runs = Halfspace(16).eval(), 0.5, 0.05, 2000
+    smoothed = SmoothedClassifier(base, sigma, 2)
+    margin = 0.3
+    x = base.inputs([margin] * runs)
+    certificate = smoothed.certify(x, n0=10, n=200, alpha=alpha, seed=1, batch_size=200)
+    too_far = int((certificate.radius > margin).sum())
+    # With k of n votes the bound exceeds p for a known set of k: the exact error is below alpha.
+    p = special.ndtr(margin / sigma)
+    bounds = clopper_pearson_lower(torch.arange(201), 200, alpha)
+    exact = stats.binom.pmf(range(201), 200, p)[bounds.numpy() > p].sum()
+    assert exact <= alpha
+    assert too_far <= stats.binom.isf(1e-4, runs, alpha)
+    assert abs(too_far - exact * runs) <= 5 * (runs * exact) ** 0.5
+    assert (certificate.prediction[certificate.radius > 0] == 1).float().mean() > 0.99
+
+
+def test_boundary_input_is_rarely_certified():
+    base = Halfspace(4).eval()
+    certificate = SmoothedClassifier(base, 1.0, 2).certify(
+        base.inputs([0.0] * 1000), n0=10, n=100, alpha=0.05, batch_size=100
+    )
+    assert int((~certificate.abstained).sum()) <= stats.binom.isf(1e-4, 1000, 0.05)
+
+
+def test_certificate_follows_from_its_counts():
+    smoothed = SmoothedClassifier(convolutional(), 0.5, 10)
+    certificate = smoothed.certify(torch.rand(4, 1, 8, 8), n0=20, n=500, alpha=0.01)
+    top = certificate.selection_counts.argmax(1)
+    votes = certificate.counts.gather(1, top[:, None])[:, 0]
+    p_lower = clopper_pearson_lower(votes, 500, 0.01)
+    assert torch.equal(certificate.p_lower, p_lower)
+    certain = p_lower > 0.5
+    expected = torch.where(certain, gaussian_radius(p_lower, 0.5), 0.0)
+    assert torch.equal(certificate.radius, expected)
+    assert torch.equal(certificate.prediction, torch.where(certain, top, -1))
+    assert certificate.counts.sum(1).tolist() == [500] * 4
+    assert certificate.selection_counts.sum(1).tolist() == [20] * 4
+    assert certificate.samples.tolist() == [520] * 4
+
+
+def test_selection_samples_are_never_reused():
+    base = Shape().eval()
+    SmoothedClassifier(base, 1.0, 3).certify(torch.zeros(2, 3), n0=5, n=12, batch_size=4)
+    samples = torch.cat(base.seen)
+    assert samples.shape == (2 * 17, 3)
+    assert samples.unique(dim=0).shape == samples.shape
+    drawn = gaussian_samples(torch.zeros(2, 3), 1.0, 17, seed=0)
+    assert torch.equal(samples[:10], drawn[:, :5].flatten(0, 1))
+    assert torch.equal(samples[10:], drawn[:, 5:].flatten(0, 1))
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_result_depends_on_no_split(batch_size, threads):
+    x = torch.rand(3, 1, 8, 8)
+    smoothed = SmoothedClassifier(convolutional(), 0.5, 10)
+    whole = smoothed.certify(x, n0=10, n=150, seed=2)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        split = smoothed.certify(x, n0=10, n=150, seed=2, batch_size=batch_size)
+    finally:
+        torch.set_num_threads(before)
+    alone = smoothed.certify(x[2:], n0=10, n=150, seed=2, first_index=2)
+    assert torch.equal(split.counts, whole.counts)
+    assert torch.equal(split.radius, whole.radius)
+    assert torch.equal(alone.counts[0], whole.counts[2])
+
+
+def test_prediction_abstains_when_two_classes_are_close():
+    base = Halfspace(8).eval()
+    smoothed = SmoothedClassifier(base, 0.5, 2)
+    x = base.inputs([2.0, -2.0, 0.0])
+    assert smoothed.predict(x, n=200, alpha=0.001).tolist() == [1, 0, -1]
+
+
+def test_probabilities_are_differentiable_and_seeded():
+    base = convolutional().double().float()
+    smoothed = SmoothedClassifier(base, 0.25, 10)
+    x = torch.rand(2, 1, 8, 8, requires_grad=True)
+    probabilities = smoothed(x, n=5, seed=3)
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(2))
+    noisy = gaussian_samples(x.detach(), 0.25, 5, seed=3).flatten(0, 1)
+    expected = torch.softmax(base(noisy), -1).view(2, 5, 10).mean(1)
+    torch.testing.assert_close(probabilities, expected)
+    probabilities[:, 0].sum().backward()
+    assert x.grad.abs().sum() > 0
+    assert not torch.equal(smoothed(x, n=5), smoothed(x, n=5))
+    torch.manual_seed(5)
+    first = smoothed(x, n=5)
+    torch.manual_seed(5)
+    assert torch.equal(smoothed(x, n=5), first)
+
+
+def test_module_copies_pickles_and_keeps_its_weights():
+    smoothed = SmoothedClassifier(convolutional(), 0.25, 10)
+    x = torch.rand(1, 1, 8, 8)
+    expected = smoothed(x, seed=0)
+    assert torch.equal(copy.deepcopy(smoothed)(x, seed=0), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(smoothed))(x, seed=0), expected)
+    assert [name.split(".")[0] for name in smoothed.state_dict()] == ["base"] * 4
+    assert "sigma=0.25, num_classes=10" in repr(smoothed)
+
+
+def test_half_precision_base_and_progress(capsys):
+    smoothed = SmoothedClassifier(convolutional().bfloat16(), 0.25, 10)
+    x = torch.rand(2, 1, 8, 8).bfloat16()
+    certificate = smoothed.certify(x, n0=5, n=20, progress=True)
+    assert certificate.counts.sum(1).tolist() == [20, 20]
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "50/50" in captured.err
+
+
+def test_empty_batch():
+    certificate = SmoothedClassifier(convolutional(), 1.0, 10).certify(torch.rand(0, 1, 8, 8), n=5)
+    assert len(certificate) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"alpha": 0.0}, ValueError, r"alpha must lie in the open interval \(0, 1\); got 0"),
+        ({"alpha": 1.0}, ValueError, "alpha must lie"),
+        ({"n": 0}, ValueError, "n must be at least 1; got 0"),
+        ({"n0": 0}, ValueError, "n0 must be at least 1"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
+        (
+            {"x": torch.zeros(1, 1, 8, 8, dtype=torch.uint8)},
+            TypeError,
+            "scale integer images first",
+        ),
+        ({"x": torch.zeros(1, 1, 8, 8) * math.nan}, ValueError, "x must be finite"),
+        ({"x": torch.zeros(64)}, ValueError, r"x must be a batch \(B, ...\)"),
+    ],
+)
+def test_bad_arguments_are_refused(options, error, message):
+    smoothed = SmoothedClassifier(convolutional(), 0.25, 10)
+    x = options.pop("x", torch.zeros(1, 1, 8, 8))
+    with pytest.raises(error, match=message):
+        smoothed.certify(x, **{"n": 5, **options})
+
+
+def test_training_mode_is_refused():
+    base = convolutional()
+    base[1].train()
+    smoothed = SmoothedClassifier(base, 0.25, 10)
+    with pytest.raises(
+        ValueError, match=r"evaluation mode, but its module '1' is in training mode"
+    ):
+        smoothed.certify(torch.zeros(1, 1, 8, 8), n=5)
+
+
+def test_wrong_class_count_is_refused():
+    smoothed = SmoothedClassifier(convolutional(), 0.25, 9)
+    with pytest.raises(ValueError, match=r"must return shape \(5, 9\) for num_classes=9"):
+        smoothed.certify(torch.zeros(1, 1, 8, 8), n0=5, n=5)
+
+
+def test_nan_logits_name_the_sample():
+    class Broken(nn.Module):
+        def forward(self, x):
+            return torch.where(x[:, :2] > 1.5, math.nan, x[:, :2])
+
+    z = gaussian_samples(torch.zeros(1, 2), 1.0, 200, seed=0, first_index=4)[0]
+    bad = int((z > 1.5).any(1).nonzero()[0])
+    with pytest.raises(ValueError, match=f"NaN; it does for sample {bad} of image 4"):
+        SmoothedClassifier(Broken().eval(), 1.0, 2).certify(
+            torch.zeros(1, 2), n0=1, n=199, batch_size=8, first_index=4
+        )
+
+
+@pytest.mark.parametrize("sigma", [0.0, -0.5, math.nan])
+def test_bad_sigma_is_refused(sigma):
+    with pytest.raises(ValueError, match="sigma must be finite and positive"):
+        SmoothedClassifier(nn.Identity(), sigma, 2)
