@@ -15,6 +15,53 @@ def interval_linear(
     out_upper: Tensor,
     num_threads: int,
 ) -> None: ...
+def interval_conv2d(
+    lower: Tensor,
+    upper: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    pad: list[int],
+    dilation: list[int],
+    groups: int,
+    rounding: str,
+    out_lower: Tensor,
+    out_upper: Tensor,
+    num_threads: int,
+) -> None: ...
+def interval_packed_linear(
+    lower: Tensor,
+    upper: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    format: list[int],
+    int8: bool,
+    rounding: str,
+    out_lower: Tensor,
+    out_upper: Tensor,
+    num_threads: int,
+) -> None: ...
+def interval_packed_conv2d(
+    lower: Tensor,
+    upper: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    format: list[int],
+    int8: bool,
+    kernel: list[int],
+    stride: list[int],
+    pad: list[int],
+    dilation: list[int],
+    groups: int,
+    rounding: str,
+    out_lower: Tensor,
+    out_upper: Tensor,
+    num_threads: int,
+) -> None: ...
 def packed_linear(
     x: Tensor,
     codes: Tensor,
@@ -42,20 +89,6 @@ def dequantize(
 ) -> None: ...
 def unpack_codes(packed: Tensor, codes: Tensor, levels: int, num_threads: int) -> None: ...
 def pack_codes(codes: Tensor, packed: Tensor, levels: int, num_threads: int) -> None: ...
-def interval_conv2d(
-    lower: Tensor,
-    upper: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: list[int],
-    pad: list[int],
-    dilation: list[int],
-    groups: int,
-    rounding: str,
-    out_lower: Tensor,
-    out_upper: Tensor,
-    num_threads: int,
-) -> None: ...
 def gaussian_samples(
     x: Tensor,
     sigma: Tensor,

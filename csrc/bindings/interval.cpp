@@ -6,6 +6,7 @@
 #include <array>
 
 #include "bindings/families.h"
+#include "bindings/packed_matrix.h"
 #include "bindings/tensor_view.h"
 #include "runtime/check.h"
 
@@ -19,84 +20,129 @@ interval::Rounding parse_rounding(const std::string& name) {
   fail("interval: rounding must be one of real, deployed, nearest; got '", name, "'.");
 }
 
-const TensorView& matrix(const TensorView& tensor, int64_t rows, int64_t columns) {
-  return tensor.require_dtype(DType::kFloat32)
-      .require_ndim(2)
-      .require_size(0, rows)
-      .require_size(1, columns);
-}
+// The arguments that every entry point shares, in the order of its Python call.
+struct Ends {
+  TensorView lower, upper, out_lower, out_upper;
 
-const float* bias_of(const TensorView& bias, int64_t rows) {
-  if (bias.ndim == 0) return nullptr;
-  return bias.require_dtype(DType::kFloat32).require_ndim(1).require_size(0, rows).as<float>();
-}
+  Ends(py::handle lower, py::handle upper, py::handle out_lower, py::handle out_upper, int ndim)
+      : lower(view(lower, "lower")),
+        upper(view(upper, "upper")),
+        out_lower(view(out_lower, "out_lower")),
+        out_upper(view(out_upper, "out_upper")) {
+    for (const TensorView* end : {&this->lower, &this->upper, &this->out_lower, &this->out_upper}) {
+      end->require_dtype(DType::kFloat32).require_ndim(ndim);
+    }
+    for (int axis = 0; axis < ndim; ++axis) {
+      this->upper.require_size(axis, this->lower.shape[axis]);
+      this->out_upper.require_size(axis, this->out_lower.shape[axis]);
+    }
+  }
 
-void interval_linear(py::handle lower, py::handle upper, py::handle weight, py::handle bias,
-                     const std::string& rounding, py::handle out_lower, py::handle out_upper,
-                     int num_threads) {
-  const TensorView low = view(lower, "lower"), high = view(upper, "upper"),
-                   w = view(weight, "weight"), b = view_optional(bias, "bias"),
-                   out_low = view(out_lower, "out_lower"), out_high = view(out_upper, "out_upper");
-  low.require_dtype(DType::kFloat32).require_ndim(2);
-  w.require_dtype(DType::kFloat32).require_ndim(2);
-  const int64_t batch = low.shape[0], terms = w.shape[1], rows = w.shape[0];
-  matrix(low, batch, terms);
-  matrix(high, batch, terms);
-  matrix(out_low, batch, rows);
-  matrix(out_high, batch, rows);
-  const interval::Call call{
-      low.as<float>(),          high.as<float>(),    {w.as<float>(), rows, terms}, bias_of(b, rows),
-      parse_rounding(rounding), out_low.as<float>(), out_high.as<float>()};
+  interval::Call call(const interval::Weight& weight, const TensorView& bias,
+                      const std::string& rounding, bool int8) const {
+    out_lower.require_size(0, lower.shape[0]).require_size(1, weight.rows);
+    const float* shift = nullptr;
+    if (bias.ndim != 0) {
+      bias.require_dtype(DType::kFloat32).require_ndim(1).require_size(0, weight.rows);
+      shift = bias.as<float>();
+    }
+    return {
+        lower.as<float>(),     upper.as<float>(),    weight, shift, parse_rounding(rounding), int8,
+        out_lower.as<float>(), out_upper.as<float>()};
+  }
+};
+
+void linear(const Ends& ends, const interval::Weight& weight, const TensorView& bias,
+            const std::string& rounding, bool int8, int num_threads) {
+  ends.lower.require_size(1, weight.terms);
+  const interval::Call call = ends.call(weight, bias, rounding, int8);
   const py::gil_scoped_release release;
-  interval::interval_linear(call, batch, num_threads);
-}
-
-const TensorView& images(const TensorView& tensor, const std::array<int64_t, 4>& shape) {
-  tensor.require_dtype(DType::kFloat32).require_ndim(4);
-  for (int axis = 0; axis < 4; ++axis) tensor.require_size(axis, shape[axis]);
-  return tensor;
+  interval::interval_linear(call, ends.lower.shape[0], num_threads);
 }
 
 using Pair = std::array<int64_t, 2>;
 
-void interval_conv2d(py::handle lower, py::handle upper, py::handle weight, py::handle bias,
+void conv2d(const Ends& ends, const interval::Weight& weight, const TensorView& bias, Pair kernel,
+            Pair stride, Pair pad, Pair dilation, int64_t groups, const std::string& rounding,
+            bool int8, int num_threads) {
+  const int64_t* size = ends.lower.shape;
+  const interval::Images images{size[0], size[1], size[2], size[3]};
+  const interval::Window window{kernel[0],
+                                kernel[1],
+                                stride[0],
+                                stride[1],
+                                pad[0],
+                                pad[1],
+                                dilation[0],
+                                dilation[1],
+                                groups,
+                                ends.out_lower.shape[2],
+                                ends.out_lower.shape[3]};
+  const interval::Call call = ends.call(weight, bias, rounding, int8);
+  const py::gil_scoped_release release;
+  interval::interval_conv2d(call, images, window, num_threads);
+}
+
+void interval_linear(py::handle lower, py::handle upper, py::handle weight_, py::handle bias,
+                     const std::string& rounding, py::handle out_lower, py::handle out_upper,
+                     int num_threads) {
+  const TensorView weight = view(weight_, "weight");
+  weight.require_dtype(DType::kFloat32).require_ndim(2);
+  linear(Ends(lower, upper, out_lower, out_upper, 2),
+         {weight.as<float>(), nullptr, weight.shape[0], weight.shape[1]},
+         view_optional(bias, "bias"), rounding, false, num_threads);
+}
+
+void interval_conv2d(py::handle lower, py::handle upper, py::handle weight_, py::handle bias,
                      Pair stride, Pair pad, Pair dilation, int64_t groups,
                      const std::string& rounding, py::handle out_lower, py::handle out_upper,
                      int num_threads) {
-  const TensorView low = view(lower, "lower"), high = view(upper, "upper"),
-                   w = view(weight, "weight"), b = view_optional(bias, "bias"),
-                   out_low = view(out_lower, "out_lower"), out_high = view(out_upper, "out_upper");
-  low.require_dtype(DType::kFloat32).require_ndim(4);
-  w.require_dtype(DType::kFloat32).require_ndim(4);
-  out_low.require_dtype(DType::kFloat32).require_ndim(4);
-  const interval::Images size{low.shape[0], low.shape[1], low.shape[2], low.shape[3]};
-  const int64_t rows = w.shape[0];
-  const interval::Window window{w.shape[2], w.shape[3],       stride[0],       stride[1],
-                                pad[0],     pad[1],           dilation[0],     dilation[1],
-                                groups,     out_low.shape[2], out_low.shape[3]};
-  images(high, {size.batch, size.channels, size.height, size.width});
-  images(out_low, {size.batch, rows, window.out_height, window.out_width});
-  images(out_high, {size.batch, rows, window.out_height, window.out_width});
-  const interval::Call call{low.as<float>(),
-                            high.as<float>(),
-                            {w.as<float>(), rows, w.shape[1] * w.shape[2] * w.shape[3]},
-                            bias_of(b, rows),
-                            parse_rounding(rounding),
-                            out_low.as<float>(),
-                            out_high.as<float>()};
-  const py::gil_scoped_release release;
-  interval::interval_conv2d(call, size, window, num_threads);
+  const TensorView weight = view(weight_, "weight");
+  weight.require_dtype(DType::kFloat32).require_ndim(4);
+  const int64_t* shape = weight.shape;
+  conv2d(Ends(lower, upper, out_lower, out_upper, 4),
+         {weight.as<float>(), nullptr, shape[0], shape[1] * shape[2] * shape[3]},
+         view_optional(bias, "bias"), {shape[2], shape[3]}, stride, pad, dilation, groups, rounding,
+         false, num_threads);
+}
+
+// (in_features, levels, group_size, group_dim)
+using Format = std::array<int64_t, 4>;
+
+matmul::PackedMatrix packed_weight(py::handle codes, py::handle scale, py::handle zero,
+                                   const Format& format) {
+  return packed_matrix(view(codes, "codes"), view(scale, "scale"), view_optional(zero, "zero"),
+                       format[0], static_cast<int>(format[1]), format[2],
+                       static_cast<int>(format[3]));
+}
+
+void interval_packed_linear(py::handle lower, py::handle upper, py::handle codes, py::handle scale,
+                            py::handle zero, py::handle bias, const Format& format, bool int8,
+                            const std::string& rounding, py::handle out_lower, py::handle out_upper,
+                            int num_threads) {
+  const matmul::PackedMatrix weight = packed_weight(codes, scale, zero, format);
+  linear(Ends(lower, upper, out_lower, out_upper, 2), {nullptr, &weight, weight.rows, weight.cols},
+         view_optional(bias, "bias"), rounding, int8, num_threads);
+}
+
+void interval_packed_conv2d(py::handle lower, py::handle upper, py::handle codes, py::handle scale,
+                            py::handle zero, py::handle bias, const Format& format, bool int8,
+                            Pair kernel, Pair stride, Pair pad, Pair dilation, int64_t groups,
+                            const std::string& rounding, py::handle out_lower, py::handle out_upper,
+                            int num_threads) {
+  const matmul::PackedMatrix weight = packed_weight(codes, scale, zero, format);
+  conv2d(Ends(lower, upper, out_lower, out_upper, 4), {nullptr, &weight, weight.rows, weight.cols},
+         view_optional(bias, "bias"), kernel, stride, pad, dilation, groups, rounding, int8,
+         num_threads);
 }
 
 }  // namespace
 
 void bind_interval(py::module_& m) {
-  m.def("interval_linear", &interval_linear, py::arg("lower"), py::arg("upper"), py::arg("weight"),
-        py::arg("bias"), py::arg("rounding"), py::arg("out_lower"), py::arg("out_upper"),
-        py::arg("num_threads"));
-  m.def("interval_conv2d", &interval_conv2d, py::arg("lower"), py::arg("upper"), py::arg("weight"),
-        py::arg("bias"), py::arg("stride"), py::arg("pad"), py::arg("dilation"), py::arg("groups"),
-        py::arg("rounding"), py::arg("out_lower"), py::arg("out_upper"), py::arg("num_threads"));
+  m.def("interval_linear", &interval_linear);
+  m.def("interval_conv2d", &interval_conv2d);
+  m.def("interval_packed_linear", &interval_packed_linear);
+  m.def("interval_packed_conv2d", &interval_packed_conv2d);
 }
 
 }  // namespace pyrobust

@@ -1,7 +1,7 @@
 // Picks the kernels, prepares centres and radii once, splits the work over threads: rows of W in
 // the linear product, output pixels in the convolution.
 #include <algorithm>
-#include <vector>
+#include <memory>
 
 #include "interval/interval.h"
 #include "interval/kernels.h"
@@ -17,6 +17,7 @@ namespace {
 
 constexpr double kFlush = 4.70197740328915e-38;        // 2^-124
 constexpr double kInputFloor = 7.888609052210118e-31;  // 2^-100
+constexpr double kPackedError = 1.1e-6;                // of matmul/matmul.h, exact mode
 constexpr double kLimit = 8.507059173023462e37;        // 2^126
 
 // Up to this many inputs the dot kernels read W once for all; beyond, panels do.
@@ -47,11 +48,13 @@ IntervalKernels pick_kernels() {
   return table;
 }
 
-Constants constants_for(Rounding mode, int64_t terms) {
+Constants constants_for(const Call& call) {
   using rounding::gamma_bound;
   using rounding::to_float_up;
-  const double own = gamma_bound(static_cast<double>(sum_depth(terms)));
-  const double any = gamma_bound(static_cast<double>(terms + 2));
+  const Rounding mode = call.rounding;
+  const double own = gamma_bound(static_cast<double>(sum_depth(call.weight.terms)));
+  double any = gamma_bound(static_cast<double>(call.weight.terms + 2));
+  if (call.weight.packed != nullptr) any = std::max(any, kPackedError);
   const bool deployed = mode == Rounding::kDeployed;
   Constants out{};
   out.outward = mode != Rounding::kNearest;
@@ -95,76 +98,88 @@ struct Shares {
   }
 };
 
-int64_t rows_at_once(const Weight& weight) {
-  const int64_t fit = kBlockFloats / std::max<int64_t>(1, weight.terms) / kRowStep * kRowStep;
-  return std::min(std::max(fit, kRowStep), blocks(weight.rows, kRowStep) * kRowStep);
+using Floats = std::unique_ptr<float[]>;
+
+Floats floats(int64_t count) { return Floats(new float[static_cast<size_t>(count)]); }
+
+int64_t rows_at_once(int64_t rows, int64_t terms) {
+  const int64_t fit = kBlockFloats / std::max<int64_t>(1, terms) / kRowStep * kRowStep;
+  return std::min(std::max(fit, kRowStep), blocks(rows, kRowStep) * kRowStep);
 }
 
-const float* rows_of(const Weight& weight, int64_t begin) {
-  return weight.data + begin * weight.terms;
+int64_t decoded_size(const Weight& weight, int64_t rows) {
+  return weight.packed != nullptr ? rows * weight.terms : 0;
+}
+
+// Rows [begin, begin + count); packed ones are decoded into `scratch`.
+const float* rows_of(const Weight& weight, int64_t begin, int64_t count, float* scratch) {
+  if (weight.packed == nullptr) return weight.data + begin * weight.terms;
+  matmul::dequantize_rows(*weight.packed, begin, begin + count, scratch);
+  return scratch;
 }
 
 const float* shifted(const float* bias, int64_t by) { return bias != nullptr ? bias + by : bias; }
 
-// Centres and radii of the whole input, in one buffer, and the absolute term of every input.
+// Centres and radii of the whole input, and the absolute term of every input.
 struct Prepared {
-  std::vector<float> values;
-  std::vector<float> offsets;
-  float* centre = nullptr;
-  float* radius = nullptr;
-
-  Prepared(int64_t inputs, int64_t size)
-      : values(static_cast<size_t>(2 * inputs * size)), offsets(static_cast<size_t>(inputs)) {
-    centre = values.data();
-    radius = centre + inputs * size;
-  }
+  Floats centre, radius, offsets;
 };
 
 void few_inputs(const Call& call, const IntervalKernels& table, const Constants& constants,
                 const Prepared& input, int64_t batch, int num_threads) {
   const int64_t terms = call.weight.terms, rows = call.weight.rows;
   const Shares shares(rows, kRowStep, static_cast<double>(rows * terms), num_threads);
-  std::vector<float> sums(static_cast<size_t>(2 * batch * rows));
-  float *centre_sums = sums.data(), *radius_sums = centre_sums + batch * rows;
-  shares.run([&](int64_t, int64_t begin, int64_t end) {
-    table.dots({input.centre, input.radius, rows_of(call.weight, begin), batch, end - begin, terms,
-                centre_sums + begin, radius_sums + begin, rows});
-    for (int64_t b = 0; b < batch; ++b) {
-      const int64_t at = b * rows + begin;
-      table.finish_row({centre_sums + at, radius_sums + at, shifted(call.bias, begin),
-                        input.offsets[static_cast<size_t>(b)], end - begin, call.out_lower + at,
-                        call.out_upper + at},
-                       constants);
+  const int64_t step = rows_at_once(rows, terms), decoded = decoded_size(call.weight, step);
+  const Floats scratch = floats(shares.number * (decoded + 2 * batch * step));
+  shares.run([&](int64_t share, int64_t begin, int64_t end) {
+    float* own = scratch.get() + share * (decoded + 2 * batch * step);
+    float *centre_sums = own + decoded, *radius_sums = centre_sums + batch * step;
+    for (int64_t n = begin; n < end; n += step) {
+      const int64_t count = std::min(step, end - n);
+      table.dots({input.centre.get(), input.radius.get(), rows_of(call.weight, n, count, own),
+                  batch, count, terms, centre_sums, radius_sums, step});
+      for (int64_t b = 0; b < batch; ++b) {
+        table.finish_row(
+            {centre_sums + b * step, radius_sums + b * step, shifted(call.bias, n),
+             input.offsets[b], count, call.out_lower + b * rows + n, call.out_upper + b * rows + n},
+            constants);
+      }
     }
   });
 }
 
-void many_inputs(const Call& call, const IntervalKernels& table, const Constants& constants,
-                 Prepared& input, int64_t batch, int num_threads) {
-  const int64_t terms = call.weight.terms, rows = call.weight.rows;
+Floats pack_panels(const Prepared& input, int64_t batch, int64_t terms, int num_threads) {
   const int64_t panels = blocks(batch, kLanes), panel_size = terms * kPanelWidth;
-  std::vector<float> packed(static_cast<size_t>(panels * panel_size));
-  input.offsets.resize(static_cast<size_t>(panels * kLanes));
-  const Shares packing(panels, 1, static_cast<double>(batch * terms), num_threads);
-  packing.run([&](int64_t, int64_t begin, int64_t end) {
+  Floats packed = floats(panels * panel_size);
+  const Shares shares(panels, 1, static_cast<double>(batch * terms), num_threads);
+  shares.run([&](int64_t, int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       const int64_t at = p * kLanes * terms;
-      pack_rows(input.centre + at, input.radius + at, std::min(kLanes, batch - p * kLanes), terms,
-                packed.data() + p * panel_size);
+      pack_rows(input.centre.get() + at, input.radius.get() + at,
+                std::min(kLanes, batch - p * kLanes), terms, packed.get() + p * panel_size);
     }
   });
+  return packed;
+}
+
+void many_inputs(const Call& call, const IntervalKernels& table, const Constants& constants,
+                 const Prepared& input, int64_t batch, int num_threads) {
+  const int64_t terms = call.weight.terms, rows = call.weight.rows;
+  const int64_t panels = blocks(batch, kLanes), panel_size = terms * kPanelWidth;
+  const Floats packed = pack_panels(input, batch, terms, num_threads);
   const Shares shares(rows, kRowStep, static_cast<double>(batch) * rows * terms / 8, num_threads);
-  const int64_t step = rows_at_once(call.weight);
-  std::vector<float> sums(static_cast<size_t>(shares.number * step * kPanelWidth));
+  const int64_t step = rows_at_once(rows, terms), decoded = decoded_size(call.weight, step);
+  const Floats scratch = floats(shares.number * (decoded + step * kPanelWidth));
   shares.run([&](int64_t share, int64_t begin, int64_t end) {
-    float* own = sums.data() + share * step * kPanelWidth;
+    float* own = scratch.get() + share * (decoded + step * kPanelWidth);
+    float* sums = own + decoded;
     for (int64_t n = begin; n < end; n += step) {
       const int64_t count = std::min(step, end - n);
-      const float* weight = rows_of(call.weight, n);
+      const float* weight = rows_of(call.weight, n, count, own);
       for (int64_t p = 0; p < panels; ++p) {
         const int64_t at = p * kLanes * rows + n;
-        table.tiles({packed.data() + p * panel_size, weight, count, terms, own});
-        table.finish_panel({own, shifted(call.bias, n), input.offsets.data() + p * kLanes, count,
+        table.tiles({packed.get() + p * panel_size, weight, count, terms, sums});
+        table.finish_panel({sums, shifted(call.bias, n), input.offsets.get() + p * kLanes, count,
                             std::min(kLanes, batch - p * kLanes), 1, rows, call.out_lower + at,
                             call.out_upper + at},
                            constants);
@@ -179,22 +194,105 @@ int64_t padded_size(int64_t size, int64_t pad, int64_t out, int64_t stride, int6
   return std::max(pad + size, (out - 1) * stride + (kernel - 1) * dilation + 1);
 }
 
-void prepare_images(const Call& call, const IntervalKernels& table, const Constants& constants,
-                    const Images& images, const Window& window, int64_t height, int64_t width,
-                    Prepared& input, int num_threads) {
-  const int64_t plane = height * width, size = images.channels * images.height * images.width;
+// A convolution in progress: the padded images and where each number of the geometry comes from.
+struct Convolution {
+  const Call& call;
+  const Images& images;
+  const Window& window;
+  const IntervalKernels& table;
+  const Constants constants;
+  int64_t height, width;    // of a padded image
+  int64_t pixels;           // of an output image
+  int64_t panels_of_image;  // panels of pixels; the last may be part empty
+  int64_t channels, rows;   // of one group
+  Prepared input;
+};
+
+void prepare_images(Convolution& conv, int num_threads) {
+  const Images& images = conv.images;
+  const int64_t plane = conv.height * conv.width;
+  const int64_t rows = images.channels * images.height, size = images.channels * plane;
+  const bool padded = conv.height != images.height || conv.width != images.width;
   const Shares shares(images.batch, 1, static_cast<double>(images.batch * size), num_threads);
   shares.run([&](int64_t, int64_t begin, int64_t end) {
-    for (int64_t row = begin * images.channels * images.height;
-         row < end * images.channels * images.height; ++row) {
-      const int64_t b = row / images.height / images.channels;
-      const int64_t at = row / images.height * plane +
-                         (window.pad_top + row % images.height) * width + window.pad_left;
-      const Ends ends{call.lower + row * images.width, call.upper + row * images.width,
-                      images.width};
-      const float largest = table.prepare(ends, constants, input.centre + at, input.radius + at);
-      float& offset = input.offsets[static_cast<size_t>(b)];
-      offset = std::max(offset, offset_for(largest, call.weight.terms));
+    for (int64_t b = begin; b < end; ++b) {
+      float *centre = conv.input.centre.get() + b * size,
+            *radius = conv.input.radius.get() + b * size;
+      if (padded) {
+        std::fill(centre, centre + size, 0.0f);
+        std::fill(radius, radius + size, 0.0f);
+      }
+      float largest = 0.0f;
+      for (int64_t row = 0; row < rows; ++row) {
+        const int64_t from = (b * rows + row) * images.width;
+        const int64_t to = row / images.height * plane + conv.window.pad_left +
+                           (conv.window.pad_top + row % images.height) * conv.width;
+        largest = std::max(largest, conv.table.prepare({conv.call.lower + from,
+                                                        conv.call.upper + from, images.width},
+                                                       conv.constants, centre + to, radius + to));
+      }
+      conv.input.offsets[b] = offset_for(largest, conv.call.weight.terms);
+    }
+  });
+}
+
+void pack_group(const Convolution& conv, int64_t group, int64_t first, int64_t last,
+                float* packed) {
+  const int64_t terms = conv.call.weight.terms;
+  for (int64_t p = first; p < last; ++p) {
+    const int64_t pixel = p % conv.panels_of_image * kLanes;
+    const int64_t at = (p / conv.panels_of_image * conv.images.channels + group * conv.channels) *
+                       conv.height * conv.width;
+    float* panel = packed + (p - first) * terms * kPanelWidth;
+    pack_patches(
+        {conv.input.centre.get() + at, conv.input.radius.get() + at, conv.height, conv.width},
+        conv.window, conv.channels, pixel, std::min(kLanes, conv.pixels - pixel), panel);
+    if (!conv.call.int8) continue;
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      widen_to_int8(panel + lane, panel + kLanes + lane, terms, kPanelWidth, conv.constants);
+    }
+  }
+}
+
+// Rows [n, n + count) of W against packed panels [first, last).
+void convolve_rows(const Convolution& conv, int64_t n, int64_t count, const float* weight,
+                   int64_t first, int64_t last, const float* packed, float* sums) {
+  const int64_t terms = conv.call.weight.terms;
+  for (int64_t p = first; p < last; ++p) {
+    const int64_t image = p / conv.panels_of_image, pixel = p % conv.panels_of_image * kLanes;
+    const int64_t at = (image * conv.call.weight.rows + n) * conv.pixels + pixel;
+    float offsets[kLanes];
+    std::fill(offsets, offsets + kLanes, conv.input.offsets[image]);
+    conv.table.tiles({packed + (p - first) * terms * kPanelWidth, weight, count, terms, sums});
+    conv.table.finish_panel(
+        {sums, shifted(conv.call.bias, n), offsets, count, std::min(kLanes, conv.pixels - pixel),
+         conv.pixels, 1, conv.call.out_lower + at, conv.call.out_upper + at},
+        conv.constants);
+  }
+}
+
+void convolve(const Convolution& conv, int num_threads) {
+  const Weight& weight = conv.call.weight;
+  const int64_t panel_size = weight.terms * kPanelWidth;
+  const double work = static_cast<double>(conv.images.batch * conv.pixels) *
+                      static_cast<double>(weight.rows * weight.terms) / 8;
+  const Shares shares(conv.images.batch * conv.panels_of_image, kPanelsAtOnce, work, num_threads);
+  const int64_t step = rows_at_once(conv.rows, weight.terms);
+  const int64_t decoded = decoded_size(weight, step);
+  const int64_t scratch_size = decoded + kPanelsAtOnce * panel_size + step * kPanelWidth;
+  const Floats scratch = floats(shares.number * scratch_size);
+  shares.run([&](int64_t share, int64_t begin, int64_t end) {
+    float* own = scratch.get() + share * scratch_size;
+    float *packed = own + decoded, *sums = packed + kPanelsAtOnce * panel_size;
+    for (int64_t first = begin; first < end; first += kPanelsAtOnce) {
+      const int64_t last = std::min(first + kPanelsAtOnce, end);
+      for (int64_t group = 0; group < conv.window.groups; ++group) {
+        pack_group(conv, group, first, last, packed);
+        for (int64_t n = group * conv.rows; n < (group + 1) * conv.rows; n += step) {
+          const int64_t count = std::min(step, (group + 1) * conv.rows - n);
+          convolve_rows(conv, n, count, rows_of(weight, n, count, own), first, last, packed, sums);
+        }
+      }
     }
   });
 }
@@ -227,16 +325,20 @@ void interval_linear(const Call& call, int64_t batch, int num_threads) {
   const int64_t terms = call.weight.terms;
   check_terms("interval_linear", terms);
   if (batch == 0 || call.weight.rows == 0) return;
-  const Constants constants = constants_for(call.rounding, terms);
+  const Constants constants = constants_for(call);
   const IntervalKernels table = pick_kernels();
-  Prepared input(batch, terms);
+  const int64_t padded = blocks(batch, kLanes) * kLanes;  // a panel reads kLanes offsets
+  Prepared input{floats(batch * terms), floats(batch * terms), floats(padded)};
+  std::fill(input.offsets.get(), input.offsets.get() + padded, 0.0f);
   const Shares shares(batch, 1, static_cast<double>(batch * terms), num_threads);
   shares.run([&](int64_t, int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       const int64_t at = b * terms;
-      const float largest = table.prepare({call.lower + at, call.upper + at, terms}, constants,
-                                          input.centre + at, input.radius + at);
-      input.offsets[static_cast<size_t>(b)] = offset_for(largest, terms);
+      float *centre = input.centre.get() + at, *radius = input.radius.get() + at;
+      const float largest =
+          table.prepare({call.lower + at, call.upper + at, terms}, constants, centre, radius);
+      if (call.int8) widen_to_int8(centre, radius, terms, 1, constants);
+      input.offsets[b] = offset_for(largest, terms);
     }
   });
   if (batch <= kFewInputs) {
@@ -249,11 +351,9 @@ void interval_linear(const Call& call, int64_t batch, int num_threads) {
 void interval_conv2d(const Call& call, const Images& images, const Window& window,
                      int num_threads) {
   check_window(call, images, window);
-  const int64_t terms = call.weight.terms, rows = call.weight.rows / window.groups;
-  check_terms("interval_conv2d", terms);
+  check_terms("interval_conv2d", call.weight.terms);
   const int64_t pixels = window.out_height * window.out_width;
-  if (images.batch == 0 || pixels <= 0 || rows == 0) return;
-  const Constants constants = constants_for(call.rounding, terms);
+  if (images.batch == 0 || pixels <= 0 || call.weight.rows == 0) return;
   const IntervalKernels table = pick_kernels();
   const int64_t height =
       padded_size(images.height, window.pad_top, window.out_height, window.stride_height,
@@ -261,48 +361,21 @@ void interval_conv2d(const Call& call, const Images& images, const Window& windo
   const int64_t width =
       padded_size(images.width, window.pad_left, window.out_width, window.stride_width,
                   window.kernel_width, window.dilation_width);
-  Prepared input(images.batch, images.channels * height * width);
-  std::fill(input.offsets.begin(), input.offsets.end(), offset_for(0.0f, terms));
-  prepare_images(call, table, constants, images, window, height, width, input, num_threads);
-
-  const int64_t panels_of_image = blocks(pixels, kLanes), panel_size = terms * kPanelWidth;
-  const int64_t channels = images.channels / window.groups;
-  const double work = static_cast<double>(images.batch * pixels) * call.weight.rows * terms / 8;
-  const Shares shares(images.batch * panels_of_image, kPanelsAtOnce, work, num_threads);
-  const int64_t step = rows_at_once({call.weight.data, rows, terms});
-  const int64_t scratch_size = kPanelsAtOnce * panel_size + step * kPanelWidth;
-  std::vector<float> scratch(static_cast<size_t>(shares.number * scratch_size));
-  shares.run([&](int64_t share, int64_t begin, int64_t end) {
-    float* packed = scratch.data() + share * scratch_size;
-    float* sums = packed + kPanelsAtOnce * panel_size;
-    for (int64_t first = begin; first < end; first += kPanelsAtOnce) {
-      const int64_t last = std::min(first + kPanelsAtOnce, end);
-      for (int64_t group = 0; group < window.groups; ++group) {
-        for (int64_t p = first; p < last; ++p) {
-          const int64_t pixel = p % panels_of_image * kLanes;
-          const int64_t at =
-              (p / panels_of_image * images.channels + group * channels) * height * width;
-          pack_patches({input.centre + at, input.radius + at, height, width}, window, channels,
-                       pixel, std::min(kLanes, pixels - pixel), packed + (p - first) * panel_size);
-        }
-        for (int64_t n = group * rows; n < (group + 1) * rows; n += step) {
-          const int64_t count = std::min(step, (group + 1) * rows - n);
-          const float* weight = rows_of(call.weight, n);
-          for (int64_t p = first; p < last; ++p) {
-            const int64_t image = p / panels_of_image, pixel = p % panels_of_image * kLanes;
-            const int64_t at = (image * call.weight.rows + n) * pixels + pixel;
-            float offsets[kLanes];
-            std::fill(offsets, offsets + kLanes, input.offsets[static_cast<size_t>(image)]);
-            table.tiles({packed + (p - first) * panel_size, weight, count, terms, sums});
-            table.finish_panel(
-                {sums, shifted(call.bias, n), offsets, count, std::min(kLanes, pixels - pixel),
-                 pixels, 1, call.out_lower + at, call.out_upper + at},
-                constants);
-          }
-        }
-      }
-    }
-  });
+  const int64_t size = images.batch * images.channels * height * width;
+  Convolution conv{call,
+                   images,
+                   window,
+                   table,
+                   constants_for(call),
+                   height,
+                   width,
+                   pixels,
+                   blocks(pixels, kLanes),
+                   images.channels / window.groups,
+                   call.weight.rows / window.groups,
+                   {floats(size), floats(size), floats(images.batch)}};
+  prepare_images(conv, num_threads);
+  convolve(conv, num_threads);
 }
 
 }  // namespace interval

@@ -35,11 +35,17 @@
 // Overflow. An infinity or NaN in yc + b or in R (it never becomes finite again) gives the ends
 // -inf and +inf, never NaN; so do infinite or NaN inputs. A deployed sum cannot overflow while
 // R < G 2^126, as S(|x|) + |b| <= R / G then; otherwise the ends are infinite.
+// Packed weights are the floats they stand for, exactly. The packed layer's own float product
+// promises 1e-6 (sum |W x| + |b|), so kDeployed takes G no smaller than that. With int8 activations
+// the layer multiplies step q in place of x, |step q - x| <= step / 2, step = max |x| / 127 of that
+// input: every mode adds the half step of the largest |x| in the box to r (panels.h).
 // Limits. K <= kMaxTerms keeps gamma <= 1/7. Every kernel runs with the default floating-point
 // environment (round to nearest, denormals kept) and restores the caller's.
 #pragma once
 
 #include <cstdint>
+
+#include "matmul/matmul.h"
 
 namespace pyrobust {
 namespace interval {
@@ -48,9 +54,11 @@ enum class Rounding : int { kNearest = 0, kReal = 1, kDeployed = 2 };
 
 constexpr int64_t kMaxTerms = int64_t{1} << 21;
 
-// The weight (rows, terms), row-major.
+// The weight (rows, terms): dense row-major floats, or packed codes that are decoded, exactly, a
+// block of rows at a time.
 struct Weight {
   const float* data = nullptr;
+  const matmul::PackedMatrix* packed = nullptr;
   int64_t rows = 0;
   int64_t terms = 0;
 };
@@ -62,6 +70,7 @@ struct Call {
   Weight weight;
   const float* bias;  // (rows) or null
   Rounding rounding;
+  bool int8;  // the layer rounds each input (in a convolution: each patch) to 8 bits first
   float* out_lower;
   float* out_upper;
 };

@@ -78,6 +78,11 @@ void dequantize(const PackedMatrix& weight, float* out, int num_threads) {
                [&](int64_t begin, int64_t end) { kernels.dequantize(weight, begin, end, out); });
 }
 
+void dequantize_rows(const PackedMatrix& weight, int64_t begin, int64_t end, float* out) {
+  kernels_with(&MatmulKernels::dequantize)
+      .dequantize(weight, begin, end, out - begin * weight.cols);
+}
+
 void unpack_codes(const uint8_t* packed, int64_t rows, int64_t cols, int levels, uint8_t* codes,
                   int num_threads) {
   check_format(levels, rows, cols);

@@ -80,6 +80,10 @@ void packed_linear(const Activations& x, const PackedMatrix& weight, const float
 // out: (rows, cols), the exact weight.
 void dequantize(const PackedMatrix& weight, float* out, int num_threads);
 
+// Rows [begin, end) of it, out: (end - begin, cols), on the calling thread and without checks: for
+// kernels that decode the weight block by block.
+void dequantize_rows(const PackedMatrix& weight, int64_t begin, int64_t end, float* out);
+
 // Codes (rows, cols), one a byte, to and from the canonical layout. pack_codes throws where a code
 // is not below `levels`.
 void unpack_codes(const uint8_t* packed, int64_t rows, int64_t cols, int levels, uint8_t* codes,

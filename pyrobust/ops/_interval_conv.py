@@ -25,7 +25,17 @@ from pyrobust.ops._interval_checks import (
 from pyrobust.ops._interval_fallback import outward_image
 from pyrobust.ops._library import define, dispatcher_needed, refuse_forward_mode
 
-__all__ = ["four_sides", "interval_conv2d", "output_size", "pair"]
+__all__ = [
+    "Pair",
+    "check_images",
+    "four_sides",
+    "grad_of_ends",
+    "interval_conv2d",
+    "map_images",
+    "output_size",
+    "padded",
+    "pair",
+]
 
 Pair = int | Sequence[int]
 _SUBJECT = "interval_conv2d"
@@ -195,7 +205,8 @@ def _conv_cpu(
     return out_low, out_high
 
 
-def _padded(images: Tensor, pad: list[int]) -> Tensor:
+def padded(images: Tensor, pad: list[int]) -> Tensor:
+    """``images`` with zeros at ``[top, bottom, left, right]``."""
     return F.pad(images, (pad[2], pad[3], pad[0], pad[1]))
 
 
@@ -211,7 +222,7 @@ def _conv_fallback(
     rounding: str,
 ) -> Ends:
     def product(images: Tensor, kernel: Tensor) -> Tensor:
-        return F.conv2d(_padded(images, pad), kernel, None, stride, 0, dilation, groups)
+        return F.conv2d(padded(images, pad), kernel, None, stride, 0, dilation, groups)
 
     shift = None if bias is None else bias.reshape(-1, 1, 1)
     terms = weight[0].numel() if weight.shape[0] else 0
@@ -249,8 +260,8 @@ def _conv_backward(ctx: Any, grad_lower: Tensor, grad_upper: Tensor) -> tuple[An
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
         grads[0], grads[1] = grad_of_ends(to_centre, to_radius, lower, weight, pad, window)
     if ctx.needs_input_grad[2]:
-        centre = _padded((lower + upper) * 0.5, pad)
-        radius = _padded((upper - lower) * 0.5, pad)
+        centre = padded((lower + upper) * 0.5, pad)
+        radius = padded((upper - lower) * 0.5, pad)
         shape = tuple(weight.shape)
         from_centre = conv_gradients.conv2d_weight(centre, shape, to_centre, **window)
         from_radius = conv_gradients.conv2d_weight(radius, shape, to_radius, **window)
@@ -277,9 +288,9 @@ def grad_of_ends(
     return (centre - radius) * 0.5, (centre + radius) * 0.5
 
 
-def _conv_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+def map_images(operator: Any, info: Any, in_dims: tuple[Any, ...], args: Any) -> Any:
+    """Vmap rule: mapped images join the batch; a mapped weight is looped over."""
     dims = tuple(None if isinstance(dim, list) else dim for dim in in_dims)  # lists of numbers
-    operator = torch.ops.pyrobust.interval_conv2d
     if any(dim is not None for dim in dims[2:]):
         return map_one_by_one(operator, info, dims, args)
     size = info.batch_size
@@ -289,6 +300,10 @@ def _conv_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
     )
     ends = operator(low.flatten(0, 1), high.flatten(0, 1), *args[2:])
     return tuple(end.unflatten(0, (size, -1)) for end in ends), (0, 0)
+
+
+def _conv_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+    return map_images(torch.ops.pyrobust.interval_conv2d, info, in_dims, args)
 
 
 define(

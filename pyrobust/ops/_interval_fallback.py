@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["outward_image", "round_outward"]
+__all__ = ["half_step_of_int8", "largest_magnitude", "outward_image", "round_outward"]
 
 _UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 _INFINITY = float("inf")
@@ -49,6 +49,7 @@ def outward_image(
     *,
     terms: int,
     rounding: str,
+    half_step: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Bounds of ``product(x, weight) + bias`` over the box, for a product linear in both.
 
@@ -60,12 +61,15 @@ def outward_image(
         product: linear in each argument, with float64 operands.
         terms: how many products one output sums, at most ``2**21``.
         rounding: ``"real"``, ``"deployed"`` or ``"nearest"``.
+        half_step: how far the layer may move an input before it multiplies; broadcastable to it.
     """
     dtype = lower.dtype
     low, high, matrix = lower.double(), upper.double(), weight.double()
     shift = torch.zeros((), dtype=low.dtype, device=low.device) if bias is None else bias.double()
     centre = torch.where(low == high, low, low * 0.5 + high * 0.5)
     radius = torch.maximum(high - centre, centre - low)
+    if half_step is not None:
+        radius = radius + half_step
     if rounding == "nearest":
         middle, reach = product(centre, matrix) + shift, product(radius, matrix.abs())
         return _finite_or_everything(middle - reach, middle + reach, middle, reach, dtype)
@@ -77,7 +81,7 @@ def outward_image(
     middle = product(centre, matrix) + shift
     # Flushed denormals and underflow, as in interval.h; the largest |x| serves every output.
     flush = 4.0 * tiny * (terms + 8)
-    largest = torch.maximum(low.abs(), high.abs()).amax() if low.numel() else low.new_zeros(())
+    largest = largest_magnitude(low, high, None)
     reach = product(radius, matrix.abs()) / (1.0 - own) + shift.abs() * deployed
     reach = (reach + flush * (1.0 + 2.0 * largest)) * slack
     if deployed:
@@ -86,6 +90,19 @@ def outward_image(
     below = torch.nextafter(torch.nextafter(middle, -infinity) - reach, -infinity)
     above = torch.nextafter(torch.nextafter(middle, infinity) + reach, infinity)
     return _finite_or_everything(below, above, middle, reach, dtype)
+
+
+def largest_magnitude(lower: Tensor, upper: Tensor, axes: tuple[int, ...] | None) -> Tensor:
+    """The largest ``|x|`` of the box over ``axes`` (None: over all), kept as axes of size 1."""
+    magnitude = torch.maximum(lower.abs(), upper.abs())
+    if magnitude.numel() == 0:
+        return magnitude.new_zeros(())
+    return magnitude.amax() if axes is None else magnitude.amax(axes, keepdim=True)
+
+
+def half_step_of_int8(lower: Tensor, upper: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Half a step of the dynamic 8-bit rounding over ``axes``, with room for its own rounding."""
+    return largest_magnitude(lower.double(), upper.double(), axes) * (0.5 / 127 * (1 + 2.0**-20))
 
 
 def _finite_or_everything(

@@ -21,7 +21,7 @@ from pyrobust.ops._interval_checks import (
 from pyrobust.ops._interval_fallback import outward_image
 from pyrobust.ops._library import define, dispatcher_needed, refuse_forward_mode
 
-__all__ = ["interval_linear"]
+__all__ = ["flat_ends", "grad_of_ends", "interval_linear", "map_boxes"]
 
 
 def interval_linear(
@@ -92,15 +92,11 @@ def _linear_cpu(
 ) -> Ends:
     if lower.dtype != torch.float32:
         return _linear_fallback(lower, upper, weight, bias, rounding)
-    terms, rows = weight.shape[1], weight.shape[0]
-    out_shape = (*lower.shape[:-1], rows)
-    count = torch.Size(lower.shape[:-1]).numel()  # reshape(-1, 0) would be ambiguous
-    low, high = lower.reshape(count, terms), upper.reshape(count, terms)
-    out_low = low.new_empty((count, rows))
-    out_high = torch.empty_like(out_low)
+    shape, low, high = flat_ends(lower, upper)
+    out_low, out_high = (low.new_empty((low.shape[0], weight.shape[0])) for _ in range(2))
     _native.interval_linear(
-        dense(low),
-        dense(high),
+        low,
+        high,
         dense(weight),
         None if bias is None else dense(bias),
         rounding,
@@ -108,7 +104,14 @@ def _linear_cpu(
         out_high,
         torch.get_num_threads(),
     )
-    return out_low.reshape(out_shape), out_high.reshape(out_shape)
+    return out_low.reshape(*shape, weight.shape[0]), out_high.reshape(*shape, weight.shape[0])
+
+
+def flat_ends(lower: Tensor, upper: Tensor) -> tuple[torch.Size, Tensor, Tensor]:
+    """Leading axes, and both ends as dense matrices."""
+    leading, terms = lower.shape[:-1], lower.shape[-1]
+    count = leading.numel()  # reshape(-1, 0) would be ambiguous
+    return leading, dense(lower.reshape(count, terms)), dense(upper.reshape(count, terms))
 
 
 def _linear_fallback(
@@ -144,9 +147,7 @@ def _linear_backward(ctx: Any, grad_lower: Tensor, grad_upper: Tensor) -> tuple[
     to_centre, to_radius = grad_lower + grad_upper, grad_upper - grad_lower
     grads: list[Tensor | None] = [None, None, None, None]
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-        through_centre, through_radius = to_centre @ weight, to_radius @ weight.abs()
-        grads[0] = (through_centre - through_radius) * 0.5
-        grads[1] = (through_centre + through_radius) * 0.5
+        grads[0], grads[1] = grad_of_ends(to_centre, to_radius, weight)
     rows, terms = weight.shape
     flat_centre = to_centre.reshape(-1, rows)
     if ctx.needs_input_grad[2]:
@@ -159,17 +160,25 @@ def _linear_backward(ctx: Any, grad_lower: Tensor, grad_upper: Tensor) -> tuple[
     return *grads, None
 
 
+def grad_of_ends(to_centre: Tensor, to_radius: Tensor, weight: Tensor) -> Ends:
+    """Gradients of the input's ends from those of the output's centre and radius."""
+    centre, radius = to_centre @ weight, to_radius @ weight.abs()
+    return (centre - radius) * 0.5, (centre + radius) * 0.5
+
+
+def map_boxes(operator: Any, info: Any, in_dims: tuple[Any, ...], args: Any) -> Any:
+    """Vmap rule: mapped ends become one more leading axis; a mapped weight is looped over."""
+    if any(dim is not None for dim in in_dims[2:]):
+        return map_one_by_one(operator, info, in_dims, args)
+    low, high = (
+        end.movedim(dim, 0) if dim is not None else end.expand(info.batch_size, *end.shape)
+        for end, dim in zip(args[:2], in_dims[:2], strict=True)
+    )
+    return operator(low, high, *args[2:]), (0, 0)
+
+
 def _linear_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-    lower, upper, weight, bias, rounding = args
-    size = info.batch_size
-    if in_dims[2] is None and in_dims[3] is None:
-        low, high = (
-            end.movedim(dim, 0) if dim is not None else end.expand(size, *end.shape)
-            for end, dim in zip((lower, upper), in_dims[:2], strict=True)
-        )
-        ends = torch.ops.pyrobust.interval_linear(low, high, weight, bias, rounding)
-        return ends, (0, 0)
-    return map_one_by_one(torch.ops.pyrobust.interval_linear, info, in_dims, args)
+    return map_boxes(torch.ops.pyrobust.interval_linear, info, in_dims, args)
 
 
 define(

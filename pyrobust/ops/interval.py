@@ -22,5 +22,11 @@ from __future__ import annotations
 
 from pyrobust.ops._interval_conv import interval_conv2d
 from pyrobust.ops._interval_linear import interval_linear
+from pyrobust.ops._interval_packed import interval_packed_conv2d, interval_packed_linear
 
-__all__ = ["interval_conv2d", "interval_linear"]
+__all__ = [
+    "interval_conv2d",
+    "interval_linear",
+    "interval_packed_conv2d",
+    "interval_packed_linear",
+]

@@ -1,0 +1,417 @@
+"""Images of boxes under packed layers: ``interval_packed_linear``, ``interval_packed_conv2d``.
+
+The packed weight is a float32 matrix exactly, so its codes are decoded a block of rows at a time
+and the float kernels do the rest. With ``activations="int8"`` the dynamic rounding of the input
+(half a step of the largest scale that the box allows) is part of the interval.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from pyrobust import _native
+from pyrobust._checks import check_choice, check_integer, check_shape
+from pyrobust.ops import _interval_conv as conv
+from pyrobust.ops import _interval_linear as linear
+from pyrobust.ops._interval_checks import (
+    Ends,
+    check_bias,
+    check_box,
+    check_operand,
+    check_terms,
+    dense,
+)
+from pyrobust.ops._interval_fallback import half_step_of_int8, outward_image
+from pyrobust.ops._library import define, dispatcher_needed, refuse_forward_mode
+from pyrobust.ops.formats import check_bits, levels_of, row_bytes
+from pyrobust.ops.matmul import dequantize_codes
+
+__all__ = ["interval_packed_conv2d", "interval_packed_linear"]
+
+_ACTIVATIONS = (None, "int8")
+
+
+def interval_packed_linear(
+    lower: Tensor,
+    upper: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    in_features: int,
+    bits: float,
+    group_size: int,
+    group_dim: int = 1,
+    activations: str | None = None,
+    rounding: str = "real",
+) -> Ends:
+    """Image of a box under :func:`pyrobust.ops.matmul.packed_linear`.
+
+    Args:
+        lower: ``(..., in_features)`` lower ends, float32 or float64.
+        upper: upper ends, same dtype and shape. ``lower <= upper`` is not checked.
+        codes: packed codes, as for ``packed_linear``; so are the next two.
+        scale: scales of the groups.
+        zero: zero-points, or None where symmetric.
+        bias: ``(out_features,)`` of the dtype of ``lower``, or None.
+        in_features: columns of the weight, at most ``2**21``.
+        bits: 1, 1.58, 2, 3, 4 or 8.
+        group_size: weights that share a scale.
+        group_dim: 1 groups along ``in_features``, 0 along the outputs.
+        activations: None bounds the float product; ``"int8"`` the layer that rounds each row of its
+            input to 8 bits first.
+        rounding: ``"real"``, ``"deployed"`` or ``"nearest"``.
+
+    Returns:
+        ``(lower, upper)``, each ``(..., out_features)``; differentiable in both ends and ``bias``.
+
+    Raises:
+        TypeError: a dtype is not accepted.
+        ValueError: shapes disagree, or an option is out of range.
+    """
+    subject = "interval_packed_linear"
+    tensors = (lower, upper, codes, scale, zero, bias)
+    if has_torch_function(tensors):
+        options: dict[str, Any] = {"in_features": in_features, "bits": bits, "group_dim": group_dim}
+        options |= {"group_size": group_size, "activations": activations, "rounding": rounding}
+        result: Ends = handle_torch_function(interval_packed_linear, tensors, *tensors, **options)
+        return result
+    _check_packed(subject, tensors, in_features, bits, group_size, group_dim, activations, rounding)
+    if lower.ndim < 1 or lower.shape[-1] != in_features:
+        raise ValueError(
+            f"{subject}: lower must have in_features = {in_features} values on its last axis; "
+            f"got shape {tuple(lower.shape)}."
+        )
+    arguments = (*tensors, in_features, float(bits), group_size, group_dim, activations, rounding)
+    if dispatcher_needed(*tensors):
+        refuse_forward_mode(subject, *tensors)
+        ends: Ends = torch.ops.pyrobust.interval_packed_linear(*arguments)
+        return ends
+    return _linear_cpu(*arguments)
+
+
+def interval_packed_conv2d(
+    lower: Tensor,
+    upper: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    in_channels: int,
+    kernel_size: conv.Pair,
+    stride: conv.Pair = 1,
+    padding: conv.Pair | str = 0,
+    dilation: conv.Pair = 1,
+    groups: int = 1,
+    bits: float,
+    group_size: int,
+    group_dim: int = 1,
+    activations: str | None = None,
+    rounding: str = "real",
+) -> Ends:
+    """Image of a box of images under a convolution whose weight is packed.
+
+    The weight is the packed matrix ``(O, in_channels / groups * kh * kw)`` in torch's order; with
+    ``activations="int8"`` the layer rounds each unfolded patch with a scale of its own.
+
+    Args:
+        lower: ``(B, in_channels, H, W)`` or unbatched lower ends, float32 or float64.
+        upper: upper ends, same dtype and shape. ``lower <= upper`` is not checked.
+        codes: packed codes, uint8 ``(O, row_bytes)``.
+        scale: scales of the groups.
+        zero: zero-points, or None where symmetric.
+        bias: ``(O,)`` of the dtype of ``lower``, or None.
+        in_channels: channels of the images.
+        kernel_size: ``kh, kw`` or one number for both, like the next three.
+        stride: steps of the window, ``>= 1``.
+        padding: zeros on both sides, ``"same"`` (stride 1 only) or ``"valid"``.
+        dilation: steps inside the window, ``>= 1``.
+        groups: divides ``in_channels`` and ``O``.
+        bits: 1, 1.58, 2, 3, 4 or 8.
+        group_size: weights that share a scale.
+        group_dim: 1 groups along a row of the weight, 0 along the output channels.
+        activations: None or ``"int8"``.
+        rounding: ``"real"``, ``"deployed"`` or ``"nearest"``.
+
+    Returns:
+        ``(lower, upper)``, each ``(B, O, H', W')``; differentiable in both ends and ``bias``.
+
+    Raises:
+        TypeError: a dtype is not accepted.
+        ValueError: shapes disagree, or an option is out of range.
+    """
+    subject = "interval_packed_conv2d"
+    tensors = (lower, upper, codes, scale, zero, bias)
+    if has_torch_function(tensors):
+        options: dict[str, Any] = {"in_channels": in_channels, "kernel_size": kernel_size}
+        options |= {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+        options |= {"bits": bits, "group_size": group_size, "group_dim": group_dim}
+        options |= {"activations": activations, "rounding": rounding}
+        result: Ends = handle_torch_function(interval_packed_conv2d, tensors, *tensors, **options)
+        return result
+    kernel = conv.pair(subject, "kernel_size", kernel_size)
+    step, gap = conv.pair(subject, "stride", stride), conv.pair(subject, "dilation", dilation)
+    pad = conv.four_sides(subject, padding, kernel, step, gap)
+    check_integer(subject, "groups", groups, 1)
+    terms = in_channels // groups * kernel[0] * kernel[1]
+    _check_packed(subject, tensors, terms, bits, group_size, group_dim, activations, rounding)
+    shape = (codes.shape[0], in_channels // groups, *kernel)
+    conv.check_images(subject, lower, shape, groups)
+    conv.output_size(subject, lower.shape, kernel, step, pad, gap)
+    low, high = (lower, upper) if lower.ndim == 4 else (lower.unsqueeze(0), upper.unsqueeze(0))
+    packed = (terms, float(bits), group_size, group_dim, activations)
+    arguments = (low, high, *tensors[2:], *packed, kernel, step, pad, gap, groups, rounding)
+    if dispatcher_needed(*tensors):
+        refuse_forward_mode(subject, *tensors)
+        ends: Ends = torch.ops.pyrobust.interval_packed_conv2d(*arguments)
+    else:
+        ends = _conv_cpu(*arguments)
+    return ends if lower.ndim == 4 else (ends[0].squeeze(0), ends[1].squeeze(0))
+
+
+def _check_packed(
+    subject: str,
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
+    terms: int,
+    bits: float,
+    group_size: int,
+    group_dim: int,
+    activations: str | None,
+    rounding: str,
+) -> None:
+    lower, upper, codes, scale, zero, bias = tensors
+    check_box(subject, lower, upper, rounding)
+    check_operand(subject, "upper", upper, lower.dtype)
+    check_operand(subject, "bias", bias, lower.dtype)
+    check_choice(subject, "activations", activations, _ACTIVATIONS)
+    check_bits(subject, bits)
+    check_terms(subject, terms)
+    check_integer(subject, "group_size", group_size, 1)
+    check_choice(subject, "group_dim", group_dim, (0, 1))
+    check_shape(subject, "codes", codes, (None, row_bytes(terms, bits)))
+    rows = codes.shape[0]
+    check_bias(subject, bias, rows)
+    grouped = (rows, -(-terms // group_size))
+    if group_dim == 0:
+        grouped = (-(-rows // group_size), terms)
+    check_shape(subject, "scale", scale, grouped)
+    if zero is not None:
+        check_shape(subject, "zero", zero, grouped)
+
+
+# --- operators --------------------------------------------------------------------------------
+
+
+def _optional(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else dense(tensor)
+
+
+def _linear_cpu(
+    lower: Tensor,
+    upper: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    in_features: int,
+    bits: float,
+    group_size: int,
+    group_dim: int,
+    activations: str | None,
+    rounding: str,
+) -> Ends:
+    weight_format = [in_features, levels_of(bits), group_size, group_dim]
+    if lower.dtype != torch.float32:
+        weight = _weight(codes, scale, zero, in_features, bits, group_size, group_dim)
+        moved = half_step_of_int8(lower, upper, (-1,)) if activations else None
+        return outward_image(
+            lower,
+            upper,
+            weight,
+            bias,
+            F.linear,
+            terms=in_features,
+            rounding=rounding,
+            half_step=moved,
+        )
+    shape, low, high = linear.flat_ends(lower, upper)
+    out_low, out_high = (low.new_empty((low.shape[0], codes.shape[0])) for _ in range(2))
+    _native.interval_packed_linear(
+        low,
+        high,
+        dense(codes),
+        dense(scale),
+        _optional(zero),
+        _optional(bias),
+        weight_format,
+        activations == "int8",
+        rounding,
+        out_low,
+        out_high,
+        torch.get_num_threads(),
+    )
+    return out_low.reshape(*shape, codes.shape[0]), out_high.reshape(*shape, codes.shape[0])
+
+
+def _weight(
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    terms: int,
+    bits: float,
+    group_size: int,
+    group_dim: int,
+) -> Tensor:
+    return dequantize_codes(
+        codes,
+        scale,
+        zero,
+        in_features=terms,
+        bits=bits,
+        group_size=group_size,
+        group_dim=group_dim,
+    )
+
+
+def _linear_fake(lower: Tensor, upper: Tensor, codes: Tensor, *_: Any) -> Ends:
+    out = lower.new_empty((*lower.shape[:-1], codes.shape[0]))
+    return out, torch.empty_like(out)
+
+
+def _context(ctx: Any, inputs: tuple[Any, ...], output: Ends) -> None:
+    lower, _, codes, scale, zero, bias, *options = inputs
+    ctx.save_for_backward(codes, scale, zero, lower)
+    ctx.has_bias, ctx.options = bias is not None, options
+
+
+def _linear_backward(ctx: Any, grad_lower: Tensor, grad_upper: Tensor) -> tuple[Any, ...]:
+    codes, scale, zero, lower = ctx.saved_tensors
+    to_centre, to_radius = grad_lower + grad_upper, grad_upper - grad_lower
+    grads: list[Tensor | None] = [None] * 12
+    if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+        weight = _weight(codes, scale, zero, *ctx.options[:4]).to(lower.dtype)
+        grads[0], grads[1] = linear.grad_of_ends(to_centre, to_radius, weight)
+    if ctx.has_bias and ctx.needs_input_grad[5]:
+        grads[5] = to_centre.reshape(-1, to_centre.shape[-1]).sum(0)
+    return tuple(grads)
+
+
+def _linear_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+    return linear.map_boxes(torch.ops.pyrobust.interval_packed_linear, info, in_dims, args)
+
+
+def _conv_cpu(
+    lower: Tensor,
+    upper: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    terms: int,
+    bits: float,
+    group_size: int,
+    group_dim: int,
+    activations: str | None,
+    kernel: list[int],
+    stride: list[int],
+    pad: list[int],
+    dilation: list[int],
+    groups: int,
+    rounding: str,
+) -> Ends:
+    if lower.dtype != torch.float32:
+        weight = _weight(codes, scale, zero, terms, bits, group_size, group_dim)
+
+        def product(images: Tensor, matrix: Tensor) -> Tensor:
+            filters = matrix.reshape(matrix.shape[0], -1, *kernel)
+            return F.conv2d(conv.padded(images, pad), filters, None, stride, 0, dilation, groups)
+
+        return outward_image(
+            lower,
+            upper,
+            weight,
+            None if bias is None else bias.reshape(-1, 1, 1),
+            product,
+            terms=terms,
+            rounding=rounding,
+            half_step=half_step_of_int8(lower, upper, (1, 2, 3)) if activations else None,
+        )
+    size = conv.output_size("interval_packed_conv2d", lower.shape, kernel, stride, pad, dilation)
+    out_low = lower.new_empty((lower.shape[0], codes.shape[0], *size))
+    out_high = torch.empty_like(out_low)
+    _native.interval_packed_conv2d(
+        dense(lower),
+        dense(upper),
+        dense(codes),
+        dense(scale),
+        _optional(zero),
+        _optional(bias),
+        [terms, levels_of(bits), group_size, group_dim],
+        activations == "int8",
+        kernel,
+        stride,
+        [pad[0], pad[2]],
+        dilation,
+        groups,
+        rounding,
+        out_low,
+        out_high,
+        torch.get_num_threads(),
+    )
+    return out_low, out_high
+
+
+def _conv_fake(lower: Tensor, upper: Tensor, codes: Tensor, *rest: Any) -> Ends:
+    kernel, stride, pad, dilation = rest[8:12]
+    size = conv.output_size("interval_packed_conv2d", lower.shape, kernel, stride, pad, dilation)
+    out = lower.new_empty((lower.shape[0], codes.shape[0], *size))
+    return out, torch.empty_like(out)
+
+
+def _conv_backward(ctx: Any, grad_lower: Tensor, grad_upper: Tensor) -> tuple[Any, ...]:
+    codes, scale, zero, lower = ctx.saved_tensors
+    kernel, stride, pad, dilation, groups = ctx.options[5:10]
+    to_centre, to_radius = grad_lower + grad_upper, grad_upper - grad_lower
+    grads: list[Tensor | None] = [None] * 17
+    if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+        weight = _weight(codes, scale, zero, *ctx.options[:4]).to(lower.dtype)
+        weight = weight.reshape(weight.shape[0], -1, *kernel)
+        window = {"stride": stride, "padding": 0, "dilation": dilation, "groups": groups}
+        grads[0], grads[1] = conv.grad_of_ends(to_centre, to_radius, lower, weight, pad, window)
+    if ctx.has_bias and ctx.needs_input_grad[5]:
+        grads[5] = to_centre.sum((0, 2, 3))
+    return tuple(grads)
+
+
+def _conv_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+    return conv.map_images(torch.ops.pyrobust.interval_packed_conv2d, info, in_dims, args)
+
+
+_INPUTS = (
+    "Tensor lower, Tensor upper, Tensor codes, Tensor scale, Tensor? zero, Tensor? bias,"
+    " int terms, float bits, int group_size, int group_dim, str? activations"
+)
+define(
+    f"interval_packed_linear({_INPUTS}, str rounding) -> (Tensor, Tensor)",
+    _linear_cpu,
+    _linear_fake,
+    backward=_linear_backward,
+    setup_context=_context,
+    vmap=_linear_vmap,
+)
+define(
+    f"interval_packed_conv2d({_INPUTS}, int[] kernel, int[] stride, int[] pad, int[] dilation,"
+    " int groups, str rounding) -> (Tensor, Tensor)",
+    _conv_cpu,
+    _conv_fake,
+    backward=_conv_backward,
+    setup_context=_context,
+    vmap=_conv_vmap,
+)
