@@ -14,6 +14,8 @@ except ImportError as error:
 
 _native.isa()  # decides the instruction set now, so that a bad PYROBUST_ISA fails at import
 
+from pyrobust.pack import PackReport, pack, pack_report  # noqa: E402
+
 __version__ = "0.1.0"
-__all__: list[str] = []
+__all__ = ["PackReport", "pack", "pack_report"]
 del _torch

@@ -1,0 +1,116 @@
+"""What ``pyrobust.pack`` did to a model: one row per layer, totals, and how to read them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+__all__ = ["LayerReport", "PackReport", "pack_report"]
+
+_HEADS = ("name", "type")
+_ATTRIBUTE = "_pyrobust_pack_report"
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer with a weight of two or more axes.
+
+    Attributes:
+        name: its (first) name in the model; "" for the model itself.
+        type: class name of the float layer.
+        skipped: why it was left as it is; None where it was packed.
+        bits: format, None where skipped.
+        bytes_before: bytes of the weight as it was.
+        bytes_after: bytes of codes, scales and zero-points; 0 for a shared weight.
+        error: Frobenius norm of the change of the weight over that of the weight; None if skipped.
+        shared_with: name of the layer that holds the same packed weight, or None.
+    """
+
+    name: str
+    type: str
+    skipped: str | None
+    bits: float | None
+    bytes_before: int
+    bytes_after: int
+    error: float | None
+    shared_with: str | None = None
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """All layers that were looked at, and the size of the whole model.
+
+    Attributes:
+        layers: one row per layer with a weight, in the order of the model.
+        bytes_before: bytes of all parameters and buffers of the float model, shared ones once.
+        bytes_after: the same of the packed model.
+    """
+
+    layers: tuple[LayerReport, ...]
+    bytes_before: int
+    bytes_after: int
+
+    @property
+    def packed(self) -> tuple[LayerReport, ...]:
+        """The rows of the layers that were packed."""
+        return tuple(row for row in self.layers if row.skipped is None)
+
+    @property
+    def skipped(self) -> tuple[LayerReport, ...]:
+        """The rows of the layers that were left as they are."""
+        return tuple(row for row in self.layers if row.skipped is not None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, ready for JSON."""
+        return asdict(self)
+
+    def summary(self) -> str:
+        """A table for people: one line per layer, then the totals."""
+        name, kind = (max(len(h), *(len(getattr(r, h)) for r in self.layers)) for h in _HEADS)
+        lines = [f"{'name':<{name}}  {'type':<{kind}} {'bits':>5} {'bytes':>22} {'error':>8}"]
+        lines += [f"{row.name:<{name}}  {row.type:<{kind}} {_result(row)}" for row in self.layers]
+        ratio = self.bytes_before / max(1, self.bytes_after)
+        lines.append(
+            f"{len(self.packed)} packed, {len(self.skipped)} skipped; whole model "
+            f"{self.bytes_before:,} -> {self.bytes_after:,} bytes ({ratio:.2f} times smaller)"
+        )
+        return "\n".join(lines)
+
+    __str__ = summary
+
+
+def _result(row: LayerReport) -> str:
+    """The right half of a line of the table."""
+    if row.skipped is not None:
+        return f"skipped: {row.skipped}"
+    if row.shared_with is not None:
+        return f"{row.bits:>5g} shares the packed weight of {row.shared_with}"
+    sizes = f"{row.bytes_before:,} -> {row.bytes_after:,}"
+    return f"{row.bits:>5g} {sizes:>22} {row.error:>8.4f}"
+
+
+def pack_report(model: nn.Module) -> PackReport:
+    """The report of the call of :func:`pyrobust.pack` that made ``model``.
+
+    It is an attribute of the model, so copies, pickles and compiled forms of the model have it too.
+
+    Args:
+        model: a result of :func:`pyrobust.pack`.
+
+    Raises:
+        ValueError: ``model`` was not made by :func:`pyrobust.pack`.
+    """
+    report = getattr(model, _ATTRIBUTE, None)
+    if not isinstance(report, PackReport):
+        raise ValueError(
+            f"pack_report: model must be a result of pyrobust.pack; got {type(model).__name__} "
+            "without a report."
+        )
+    return report
+
+
+def attach(model: nn.Module, report: PackReport) -> None:
+    """Keep ``report`` on ``model``."""
+    setattr(model, _ATTRIBUTE, report)
