@@ -12,10 +12,11 @@ except ImportError as error:
         "in the source folder (or `make install`)."
     ) from error
 
+from pyrobust.info import Info, info
+from pyrobust.pack import PackReport, pack, pack_report
+
 _native.isa()  # decides the instruction set now, so that a bad PYROBUST_ISA fails at import
 
-from pyrobust.pack import PackReport, pack, pack_report  # noqa: E402
-
 __version__ = "0.1.0"
-__all__ = ["PackReport", "pack", "pack_report"]
+__all__ = ["Info", "PackReport", "info", "pack", "pack_report"]
 del _torch

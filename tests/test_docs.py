@@ -61,7 +61,7 @@ def test_every_public_name_has_its_home_on_the_page(package):
 
 
 def _constant_home(name, homes):
-    """A documented module that holds a value without ``__module__``, such as a number."""
+    """A documented module that holds a value which does not name its home."""
     for home in homes:
         if hasattr(importlib.import_module(home), name):
             return home

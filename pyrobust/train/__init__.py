@@ -13,17 +13,24 @@ from pyrobust.train.adapters import (
     save_peft_lora,
     unmerge_adapters,
 )
+from pyrobust.train.loop import GaussianCrossEntropy, Objective, fit
+from pyrobust.train.schedules import linear_ramp, step_decay
 
 __all__ = [
+    "GaussianCrossEntropy",
     "LoRA",
+    "Objective",
     "SVFit",
     "adapter_param_groups",
     "adapters",
     "apply_adapter",
+    "fit",
+    "linear_ramp",
     "load_adapter",
     "load_peft_lora",
     "merge_adapters",
     "save_adapter",
     "save_peft_lora",
+    "step_decay",
     "unmerge_adapters",
 ]

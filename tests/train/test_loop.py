@@ -1,0 +1,75 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pyrobust.train import GaussianCrossEntropy, fit
+
+
+def blobs():
+    """Two separable clouds in the plane."""
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randn(200, 2, generator=generator) * 0.3
+    labels = torch.arange(200) % 2
+    return points + labels[:, None] * 2.0 - 1.0, labels
+
+
+def train(objective, seed=0):
+    torch.manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
+    return fit(
+        nn.Linear(2, 2),
+        *blobs(),
+        objective=objective,
+        epochs=5,
+        learning_rate=0.05,
+        generator=generator,
+    )
+
+
+def test_fit_learns_and_ends_in_evaluation_mode():
+    model = train(GaussianCrossEntropy())
+    points, labels = blobs()
+    assert not model.training
+    assert (model(points).argmax(1) == labels).float().mean() > 0.98
+
+
+def test_fit_repeats_for_equal_generators():
+    first, again, other = (train(GaussianCrossEntropy(), seed) for seed in (3, 3, 4))
+    assert torch.equal(first.weight, again.weight)
+    assert not torch.equal(first.weight, other.weight)
+
+
+def test_fit_passes_the_share_of_training_that_is_done():
+    seen = []
+
+    def objective(model, x, labels, done):
+        seen.append(done)
+        return F.cross_entropy(model(x), labels)
+
+    fit(nn.Linear(2, 2), *blobs(), objective=objective, epochs=2, batch_size=150)
+    assert seen == pytest.approx([0, 0.25, 0.5, 0.75])
+
+
+def test_gaussian_cross_entropy_averages_to_the_noisy_risk():
+    model = nn.Linear(2, 2)
+    points, labels = blobs()
+    plain = GaussianCrossEntropy()(model, points, labels)
+    assert torch.equal(plain, F.cross_entropy(model(points), labels))
+    noisy = GaussianCrossEntropy(0.5, torch.Generator().manual_seed(5))(model, points, labels)
+    noise = torch.randn(points.shape, generator=torch.Generator().manual_seed(5))
+    assert torch.allclose(noisy, F.cross_entropy(model(points + 0.5 * noise), labels))
+
+
+def test_bad_arguments_and_a_diverging_loss_are_refused():
+    with pytest.raises(ValueError, match="GaussianCrossEntropy: sigma must be"):
+        GaussianCrossEntropy(-1.0)
+    with pytest.raises(ValueError, match="fit: epochs must be at least 1; got 0"):
+        fit(nn.Linear(2, 2), *blobs(), objective=GaussianCrossEntropy(), epochs=0)
+    with pytest.raises(FloatingPointError, match="the loss became nan"):
+        fit(
+            nn.Linear(2, 2),
+            *blobs(),
+            objective=lambda model, x, y, done: model(x).sum() * float("nan"),
+            epochs=1,
+        )
