@@ -32,8 +32,10 @@
 //             group_dim 1   t = sum over groups g ascending of (double) S_g * scale_g, where S_g is
 //                           the int32 sum of q (code - zero) over the group (groups of more than
 //                           65536 columns count as several of 65536); 46 bits: no product rounds
-//             group_dim 0   t = lanes ((0+1)+(2+3)) + ((4+5)+(6+7)), lane l = sum over k = l, l+8,
-//                           ... ascending of q scale (code - zero) in double; no product rounds
+//             group_dim 0   t = lanes ((0+1)+(2+3)) + ((4+5)+(6+7)), lane l = sum over the columns
+//             k
+//                           with (k / 8) mod 8 = l, ascending, of q scale (code - zero) in double;
+//                           no product rounds
 //             y = (float) (t * step + bias)
 // In both modes a row of y depends on its row of x alone, not on M or the other rows. In int8 mode
 // it has the same bits on every instruction set and for any number of threads; in exact mode, the

@@ -40,7 +40,7 @@ double grouped_integer_dot(const PackedMatrix& w, int64_t n, const int8_t* q, co
 
 double columnwise_integer_dot(const PackedMatrix& w, const int8_t* q, const float* weight) {
   double lane[8] = {};
-  for (int64_t k = 0; k < w.cols; ++k) lane[k % 8] += static_cast<double>(q[k]) * weight[k];
+  for (int64_t k = 0; k < w.cols; ++k) lane[k / 8 % 8] += static_cast<double>(q[k]) * weight[k];
   return sum_of_lanes(lane);
 }
 
