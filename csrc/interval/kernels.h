@@ -40,6 +40,15 @@ struct Ends {
   int64_t count;
 };
 
+// Rows (lanes, terms) of centres and radii side by side in one panel; absent lanes become zero.
+struct PackRows {
+  const float* centre;
+  const float* radius;
+  int64_t lanes;  // at most kLanes
+  int64_t terms;
+  float* panel;
+};
+
 // yc and yr of `rows` weight rows for a few inputs: sums[b * sum_stride + n].
 struct Dots {
   const float* centre;  // (batch, terms)
@@ -89,6 +98,7 @@ struct FinishPanel {
 
 struct IntervalKernels {
   float (*prepare)(const Ends& ends, const Constants& constants, float* centre, float* radius);
+  void (*pack)(const PackRows& work);
   void (*dots)(const Dots& work);
   void (*tiles)(const Tiles& work);
   void (*finish_row)(const FinishRow& work, const Constants& constants);

@@ -1,4 +1,4 @@
-// How inputs reach the panel kernels: rows of a matrix or patches of an image, side by side.
+// How images reach the panel kernels, and what the rounding of activations adds to radii.
 #pragma once
 
 #include <cmath>
@@ -31,22 +31,6 @@ inline void widen_to_int8(const float* centre, float* radius, int64_t terms, int
   const float extra = half_step(largest) * constants.radius_gain;
   for (int64_t k = 0; k < terms; ++k) {
     radius[k * stride] = (radius[k * stride] + extra) * (1.0f + 8.0f / 16777216.0f);
-  }
-}
-
-// Rows [first, first + lanes) of (batch, terms) centres and radii; absent lanes are zero.
-inline void pack_rows(const float* centre, const float* radius, int64_t lanes, int64_t terms,
-                      float* panel) {
-  constexpr int64_t kStep = 16;  // terms at a time: one cache line of each of the 16 rows
-  for (int64_t begin = 0; begin < terms; begin += kStep) {
-    const int64_t end = terms < begin + kStep ? terms : begin + kStep;
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      for (int64_t k = begin; k < end; ++k) {
-        float* column = panel + k * kPanelWidth + lane;
-        column[0] = lane < lanes ? centre[lane * terms + k] : 0.0f;
-        column[kLanes] = lane < lanes ? radius[lane * terms + k] : 0.0f;
-      }
-    }
   }
 }
 

@@ -76,6 +76,21 @@ void dots(const Dots& work) {
   }
 }
 
+void pack(const PackRows& work) {
+  constexpr int64_t kStep = 16;  // terms at a time: one cache line of each row
+  for (int64_t begin = 0; begin < work.terms; begin += kStep) {
+    const int64_t end = work.terms < begin + kStep ? work.terms : begin + kStep;
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const bool present = lane < work.lanes;
+      for (int64_t k = begin; k < end; ++k) {
+        float* column = work.panel + k * kPanelWidth + lane;
+        column[0] = present ? work.centre[lane * work.terms + k] : 0.0f;
+        column[kLanes] = present ? work.radius[lane * work.terms + k] : 0.0f;
+      }
+    }
+  }
+}
+
 void add_chunk(const float* panel, const float* weight, int64_t terms, float* sums) {
   float total[kPanelWidth] = {};
   for (int64_t begin = 0; begin < terms; begin += kRun) {
@@ -141,7 +156,7 @@ void finish_panel(const FinishPanel& work, const Constants& constants) {
 
 }  // namespace
 
-const IntervalKernels kPortableKernels = {prepare, dots, tiles, finish_row, finish_panel};
+const IntervalKernels kPortableKernels = {prepare, pack, dots, tiles, finish_row, finish_panel};
 
 }  // namespace interval
 }  // namespace pyrobust

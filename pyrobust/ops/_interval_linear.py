@@ -93,7 +93,8 @@ def _linear_cpu(
     if lower.dtype != torch.float32:
         return _linear_fallback(lower, upper, weight, bias, rounding)
     shape, low, high = flat_ends(lower, upper)
-    out_low, out_high = (low.new_empty((low.shape[0], weight.shape[0])) for _ in range(2))
+    out_low = low.new_empty((low.shape[0], weight.shape[0]))
+    out_high = torch.empty_like(out_low)
     _native.interval_linear(
         low,
         high,
@@ -104,12 +105,16 @@ def _linear_cpu(
         out_high,
         torch.get_num_threads(),
     )
+    if len(shape) == 1:
+        return out_low, out_high
     return out_low.reshape(*shape, weight.shape[0]), out_high.reshape(*shape, weight.shape[0])
 
 
 def flat_ends(lower: Tensor, upper: Tensor) -> tuple[torch.Size, Tensor, Tensor]:
     """Leading axes, and both ends as dense matrices."""
     leading, terms = lower.shape[:-1], lower.shape[-1]
+    if len(leading) == 1:
+        return leading, dense(lower), dense(upper)
     count = leading.numel()  # reshape(-1, 0) would be ambiguous
     return leading, dense(lower.reshape(count, terms)), dense(upper.reshape(count, terms))
 

@@ -242,7 +242,8 @@ def _linear_cpu(
             half_step=moved,
         )
     shape, low, high = linear.flat_ends(lower, upper)
-    out_low, out_high = (low.new_empty((low.shape[0], codes.shape[0])) for _ in range(2))
+    out_low = low.new_empty((low.shape[0], codes.shape[0]))
+    out_high = torch.empty_like(out_low)
     _native.interval_packed_linear(
         low,
         high,
@@ -257,6 +258,8 @@ def _linear_cpu(
         out_high,
         torch.get_num_threads(),
     )
+    if len(shape) == 1:
+        return out_low, out_high
     return out_low.reshape(*shape, codes.shape[0]), out_high.reshape(*shape, codes.shape[0])
 
 
