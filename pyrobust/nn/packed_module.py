@@ -218,7 +218,10 @@ class PackedModule(nn.Module):
         """Nothing to restore: the format was compared before anything was copied."""
 
     def _descriptor(self) -> dict[str, int]:
-        """What must agree for the codes to mean the same weight; ``bits`` in hundredths."""
+        """What the state dict tells about the format; ``bits`` in hundredths.
+
+        All of it must agree for codes to mean the same weight, but for ``activations``.
+        """
         fields = {
             "version": _DESCRIPTOR_VERSION,
             "kind": self.kind,
@@ -226,8 +229,29 @@ class PackedModule(nn.Module):
             "group_size": self.group_size,
             "group_dim": self.group_dim,
             "symmetric": int(self.symmetric),
+            "activations": _ACTIVATIONS.index(self.activations),
         }
         return fields | {f"weight.shape[{i}]": size for i, size in enumerate(self.weight_shape)}
+
+    @staticmethod
+    def read_descriptor(values: list[int]) -> dict[str, Any]:
+        """The ``_extra_state`` of a packed layer as options: kind, weight_shape, bits and so on.
+
+        Raises:
+            ValueError: ``values`` is not a descriptor of this version.
+        """
+        if len(values) < 9 or values[0] != _DESCRIPTOR_VERSION or values[6] not in (0, 1):
+            raise ValueError(f"PackedModule: unknown description of a packed weight, {values}.")
+        kind, bits, group_size, group_dim, symmetric, activations = values[1:7]
+        return {
+            "kind": kind,
+            "weight_shape": tuple(values[7:]),
+            "bits": bits / 100 if bits % 100 else bits // 100,
+            "group_size": group_size,
+            "group_dim": group_dim,
+            "symmetric": bool(symmetric),
+            "activations": _ACTIVATIONS[activations],
+        }
 
     def _load_from_state_dict(
         self,
@@ -266,7 +290,7 @@ class PackedModule(nn.Module):
             f"{name} {value / 100 if name == 'bits' else value:g} (this layer: "
             f"{expected[name] / 100 if name == 'bits' else expected[name]:g})"
             for name, value in zip(expected, values, strict=True)
-            if value != expected[name]
+            if value != expected[name] and name != "activations"
         ]
         return f"the state was packed with {', '.join(differing)}." if differing else None
 
