@@ -1,6 +1,19 @@
 """Bounds and certificates: statements with a guarantee."""
 
-from pyrobust.certify.certificates import ABSTAIN, Certificate, SmoothingCertificate
+from pyrobust.certify.certificates import (
+    ABSTAIN,
+    Certificate,
+    SequentialCertificate,
+    SmoothingCertificate,
+)
+from pyrobust.certify.population import SMOOTHING_POPULATION, Population
+from pyrobust.certify.sequential import (
+    SequentialDesign,
+    look_schedule,
+    optimal_design,
+    sequential_design,
+    spending_design,
+)
 from pyrobust.certify.statistics import (
     clopper_pearson_lower,
     clopper_pearson_upper,
@@ -13,11 +26,19 @@ from pyrobust.certify.statistics import (
 __all__ = [
     "ABSTAIN",
     "Certificate",
+    "Population",
+    "SMOOTHING_POPULATION",
+    "SequentialCertificate",
+    "SequentialDesign",
     "SmoothingCertificate",
     "clopper_pearson_lower",
     "clopper_pearson_upper",
     "gaussian_radius",
     "hoeffding_lower",
     "hoeffding_upper",
+    "look_schedule",
+    "optimal_design",
+    "sequential_design",
+    "spending_design",
     "union_bound",
 ]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyrobust._checks import check_shape, require_extra
 
-__all__ = ["ABSTAIN", "Certificate", "SmoothingCertificate"]
+__all__ = ["ABSTAIN", "Certificate", "SequentialCertificate", "SmoothingCertificate"]
 
 ABSTAIN = -1
 
@@ -123,6 +123,30 @@ class SmoothingCertificate(Certificate):
 
     p_lower: Tensor | None = None
     counts: Tensor | None = None
+    selection_counts: Tensor | None = None
+    samples: Tensor | None = None
+    sigma: float = 0.0
+
+
+@dataclass(frozen=True)
+class SequentialCertificate(Certificate):
+    """Decisions at given radii by sequential tests; ``radius`` is the largest certified one.
+
+    Attributes:
+        radii: ``(R,)`` float64 radii asked for, increasing.
+        errors: ``(R,)`` float64 exact probability of a false claim at each radius; the claims of
+            one input are nested, so all together hold with probability at least ``1 - alpha``.
+        successes: ``(B,)`` int64 votes for the selected class among the test samples.
+        trials: ``(B,)`` int64 test samples drawn.
+        selection_counts: ``(B, K)`` int64 votes that chose the class; never reused.
+        samples: ``(B,)`` int64 forward passes spent, selection included.
+        sigma: standard deviation of the noise, in the units of the input.
+    """
+
+    radii: Tensor | None = None
+    errors: Tensor | None = None
+    successes: Tensor | None = None
+    trials: Tensor | None = None
     selection_counts: Tensor | None = None
     samples: Tensor | None = None
     sigma: float = 0.0

@@ -12,13 +12,19 @@ the special functions.
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Sequence
+
 import torch
-from scipy import stats
+from scipy import special, stats
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyrobust._checks import check_integer, check_open_unit, check_positive
-from pyrobust.certify.certificates import ABSTAIN, SmoothingCertificate
+from pyrobust.certify.certificates import ABSTAIN, SequentialCertificate, SmoothingCertificate
+from pyrobust.certify.continuous_batching import decide_radii
+from pyrobust.certify.sequential import sequential_design
 from pyrobust.certify.statistics import clopper_pearson_lower, gaussian_radius
 from pyrobust.certify.voting import check_voting, count_noisy_votes, device_of
 from pyrobust.ops.sampling import gaussian_samples
@@ -175,6 +181,85 @@ class SmoothedClassifier(nn.Module):
             sigma=self.sigma,
         )
 
+    def certify_at(
+        self,
+        x: Tensor,
+        radius: float | Sequence[float],
+        alpha: float = 1e-3,
+        budget: int = 100_000,
+        *,
+        n0: int = 100,
+        seed: int = 0,
+        first_index: int = 0,
+        batch_size: int = 512,
+        design: str = "optimal",
+        progress: bool = False,
+    ) -> SequentialCertificate:
+        """Decide whether each input is certified at given radii, with as few samples as it takes.
+
+        A sequential test per radius stops as soon as the votes suffice; several radii share the
+        samples, and since their hypotheses are nested each is tested at the full level. Samples of
+        many inputs share each forward batch. The first design for a radius takes about a second
+        to compute; it is cached.
+
+        Args:
+            x: ``(B, ...)`` float inputs.
+            radius: one l2 radius ``>= 0`` or an increasing sequence, in the units of ``x``.
+            alpha: probability of error per input, over all radii together, in (0, 1).
+            budget: most test samples per input, ``>= 1``.
+            n0: most samples that select the class, ``>= 1``; it stops once one class leads by 10.
+            seed: key of the noise, in ``[0, 2**63)``.
+            first_index: position of ``x[0]`` in the data set.
+            batch_size: rows per forward pass.
+            design: ``"optimal"`` or ``"spending"`` (:mod:`pyrobust.certify.sequential`).
+            progress: show a progress bar.
+
+        Returns:
+            The certificate; ``radius`` is the largest one certified together with all smaller
+            ones, ``prediction`` -1 where none is.
+
+        Raises:
+            TypeError: ``x`` is not floating-point.
+            ValueError: an argument out of range, the base in training mode, or NaN logits.
+        """
+        subject = "SmoothedClassifier.certify_at"
+        self._check(subject, x, alpha, batch_size, n0=n0, budget=budget)
+        radii = _radii(subject, radius)
+        # Phi rounded up: a null hypothesis that is too large only costs samples.
+        nulls = [min(float(special.ndtr(r / self.sigma)) + 1e-15, 1 - 2**-53) for r in radii]
+        tests = [sequential_design(p, alpha, budget, kind=design) for p in nulls]
+        with tqdm(total=x.shape[0], disable=not progress, unit="image", desc=subject) as bar:
+            decisions = decide_radii(
+                self.base,
+                x,
+                self.sigma,
+                tests,
+                num_classes=self.num_classes,
+                n0=n0,
+                seed=seed,
+                first_index=first_index,
+                batch_size=batch_size,
+                subject=subject,
+                bar=bar,
+            )
+        reached = torch.tensor([d.certified for d in decisions], dtype=torch.int64)
+        labels = torch.tensor([d.label for d in decisions], dtype=torch.int64)
+        steps = torch.tensor([0.0, *radii], dtype=torch.float64)
+        selection = [torch.from_numpy(d.selection) for d in decisions]
+        return SequentialCertificate(
+            prediction=torch.where(reached > 0, labels, ABSTAIN).to(x.device),
+            radius=steps[reached].to(x.device),
+            alpha=alpha,
+            assumption=_ASSUMPTION,
+            radii=steps[1:].to(x.device),
+            errors=torch.tensor([test.error for test in tests], dtype=torch.float64),
+            successes=torch.tensor([d.successes for d in decisions], dtype=torch.int64),
+            trials=torch.tensor([d.trials for d in decisions], dtype=torch.int64),
+            selection_counts=torch.stack(selection) if selection else torch.zeros(0, 0),
+            samples=torch.tensor([d.samples for d in decisions], dtype=torch.int64),
+            sigma=self.sigma,
+        )
+
     def extra_repr(self) -> str:
         """Sigma and the number of classes."""
         return f"sigma={self.sigma}, num_classes={self.num_classes}"
@@ -214,6 +299,17 @@ class SmoothedClassifier(nn.Module):
                 )
                 for first, n in parts
             ]
+
+
+def _radii(subject: str, radius: float | Sequence[float]) -> list[float]:
+    """The radii as an increasing list."""
+    radii = [float(radius)] if isinstance(radius, (int, float)) else [float(r) for r in radius]
+    increasing = all(low < high for low, high in itertools.pairwise(radii))
+    if not radii or radii[0] < 0 or not increasing or not math.isfinite(radii[-1]):
+        raise ValueError(
+            f"{subject}: radius must be a number >= 0 or increasing numbers; got {radius}."
+        )
+    return radii
 
 
 def _top_class(counts: Tensor) -> Tensor:

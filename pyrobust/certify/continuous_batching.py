@@ -1,0 +1,211 @@
+"""Sequential certification of many images at once: their samples share every forward batch.
+
+An image that can be decided early stops early; its place in the batch goes to the next image, so
+early stopping pays at any batch size.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pyrobust import _native
+from pyrobust.certify.sequential import SequentialDesign
+from pyrobust.certify.voting import classify
+
+__all__ = ["ImageDecision", "decide_radii"]
+
+_GROUP = 10  # selection samples between looks
+_LEAD = 10  # votes ahead that end the selection
+
+
+@dataclass
+class ImageDecision:
+    """The state of one image: selection first, then one test per radius on common samples.
+
+    Attributes:
+        position: row of the image in the input.
+        selection: ``(K,)`` votes that choose the class.
+        label: the chosen class, -1 during selection.
+        successes: votes for ``label`` among the test samples.
+        trials: test samples drawn.
+        certified: radii certified, counted from the smallest without a gap.
+    """
+
+    position: int
+    selection: NDArray[np.int64]
+    label: int = -1
+    successes: int = 0
+    trials: int = 0
+    certified: int = 0
+    finished: bool = False
+    issued: int = 0  # samples of the current group already put into batches
+    group: int = 0  # size of the current group
+    look: int = 0
+    status: NDArray[np.int8] | None = None  # per radius: 0 open, 1 certified, -1 given up
+
+    @property
+    def samples(self) -> int:
+        """Forward passes spent, selection included."""
+        return int(self.selection.sum()) + self.trials
+
+
+class _Rules:
+    """When a selection ends, when a test ends, and how large the next group is."""
+
+    def __init__(self, designs: list[SequentialDesign], n0: int) -> None:
+        self.n0 = n0
+        self.looks = designs[0].looks
+        self.upper = np.stack([design.upper for design in designs])
+        self.lower = np.stack([design.lower for design in designs])
+
+    def start(self, image: ImageDecision) -> None:
+        image.group, image.issued = min(_GROUP, self.n0), 0
+        image.status = np.zeros(len(self.upper), dtype=np.int8)
+
+    def first_sample(self, image: ImageDecision) -> int:
+        """Sample index of the group; tests begin at n0 however early the selection ended."""
+        return self.n0 + image.trials if image.label >= 0 else int(image.selection.sum())
+
+    def absorb(self, image: ImageDecision, votes: NDArray[np.int64]) -> None:
+        """Take the votes of a whole group and decide what follows."""
+        if image.label < 0:
+            self._select(image, votes)
+        else:
+            image.successes += int(votes[image.label])
+            image.trials += image.group
+            self._test(image)
+            image.look += 1
+        image.issued = 0
+        if not image.finished and image.label >= 0:
+            image.group = int(self.looks[image.look]) - image.trials
+
+    def _select(self, image: ImageDecision, votes: NDArray[np.int64]) -> None:
+        image.selection += votes
+        drawn = int(image.selection.sum())
+        second, first = np.sort(image.selection)[-2:]
+        if drawn == self.n0 or first - second >= _LEAD:
+            image.label = int(image.selection.argmax())
+        else:
+            image.group = min(_GROUP, self.n0 - drawn)
+
+    def _test(self, image: ImageDecision) -> None:
+        status = image.status
+        assert status is not None
+        passed = image.successes >= self.upper[:, image.look]
+        failed = image.successes <= self.lower[:, image.look]
+        status[(status == 0) & passed] = 1
+        status[(status == 0) & failed] = -1
+        # Nested hypotheses: a radius counts only where every smaller one is certified.
+        ones = status == 1
+        image.certified = len(ones) if ones.all() else int(np.argmin(ones))
+        image.finished = image.certified == len(ones) or bool(status[image.certified] < 0)
+
+
+def decide_radii(
+    base: nn.Module,
+    x: Tensor,
+    sigma: float,
+    designs: list[SequentialDesign],
+    *,
+    num_classes: int,
+    n0: int,
+    seed: int,
+    first_index: int = 0,
+    batch_size: int = 512,
+    subject: str = "decide_radii",
+    bar: Any = None,
+) -> list[ImageDecision]:
+    """Run the tests of ``designs`` (one per radius, smallest first, common looks) on each image.
+
+    Args:
+        base: classifier, ``(N, ...)`` to ``(N, num_classes)``, in evaluation mode, any device.
+        x: ``(B, ...)`` float inputs.
+        sigma: standard deviation of the noise.
+        designs: one test per radius, in increasing order of ``p_null``.
+        num_classes: ``K``.
+        n0: most samples that the selection of the class may take.
+        seed: key of the noise.
+        first_index: image index of ``x[0]``.
+        batch_size: rows per forward pass.
+        subject: who asks, for error messages.
+        bar: a tqdm bar to advance by the images done, or None.
+
+    Returns:
+        One decision per image, in order.
+
+    Raises:
+        ValueError: the base returns another shape, or NaN for a sample (which is named).
+    """
+    rules = _Rules(designs, n0)
+    images = [ImageDecision(b, np.zeros(num_classes, np.int64)) for b in range(x.shape[0])]
+    votes = {b: np.zeros(num_classes, np.int64) for b in range(x.shape[0])}
+    flat = x.detach().cpu().float().flatten(1).contiguous()
+    scale = torch.full((1,), sigma, dtype=torch.float32)
+    buffer = torch.empty((batch_size, *x.shape[1:]))
+    waiting: deque[ImageDecision] = deque()
+    newcomers = iter(images)
+    threads = torch.get_num_threads()
+    while True:
+        pieces = list(_fill(rules, waiting, newcomers, batch_size))
+        if not pieces:
+            return images
+        row = 0
+        for image, first, size in pieces:
+            out = buffer[row : row + size].view(1, size, -1)
+            index = first_index + image.position
+            b = image.position
+            _native.gaussian_samples(flat[b : b + 1], scale, out, seed, first, index, threads)
+            row += size
+        classes, nan = classify(base, buffer[:row].to(x.dtype), num_classes, subject)
+        row = 0
+        for image, first, size in pieces:
+            if row <= nan < row + size:
+                raise ValueError(
+                    f"{subject}: the base must not return NaN; it does for sample "
+                    f"{first + nan - row} of image {first_index + image.position} (seed {seed})."
+                )
+            found = classes[row : row + size].numpy()
+            votes[image.position] += np.bincount(found, minlength=num_classes)
+            row += size
+        for image in {id(image): image for image, _, _ in pieces}.values():
+            if image.issued < image.group:
+                continue
+            rules.absorb(image, votes[image.position])
+            votes[image.position] = np.zeros(num_classes, np.int64)
+            if not image.finished:
+                waiting.append(image)
+            elif bar is not None:
+                bar.update(1)
+
+
+def _fill(
+    rules: _Rules,
+    waiting: deque[ImageDecision],
+    newcomers: Iterator[ImageDecision],
+    batch_size: int,
+) -> Iterator[tuple[ImageDecision, int, int]]:
+    """Pieces (image, first sample, size) of one batch: images under way first, then new ones."""
+    space = batch_size
+    while space > 0:
+        if waiting:
+            image = waiting.popleft()
+        else:
+            newcomer = next(newcomers, None)
+            if newcomer is None:
+                return
+            image = newcomer
+            rules.start(image)
+        size = min(space, image.group - image.issued)
+        yield image, rules.first_sample(image) + image.issued, size
+        image.issued += size
+        space -= size
+        if image.issued < image.group:
+            waiting.appendleft(image)

@@ -1,0 +1,166 @@
+"""Sequential designs: exact error, against enumeration, simulation and the fixed-sample test."""
+
+from fractions import Fraction
+from math import comb
+
+import numpy as np
+import pytest
+from scipy import special, stats
+
+from pyrobust.certify import (
+    SMOOTHING_POPULATION,
+    Population,
+    look_schedule,
+    optimal_design,
+    sequential_design,
+    spending_design,
+)
+
+ALPHA = 0.001
+DESIGNS = {"optimal": optimal_design, "spending": spending_design}
+
+
+def exact_claims(p, design, *, binding):
+    """Probability of a claim in rational arithmetic."""
+    p, state, total, before = Fraction(p), {0: Fraction(1)}, Fraction(0), 0
+    for n, upper, lower in zip(design.looks, design.upper, design.lower, strict=True):
+        step = int(n) - before
+        before = int(n)
+        pmf = [comb(step, j) * p**j * (1 - p) ** (step - j) for j in range(step + 1)]
+        spread: dict[int, Fraction] = {}
+        for k, mass in state.items():
+            for j, weight in enumerate(pmf):
+                spread[k + j] = spread.get(k + j, Fraction(0)) + mass * weight
+        total += sum(mass for k, mass in spread.items() if k >= upper)
+        state = {k: m for k, m in spread.items() if k < upper and (k > lower or not binding)}
+    return total
+
+
+@pytest.mark.parametrize("kind", DESIGNS)
+@pytest.mark.parametrize("p_null", [0.5, 0.8, 0.97])
+def test_error_equals_rational_arithmetic(kind, p_null):
+    design = DESIGNS[kind](p_null, 0.05, look_schedule(80))
+    binding = kind == "optimal"
+    exact = exact_claims(p_null, design, binding=binding)
+    assert exact <= Fraction(0.05)
+    assert float(exact) == pytest.approx(design.error, rel=1e-9)
+    power = design.operating(0.99)[0]
+    assert power == pytest.approx(float(exact_claims(0.99, design, binding=True)), rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", DESIGNS)
+@pytest.mark.parametrize("z_null", [0.0, 0.5, 1.0, 2.0, 3.0])
+def test_error_uses_nearly_all_of_alpha_and_never_more(kind, z_null):
+    design = DESIGNS[kind](float(special.ndtr(z_null)), ALPHA, look_schedule(10_000))
+    # Near p = 1 few counts are possible, and each takes a large step of the error.
+    assert (0.9 if z_null < 3 else 0.7) * ALPHA < design.error <= ALPHA
+    assert (design.lower < design.upper).all()
+    assert design.lower[-1] == design.upper[-1] - 1
+    claims = [design.operating(float(special.ndtr(z_null + d)))[0] for d in (-0.5, -0.1, 0, 0.1, 1)]
+    assert claims == sorted(claims)
+    assert claims[2] <= design.error * (1 + 1e-12)
+
+
+def simulate(design, p, paths, generator):
+    count, state, before = np.zeros(paths, np.int64), np.zeros(paths, np.int8), 0
+    samples = np.zeros(paths, np.int64)
+    for n, upper, lower in zip(design.looks, design.upper, design.lower, strict=True):
+        live = np.flatnonzero(state == 0)
+        count[live] += generator.binomial(n - before, p, live.size)
+        before, samples[live] = n, n
+        state[live[count[live] >= upper]] = 1
+        state[live[count[live] <= lower]] = -1
+    assert (state != 0).all()
+    return (state == 1).mean(), samples.mean()
+
+
+@pytest.mark.parametrize("kind", DESIGNS)
+def test_simulated_paths_agree_with_the_recursion(kind):
+    design = DESIGNS[kind](0.6, 0.02, look_schedule(2000))
+    generator, paths = np.random.default_rng(0), 40_000
+    for p in (0.6, 0.64, 0.9):
+        claims, samples = simulate(design, p, paths, generator)
+        power, mean = design.operating(p)
+        assert abs(claims - power) < 5 * (power * (1 - power) / paths) ** 0.5 + 1e-12
+        assert samples == pytest.approx(mean, rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", DESIGNS)
+@pytest.mark.parametrize("z_null", [0.5, 2.0])
+def test_ten_million_null_paths_keep_the_error(kind, z_null):
+    p_null = float(special.ndtr(z_null))
+    design = DESIGNS[kind](p_null, ALPHA, look_schedule(100_000))
+    paths = 10_000_000
+    claims = simulate(design, p_null, paths, np.random.default_rng(1))[0]
+    null = design.operating(p_null)[0]
+    assert abs(claims - null) < 5 * (ALPHA / paths) ** 0.5
+    assert claims < ALPHA + 5 * (ALPHA / paths) ** 0.5
+
+
+@pytest.mark.parametrize("kind", DESIGNS)
+def test_most_inputs_are_decided_with_a_small_part_of_the_budget(kind):
+    budget, p_null = 20_000, float(special.ndtr(1.0))
+    design = DESIGNS[kind](p_null, ALPHA, look_schedule(budget))
+    z, mass = SMOOTHING_POPULATION.cells(1.0)
+    results = np.array([design.operating(float(p)) for p in special.ndtr(z)])
+    critical = stats.binom.isf(ALPHA, budget, p_null) + 1
+    fixed = stats.binom.sf(critical - 1, budget, special.ndtr(z))
+    assert mass @ results[:, 1] < budget / 25
+    assert mass @ (fixed - results[:, 0]) < 0.005
+
+
+def test_optimal_design_costs_less_than_spending():
+    looks, p_null, price = look_schedule(5000), 0.7, 4e-6
+    z, mass = SMOOTHING_POPULATION.cells(float(special.ndtri(p_null)))
+    costs = {}
+    for kind, make in DESIGNS.items():
+        results = np.array(
+            [make(p_null, ALPHA, looks).operating(float(p)) for p in special.ndtr(z)]
+        )
+        missed = np.where(special.ndtr(z) > p_null, 1 - results[:, 0], 0)
+        costs[kind] = mass @ (missed + price * results[:, 1])
+    assert costs["optimal"] < costs["spending"]
+
+
+def test_any_population_gives_a_valid_test():
+    hopeless = Population(z=(-3.0, 0.0), survival=(1.0, 0.0))
+    easy = Population(z=(3.0, 5.0), survival=(1.0, 0.0))
+    for population in (hopeless, easy):
+        design = optimal_design(0.75, ALPHA, look_schedule(2000), population=population)
+        assert design.error <= ALPHA
+
+
+def test_budget_too_small_to_decide_never_claims():
+    design = sequential_design(0.99, ALPHA, 50)
+    assert design.operating(1 - 1e-12)[0] == 0
+
+
+def test_schedule_ends_with_the_budget():
+    for budget in (1, 9, 10, 11, 100_000):
+        looks = look_schedule(budget)
+        assert looks[-1] == budget
+        assert (np.diff(looks) > 0).all()
+
+
+def test_designs_are_cached_and_read_only():
+    design = sequential_design(0.6, 0.01, 200)
+    assert sequential_design(0.6, 0.01, 200) is design
+    with pytest.raises(ValueError, match="read-only"):
+        design.upper[0] = 0
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: sequential_design(0.5, 0.001, 10, kind="best"), "one of optimal, spending"),
+        (lambda: sequential_design(0.0, 0.001, 10), "p_null must lie in the open interval"),
+        (lambda: sequential_design(0.5, 1.0, 10), "alpha must lie in the open interval"),
+        (lambda: sequential_design(0.5, 0.1, 0), "budget must be at least 1"),
+        (lambda: spending_design(0.5, 0.1, np.array([5, 5])), "positive and increasing"),
+        (lambda: optimal_design(0.5, 0.1, look_schedule(9), price=0.0), "price must be finite and"),
+    ],
+)
+def test_bad_arguments_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
