@@ -13,11 +13,12 @@ except ImportError as error:
     ) from error
 
 from pyrobust.info import Info, info
+from pyrobust.interval import Interval
 from pyrobust.io import load, save
 from pyrobust.pack import PackReport, pack, pack_report
 
 _native.isa()  # decides the instruction set now, so that a bad PYROBUST_ISA fails at import
 
 __version__ = "0.1.0"
-__all__ = ["Info", "PackReport", "info", "load", "pack", "pack_report", "save"]
+__all__ = ["Info", "Interval", "PackReport", "info", "load", "pack", "pack_report", "save"]
 del _torch

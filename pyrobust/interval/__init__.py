@@ -1,0 +1,8 @@
+"""The Interval type: call any torch model on a box of inputs and get a box of outputs."""
+
+from pyrobust.interval.table import RULES as _RULES
+from pyrobust.interval.type import Interval, install
+
+install(_RULES)
+
+__all__ = ["Interval"]

@@ -1,0 +1,283 @@
+"""Rules of arithmetic: sums, products, quotients, powers, roots, extrema.
+
+A sum or product of two floats has one rounding, which is undone outward only where it happened
+(two-sum; a product of float32 is exact in float64). So results are the tightest that the dtype can
+hold. In deployed mode nothing is added: rounding to nearest is monotone, so every float result of
+a correctly rounded operation lies between the ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyrobust.interval.errors import reject
+from pyrobust.interval.operands import common_dtype, ends_of, refuse, require_box, working
+from pyrobust.interval.outward import UNIT, Ends, enclose, step_where, sum_ends
+from pyrobust.interval.type import Interval, weakest, wrap
+
+__all__ = ["RULES", "add", "div", "maximum", "minimum", "mul", "neg", "power", "square", "sub"]
+
+
+def _operands(a: Any, b: Any) -> tuple[Ends, Ends, torch.dtype, str]:
+    rounding = weakest(a, b)
+    like = a if isinstance(a, Interval) else b
+    first, second = ends_of(a, like, rounding), ends_of(b, like, rounding)
+    return first, second, common_dtype(a, b), rounding
+
+
+def add(x: Any, y: Any, *, alpha: float = 1, out: None = None) -> Interval:
+    """``x + alpha y``."""
+    if out is not None:
+        raise refuse("out=")
+    if alpha != 1:
+        y = mul(y, alpha) if isinstance(y, Interval) else y * alpha
+    (low_x, high_x), (low_y, high_y), dtype, rounding = _operands(x, y)
+    if rounding == "nearest":
+        return wrap(low_x + low_y, high_x + high_y, rounding)
+    return wrap(*sum_ends((low_x, low_y), (high_x, high_y), dtype), rounding)
+
+
+def neg(x: Interval) -> Interval:
+    """``-x``, exact."""
+    return wrap(-x.upper, -x.lower, x.rounding)
+
+
+def sub(x: Any, y: Any, *, alpha: float = 1, out: None = None) -> Interval:
+    """``x - alpha y``; 0 for an interval less itself."""
+    if x is y and alpha == 1:
+        return wrap(torch.zeros_like(x.lower), torch.zeros_like(x.lower), x.rounding)
+    return add(x, neg(y) if isinstance(y, Interval) else -y, alpha=alpha, out=out)
+
+
+def rsub(x: Any, y: Any, *, alpha: float = 1) -> Interval:
+    """``y - alpha x``."""
+    return sub(y, x, alpha=alpha)
+
+
+def mul(x: Any, y: Any, *, out: None = None) -> Interval:
+    """``x y``; the square where both are the same box."""
+    if out is not None:
+        raise refuse("out=")
+    if x is y:
+        return square(x)
+    (low_x, high_x), (low_y, high_y), dtype, rounding = _operands(x, y)
+    if isinstance(x, Interval) and isinstance(y, Interval):
+        corners = [_product(a, b) for a in (low_x, high_x) for b in (low_y, high_y)]
+    elif isinstance(x, Interval):
+        corners = _scaled(low_x, high_x, low_y, high_y)
+    else:
+        corners = _scaled(low_y, high_y, low_x, high_x)
+    lower, upper = _extremes(corners)
+    if rounding == "nearest":
+        return wrap(lower, upper, rounding)
+    return wrap(*_outward_product(lower, upper, dtype), rounding)
+
+
+def _scaled(low: Tensor, high: Tensor, first: Tensor, last: Tensor) -> list[Tensor]:
+    """Products with a constant; it has two ends only where its dtype cannot hold it."""
+    if first is last:
+        return [_product(low, first), _product(high, first)]
+    return [_product(a, b) for a in (low, high) for b in (first, last)]
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """``a b`` with ``0 inf = 0``: zero times every finite number of an unbounded box."""
+    return torch.where((a == 0) | (b == 0), 0.0, a * b)
+
+
+def _extremes(corners: list[Tensor]) -> Ends:
+    lower = upper = corners[0]
+    for corner in corners[1:]:
+        lower, upper = torch.minimum(lower, corner), torch.maximum(upper, corner)
+    return lower, upper
+
+
+def _outward_product(lower: Tensor, upper: Tensor, dtype: torch.dtype) -> Ends:
+    """Products of float32 are exact in float64; those of float64 always step."""
+    moved = torch.full((), dtype == torch.float64, device=lower.device)
+    return step_where(lower, upper, moved, moved, dtype)
+
+
+def square(x: Interval) -> Interval:
+    """``x^2``."""
+    low, high = working(x)
+    dtype, rounding = x.dtype, x.rounding
+    least = torch.clamp(torch.maximum(low, -high), min=0.0)
+    most = torch.maximum(high, -low)
+    lower, upper = least * least, most * most
+    if rounding == "nearest":
+        return wrap(lower, upper, rounding)
+    lower, upper = _outward_product(lower, upper, dtype)
+    return wrap(lower.clamp(min=0.0), upper, rounding)
+
+
+def div(x: Any, y: Any, *, rounding_mode: None = None, out: None = None) -> Interval:
+    """``x / y`` for a divisor whose box does not hold zero.
+
+    Raises:
+        ValueError: an interval of the divisor contains zero.
+    """
+    if rounding_mode is not None or out is not None:
+        raise refuse("division with rounding_mode= or out=")
+    (low_x, high_x), (low_y, high_y), dtype, rounding = _operands(x, y)
+    has_zero = (low_y <= 0) & (high_y >= 0)
+    reject("div: the divisor must not contain zero", has_zero)
+    pairs = [(a, b) for a in (low_x, high_x) for b in (low_y, high_y)]
+    lower, upper = _extremes([torch.where(a == 0, 0.0, a / b) for a, b in pairs])
+    if rounding != "nearest":
+        inexact = _quotient_inexact(x, y, lower, upper, dtype)
+        lower, upper = step_where(lower, upper, inexact, inexact, dtype)
+    infinity = float("inf")
+    return wrap(
+        torch.where(has_zero, -infinity, lower), torch.where(has_zero, infinity, upper), rounding
+    )
+
+
+def _quotient_inexact(x: Any, y: Any, lower: Tensor, upper: Tensor, dtype: torch.dtype) -> Tensor:
+    """False where a float32 box without width was divided by a float32 number exactly."""
+    everywhere = torch.ones((), dtype=torch.bool, device=lower.device)
+    if dtype == torch.float64 or isinstance(y, Interval):
+        return everywhere
+    with torch.no_grad():
+        divisor = y.double() if isinstance(y, Tensor) else float(y)
+        # float32 times a divisor of 29 bits is exact in float64, which settles it
+        short = lower.float().double() == lower
+        short_divisor = torch.as_tensor(divisor, device=lower.device)
+        short &= (short_divisor.float().double() == short_divisor) & (lower == upper)
+        low = x.lower.double() if isinstance(x, Interval) else ends_of(x, y, "real")[0]
+        return ~(short & (lower * divisor == low))
+
+
+def reciprocal(x: Interval) -> Interval:
+    """``1 / x``."""
+    return div(1.0, x)
+
+
+def power(x: Any, exponent: Any) -> Interval:
+    """``x^p`` for a number ``p``; a box below zero only for integers ``p``.
+
+    Raises:
+        ValueError: the box holds negative numbers and ``p`` is no integer, or zero and ``p < 0``.
+    """
+    box = require_box(x, "pow")
+    if isinstance(exponent, (Interval, Tensor)):
+        raise refuse("pow with a tensor as exponent")
+    if exponent == 1:
+        return wrap(box.lower, box.upper, box.rounding)
+    if exponent == 2:
+        return square(box)
+    if exponent == 0:
+        return wrap(torch.ones_like(box.lower), torch.ones_like(box.upper), box.rounding)
+    if exponent < 0:
+        return reciprocal(power(box, -exponent))
+    if exponent == 0.5:
+        return root(box)
+    return _rising_power(box, exponent)
+
+
+def _rising_power(box: Interval, exponent: float) -> Interval:
+    low, high = working(box)
+    if exponent != int(exponent):
+        reject(f"pow: the base must be at least 0 for the exponent {exponent}", low < 0)
+    if int(exponent) % 2 == 0 or exponent != int(exponent):
+        least = torch.clamp(torch.maximum(low, -high), min=0.0)
+        low, high = least, torch.maximum(high, -low)
+    lower, upper = low**exponent, high**exponent
+    if box.rounding == "nearest":
+        return wrap(lower, upper, box.rounding)
+    units = 2.0**-50 if box.rounding == "real" else 16 * UNIT[box.dtype]
+    floor = 0.0 if int(exponent) % 2 == 0 or exponent != int(exponent) else None
+    error = lower.abs() * units, upper.abs() * units
+    return wrap(*enclose(lower, upper, error, box.dtype, floor=floor), box.rounding)
+
+
+def root(x: Interval) -> Interval:
+    """Square root.
+
+    Raises:
+        ValueError: the box holds negative numbers.
+    """
+    low, high = working(x)
+    reject("sqrt: the box must be at least 0", low < 0)
+    lower, upper = low.sqrt(), high.sqrt()
+    if x.rounding == "nearest":
+        return wrap(lower, upper, x.rounding)
+    with torch.no_grad():
+        short_low, short_high = lower.float().double(), upper.float().double()
+        # the square of a float32 is exact in float64
+        inexact_low = (short_low != lower) | (lower * lower != low)
+        inexact_high = (short_high != upper) | (upper * upper != high)
+    lower, upper = step_where(lower, upper, inexact_low, inexact_high, x.dtype)
+    return wrap(torch.where(lower < 0, 0.0, lower), upper, x.rounding)
+
+
+def inverse_root(x: Interval) -> Interval:
+    """``1 / sqrt(x)``, widened in deployed mode since implementations approximate it."""
+    low, high = working(x)
+    reject("rsqrt: the box must be greater than 0", low <= 0)
+    lower, upper = high.rsqrt(), low.rsqrt()
+    if x.rounding == "nearest":
+        return wrap(lower, upper, x.rounding)
+    units = 2.0**-50 if x.rounding == "real" else 8 * UNIT[x.dtype]
+    return wrap(*enclose(lower, upper, (lower * units, upper * units), x.dtype), x.rounding)
+
+
+def _extreme(name: str, choose: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Any]:
+    def rule(x: Any, y: Any, *, out: None = None) -> Interval:
+        if out is not None:
+            raise refuse("out=")
+        (low_x, high_x), (low_y, high_y), dtype, rounding = _operands(x, y)
+        lower, upper = choose(low_x, low_y), choose(high_x, high_y)
+        if rounding == "nearest":
+            return wrap(lower, upper, rounding)
+        return wrap(*step_where(lower, upper, *_never(lower), dtype), rounding)
+
+    rule.__name__ = name
+    return rule
+
+
+def _never(like: Tensor) -> tuple[Tensor, Tensor]:
+    no = torch.zeros((), dtype=torch.bool, device=like.device)
+    return no, no
+
+
+maximum = _extreme("maximum", torch.maximum)
+minimum = _extreme("minimum", torch.minimum)
+
+
+def absolute(x: Interval) -> Interval:
+    """``|x|``, exact."""
+    least = torch.clamp(torch.maximum(x.lower, -x.upper), min=0.0)
+    return wrap(least, torch.maximum(x.upper, -x.lower), x.rounding)
+
+
+RULES: dict[str, Callable[..., Any]] = {
+    "add": add,
+    "sub": sub,
+    "subtract": sub,
+    "rsub": rsub,
+    "__rsub__": rsub,
+    "mul": mul,
+    "multiply": mul,
+    "div": div,
+    "divide": div,
+    "true_divide": div,
+    "__rdiv__": lambda x, y: div(y, x),
+    "__rtruediv__": lambda x, y: div(y, x),
+    "neg": neg,
+    "negative": neg,
+    "abs": absolute,
+    "absolute": absolute,
+    "square": square,
+    "sqrt": root,
+    "rsqrt": inverse_root,
+    "reciprocal": reciprocal,
+    "pow": power,
+    "__pow__": power,
+    "maximum": maximum,
+    "minimum": minimum,
+}

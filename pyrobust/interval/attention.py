@@ -1,0 +1,268 @@
+"""Rules of attention: products of two boxes, softmax, and what transformers make of them.
+
+The product of two boxes is enclosed by five ordinary products of centres and radii (H. D. Nguyen,
+"Efficient algorithms for verified scientific computing", thesis, ENS Lyon 2011), exactly where no
+entry of one side crosses zero. A softmax is exact up to rounding:
+``softmax_i = sigmoid(x_i - log sum_{j != i} exp x_j)`` rises in ``x_i`` and falls in the others.
+Attention is moreover cut to the range of the values, since it averages them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyrobust.interval.arithmetic import mul
+from pyrobust.interval.errors import where
+from pyrobust.interval.linear import linear
+from pyrobust.interval.operands import Rule, common_dtype, ends_of, refuse, require_box, working
+from pyrobust.interval.outward import UNIT, bound_of_roundings, enclose
+from pyrobust.interval.shape import to_dtype
+from pyrobust.interval.type import Interval, weakest, wrap
+
+__all__ = ["RULES", "attention", "matmul", "softmax"]
+
+
+def matmul(input: Any, other: Any, *, out: None = None) -> Interval:
+    """``A B`` where either or both are boxes."""
+    if out is not None:
+        raise refuse("out=")
+    rounding = weakest(input, other)
+    like = input if isinstance(input, Interval) else other
+    dtype = common_dtype(input, other)
+    (low_a, high_a), (low_b, high_b) = (ends_of(v, like, rounding) for v in (input, other))
+    mid_a, mid_b = (low_a + high_a) * 0.5, (low_b + high_b) * 0.5
+    rad_a, rad_b = (high_a - low_a) * 0.5, (high_b - low_b) * 0.5
+    if rounding != "nearest":  # cover the rounding of the midpoints
+        rad_a = rad_a + torch.maximum(low_a.abs(), high_a.abs()) * 2.0**-52 * (low_a != high_a)
+        rad_b = rad_b + torch.maximum(low_b.abs(), high_b.abs()) * 2.0**-52 * (low_b != high_b)
+    size_a, size_b = mid_a.abs(), mid_b.abs()
+    core_a = torch.minimum(size_a, rad_a) * mid_a.sign()
+    core_b = torch.minimum(size_b, rad_b) * mid_b.sign()
+    middle = mid_a @ mid_b + core_a @ core_b
+    most = (size_a + rad_a) @ (size_b + rad_b)
+    reach = most - size_a @ size_b - core_a.abs() @ core_b.abs()
+    lower, upper = middle - reach, middle + reach
+    if rounding == "nearest":
+        return wrap(lower, upper, rounding)
+    with torch.no_grad():
+        terms = int(low_a.shape[-1])
+        error = 8 * bound_of_roundings(terms + 8, torch.float64) * most
+        if rounding == "deployed":
+            error = error + bound_of_roundings(terms + 4, dtype) * most
+            error = error + torch.finfo(dtype).tiny * (terms + 4)
+    return wrap(*enclose(lower, upper, error, dtype), rounding)
+
+
+def _others(x: Tensor, dim: int) -> Tensor:
+    """``log sum_{j != i} exp x_j`` along ``dim``: sums from both sides, without cancellation."""
+    top = x.amax(dim, keepdim=True).detach()
+    top = torch.where(torch.isfinite(top), top, 0.0)
+    terms = torch.exp(x - top)
+    zero = torch.zeros_like(terms.narrow(dim, 0, 1))
+    count = x.shape[dim]
+    before = torch.cat([zero, terms.narrow(dim, 0, count - 1).cumsum(dim)], dim)
+    behind = terms.flip(dim).narrow(dim, 0, count - 1).cumsum(dim)
+    behind = torch.cat([zero, behind], dim).flip(dim)
+    return top + torch.log((before + behind).clamp(min=2.0**-1000))
+
+
+def softmax(
+    input: Any,
+    dim: int | None = None,
+    _stacklevel: int = 3,
+    dtype: Any = None,
+    *,
+    log: bool = False,
+) -> Interval:
+    """Softmax, or its logarithm, along ``dim``."""
+    box = require_box(input, "softmax")
+    if dim is None:
+        raise refuse("softmax without dim")
+    if dtype is not None:
+        box = to_dtype(box, dtype)
+    low, high = working(box)
+    rest_low, rest_high = _others(low, dim), _others(high, dim)
+    drop_low, drop_high = low - rest_high, high - rest_low
+    curve = torch.nn.functional.logsigmoid if log else torch.sigmoid
+    lower, upper = curve(drop_low), curve(drop_high)
+    if box.rounding == "nearest":
+        return wrap(lower, upper, box.rounding)
+    with torch.no_grad():
+        relative = _softmax_error(low, high, dim, torch.float64)
+        if box.rounding == "deployed":
+            relative = relative + _softmax_error(low, high, dim, box.dtype)
+        errors = [relative * (1 + end.abs() if log else end) for end in (lower, upper)]
+        if box.rounding == "deployed":
+            largest = torch.maximum(*errors) + torch.finfo(box.dtype).tiny
+            errors = [largest, largest]
+    floor, ceiling = (None, 0.0) if log else (0.0, 1.0)
+    ends = enclose(lower, upper, (errors[0], errors[1]), box.dtype, floor=floor, ceiling=ceiling)
+    return wrap(*ends, box.rounding)
+
+
+def _softmax_error(low: Tensor, high: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """Relative error of a softmax in ``dtype`` arithmetic; absolute error of its logarithm.
+
+    A rounded difference ``x_j - max`` errs by a unit of its size; where that is beyond the range of
+    the exponential the term is zero, so sizes count up to there.
+    """
+    range_of_exp = 800.0 if dtype == torch.float64 else 128.0
+    spread = torch.zeros((), dtype=low.dtype, device=low.device)
+    for end in (low, high):
+        top = end.amax(dim, keepdim=True)
+        top = torch.where(torch.isfinite(top), top, 0.0)
+        depth = (top - torch.minimum(low, high)).amax(dim, keepdim=True).clamp(max=range_of_exp)
+        spread = torch.maximum(spread, top.abs() + depth)
+    return bound_of_roundings(low.shape[dim] + 16, dtype) + 4 * UNIT[dtype] * (1 + 4 * spread)
+
+
+def attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Interval:
+    """Scaled dot-product attention ``softmax(q k^T scale + mask) v``.
+
+    In deployed mode for implementations that form the scores, their softmax and the average one
+    after another.
+    """
+    if dropout_p > 0:
+        raise ValueError(
+            f"Interval: attention must run without dropout; got dropout_p = {dropout_p}{where()}. "
+            "Call model.eval() first."
+        )
+    if enable_gqa:
+        groups = query.shape[-3] // key.shape[-3]
+        key = key.repeat_interleave(groups, -3)
+        value = value.repeat_interleave(groups, -3)
+    factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    if not isinstance(query, Interval) and not isinstance(key, Interval):
+        scores = query @ key.mT * factor
+        raise_for = require_box(value, "scaled_dot_product_attention")
+        weights = Interval(scores, scores, rounding=raise_for.rounding)
+    else:
+        weights = mul(matmul(query, key.mT), factor)
+    mask = attn_mask
+    if is_causal:
+        size = weights.shape[-2:]
+        mask = torch.ones(size, dtype=torch.bool, device=weights.device).tril()
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            weights = weights.masked_fill(~mask, -math.inf)
+        else:
+            weights = weights + mask
+    mixed = matmul(softmax(weights, -1), value)
+    return _cut_to_range(mixed, value)
+
+
+def _cut_to_range(mixed: Interval, value: Any) -> Interval:
+    """A mean of values lies between the least and the greatest of them, up to its own rounding."""
+    low, high = ends_of(value, mixed, mixed.rounding)
+    least, most = low.amin(-2, keepdim=True), high.amax(-2, keepdim=True)
+    if mixed.rounding == "deployed":
+        slack = bound_of_roundings(2 * low.shape[-2] + 64, mixed.dtype)
+        least, most = least - slack * least.abs(), most + slack * most.abs()
+    kind = mixed.dtype
+    least, most = enclose(least, most, 0.0, kind) if mixed.rounding != "nearest" else (least, most)
+    return wrap(torch.maximum(mixed.lower, least), torch.minimum(mixed.upper, most), mixed.rounding)
+
+
+def _multi_head(
+    query: Any,
+    key: Any,
+    value: Any,
+    embed_dim_to_check: int,
+    num_heads: int,
+    in_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    training: bool = True,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    use_separate_proj_weight: bool = False,
+    q_proj_weight: Tensor | None = None,
+    k_proj_weight: Tensor | None = None,
+    v_proj_weight: Tensor | None = None,
+    static_k: Tensor | None = None,
+    static_v: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[Interval, None]:
+    """``torch.nn.MultiheadAttention`` of ``(T, B, E)`` boxes; the weights are not returned."""
+    extras = (bias_k, bias_v, static_k, static_v)
+    if add_zero_attn or any(extra is not None for extra in extras):
+        raise refuse("multi-head attention with extra keys")
+    if use_separate_proj_weight or in_proj_weight is None:
+        projections = [q_proj_weight, k_proj_weight, v_proj_weight]
+    else:
+        projections = list(in_proj_weight.chunk(3))
+    shifts = [None] * 3 if in_proj_bias is None else list(in_proj_bias.chunk(3))
+    batched = query.dim() == 3
+    heads = []
+    for source, weight, shift in zip((query, key, value), projections, shifts, strict=True):
+        sequence = source if batched else source.unsqueeze(1)
+        projected = (
+            linear(sequence, weight, shift)
+            if isinstance(sequence, Interval)
+            else torch.nn.functional.linear(sequence, weight, shift)  # type: ignore[arg-type]
+        )
+        split = projected.reshape(*projected.shape[:2], num_heads, -1)
+        heads.append(split.permute(1, 2, 0, 3))  # (B, heads, T, E / heads)
+    mask = _merged_mask(attn_mask, key_padding_mask, heads[0].shape[0], num_heads)
+    mixed = attention(heads[0], heads[1], heads[2], mask, dropout_p if training else 0.0)
+    joined = mixed.permute(2, 0, 1, 3).reshape(mixed.shape[2], mixed.shape[0], -1)
+    result = linear(joined, out_proj_weight, out_proj_bias)
+    return (result if batched else result.squeeze(1)), None
+
+
+def _merged_mask(
+    attn_mask: Tensor | None, padding: Tensor | None, batch: int, num_heads: int
+) -> Tensor | None:
+    """One additive mask of ``(B or 1, heads or 1, T, S)``; True in a bool mask forbids."""
+    masks = []
+    if attn_mask is not None:
+        shape = (batch, num_heads, *attn_mask.shape[1:]) if attn_mask.ndim == 3 else attn_mask.shape
+        masks.append(attn_mask.reshape(shape))
+    if padding is not None:
+        masks.append(padding.reshape(-1, 1, 1, padding.shape[-1]))
+    additive = [
+        torch.zeros(m.shape, device=m.device).masked_fill(m, -math.inf)
+        if m.dtype == torch.bool
+        else m
+        for m in masks
+    ]
+    return (
+        None if not additive else additive[0] if len(additive) == 1 else additive[0] + additive[1]
+    )
+
+
+RULES: dict[str, Rule] = {
+    "matmul": matmul,
+    "__matmul__": matmul,
+    "__rmatmul__": lambda x, y: matmul(y, x),
+    "bmm": matmul,
+    "mm": matmul,
+    "mv": matmul,
+    "softmax": softmax,
+    "log_softmax": lambda input, dim=None, _stacklevel=3, dtype=None: softmax(
+        input, dim, dtype=dtype, log=True
+    ),
+    "softmin": lambda input, dim=None, _stacklevel=3, dtype=None: softmax(-input, dim, dtype=dtype),
+    "scaled_dot_product_attention": attention,
+    "multi_head_attention_forward": _multi_head,
+}

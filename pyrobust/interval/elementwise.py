@@ -1,0 +1,320 @@
+"""Rules of functions of one number: each is a curve that rises, falls, or has one valley.
+
+The ends of the image are values at the ends of the box, and at the lowest point of a valley inside
+it. They are computed in float64 and rounded outward by a bound on the error of that evaluation:
+``relative`` units of 2^-53 of the value (torch's float64 functions stay within 2 units;
+``tests/interval/test_elementwise.py`` measures them against mpmath) plus ``steep`` units of
+``x^2 |value|`` where the argument is rounded before an exponential.
+
+In deployed mode the float32 function of torch may differ from the exact one by its own error,
+bounded by ``deployed`` units of 2^-24 of the value and ``deployed_input`` units of ``min(|x|, 8)``
+(functions such as ``x (1 + erf(x / sqrt 2)) / 2`` cancel near their flat side, which they reach
+before 8).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyrobust.interval.arithmetic import div, mul
+from pyrobust.interval.errors import reject
+from pyrobust.interval.operands import Rule, refuse, require_box, working
+from pyrobust.interval.outward import UNIT, Ends, enclose, straight_through
+from pyrobust.interval.type import Interval, assign, wrap
+from pyrobust.ops._interval_fallback import round_outward
+
+__all__ = ["GELU_TANH_TURN", "GELU_TURN", "MISH_TURN", "RULES", "SILU_TURN", "Curve", "trace"]
+
+# Lowest points, the float64 next to the exact root of the derivative.
+GELU_TURN = -0.7517915246935645
+GELU_TANH_TURN = -0.7524614220710163
+SILU_TURN = -1.2784645427610737
+MISH_TURN = -1.1924312145154952
+HARDSWISH_TURN = -1.5
+
+
+@dataclass(frozen=True)
+class Curve:
+    """How a function of one number bends, and how well it is computed.
+
+    Attributes:
+        function: evaluates it on float64 (or, in nearest mode, on the dtype of the box).
+        turn: the lowest point of a valley; None for a monotone curve.
+        falling: whether a monotone curve falls.
+        floor: no value lies below.
+        ceiling: no value lies above.
+        relative: error of ``function`` in units of 2^-53 of the value.
+        steep: further error in units of 2^-53 of ``x^2 |value|``.
+        deployed: error of a float32 evaluation in units of 2^-24 of the value.
+        deployed_input: further error in units of 2^-24 of ``min(|x|, 8)``.
+        deployed_absolute: further error in units of 2^-24.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    turn: float | None = None
+    falling: bool = False
+    floor: float | None = None
+    ceiling: float | None = None
+    relative: float = 8.0
+    steep: float = 0.0
+    deployed: float = 8.0
+    deployed_input: float = 0.0
+    deployed_absolute: float = 0.0
+
+
+def trace(curve: Curve, x: Interval) -> Interval:
+    """The image of ``x`` under ``curve``."""
+    low, high = working(x)
+    first, last = curve.function(low), curve.function(high)
+    at = low, high
+    if curve.turn is not None:
+        bottom = torch.clamp(torch.clamp(low, min=curve.turn), max=high)
+        bottom = torch.where(high < curve.turn, high, bottom)
+        lower, upper = curve.function(bottom), torch.maximum(first, last)
+        at = bottom, torch.maximum(low.abs(), high.abs())
+    elif curve.falling:
+        lower, upper, at = last, first, (high, low)
+    else:
+        lower, upper = first, last
+    if x.rounding == "nearest":
+        return wrap(lower, upper, x.rounding)
+    with torch.no_grad():
+        error = _error(curve, x, (lower, upper), at)
+    ends = enclose(lower, upper, error, x.dtype, floor=curve.floor, ceiling=curve.ceiling)
+    return wrap(*ends, x.rounding)
+
+
+def _error(curve: Curve, x: Interval, values: Ends, at: Ends) -> Ends:
+    lower, upper = (
+        (curve.relative + curve.steep * where.square().clamp(max=2000.0)) * 2.0**-53 * value.abs()
+        for where, value in zip(at, values, strict=True)
+    )
+    if x.rounding != "deployed":
+        return lower, upper
+    # an evaluation at any point of the box may err, so the largest magnitudes count
+    size = torch.maximum(values[0].abs(), values[1].abs()) * curve.deployed
+    reach = torch.maximum(x.lower.abs(), x.upper.abs()).double().clamp(max=8.0)
+    slack = size + curve.deployed_input * reach + curve.deployed_absolute
+    slack = UNIT[x.dtype] * slack + torch.finfo(x.dtype).tiny
+    return lower + slack, upper + slack
+
+
+# -- float64 evaluations that keep their relative accuracy -----------------------------------
+
+
+def _gelu(x: Tensor) -> Tensor:
+    tail: Tensor = torch.special.erfc(x * -math.sqrt(0.5))
+    return 0.5 * x * tail
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)
+    return x * torch.sigmoid(2 * inner)  # (1 + tanh z) / 2 without cancellation
+
+
+def _mish(x: Tensor) -> Tensor:
+    # tanh(log(1 + e)) = n / (n + 2) with n = e (e + 2); e is capped where the quotient is 1
+    e = torch.exp(x.clamp(max=40.0))
+    n = e * (e + 2)
+    return x * (n / (n + 2))
+
+
+def _hardswish(x: Tensor) -> Tensor:
+    return x * torch.clamp(x + 3, 0, 6) / 6
+
+
+def _softplus(x: Tensor) -> Tensor:
+    return torch.logaddexp(x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+# -- rules -----------------------------------------------------------------------------------
+
+
+def _curve(curve: Curve) -> Rule:
+    def rule(input: Any, inplace: bool = False, *, out: None = None) -> Interval:
+        if out is not None:
+            raise refuse("out=")
+        box = require_box(input, "this function")
+        return _finish(box, trace(curve, box), inplace)
+
+    return rule
+
+
+def _finish(box: Interval, result: Interval, inplace: bool) -> Interval:
+    return assign(box, result) if inplace else result
+
+
+def _relu(input: Any, inplace: bool = False) -> Interval:
+    box = require_box(input, "relu")
+    return _finish(box, wrap(box.lower.relu(), box.upper.relu(), box.rounding), inplace)
+
+
+def _clamp(input: Any, min: Any = None, max: Any = None, inplace: bool = False) -> Interval:
+    box = require_box(input, "clamp")
+    if isinstance(min, Interval) or isinstance(max, Interval):
+        raise refuse("clamp with an interval as bound")
+    low, high = box.lower.clamp(min, max), box.upper.clamp(min, max)
+    if box.rounding != "nearest":
+        low, high = _both_readings(low, high, box, min, max)
+    return _finish(box, wrap(low, high, box.rounding), inplace)
+
+
+def _both_readings(low: Tensor, high: Tensor, box: Interval, least: Any, most: Any) -> Ends:
+    """Clamping by numbers that the dtype cannot hold: contain the exact bound as well."""
+    with torch.no_grad():
+        exact = box.lower.double().clamp(least, most), box.upper.double().clamp(least, most)
+        ends = round_outward(*exact, low.dtype)
+        outer = torch.minimum(low, ends[0]), torch.maximum(high, ends[1])
+    return straight_through(low, outer[0]), straight_through(high, outer[1])
+
+
+def _hardtanh(
+    input: Any, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
+) -> Interval:
+    return _clamp(input, min_val, max_val, inplace)
+
+
+def prelu(input: Any, weight: Any, inplace: bool = False) -> Interval:
+    """``max(0, x) + a min(0, x)``; a slope below 0 makes a valley at 0."""
+    box = require_box(input, "prelu")
+    if isinstance(weight, Interval):
+        raise refuse("prelu with an interval as slope")
+    if isinstance(weight, Tensor) and weight.numel() > 1:
+        weight = weight.reshape(-1, *[1] * (box.ndim - 2))
+    low, high = box.lower, box.upper
+    below = mul(wrap(low.clamp(max=0.0), high.clamp(max=0.0), box.rounding), weight)
+    lower = torch.where(low >= 0, low, below.lower)
+    upper = torch.where(low >= 0, high, torch.maximum(below.upper, high))
+    upper = torch.where(high <= 0, below.upper, upper)
+    return _finish(box, wrap(lower, upper, box.rounding), inplace)
+
+
+def _scaled_exponential(alpha: float, scale: float) -> Callable[[Tensor], Tensor]:
+    def function(x: Tensor) -> Tensor:
+        return scale * torch.where(x > 0, x, alpha * torch.expm1(x.clamp(max=0.0)))
+
+    return function
+
+
+def _elu(input: Any, alpha: float = 1.0, inplace: bool = False) -> Interval:
+    if alpha < 0:
+        raise refuse("elu with a negative alpha")
+    box = require_box(input, "elu")
+    curve = Curve(_scaled_exponential(alpha, 1.0), deployed_absolute=4.0 * max(alpha, 1.0))
+    return _finish(box, trace(curve, box), inplace)
+
+
+def _selu(input: Any, inplace: bool = False) -> Interval:
+    alpha, scale = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
+    box = require_box(input, "selu")
+    curve = Curve(_scaled_exponential(alpha, scale), deployed_absolute=8.0)
+    return _finish(box, trace(curve, box), inplace)
+
+
+def _celu(input: Any, alpha: float = 1.0, inplace: bool = False) -> Interval:
+    if alpha <= 0:
+        raise refuse("celu with alpha <= 0")
+    box = require_box(input, "celu")
+
+    def function(x: Tensor) -> Tensor:
+        return torch.where(x > 0, x, alpha * torch.expm1((x / alpha).clamp(max=0.0)))
+
+    return _finish(
+        box, trace(Curve(function, deployed_absolute=4.0 * max(alpha, 1.0)), box), inplace
+    )
+
+
+def _gelu_rule(input: Any, *, approximate: str = "none") -> Interval:
+    box = require_box(input, "gelu")
+    if approximate == "none":
+        return trace(
+            Curve(_gelu, turn=GELU_TURN, steep=4.0, deployed=16.0, deployed_input=4.0), box
+        )
+    return trace(
+        Curve(_gelu_tanh, turn=GELU_TANH_TURN, steep=8.0, deployed=16.0, deployed_input=4.0), box
+    )
+
+
+def _softplus_rule(input: Any, beta: float = 1.0, threshold: float = 20.0) -> Interval:
+    """Contains both the exact function and torch's, which is ``x`` beyond the threshold."""
+    box = require_box(input, "softplus")
+    if beta <= 0:
+        raise refuse("softplus with beta <= 0")
+    if box.rounding == "nearest":
+        low, high = (F.softplus(end, beta, threshold) for end in (box.lower, box.upper))
+        return wrap(low, high, box.rounding)
+    scaled = box if beta == 1 else mul(box, beta)
+    smooth = trace(Curve(_softplus, floor=0.0), scaled)
+    smooth = smooth if beta == 1 else div(smooth, beta)
+    # beyond the border the function drops to x itself, but never below the border
+    border = threshold / beta * (1 - 2.0**-20)
+    dropped = torch.minimum(smooth.lower, box.lower.clamp(min=border))
+    lower = torch.where(box.upper >= border, dropped, smooth.lower)
+    return wrap(lower, smooth.upper, box.rounding)
+
+
+def _log(function: Callable[[Tensor], Tensor], least: float) -> Rule:
+    curve = Curve(function)
+
+    def rule(input: Any, *, out: None = None) -> Interval:
+        if out is not None:
+            raise refuse("out=")
+        box = require_box(input, "log")
+        reject(f"the logarithm's box must be at least {least}", box.lower < least)
+        return trace(curve, box)
+
+    return rule
+
+
+def _mish_rule(input: Any, inplace: bool = False) -> Interval:
+    box = require_box(input, "mish")
+    return _finish(box, trace(Curve(_mish, turn=MISH_TURN, relative=16.0), box), inplace)
+
+
+_SIGMOID = Curve(torch.sigmoid, floor=0.0, ceiling=1.0)
+_HARDSIGMOID = Curve(
+    lambda x: torch.clamp(x + 3, 0, 6) / 6, floor=0.0, ceiling=1.0, deployed_absolute=4.0
+)
+
+RULES: dict[str, Rule] = {
+    "relu": _relu,
+    "relu6": lambda input, inplace=False: _clamp(input, 0.0, 6.0, inplace),
+    "clamp": _clamp,
+    "clip": _clamp,
+    "clamp_min": lambda input, min: _clamp(input, min, None),
+    "clamp_max": lambda input, max: _clamp(input, None, max),
+    "hardtanh": _hardtanh,
+    "leaky_relu": lambda input, negative_slope=0.01, inplace=False: prelu(
+        input, negative_slope, inplace
+    ),
+    "prelu": prelu,
+    "elu": _elu,
+    "selu": _selu,
+    "celu": _celu,
+    "gelu": _gelu_rule,
+    "silu": _curve(Curve(lambda x: x * torch.sigmoid(x), turn=SILU_TURN)),
+    "mish": _mish_rule,
+    "hardswish": _curve(Curve(_hardswish, turn=HARDSWISH_TURN, deployed_input=2.0)),
+    "hardsigmoid": _curve(_HARDSIGMOID),
+    "softplus": _softplus_rule,
+    "logsigmoid": _curve(Curve(lambda x: -_softplus(-x), ceiling=0.0)),
+    "sigmoid": _curve(_SIGMOID),
+    "expit": _curve(_SIGMOID),
+    "tanh": _curve(Curve(torch.tanh, floor=-1.0, ceiling=1.0)),
+    "softsign": _curve(Curve(lambda x: x / (1 + x.abs()), floor=-1.0, ceiling=1.0)),
+    "exp": _curve(Curve(torch.exp, floor=0.0)),
+    "expm1": _curve(Curve(torch.expm1, floor=-1.0)),
+    "erf": _curve(Curve(torch.erf, floor=-1.0, ceiling=1.0)),
+    "atan": _curve(Curve(torch.atan)),
+    "log": _log(torch.log, 0.0),
+    "log2": _log(torch.log2, 0.0),
+    "log10": _log(torch.log10, 0.0),
+    "log1p": _log(torch.log1p, -1.0),
+}

@@ -1,0 +1,98 @@
+"""How intervals word their errors: what has no rule, where in the model, which data are refused."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["MissingRule", "check_ends", "check_float", "missing", "name_of", "reject", "where"]
+
+_DTYPES = (torch.float32, torch.float64)
+
+
+class MissingRule(NotImplementedError, AttributeError):
+    """An operation that intervals do not support; also an AttributeError, so ``hasattr`` works."""
+
+
+def name_of(func: Callable[..., Any]) -> str:
+    """The name of a torch function, with its module where that tells anything."""
+    name = str(getattr(func, "__qualname__", None) or getattr(func, "__name__", repr(func)))
+    name = name.replace("_VariableFunctionsClass.", "torch.")
+    module = getattr(func, "__module__", None)
+    return f"{module}.{name}" if module and "." not in name else name
+
+
+def missing(what: str) -> str:
+    """The sentence for an operation ``what`` that has no rule."""
+    return f"Interval: no rule for {what}{where()}."
+
+
+def where() -> str:
+    """The modules on the stack as `` (in layer1.0.bn of ResNet)``, or an empty string."""
+    if torch.compiler.is_compiling():
+        return ""
+    innermost: torch.nn.Module | None = None
+    root: torch.nn.Module | None = None
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, torch.nn.Module):
+            innermost, root = owner if innermost is None else innermost, owner
+        frame = frame.f_back
+    if root is None or innermost is None:
+        return ""
+    path = next((name for name, module in root.named_modules() if module is innermost), "")
+    inner, outer = type(innermost).__name__, type(root).__name__
+    return f" (in {outer})" if not path else f" (in {path}, a {inner}, of {outer})"
+
+
+def reject(requirement: str, violated: Tensor) -> None:
+    """Raise ValueError where the data of a rule break its ``requirement``.
+
+    While tracing the data cannot be looked at; rules answer with NaN or infinite ends instead.
+    """
+    if not torch.compiler.is_compiling() and bool(violated.any()):
+        count = int(violated.sum())
+        raise ValueError(f"Interval: {requirement}; {count} elements break this{where()}.")
+
+
+def check_float(subject: str, name: str, value: Any) -> None:
+    """Raise TypeError unless ``value`` is a float32 or float64 tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{subject}: {name} must be a torch.Tensor; got {type(value).__name__}.")
+    if value.dtype not in _DTYPES:
+        raise TypeError(f"{subject}: {name} must have dtype float32 or float64; got {value.dtype}.")
+
+
+def check_ends(lower: Any, upper: Any) -> None:
+    """Raise unless ``lower`` and ``upper`` are the ends of a box."""
+    check_float("Interval", "lower", lower)
+    check_float("Interval", "upper", upper)
+    if lower.dtype != upper.dtype:
+        raise TypeError(
+            f"Interval: upper must have the dtype of lower, {lower.dtype}; got {upper.dtype}."
+        )
+    if lower.shape != upper.shape:
+        raise ValueError(
+            f"Interval: upper must have the shape of lower, {tuple(lower.shape)}; "
+            f"got {tuple(upper.shape)}."
+        )
+    if lower.device != upper.device:
+        raise ValueError(
+            f"Interval: upper must be on the device of lower, {lower.device}; got {upper.device}."
+        )
+    if torch.compiler.is_compiling():  # data cannot be looked at while tracing
+        return
+    if bool((lower.isnan() | upper.isnan()).any()):
+        raise ValueError("Interval: lower and upper must not be NaN; they hold NaN values.")
+    if bool((lower > upper).any()):
+        count = int((lower > upper).sum())
+        raise ValueError(
+            f"Interval: lower must be at most upper; got lower > upper in {count} of "
+            f"{lower.numel()} elements."
+        )

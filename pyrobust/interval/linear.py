@@ -1,0 +1,206 @@
+"""Rules of linear maps: the interval kernels, and the same method in torch for the other shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyrobust.interval.arithmetic import add
+from pyrobust.interval.operands import Rule, refuse, require_box
+from pyrobust.interval.outward import straight_through
+from pyrobust.interval.type import Interval, wrap
+from pyrobust.ops import matmul as packed_matmul
+from pyrobust.ops import packed_layers
+from pyrobust.ops._interval_fallback import outward_image
+from pyrobust.ops.interval import (
+    interval_conv2d,
+    interval_linear,
+    interval_packed_conv2d,
+    interval_packed_linear,
+)
+
+__all__ = ["RULES", "affine", "linear"]
+
+
+def _plain(what: str, *values: Any) -> None:
+    if any(isinstance(value, Interval) for value in values):
+        raise refuse(f"{what} with intervals as weight or bias")
+
+
+def _transformed() -> bool:
+    """Whether torch.func is at work, whose gradients custom operators do not support."""
+    active = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return active is not None and not torch.compiler.is_compiling() and bool(active())
+
+
+def linear(input: Any, weight: Any, bias: Any = None) -> Interval:
+    """``x W^T + b``."""
+    box = require_box(input, "linear")
+    _plain("linear", weight, bias)
+    if _transformed():
+        return affine(box, weight, bias, F.linear, weight.shape[1])
+    return wrap(
+        *interval_linear(box.lower, box.upper, weight, bias, rounding=box.rounding), box.rounding
+    )
+
+
+def affine(
+    box: Interval,
+    weight: Tensor,
+    bias: Tensor | None,
+    product: Callable[[Tensor, Tensor], Tensor],
+    terms: int,
+) -> Interval:
+    """Image under ``product(x, weight) + bias``, for a product linear in both arguments.
+
+    Args:
+        box: the input.
+        weight: dtype of the box.
+        bias: of a shape that broadcasts to the product, or None.
+        product: works in any float dtype.
+        terms: at most so many products are summed into one output.
+    """
+    if weight.dtype != box.dtype:
+        raise TypeError(
+            f"Interval: weight must have the dtype of the box, {box.dtype}; got {weight.dtype}."
+        )
+    if not (box.requires_grad or weight.requires_grad or getattr(bias, "requires_grad", False)):
+        ends = outward_image(
+            box.lower, box.upper, weight, bias, product, terms=terms, rounding=box.rounding
+        )
+        return wrap(*ends, box.rounding)
+    centre, radius = box.center, box.radius
+    middle, reach = product(centre, weight), product(radius, weight.abs())
+    middle = middle if bias is None else middle + bias
+    with torch.no_grad():
+        low, high = outward_image(
+            box.lower.detach(),
+            box.upper.detach(),
+            weight.detach(),
+            None if bias is None else bias.detach(),
+            product,
+            terms=terms,
+            rounding=box.rounding,
+        )
+    return wrap(
+        straight_through(middle - reach, low), straight_through(middle + reach, high), box.rounding
+    )
+
+
+def _conv2d(
+    input: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Interval:
+    box = require_box(input, "conv2d")
+    _plain("conv2d", weight, bias)
+    if _transformed():
+        any_device: Interval = _any_conv2d(box, weight, bias, stride, padding, dilation, groups)
+        return any_device
+    ends = interval_conv2d(
+        box.lower,
+        box.upper,
+        weight,
+        bias,
+        stride=_sizes(stride),
+        padding=padding if isinstance(padding, str) else _sizes(padding),
+        dilation=_sizes(dilation),
+        groups=groups,
+        rounding=box.rounding,
+    )
+    return wrap(*ends, box.rounding)
+
+
+def _sizes(value: Any) -> Any:
+    if isinstance(value, int):
+        return value
+    sizes = tuple(value)
+    return sizes[0] if len(sizes) == 1 else sizes
+
+
+def _convolution(name: str, dimensions: int, transposed: bool) -> Rule:
+    function = getattr(F, name)
+
+    def rule(input: Any, weight: Any, bias: Any = None, *args: Any, **options: Any) -> Interval:
+        box = require_box(input, name)
+        _plain(name, weight, bias)
+        per_channel = None if bias is None else bias.reshape(-1, *[1] * dimensions)
+        groups = options.get("groups", 1)
+        position = 4 if transposed else 3
+        groups = args[position] if len(args) > position else groups
+        channels = weight.shape[0] // groups if transposed else weight.shape[1]
+        return affine(
+            box,
+            weight,
+            per_channel,
+            lambda x, w: function(x, w, None, *args, **options),
+            channels * weight[0, 0].numel(),
+        )
+
+    return rule
+
+
+_any_conv2d = _convolution("conv2d", 2, False)
+
+
+def _packed_linear(
+    x: Any,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None = None,
+    bias: Tensor | None = None,
+    **options: Any,
+) -> Interval:
+    box = require_box(x, "packed_linear")
+    shift = None if bias is None else bias.to(box.dtype)
+    ends = interval_packed_linear(
+        box.lower, box.upper, codes, scale, zero, shift, rounding=box.rounding, **options
+    )
+    return wrap(*ends, box.rounding)
+
+
+def _packed_conv2d(
+    x: Any,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None = None,
+    bias: Tensor | None = None,
+    **options: Any,
+) -> Interval:
+    box = require_box(x, "packed_conv2d")
+    shift = None if bias is None else bias.to(box.dtype)
+    ends = interval_packed_conv2d(
+        box.lower, box.upper, codes, scale, zero, shift, rounding=box.rounding, **options
+    )
+    return wrap(*ends, box.rounding)
+
+
+def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Interval:
+    if beta != 1 or alpha != 1 or isinstance(mat2, Interval):
+        raise refuse("addmm with beta, alpha or an interval as second matrix")
+    return add(linear(mat1, mat2.mT), input)
+
+
+RULES: dict[str, Rule] = {
+    "linear": linear,
+    "conv2d": _conv2d,
+    "conv1d": _convolution("conv1d", 1, False),
+    "conv3d": _convolution("conv3d", 3, False),
+    "conv_transpose1d": _convolution("conv_transpose1d", 1, True),
+    "conv_transpose2d": _convolution("conv_transpose2d", 2, True),
+    "conv_transpose3d": _convolution("conv_transpose3d", 3, True),
+    "addmm": _addmm,
+}
+
+PACKED_RULES: dict[Any, Rule] = {
+    packed_matmul.packed_linear: _packed_linear,
+    packed_layers.packed_conv2d: _packed_conv2d,
+}

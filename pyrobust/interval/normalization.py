@@ -1,0 +1,245 @@
+r"""Rules of normalisation: batch norm with running statistics; layer, group, instance and RMS norm.
+
+With running statistics the layer is affine. A norm over the elements of its own input computes
+``y_i = d_i / sqrt((d_i^2 + R_i) / n + eps)``, where ``d = x - mean(x)`` (RMS norm: ``d = x``) and
+``R_i`` sums the squares of the other elements. ``y_i`` rises in ``d_i``, and its magnitude falls in
+``R_i``; so the ends follow from the ends of ``d_i`` and ``R_i``. As the ``d_j`` sum to zero,
+``R_i >= d_i^2 / (n - 1)`` (Cauchy-Schwarz), which bounds ``|y_i|`` by ``sqrt(n - 1)`` for any box.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyrobust.interval.errors import where
+from pyrobust.interval.operands import Rule, refuse, require_box, working
+from pyrobust.interval.outward import UNIT, Ends, bound_of_roundings, enclose
+from pyrobust.interval.type import Interval, wrap
+
+__all__ = ["RULES", "normalized"]
+
+
+def _plain(what: str, *values: Any) -> None:
+    if any(isinstance(value, Interval) for value in values):
+        raise refuse(f"{what} with intervals as statistics, weight or bias")
+
+
+def _batch_norm(
+    input: Any,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *_: Any,
+) -> Interval:
+    box = require_box(input, "batch_norm")
+    _plain("batch_norm", running_mean, running_var, weight, bias)
+    if training or running_mean is None or running_var is None:
+        raise ValueError(
+            "Interval: batch norm must run in evaluation mode with running statistics; it would "
+            f"use those of the batch{where()}. Call model.eval() first."
+        )
+    wide = box.dtype if box.rounding == "nearest" else torch.float64
+    shape = [1, -1] + [1] * (box.ndim - 2)
+    mean = running_mean.to(wide).reshape(shape)
+    scale = (running_var.to(wide) + eps).rsqrt().reshape(shape)
+    if weight is not None:
+        scale = scale * weight.to(wide).reshape(shape)
+    shift = torch.zeros_like(mean) if bias is None else bias.to(wide).reshape(shape)
+    return _shifted_and_scaled(box, mean, scale, shift)
+
+
+def _shifted_and_scaled(box: Interval, mean: Tensor, scale: Tensor, shift: Tensor) -> Interval:
+    """``(x - mean) scale + shift`` where ``scale`` has a relative error of 4 units of float64."""
+    low, high = working(box)
+    a, b = (low - mean) * scale, (high - mean) * scale
+    lower, upper = torch.minimum(a, b), torch.maximum(a, b)
+    if box.rounding == "nearest":
+        return wrap(lower + shift, upper + shift, box.rounding)
+    with torch.no_grad():
+        size = torch.maximum(a.abs(), b.abs())
+        error = 2.0**-49 * size + 2.0**-52 * shift.abs()
+        if box.rounding == "deployed":
+            # also for x alpha + (shift - mean alpha), which cancels where x is close to mean
+            reach = torch.maximum(low.abs(), high.abs()) + mean.abs()
+            error = error + 12 * UNIT[box.dtype] * (reach * scale.abs() + shift.abs())
+            error = error + torch.finfo(box.dtype).tiny * (4 + reach + scale.abs())
+    return wrap(*enclose(lower + shift, upper + shift, error, box.dtype), box.rounding)
+
+
+def normalized(box: Interval, dims: Sequence[int], eps: float, *, centred: bool) -> Interval:
+    """``d / sqrt(mean(d^2) + eps)`` over ``dims``, with ``d = x - mean(x)`` or ``d = x``.
+
+    Args:
+        box: the input.
+        dims: dimensions that are normalised together.
+        eps: added to the variance, ``>= 0``.
+        centred: whether the mean is subtracted.
+    """
+    low, high = working(box)
+    count = math.prod(box.shape[d] for d in dims)
+    noisy = torch.float64 if box.rounding != "deployed" else box.dtype
+    unit = 0.0 if box.rounding == "nearest" else bound_of_roundings(count + 16, noisy)
+    size = torch.maximum(low.abs(), high.abs()).detach()
+    if centred:
+        low, high = _centred(low, high, dims, count)
+        slack = unit * (size + size.mean(list(dims), keepdim=True))
+        low, high = low - slack, high + slack
+    squares = _squares_of_others(low, high, size, dims, unit)
+    lower = _quotient(low, squares, count, eps, centred)
+    upper = _quotient(high, (squares[1], squares[0]), count, eps, centred)
+    if box.rounding == "nearest":
+        return wrap(lower, upper, box.rounding)
+    with torch.no_grad():
+        relative = 2 * bound_of_roundings(16, torch.float64) + 8 * unit
+        tiny = torch.finfo(box.dtype).tiny
+        errors = lower.abs() * relative + tiny, upper.abs() * relative + tiny
+        if box.rounding == "deployed":
+            error = torch.maximum(*errors)
+            errors = error, error
+    return wrap(*enclose(lower, upper, errors, box.dtype), box.rounding)
+
+
+def _centred(low: Tensor, high: Tensor, dims: Sequence[int], count: int) -> Ends:
+    """Ends of ``x_i - mean(x)``: the element itself counts with ``1 - 1/n``."""
+    axes = list(dims)
+    mean_low, mean_high = low.mean(axes, keepdim=True), high.mean(axes, keepdim=True)
+    own = (high - low) / count
+    return low - mean_high + own, high - mean_low - own
+
+
+def _squares_of_others(
+    low: Tensor, high: Tensor, size: Tensor, dims: Sequence[int], unit: float
+) -> Ends:
+    """Ends of ``R_i``, the sum of the squares of the other elements."""
+    axes = list(dims)
+    least = torch.clamp(torch.maximum(low, -high), min=0.0).square()
+    most = torch.maximum(high, -low).square()
+    total_low, total_high = least.sum(axes, keepdim=True), most.sum(axes, keepdim=True)
+    # taking the own term out of the sum leaves the rounding error of the sum; implementations
+    # that subtract the squared mean from the mean square (deployed mode) err by that of sum x^2
+    slack = 4 * unit * (total_high.detach() + size.square().sum(axes, keepdim=True))
+    return (total_low - least - slack).clamp(min=0.0), (total_high - most).clamp(min=0.0) + slack
+
+
+def _quotient(end: Tensor, squares: Ends, count: int, eps: float, centred: bool) -> Tensor:
+    """``d / sqrt((d^2 + R) / n + eps)`` for the ``R`` that makes it most extreme.
+
+    ``squares[1]`` is used where ``d`` is of the sign that a larger ``R`` pulls outward to zero.
+    """
+    others = torch.where(end > 0, squares[1], squares[0])
+    if centred and count > 1:
+        others = torch.maximum(others, end.square() / (count - 1))
+    mean_square = (end.square() + others) / count + eps
+    return torch.where(end == 0, end, end * mean_square.clamp(min=2.0**-1000).rsqrt())
+
+
+def _with_weight(box: Interval, weight: Any, bias: Any, shape: Sequence[int]) -> Interval:
+    _plain("a norm", weight, bias)
+    if weight is not None:
+        box = box * weight.reshape(shape)
+    if bias is not None:
+        box = box + bias.reshape(shape)
+    return box
+
+
+def _layer_norm(
+    input: Any,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *_: Any,
+) -> Interval:
+    box = require_box(input, "layer_norm")
+    dims = range(-len(normalized_shape), 0)
+    result = normalized(box, dims, eps, centred=True)
+    return _with_weight(result, weight, bias, tuple(normalized_shape))
+
+
+def _rms_norm(
+    input: Any,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Interval:
+    box = require_box(input, "rms_norm")
+    eps = torch.finfo(box.dtype).eps if eps is None else eps
+    result = normalized(box, range(-len(normalized_shape), 0), eps, centred=False)
+    return _with_weight(result, weight, None, tuple(normalized_shape))
+
+
+def _group_norm(
+    input: Any,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *_: Any,
+) -> Interval:
+    box = require_box(input, "group_norm")
+    grouped = box.reshape(box.shape[0], num_groups, -1)
+    result = normalized(grouped, (-1,), eps, centred=True).reshape(box.shape)
+    return _with_weight(result, weight, bias, (1, -1, *[1] * (box.ndim - 2)))
+
+
+def _instance_norm(
+    input: Any,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *_: Any,
+) -> Interval:
+    if not use_input_stats:
+        return _batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    if running_mean is not None:
+        raise ValueError(
+            "Interval: instance norm that tracks statistics must run in evaluation mode"
+            f"{where()}. Call model.eval() first."
+        )
+    box = require_box(input, "instance_norm")
+    result = normalized(box, range(2 - box.ndim, 0), eps, centred=True)
+    return _with_weight(result, weight, bias, (1, -1, *[1] * (box.ndim - 2)))
+
+
+def _dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Interval:
+    box = require_box(input, "dropout")
+    if training and p > 0:
+        raise ValueError(
+            f"Interval: dropout must be in evaluation mode; it is training with p = {p}{where()}. "
+            "Call model.eval() first."
+        )
+    return box
+
+
+RULES: dict[str, Rule] = {
+    "batch_norm": _batch_norm,
+    "layer_norm": _layer_norm,
+    "rms_norm": _rms_norm,
+    "group_norm": _group_norm,
+    "instance_norm": _instance_norm,
+    **dict.fromkeys(
+        (
+            "dropout",
+            "dropout1d",
+            "dropout2d",
+            "dropout3d",
+            "alpha_dropout",
+            "feature_dropout",
+            "feature_alpha_dropout",
+        ),
+        _dropout,
+    ),
+}

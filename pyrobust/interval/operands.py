@@ -1,0 +1,108 @@
+"""What the rules share: the ends of an operand in working precision, and in-place forms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyrobust.interval.errors import MissingRule, where
+from pyrobust.interval.outward import Ends
+from pyrobust.interval.type import Interval, assign, wrap
+
+__all__ = [
+    "common_dtype",
+    "ends_of",
+    "in_place",
+    "on_ends",
+    "refuse",
+    "require_box",
+    "spellings",
+    "working",
+]
+
+_NAMESPACES = (torch, torch.nn.functional, torch.Tensor, torch._C._nn, torch.special)
+Rule = Callable[..., Any]
+
+
+def spellings(name: str) -> list[Any]:
+    """Every torch function called ``name``, in torch and its functional namespaces."""
+    found = [getattr(space, name) for space in _NAMESPACES if hasattr(space, name)]
+    return [function for function in found if callable(function)]
+
+
+def refuse(what: str) -> MissingRule:
+    """The error for a variant of an operation that has no rule."""
+    return MissingRule(f"Interval: no rule for {what}{where()}.")
+
+
+def require_box(value: Any, what: str) -> Interval:
+    """``value`` if it is an Interval; the operation ``what`` takes one only there."""
+    if not isinstance(value, Interval):
+        raise refuse(f"{what} with the interval in another argument than the first")
+    return value
+
+
+def common_dtype(*values: Any) -> torch.dtype:
+    """The dtype of an operation's result: float64 where a tensor operand has it, else float32."""
+    dtypes = [v.dtype for v in values if isinstance(v, (Interval, Tensor))]
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def working(x: Interval) -> Ends:
+    """The ends to compute with: float64, but the box's own dtype where rounding is nearest."""
+    if x.rounding == "nearest":
+        return x.lower, x.upper
+    return x.lower.double(), x.upper.double()
+
+
+def ends_of(value: Any, like: Interval, rounding: str) -> Ends:
+    """The ends of an operand: a box's, or a tensor's or number's as a box without width.
+
+    A number or tensor that the dtype of the operation cannot hold is read both ways, exactly and
+    rounded, since implementations differ.
+    """
+    dtype = like.dtype if not isinstance(value, (Interval, Tensor)) else common_dtype(value, like)
+    if isinstance(value, Interval):
+        low, high = value.lower, value.upper
+    elif isinstance(value, Tensor):
+        low = high = value
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        low = high = torch.full((), value, dtype=torch.float64, device=like.device)
+    else:
+        raise refuse(f"an operand of type {type(value).__name__}")
+    if rounding == "nearest":
+        return low.to(dtype), high.to(dtype)
+    if low.is_complex():
+        raise refuse("complex numbers")
+    if (isinstance(value, Tensor) and value.is_floating_point()) or isinstance(value, Interval):
+        return low.double(), high.double()
+    exact, rounded = low.double(), low.to(dtype).double()
+    return torch.minimum(exact, rounded), torch.maximum(exact, rounded)
+
+
+def on_ends(function: Callable[..., Any], *, view: bool = False) -> Rule:
+    """The rule of a function that rearranges elements: apply it to both ends."""
+
+    def rule(x: Any, *args: Any, **kwargs: Any) -> Any:
+        box = require_box(x, getattr(function, "__name__", "this operation"))
+        base = box if view else None
+        low = function(box.lower, *args, **kwargs)
+        high = function(box.upper, *args, **kwargs)
+        if isinstance(low, Tensor):
+            return wrap(low, high, box.rounding, base=base)
+        return tuple(wrap(a, b, box.rounding, base=base) for a, b in zip(low, high, strict=True))
+
+    return rule
+
+
+def in_place(rule: Rule) -> Rule:
+    """The rule of an operation's in-place form."""
+
+    def changed(x: Any, *args: Any, **kwargs: Any) -> Interval:
+        box = require_box(x, "an operation in place")
+        return assign(box, rule(box, *args, **kwargs))
+
+    return changed

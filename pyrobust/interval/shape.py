@@ -1,0 +1,136 @@
+"""Rules of functions that move elements without computing: both ends move alike, exactly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyrobust.interval.operands import Rule, common_dtype, ends_of, on_ends, refuse, require_box
+from pyrobust.interval.outward import straight_through
+from pyrobust.interval.type import Interval, weakest, wrap
+from pyrobust.ops._interval_fallback import round_outward
+
+__all__ = ["RULES", "to_dtype"]
+
+_VIEWS = (
+    *("view", "reshape", "flatten", "unflatten", "permute", "transpose", "swapaxes", "swapdims"),
+    *("movedim", "moveaxis", "t", "unsqueeze", "squeeze", "expand", "broadcast_to", "chunk"),
+    *("split", "tensor_split", "unbind", "narrow", "select", "diagonal", "contiguous", "detach"),
+    "unfold",
+)
+_MOVES = (
+    *("repeat", "repeat_interleave", "tile", "index_select", "gather", "take_along_dim", "clone"),
+    *("roll", "flip", "rot90", "tril", "triu", "pixel_shuffle", "pixel_unshuffle"),
+    *("channel_shuffle", "cpu", "cuda"),
+)
+
+
+def _joined(tensors: Any) -> tuple[list[Tensor], list[Tensor], str]:
+    """The ends of a sequence of boxes and tensors, in one dtype."""
+    rounding = weakest(*tensors)
+    like = next(t for t in tensors if isinstance(t, Interval))
+    dtype = common_dtype(*tensors)
+    lows, highs = [], []
+    for tensor in tensors:
+        low, high = ends_of(tensor, like, rounding)
+        lows.append(low)
+        highs.append(high)
+    if rounding == "nearest":
+        return [t.to(dtype) for t in lows], [t.to(dtype) for t in highs], rounding
+    rounded = [_converted(a, b, dtype) for a, b in zip(lows, highs, strict=True)]
+    return [a for a, _ in rounded], [b for _, b in rounded], rounding
+
+
+def _converted(low: Tensor, high: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        lower, upper = round_outward(low.detach(), high.detach(), dtype)
+    return straight_through(low.to(dtype), lower), straight_through(high.to(dtype), upper)
+
+
+def _cat(tensors: Any, dim: int = 0, *, out: None = None) -> Interval:
+    lows, highs, rounding = _joined(tensors)
+    return wrap(torch.cat(lows, dim), torch.cat(highs, dim), rounding)
+
+
+def _stack(tensors: Any, dim: int = 0, *, out: None = None) -> Interval:
+    lows, highs, rounding = _joined(tensors)
+    return wrap(torch.stack(lows, dim), torch.stack(highs, dim), rounding)
+
+
+def _pad(input: Any, pad: Any, mode: str = "constant", value: float | None = None) -> Interval:
+    box = require_box(input, "pad")
+    if value is not None and float(torch.tensor(value, dtype=box.dtype)) != value:
+        raise refuse(f"pad with {value}, which {box.dtype} cannot hold")
+    low, high = (F.pad(end, pad, mode, value) for end in (box.lower, box.upper))
+    return wrap(low, high, box.rounding)
+
+
+def _where(condition: Any, input: Any, other: Any) -> Interval:
+    if isinstance(condition, Interval):
+        raise refuse("where with a condition on intervals")
+    parts = [torch.as_tensor(v) if isinstance(v, (int, float)) else v for v in (input, other)]
+    parts = [p.to(common_dtype(input, other)) if isinstance(p, Tensor) else p for p in parts]
+    (low_x, low_y), (high_x, high_y), rounding = _joined(parts)
+    return wrap(
+        torch.where(condition, low_x, low_y), torch.where(condition, high_x, high_y), rounding
+    )
+
+
+def _masked_fill(input: Any, mask: Tensor, value: Any) -> Interval:
+    return _where(mask, value, input)
+
+
+def to_dtype(input: Any, *args: Any, **options: Any) -> Interval:
+    """Another device or dtype; float64 to float32 rounds outward."""
+    box = require_box(input, "to")
+    target = box.lower.new_empty(0).to(*args, **options)
+    if target.dtype not in (torch.float32, torch.float64):
+        raise refuse(f"conversion to {target.dtype}")
+    low, high = (end.to(device=target.device) for end in (box.lower, box.upper))
+    if target.dtype == box.dtype:
+        return wrap(low, high, box.rounding, base=box)
+    if box.rounding == "nearest":
+        return wrap(low.to(target.dtype), high.to(target.dtype), box.rounding)
+    return wrap(*_converted(low, high, target.dtype), box.rounding)
+
+
+def _like(name: str) -> Rule:
+    def rule(input: Any, other: Any) -> Any:
+        box = require_box(input, name)
+        low, high = (getattr(end, name)(tuple(other.shape)) for end in (box.lower, box.upper))
+        return wrap(low, high, box.rounding, base=box)
+
+    return rule
+
+
+def _method(name: str) -> Any:
+    method = getattr(torch, name, None) or getattr(F, name, None)
+    return (
+        method
+        if method is not None and not hasattr(torch.Tensor, name)
+        else getattr(torch.Tensor, name)
+    )
+
+
+RULES: dict[str, Rule] = {
+    **{name: on_ends(_method(name), view=True) for name in _VIEWS},
+    **{name: on_ends(_method(name)) for name in _MOVES},
+    "__getitem__": lambda x, index: require_box(x, "indexing")[index],
+    "cat": _cat,
+    "concat": _cat,
+    "concatenate": _cat,
+    "stack": _stack,
+    "pad": _pad,
+    "where": _where,
+    "masked_fill": _masked_fill,
+    "to": to_dtype,
+    "type_as": lambda x, other: to_dtype(x, other.dtype),
+    "float": lambda x: to_dtype(x, torch.float32),
+    "double": lambda x: to_dtype(x, torch.float64),
+    "view_as": _like("view"),
+    "reshape_as": _like("reshape"),
+    "expand_as": _like("expand"),
+}

@@ -1,0 +1,415 @@
+"""``Interval``: a box of tensors that ordinary torch functions and modules accept.
+
+An Interval is not a tensor: it implements ``__torch_function__`` and looks every torch function up
+in one table of rules (:mod:`pyrobust.interval.table`). An operation without a rule raises
+NotImplementedError with its name and the module that called it; nothing falls back to a point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyrobust._checks import check_choice
+from pyrobust.interval.errors import MissingRule, check_ends, check_float, missing, name_of, where
+from pyrobust.interval.outward import sum_ends
+from pyrobust.ops._interval_fallback import round_outward
+
+__all__ = ["ROUNDINGS", "Interval", "assign", "install", "weakest", "wrap"]
+
+ROUNDINGS = ("nearest", "real", "deployed")  # from the weakest promise to the strongest
+_rules: dict[Any, Callable[..., Any]] = {}
+
+
+class Interval:
+    """The box of all tensors ``t`` with ``lower <= t <= upper``, element by element.
+
+    Any torch model can be called on it; the result contains the image of the box. What "contains"
+    promises is ``rounding``:
+
+    - ``"real"`` (default): the exact real-number image, for the weights as stored.
+    - ``"deployed"``: also what any float32 evaluation returns, in any order of summation.
+    - ``"nearest"``: plain floating point, fast and unsound, for training.
+
+    Where intervals meet, the result carries the weakest of their promises.
+
+    Args:
+        lower: lower ends, float32 or float64, finite or infinite, never NaN.
+        upper: upper ends, same shape, dtype and device, ``>= lower``.
+        rounding: the promise, see above.
+
+    Raises:
+        TypeError: an end is not a float32 or float64 tensor, or the dtypes differ.
+        ValueError: the shapes differ, an end is NaN, ``lower > upper``, or ``rounding`` is unknown.
+
+    Example:
+        >>> box = Interval(torch.tensor([-1.0, 2.0]), torch.tensor([1.0, 3.0]))
+        >>> torch.relu(box)
+        Interval(lower=tensor([0., 2.]), upper=tensor([1., 3.]), rounding='real')
+    """
+
+    rounding: str
+    _lower: Tensor
+    _upper: Tensor
+    _memory: list[int]  # shared with views: how often the memory was changed in place
+    _seen: int  # the count at which this object is current
+
+    def __init__(self, lower: Tensor, upper: Tensor, *, rounding: str = "real") -> None:
+        check_choice("Interval", "rounding", rounding, ROUNDINGS)
+        check_ends(lower, upper)
+        _set(self, lower, upper, rounding, None)
+
+    @classmethod
+    def ball(
+        cls,
+        x: Tensor,
+        eps: float | Tensor,
+        *,
+        clamp: tuple[float, float] | None = None,
+        rounding: str = "real",
+    ) -> Interval:
+        """The box of all tensors within ``eps`` of ``x``, rounded outward.
+
+        Args:
+            x: ``(...)`` centre, float32 or float64.
+            eps: radius, ``>= 0``, in the units of ``x``; a tensor broadcasts against ``x``.
+            clamp: lowest and highest value of the data; the box is cut to them.
+            rounding: see :class:`Interval`.
+
+        Raises:
+            ValueError: ``eps`` is negative or NaN, ``clamp`` is out of order, ``x`` holds NaN, or
+                no point of the clamp range lies within ``eps`` of ``x``.
+        """
+        check_choice("Interval.ball", "rounding", rounding, ROUNDINGS)
+        check_float("Interval.ball", "x", x)
+        radius = torch.as_tensor(eps, dtype=torch.float64, device=x.device)
+        if not torch.compiler.is_compiling() and not bool((radius >= 0).all()):
+            raise ValueError(f"Interval.ball: eps must be at least 0; got {eps}.")
+        centre = x.double()
+        if rounding == "nearest":
+            low, high = (centre - radius).to(x.dtype), (centre + radius).to(x.dtype)
+        else:
+            low, high = sum_ends((centre, -radius), (centre, radius), x.dtype)
+        if clamp is not None:
+            low, high = _clamped(low, high, clamp)
+        return cls(low, high, rounding=rounding)
+
+    @classmethod
+    def hull(cls, values: Tensor | Interval, dim: int, *, rounding: str = "real") -> Interval:
+        """The smallest box that contains every slice of ``values`` along ``dim``.
+
+        With the embeddings of a set of tokens per position, ``(B, T, S, D)``, ``dim=2`` gives the
+        box ``(B, T, D)`` of all sentences that can be chosen.
+
+        Args:
+            values: the candidates, float32 or float64, or already a box.
+            dim: the dimension of the candidates, at least one of them.
+            rounding: see :class:`Interval`; that of ``values`` where it is a box.
+        """
+        if isinstance(values, Interval):
+            return wrap(values.lower.amin(dim), values.upper.amax(dim), values.rounding)
+        return cls(values.amin(dim), values.amax(dim), rounding=rounding)
+
+    # -- what it holds -------------------------------------------------------------------------
+
+    @property
+    def lower(self) -> Tensor:
+        """The lower ends."""
+        _check_current(self)
+        return self._lower
+
+    @property
+    def upper(self) -> Tensor:
+        """The upper ends."""
+        _check_current(self)
+        return self._upper
+
+    @property
+    def center(self) -> Tensor:
+        """Midpoint, rounded to nearest."""
+        return self.lower * 0.5 + self.upper * 0.5
+
+    @property
+    def radius(self) -> Tensor:
+        """Half the width, rounded to nearest; for a rounded-up one see :meth:`width`."""
+        return self.upper * 0.5 - self.lower * 0.5
+
+    def width(self) -> Tensor:
+        """``upper - lower``, rounded up unless ``rounding`` is ``"nearest"``."""
+        if self.rounding == "nearest":
+            return self.upper - self.lower
+        ends = self.upper.double(), -self.lower.double()
+        return sum_ends(ends, ends, self.dtype)[1]
+
+    def contains(self, value: Tensor | Interval) -> Tensor:
+        """Element by element, whether a tensor (or box) lies inside; a bool tensor.
+
+        The comparison is exact: values are compared as float64, whatever their dtype.
+        """
+        low, high = (value.lower, value.upper) if isinstance(value, Interval) else (value, value)
+        return (self.lower.double() <= low.double()) & (high.double() <= self.upper.double())
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of either end."""
+        return self._lower.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float32 or float64."""
+        return self._lower.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the ends."""
+        return self._lower.device
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions."""
+        return self._lower.ndim
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether either end takes part in differentiation."""
+        return self._lower.requires_grad or self._upper.requires_grad
+
+    @property
+    def is_nested(self) -> bool:
+        """Always False; torch's transformer modules ask."""
+        return False
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether the ends lie on a CUDA device."""
+        return self._lower.is_cuda
+
+    @property
+    def T(self) -> Interval:
+        """Transpose of a matrix."""
+        return wrap(self.lower.T, self.upper.T, self.rounding, base=self)
+
+    @property
+    def mT(self) -> Interval:
+        """Transpose of the last two dimensions."""
+        return wrap(self.lower.mT, self.upper.mT, self.rounding, base=self)
+
+    def size(self, dim: int | None = None) -> Any:
+        """Shape, or the size of one dimension."""
+        return self._lower.shape if dim is None else self._lower.shape[dim]
+
+    def dim(self) -> int:
+        """Number of dimensions."""
+        return self._lower.ndim
+
+    def numel(self) -> int:
+        """Number of elements."""
+        return self._lower.numel()
+
+    def is_floating_point(self) -> bool:
+        """Always True."""
+        return True
+
+    def is_contiguous(self, **_: Any) -> bool:
+        """Whether both ends are contiguous."""
+        return self._lower.is_contiguous() and self._upper.is_contiguous()
+
+    def requires_grad_(self, requires_grad: bool = True) -> Interval:
+        """Let both ends take part in differentiation; returns self."""
+        self.lower.requires_grad_(requires_grad)
+        self.upper.requires_grad_(requires_grad)
+        return self
+
+    def __len__(self) -> int:
+        return len(self._lower)
+
+    def __iter__(self) -> Iterator[Interval]:
+        for low, high in zip(self.lower, self.upper, strict=True):
+            yield wrap(low, high, self.rounding, base=self)
+
+    def __repr__(self) -> str:
+        return f"Interval(lower={self._lower!r}, upper={self._upper!r}, rounding={self.rounding!r})"
+
+    # -- operations ----------------------------------------------------------------------------
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Look ``func`` up in the table of rules and apply its rule."""
+        return _apply(func, *args, **(kwargs or {}))
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        """Methods of ``torch.Tensor`` that have a rule."""
+        if name.startswith("_"):
+            raise AttributeError(f"Interval has no attribute {name!r}")
+        method = getattr(torch.Tensor, name, None)
+        if method is None:
+            raise AttributeError(f"Interval has no attribute {name!r}")
+        if method not in _rules:
+            raise MissingRule(missing(f"Tensor.{name}"))
+
+        def bound(*args: Any, **kwargs: Any) -> Any:
+            return _apply(method, self, *args, **kwargs)
+
+        return bound
+
+    def __getitem__(self, index: Any) -> Interval:
+        return wrap(self.lower[index], self.upper[index], self.rounding, base=self)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise MissingRule(missing("assignment to an index"))
+
+    def __bool__(self) -> bool:
+        raise MissingRule(missing("the truth value (a branch on data)"))
+
+    def __eq__(self, other: object) -> bool:
+        raise MissingRule(missing("comparison"))
+
+    __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __eq__
+    __hash__ = object.__hash__
+
+    def __add__(self, other: Any) -> Any:
+        return _apply(torch.add, self, other)
+
+    def __radd__(self, other: Any) -> Any:
+        return _apply(torch.add, other, self)
+
+    def __sub__(self, other: Any) -> Any:
+        return _apply(torch.sub, self, other)
+
+    def __rsub__(self, other: Any) -> Any:
+        return _apply(torch.sub, other, self)
+
+    def __mul__(self, other: Any) -> Any:
+        return _apply(torch.mul, self, other)
+
+    def __rmul__(self, other: Any) -> Any:
+        return _apply(torch.mul, other, self)
+
+    def __truediv__(self, other: Any) -> Any:
+        return _apply(torch.div, self, other)
+
+    def __rtruediv__(self, other: Any) -> Any:
+        return _apply(torch.div, other, self)
+
+    def __matmul__(self, other: Any) -> Any:
+        return _apply(torch.matmul, self, other)
+
+    def __rmatmul__(self, other: Any) -> Any:
+        return _apply(torch.matmul, other, self)
+
+    def __pow__(self, exponent: Any) -> Any:
+        return _apply(torch.pow, self, exponent)
+
+    def __neg__(self) -> Any:
+        return _apply(torch.neg, self)
+
+    def __abs__(self) -> Any:
+        return _apply(torch.abs, self)
+
+    def __iadd__(self, other: Any) -> Interval:
+        return assign(self, self + other)
+
+    def __isub__(self, other: Any) -> Interval:
+        return assign(self, self - other)
+
+    def __imul__(self, other: Any) -> Interval:
+        return assign(self, self * other)
+
+    def __itruediv__(self, other: Any) -> Interval:
+        return assign(self, self / other)
+
+
+def install(rules: Mapping[Any, Callable[..., Any]]) -> None:
+    """Make ``rules`` the table that intervals look torch functions up in."""
+    _rules.update(rules)
+
+
+def wrap(lower: Tensor, upper: Tensor, rounding: str, *, base: Interval | None = None) -> Interval:
+    """An Interval of ends that are known to be in order.
+
+    Args:
+        lower: lower ends.
+        upper: upper ends.
+        rounding: the promise they carry.
+        base: the interval that these are a view of, where they are one.
+    """
+    box = Interval.__new__(Interval)
+    _set(box, lower, upper, rounding, base)
+    return box
+
+
+def assign(box: Interval, result: Interval) -> Interval:
+    """What an operation in place does to ``box``: it becomes ``result``.
+
+    Views of the same memory would change with a tensor. They do not here, so they become unusable
+    instead of silently keeping the old values.
+    """
+    if box.shape != result.shape or box.dtype != result.dtype:
+        raise ValueError(
+            f"Interval: an operation in place must keep shape and dtype, {tuple(box.shape)} and "
+            f"{box.dtype}; got {tuple(result.shape)} and {result.dtype}."
+        )
+    _check_current(box)
+    box._memory[0] += 1
+    box._seen = box._memory[0]
+    box._lower, box._upper, box.rounding = result.lower, result.upper, result.rounding
+    return box
+
+
+def weakest(*values: Any) -> str:
+    """The weakest promise among the intervals of ``values``."""
+    ranks = [ROUNDINGS.index(v.rounding) for v in values if isinstance(v, Interval)]
+    return ROUNDINGS[min(ranks)]
+
+
+def _set(box: Interval, lower: Tensor, upper: Tensor, rounding: str, base: Interval | None) -> None:
+    if rounding == "deployed":
+        # hardware that flushes denormals may replace them by zero: let the box hold it
+        tiny = torch.finfo(lower.dtype).tiny
+        lower = torch.where((lower > 0) & (lower < tiny), 0.0, lower)
+        upper = torch.where((upper < 0) & (upper > -tiny), 0.0, upper)
+    box._lower, box._upper, box.rounding = lower, upper, rounding
+    box._memory = [0] if base is None else base._memory
+    box._seen = box._memory[0]
+
+
+def _apply(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    rule = _rules.get(func)
+    if rule is None:
+        raise MissingRule(missing(name_of(func)))
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        raise RuntimeError(
+            "Interval: autocast must be off, as it would round the bounds inwards; wrap the call "
+            "in torch.autocast(device_type, enabled=False)."
+        )
+    return rule(*args, **kwargs)
+
+
+def _check_current(box: Interval) -> None:
+    if box._seen != box._memory[0]:
+        raise NotImplementedError(
+            "Interval: this box shares memory with one that was changed in place; use the "
+            f"operation that is not in place{where()}."
+        )
+
+
+def _clamped(low: Tensor, high: Tensor, clamp: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    least, most = clamp
+    if not least <= most:
+        raise ValueError(f"Interval.ball: clamp must be (lowest, highest); got {clamp}.")
+    bounds = torch.tensor([least, most], dtype=torch.float64, device=low.device)
+    first, last = round_outward(bounds[0], bounds[1], low.dtype)
+    if not torch.compiler.is_compiling() and bool(((high < first) | (low > last)).any()):
+        raise ValueError(
+            f"Interval.ball: x must lie within eps of the clamp range {clamp}; it does not."
+        )
+    return low.clamp(first, last), high.clamp(first, last)
