@@ -242,7 +242,6 @@ class _BayesProblem:
         self.first = np.maximum(0, np.floor(looks * p_null - spread)).astype(np.int64)
         self.last = np.minimum(looks, np.ceil(looks * p_null + spread)).astype(np.int64)
         steps = np.diff(looks)
-        self.increments = [stats.binom.pmf(np.arange(m + 1), m, p_null) for m in steps]
         self.missed, self.going_on = [], []
         ratios = LikelihoodRatios(population, p_null)
         for i, n in enumerate(looks):
@@ -284,7 +283,7 @@ class _BayesProblem:
                 np.full(max(0, last + step - end), penalty),
             ]
         )[: last - first + 1 + step]
-        return _correlate(padded, self.increments[i])
+        return _next_look(padded, step, self.p_null)
 
 
 def _run_from_top(flags: NDArray[np.bool_]) -> int:
@@ -297,13 +296,23 @@ def _run_from_bottom(flags: NDArray[np.bool_]) -> int:
     return int(np.argmin(flags)) if not flags.all() else int(flags.size)
 
 
-def _correlate(values: Floats, weights: Floats) -> Floats:
-    """``sum_j weights[j] values[i + j]``, with the negligible weights left out."""
+@functools.lru_cache(maxsize=512)
+def _increments(step: int, p: float) -> tuple[int, Floats]:
+    """Probabilities of the successes of ``step`` samples, from the first that is not negligible."""
+    spread = 12 * (step * p * (1 - p)) ** 0.5 + 40
+    first, last = max(0, int(step * p - spread)), min(step, int(step * p + spread) + 1)
+    weights = stats.binom.pmf(np.arange(first, last + 1), step, p)
+    if (first > 0 and weights[0] > _NEGLIGIBLE) or (last < step and weights[-1] > _NEGLIGIBLE):
+        first, weights = 0, stats.binom.pmf(np.arange(step + 1), step, p)
     kept = np.flatnonzero(weights > _NEGLIGIBLE)
-    begin, end = int(kept[0]), int(kept[-1]) + 1
-    size = values.size - weights.size + 1
-    window = values[begin : begin + size + end - begin - 1]
-    result: Floats = np.convolve(window, weights[begin:end][::-1], mode="valid")
+    return first + int(kept[0]), weights[kept[0] : kept[-1] + 1]
+
+
+def _next_look(values: Floats, step: int, p: float) -> Floats:
+    """Mean of ``values[i + j]`` over the successes ``j`` of ``step`` samples."""
+    begin, weights = _increments(step, p)
+    window = values[begin : values.size - step + begin + weights.size - 1]
+    result: Floats = np.convolve(window, weights[::-1], mode="valid")
     return result
 
 
@@ -328,8 +337,7 @@ def _futile(
             below = np.zeros(max(0, begin_later - first))
             above = np.zeros(max(0, last + step + 1 - begin_later - later.size))
             padded = np.concatenate([below, later[max(0, first - begin_later) :], above])
-            increments = stats.binom.pmf(np.arange(step + 1), step, p_null)
-            ahead = _correlate(padded[: last - first + 1 + step], increments)
+            ahead = _next_look(padded[: last - first + 1 + step], step, p_null)
             success = np.where(success > 0, success, ahead)
             futile = success < limit * whole
             lower[i] = min(first + _run_from_bottom(futile) - 1, int(upper[i]) - 1)
@@ -339,13 +347,11 @@ def _futile(
 
 def _advance(state: Floats, first: int, step: int, p: float) -> tuple[Floats, int, float]:
     """Distribution of the count after ``step`` more samples, its first count, and the mass cut."""
-    weights = stats.binom.pmf(np.arange(step + 1), step, p)
-    kept = np.flatnonzero(weights > _NEGLIGIBLE)
-    begin, end = int(kept[0]), int(kept[-1]) + 1
-    lost = float(step * _NEGLIGIBLE)
     if state.size == 0:
         return state, first, 0.0
-    result = np.convolve(state, weights[begin:end])
+    begin, weights = _increments(step, p)
+    lost = float(step * _NEGLIGIBLE)
+    result = np.convolve(state, weights)
     first += begin
     small = int(np.argmax(result > _NEGLIGIBLE))  # the low end only: it cannot reach a claim
     lost += float(result[:small].sum())

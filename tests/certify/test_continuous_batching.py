@@ -93,7 +93,7 @@ def test_radii_are_certified_from_the_smallest_on(smoothed):
 
 @pytest.mark.parametrize("design", ["optimal", "spending"])
 def test_inputs_at_the_boundary_are_rarely_certified(smoothed, design):
-    alpha, runs = 0.05, 1500
+    alpha, runs = 0.05, 800
     x = margins([0.5] * runs)
     certificate = smoothed.certify_at(
         x, [0.25, 0.5, 0.75], alpha, 400, n0=10, design=design, seed=3

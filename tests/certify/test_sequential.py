@@ -115,9 +115,8 @@ def test_optimal_design_costs_less_than_spending():
     z, mass = SMOOTHING_POPULATION.cells(float(special.ndtri(p_null)))
     costs = {}
     for kind, make in DESIGNS.items():
-        results = np.array(
-            [make(p_null, ALPHA, looks).operating(float(p)) for p in special.ndtr(z)]
-        )
+        design = make(p_null, ALPHA, looks)
+        results = np.array([design.operating(float(p)) for p in special.ndtr(z)])
         missed = np.where(special.ndtr(z) > p_null, 1 - results[:, 0], 0)
         costs[kind] = mass @ (missed + price * results[:, 1])
     assert costs["optimal"] < costs["spending"]
