@@ -35,7 +35,7 @@ test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 bench: $(STAMP)
-	$(BIN)/python -m pytest bench --benchmark-only
+	$(BIN)/python -m pytest bench --benchmark-only -q -s
 
 wheel: $(STAMP)
 	$(BIN)/pip wheel --no-deps -w dist .

@@ -20,6 +20,7 @@ __all__ = [
     "check_open_unit",
     "check_positive",
     "check_shape",
+    "check_unit",
     "require_extra",
 ]
 
@@ -64,6 +65,12 @@ def check_open_unit(subject: str, name: str, value: float) -> None:
     """Raise ValueError unless ``0 < value < 1``."""
     if not 0 < value < 1:
         raise ValueError(f"{subject}: {name} must lie in the open interval (0, 1); got {value}.")
+
+
+def check_unit(subject: str, name: str, value: float) -> None:
+    """Raise ValueError unless ``0 <= value <= 1``."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"{subject}: {name} must lie in the interval [0, 1]; got {value}.")
 
 
 def check_float_tensor(subject: str, name: str, value: Any) -> None:

@@ -6,6 +6,7 @@ from pyrobust.certify.certificates import (
     SequentialCertificate,
     SmoothingCertificate,
 )
+from pyrobust.certify.log import CertificationJob, certify_to_log
 from pyrobust.certify.population import SMOOTHING_POPULATION, Population
 from pyrobust.certify.sequential import (
     SequentialDesign,
@@ -26,11 +27,13 @@ from pyrobust.certify.statistics import (
 __all__ = [
     "ABSTAIN",
     "Certificate",
+    "CertificationJob",
     "Population",
     "SMOOTHING_POPULATION",
     "SequentialCertificate",
     "SequentialDesign",
     "SmoothingCertificate",
+    "certify_to_log",
     "clopper_pearson_lower",
     "clopper_pearson_upper",
     "gaussian_radius",

@@ -13,11 +13,13 @@ from pyrobust.train.adapters import (
     save_peft_lora,
     unmerge_adapters,
 )
+from pyrobust.train.ibp import IntervalTraining, interval_loss, worst_logits
 from pyrobust.train.loop import GaussianCrossEntropy, Objective, fit
 from pyrobust.train.schedules import linear_ramp, step_decay
 
 __all__ = [
     "GaussianCrossEntropy",
+    "IntervalTraining",
     "LoRA",
     "Objective",
     "SVFit",
@@ -25,6 +27,7 @@ __all__ = [
     "adapters",
     "apply_adapter",
     "fit",
+    "interval_loss",
     "linear_ramp",
     "load_adapter",
     "load_peft_lora",
@@ -33,4 +36,5 @@ __all__ = [
     "save_peft_lora",
     "step_decay",
     "unmerge_adapters",
+    "worst_logits",
 ]

@@ -1,0 +1,84 @@
+"""What the four commands do; ``pyrobust_cli`` reads the arguments."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pyrobust.data import ImageSet, load_digits, load_idx
+
+__all__ = ["run"]
+
+
+def run(options: argparse.Namespace) -> None:
+    """Carry out the command of the parsed ``options`` and print its result.
+
+    Raises:
+        ValueError: an option is out of range.
+        OSError: a file or folder is missing or cannot be written.
+    """
+    commands = {"demo": _demo, "certify": _certify, "bench": _bench, "info": _info}
+    result, table = commands[options.command](options)
+    print(json.dumps(result, indent=2) if options.json else table)
+
+
+def _demo(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from pyrobust.demo import DemoSettings, run_demo
+    from pyrobust.report import report_table
+
+    data = _load_data(options.data)
+    settings = DemoSettings(seed=options.seed).fitted_to(data)
+    if options.quick:
+        settings, data = settings.quick(), data.head(6000, 200)
+    if options.samples is not None:
+        settings = replace(settings, samples=options.samples)
+    report = run_demo(data, options.out, settings=settings, progress=not options.json)
+    place = Path(options.out)
+    return (
+        report,
+        f"{report_table(report)}\n\nwritten: {place / 'report.html'}, report.json, models",
+    )
+
+
+def _certify(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from pyrobust.certify.log import CertificationJob, certify_to_log
+
+    job = CertificationJob(
+        model=options.model,
+        architecture=options.architecture,
+        method=options.method,
+        eps=options.eps,
+        sigma=options.sigma,
+        samples=options.samples,
+        selection=options.selection,
+        alpha=options.alpha,
+        seed=options.seed,
+        limit=options.limit,
+    )
+    data = _load_data(None if options.data == "digits" else options.data)
+    result = certify_to_log(
+        job, data, options.out, resume=options.resume, progress=not options.json
+    )
+    return result, "\n".join(f"{name.replace('_', ' '):<18} {v}" for name, v in result.items())
+
+
+def _bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from pyrobust.quick_bench import bench_table, run_bench
+
+    result = run_bench(seed=options.seed)
+    return result, bench_table(result)
+
+
+def _info(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from pyrobust.info import info
+
+    facts = info()
+    return facts.to_dict(), str(facts)
+
+
+def _load_data(folder: str | None) -> ImageSet:
+    """The idx files of ``folder``, or digits."""
+    return load_digits() if folder is None else load_idx(folder)

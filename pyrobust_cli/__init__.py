@@ -1,0 +1,103 @@
+"""The command line's front door: reads the arguments before anything slow is imported.
+
+A package of its own because importing ``pyrobust`` imports torch, which takes seconds; ``--help``
+and a misspelt option are answered without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+__all__ = ["main"]
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and exit with status 2."""
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all four commands."""
+    parser = _Parser(
+        prog="pyrobust",
+        description="Pack a network into 1-8 bits, bound it, smooth it.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_demo(commands)
+    _add_certify(commands)
+    bench = commands.add_parser("bench", help="time the three kernel families against plain torch")
+    bench.add_argument("--seed", type=int, default=0, help="of the random inputs")
+    commands.add_parser("info", help="versions, instruction set, threads, CUDA module")
+    for command in commands.choices.values():
+        command.add_argument("--json", action="store_true", help="print JSON, nothing else")
+    return parser
+
+
+def _add_demo(commands: argparse._SubParsersAction[_Parser]) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="train, pack, bound and smooth a small network; write a report",
+        description=(
+            "Train a small network twice, pack it to 8, 4 and 2 bits, certify every test image in "
+            "both norms, and write report.json, report.html and the models."
+        ),
+    )
+    demo.add_argument("--data", metavar="FOLDER", help="MNIST idx files (default: digits)")
+    demo.add_argument(
+        "--out", default="demo-report", metavar="FOLDER", help="(default: %(default)s)"
+    )
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--samples", type=int, metavar="N", help="noisy copies per image")
+    demo.add_argument("--quick", action="store_true", help="a look within seconds, poor figures")
+
+
+def _add_certify(commands: argparse._SubParsersAction[_Parser]) -> None:
+    certify = commands.add_parser(
+        "certify",
+        help="certify a saved model image by image into an append-only log",
+        description=(
+            "Certify a model that pyrobust saved on the test images of a data set. The log gets "
+            "one line per image; a killed run goes on with --resume and ends with the same log."
+        ),
+    )
+    certify.add_argument("model", metavar="MODEL.safetensors")
+    certify.add_argument("--data", default="digits", metavar="FOLDER", help="idx files, or digits")
+    certify.add_argument("--method", choices=["ibp", "smoothing"], default="ibp")
+    certify.add_argument("--eps", type=float, default=0.1, help="l-infinity radius (ibp)")
+    certify.add_argument("--sigma", type=float, default=0.25, help="of the noise (smoothing)")
+    certify.add_argument("--samples", type=int, default=1000, help="noisy copies (smoothing)")
+    certify.add_argument("--selection", type=int, default=100, help="copies that choose the class")
+    certify.add_argument("--alpha", type=float, default=1e-3, help="probability of error per image")
+    certify.add_argument("--seed", type=int, default=0, help="of the noise (smoothing)")
+    certify.add_argument("--limit", type=int, metavar="N", help="first N test images only")
+    certify.add_argument(
+        "--architecture",
+        default="pyrobust.demo:convolutional_network",
+        metavar="MODULE:FUNCTION",
+        help="makes the float network from image shape and number of classes (default: the demo's)",
+    )
+    certify.add_argument("--out", required=True, metavar="LOG.jsonl", help="the log")
+    certify.add_argument("--resume", action="store_true", help="go on with an existing log")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    options = build_parser().parse_args(arguments)
+    try:
+        from pyrobust.cli import run
+
+        run(options)
+    except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
+        message = " ".join(str(error).split())
+        print(f"pyrobust: {message}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"pyrobust {options.command}: interrupted", file=sys.stderr)
+        return 130
+    return 0

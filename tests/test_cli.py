@@ -1,0 +1,101 @@
+"""The command line, run in process; what must be known before torch is imported, in a fresh one."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import pyrobust
+from pyrobust.demo import convolutional_network
+from pyrobust_cli import main
+
+
+def one_line(capsys):
+    """What was printed as an error: exactly one line."""
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    return line
+
+
+def test_help_and_bad_options_do_not_import_torch():
+    code = (
+        "import sys, pyrobust_cli\n"
+        "for words in (['--help'], ['demo', '--help'], ['demo', '--sed', 'x'], []):\n"
+        "    try: pyrobust_cli.main(words)\n"
+        "    except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'pyrobust' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [[], ["fly"], ["demo", "--seed", "x"], ["certify", "model"], ["info", "--fast"]],
+)
+def test_a_misspelt_command_is_one_line_and_status_2(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    assert one_line(capsys).startswith("pyrobust")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["demo", "--data", "nowhere"], "pyrobust: load_idx: folder must exist; got 'nowhere'."),
+        (["demo", "--samples", "0"], "pyrobust: DemoSettings: samples must be at least 1; got 0."),
+        (
+            ["certify", "nothing", "--out", "log"],
+            "pyrobust: certify: model must be an existing file; got 'nothing'.",
+        ),
+        (
+            ["certify", "nothing", "--out", "log", "--alpha", "2"],
+            "pyrobust: certify: alpha must lie in the open interval (0, 1); got 2.0.",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    assert one_line(capsys) == message
+
+
+def test_certify_refuses_a_truncated_model(capsys, tmp_path):
+    model = tmp_path / "m.safetensors"
+    pyrobust.save(pyrobust.pack(convolutional_network((1, 8, 8), 10), bits=2), model)
+    model.write_bytes(model.read_bytes()[:-40])
+    assert main(["certify", str(model), "--out", str(tmp_path / "log")]) == 2
+    assert one_line(capsys).startswith("pyrobust: load: ")
+    assert not (tmp_path / "log").exists()
+
+
+def test_info_prints_a_table_or_json(capsys):
+    assert main(["info"]) == 0
+    assert f"version         {pyrobust.__version__}" in capsys.readouterr().out
+    assert main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(pyrobust.info().to_dict()))
+
+
+def test_certify_prints_the_totals_of_its_log(capsys, tmp_path):
+    model, log = tmp_path / "m.safetensors", tmp_path / "log.jsonl"
+    pyrobust.save(pyrobust.pack(convolutional_network((1, 8, 8), 10), bits=2), model)
+    words = ["certify", str(model), "--out", str(log), "--limit", "6", "--eps", "0", "--json"]
+    assert main(words) == 0
+    result = json.loads(capsys.readouterr().out)
+    rows = [json.loads(line) for line in log.read_text().splitlines()[1:]]
+    assert result["images"] == len(rows) == 6
+    assert result["correct"] == sum(row["prediction"] == row["label"] for row in rows)
+    assert main(words) == 2
+    assert main([*words, "--resume"]) == 0
+
+
+def test_bench_compares_three_families(capsys):
+    assert main(["bench", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["family"] for row in rows] == ["matmul", "sampling", "interval"]
+    for row in rows:
+        assert row["speed"] == pytest.approx(row["plain_seconds"] / row["seconds"])
+    assert main(["bench"]) == 0
+    assert "sampling" in capsys.readouterr().out
