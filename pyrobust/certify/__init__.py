@@ -1,5 +1,6 @@
 """Bounds and certificates: statements with a guarantee."""
 
+from pyrobust.certify.bound import bound, margin_specification, verified
 from pyrobust.certify.certificates import (
     ABSTAIN,
     Certificate,
@@ -33,6 +34,7 @@ __all__ = [
     "SequentialCertificate",
     "SequentialDesign",
     "SmoothingCertificate",
+    "bound",
     "certify_to_log",
     "clopper_pearson_lower",
     "clopper_pearson_upper",
@@ -40,8 +42,10 @@ __all__ = [
     "hoeffding_lower",
     "hoeffding_upper",
     "look_schedule",
+    "margin_specification",
     "optimal_design",
     "sequential_design",
     "spending_design",
     "union_bound",
+    "verified",
 ]

@@ -33,7 +33,9 @@ def matmul(input: Any, other: Any, *, out: None = None) -> Interval:
     rounding = weakest(input, other)
     like = input if isinstance(input, Interval) else other
     dtype = common_dtype(input, other)
-    (low_a, high_a), (low_b, high_b) = (ends_of(v, like, rounding) for v in (input, other))
+    wide = dtype if rounding == "nearest" else torch.float64
+    low_a, high_a = (end.to(wide) for end in ends_of(input, like, rounding))
+    low_b, high_b = (end.to(wide) for end in ends_of(other, like, rounding))
     mid_a, mid_b = (low_a + high_a) * 0.5, (low_b + high_b) * 0.5
     rad_a, rad_b = (high_a - low_a) * 0.5, (high_b - low_b) * 0.5
     if rounding != "nearest":  # cover the rounding of the midpoints

@@ -1,0 +1,203 @@
+"""bound and verified: against exact rationals, corners, attacks, and their own unfolded form."""
+
+from __future__ import annotations
+
+import copy
+from fractions import Fraction
+
+import pytest
+import torch
+from torch import nn
+
+from pyrobust import Interval
+from pyrobust import nn as rnn
+from pyrobust.certify import Certificate, bound, margin_specification, verified
+
+
+def network(classes=4):
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, classes)).eval()
+
+
+def test_a_linear_model_is_bounded_exactly_up_to_rounding():
+    weight, x = torch.randn(3, 5), torch.rand(2, 5)
+    model = nn.Linear(5, 3)
+    model.weight.data = weight
+    model.requires_grad_(False)
+    spec = torch.tensor([[1.0, -1.0, 0.0], [0.5, 0.25, -3.0]])
+    for rounding in ("real", "deployed"):
+        box = Interval.ball(x, 0.1, rounding=rounding)
+        result = bound(model, box, spec)
+        assert result.rounding == rounding
+        for b in range(2):
+            for s in range(2):
+                rows = [Fraction(v) for v in spec[s].tolist()]
+                total = [Fraction(0)] * 2
+                columns = weight.T.tolist()
+                ends = zip(columns, box.lower[b].tolist(), box.upper[b].tolist(), strict=True)
+                for column, low, high in ends:
+                    slope = sum(r * Fraction(w) for r, w in zip(rows, column, strict=True))
+                    products = slope * Fraction(low), slope * Fraction(high)
+                    total = [total[0] + min(products), total[1] + max(products)]
+                shift = sum(r * Fraction(v) for r, v in zip(rows, model.bias.tolist(), strict=True))
+                low, high = float(result.lower[b, s]), float(result.upper[b, s])
+                assert Fraction(low) <= total[0] + shift
+                assert total[1] + shift <= Fraction(high)
+                assert high - low <= float(total[1] - total[0]) * 1.0001 + 1e-5
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("rounding", ["real", "deployed", "nearest"])
+def test_folding_the_specification_is_tighter_and_contains_the_values(packed, rounding):
+    model = network()
+    if packed:
+        model[2] = rnn.PackedLinear.from_linear(model[2], bits=4, group_size=4)
+    x, labels = torch.rand(5, 6), torch.tensor([0, 1, 2, 3, 0])
+    spec = margin_specification(labels, 4)
+    box = Interval.ball(x, 0.05, rounding=rounding)
+    margins = bound(model, box, spec)
+    loose = bound(nn.Sequential(model, nn.Identity(), nn.Flatten(0, 0)), box, spec)
+    assert margins.shape == loose.shape == (5, 3)
+    assert bool((margins.width() <= loose.width() + 1e-5).all())
+    assert bool((margins.width() < 0.9 * loose.width()).any())
+    if rounding == "nearest":
+        return
+    for _ in range(50):
+        corner = torch.where(torch.rand(5, 6) > 0.5, box.upper, box.lower)
+        logits = model(corner).double() if rounding == "deployed" else exact(model)(corner.double())
+        values = torch.einsum("bsk,bk->bs", spec.double(), logits)
+        slack = 0.0 if rounding == "deployed" else 1e-13
+        assert bool((margins.lower - slack <= values).all())
+        assert bool((values <= margins.upper + slack).all())
+
+
+def exact(model):
+    """The model in float64, with the stored weights."""
+    layers = [
+        layer if not isinstance(layer, rnn.PackedLinear) else float_layer(layer) for layer in model
+    ]
+    return copy.deepcopy(nn.Sequential(*layers)).double()
+
+
+def float_layer(layer):
+    twin = nn.Linear(layer.in_features, layer.out_features)
+    twin.weight.data, twin.bias.data = layer.dequantize(), layer.bias.data
+    return twin
+
+
+def test_without_a_specification_it_is_the_model_itself():
+    model, box = network(), Interval.ball(torch.rand(2, 6), 0.1)
+    assert torch.equal(bound(model, box).lower, model(box).lower)
+
+
+def test_a_layer_changed_in_place_afterwards_is_not_folded():
+    class Halved(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 2, bias=False)
+
+        def forward(self, x):
+            y = self.layer(x)
+            y *= 0.5
+            return y
+
+    model, box = Halved(), Interval.ball(torch.rand(1, 3), 0.1)
+    result = bound(model, box, torch.eye(2))
+    torch.testing.assert_close(result.upper, model(box).upper, rtol=1e-4, atol=1e-6)
+
+
+def test_margins_take_the_other_classes_from_the_label():
+    spec = margin_specification(torch.tensor([1]), 3)
+    logits = torch.tensor([2.0, 7.0, 3.0])
+    assert (spec[0] @ logits).tolist() == [5.0, 4.0]
+
+
+def test_gradients_reach_box_and_weights_through_the_specification():
+    model = network().double()
+    spec = margin_specification(torch.tensor([1, 2]), 4)
+    x = torch.rand(2, 6, dtype=torch.float64)
+
+    def worst(weight, x):
+        box = Interval(x - 0.1, x + 0.1, rounding="nearest")
+        parameters = {"2.weight": weight}
+        return torch.func.functional_call(_Bounded(model, spec), parameters_of(parameters), (box,))
+
+    def parameters_of(named):
+        return {f"model.{name}": value for name, value in named.items()}
+
+    weight = model[2].weight.detach().clone().requires_grad_()
+    assert torch.autograd.gradcheck(worst, (weight, x.requires_grad_()))
+
+
+class _Bounded(nn.Module):
+    def __init__(self, model, spec):
+        super().__init__()
+        self.model, self.spec = model, spec
+
+    def forward(self, box):
+        return bound(self.model, box, self.spec).lower
+
+
+def trained_network():
+    torch.manual_seed(0)
+    model = network(2)
+    x = torch.rand(200, 6)
+    labels = (x.sum(1) > 3).long()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(60):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), labels).backward()
+        optimizer.step()
+    return model, x, labels
+
+
+def test_verified_images_resist_corner_search_and_batches_do_not_matter():
+    model, x, labels = trained_network()
+    certificate = verified(model, x, labels, 0.02, batch_size=64)
+    assert isinstance(certificate, Certificate)
+    assert certificate.norm == "linf"
+    assert certificate.certified
+    assert certificate.alpha == 0.0
+    holds = ~certificate.abstained
+    assert 0 < int(holds.sum()) < len(x)
+    for _ in range(100):
+        point = (x + 0.02 * (torch.randint(0, 2, x.shape) * 2 - 1)).clamp(0, 1)
+        assert bool((model(point).argmax(1) == labels)[holds].all())
+    again = verified(model, x, labels, 0.02, batch_size=200)
+    assert torch.equal(certificate.prediction, again.prediction)
+    accuracy = certificate.certified_accuracy(labels, 0.02)
+    assert float(accuracy) == pytest.approx(float(holds.double().mean()))
+    assert not verified(model, x[:2], labels[:2], 0.02, rounding="nearest").certified
+    assert len(verified(model, x[:0], labels[:0], 0.02)) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"eps": -0.1}, ValueError, "eps must be finite and at least 0"),
+        ({"images": torch.zeros(2, 6).long()}, TypeError, "images must be a floating-point"),
+        ({"labels": torch.zeros(2)}, TypeError, "labels must be an integer tensor"),
+        ({"labels": torch.zeros(3).long()}, ValueError, r"labels must have shape \(2\)"),
+        ({"method": "magic"}, ValueError, "method must be one of ibp"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
+        ({"model": network().train()}, ValueError, "evaluation mode"),
+    ],
+)
+def test_bad_arguments_of_verified(change, kind, message):
+    arguments = {
+        "model": network(),
+        "images": torch.rand(2, 6),
+        "labels": torch.tensor([0, 1]),
+        "eps": 0.1,
+    } | change
+    with pytest.raises(kind, match=message):
+        verified(**arguments)
+
+
+def test_bad_arguments_of_bound():
+    model, box = network(), Interval.ball(torch.rand(2, 6), 0.1)
+    with pytest.raises(TypeError, match="x must be an Interval; got Tensor"):
+        bound(model, torch.rand(2, 6))
+    with pytest.raises(ValueError, match=r"spec must have shape \(\*, 4\); got \(1, 3\)"):
+        bound(model, box, torch.ones(1, 3))
+    with pytest.raises(ValueError, match="method must be one of ibp"):
+        bound(model, box, method="crown")
