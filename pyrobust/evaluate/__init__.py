@@ -1,6 +1,23 @@
 """Attacks, scores, detectors and benchmark protocols."""
 
-from pyrobust.evaluate.loss_barrier import BarrierCurve, loss_barrier
+from pyrobust.evaluate.loss_barrier import (
+    BarrierCurve,
+    loss_barrier,
+)
+from pyrobust.evaluate.ownership import (
+    Ownership,
+    bit_accuracy,
+    ownership_threshold,
+    verify_ownership,
+)
 from pyrobust.evaluate.singular_alignment import singular_alignment
 
-__all__ = ["BarrierCurve", "loss_barrier", "singular_alignment"]
+__all__ = [
+    "BarrierCurve",
+    "Ownership",
+    "bit_accuracy",
+    "loss_barrier",
+    "ownership_threshold",
+    "singular_alignment",
+    "verify_ownership",
+]

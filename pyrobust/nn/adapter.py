@@ -69,6 +69,7 @@ class Adapter(nn.Module):
         self.base = base.requires_grad_(False)
         self.register_buffer(_CHECKSUM_KEY, weight_checksum(base.weight))
         self._unmerged: Tensor | None = None
+        self.enabled = True
 
     @property
     def merged(self) -> bool:
@@ -93,7 +94,7 @@ class Adapter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Output of the adapted layer."""
         output: Tensor = self.base(x)
-        return output if self.merged else output + self.delta_forward(x)
+        return output + self.delta_forward(x) if self.enabled and not self.merged else output
 
     @torch.no_grad()
     def merge(self) -> None:

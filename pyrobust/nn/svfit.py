@@ -149,7 +149,7 @@ class _SVFit(Adapter):
 
     def forward(self, x: Tensor) -> Tensor:
         """Output of the adapted layer."""
-        if self.mode == "delta" or self.merged:
+        if self.mode == "delta" or self.merged or not self.enabled:
             return super().forward(x)
         output = self.base_product(x, self.residual) + self._through(x, self.singular_values)
         if self.base.bias is None:

@@ -5,6 +5,7 @@ from pyrobust.train.adapters import (
     SVFit,
     adapter_param_groups,
     adapters,
+    adapters_disabled,
     apply_adapter,
     load_adapter,
     load_peft_lora,
@@ -13,18 +14,46 @@ from pyrobust.train.adapters import (
     save_peft_lora,
     unmerge_adapters,
 )
-from pyrobust.train.ibp import IntervalTraining, interval_loss, worst_logits
-from pyrobust.train.loop import GaussianCrossEntropy, Objective, fit
-from pyrobust.train.schedules import linear_ramp, step_decay
+from pyrobust.train.hidden_watermark import (
+    HiddenExtractor,
+    HiddenWatermark,
+    random_distortion,
+    whiten_extractor_,
+)
+from pyrobust.train.ibp import (
+    IntervalTraining,
+    interval_loss,
+    worst_logits,
+)
+from pyrobust.train.loop import (
+    GaussianCrossEntropy,
+    Objective,
+    fit,
+)
+from pyrobust.train.lora_watermark import (
+    DynamicLossWeights,
+    LoRAWatermark,
+    WatermarkStep,
+)
+from pyrobust.train.schedules import (
+    linear_ramp,
+    step_decay,
+)
 
 __all__ = [
+    "DynamicLossWeights",
     "GaussianCrossEntropy",
+    "HiddenExtractor",
+    "HiddenWatermark",
     "IntervalTraining",
     "LoRA",
+    "LoRAWatermark",
     "Objective",
     "SVFit",
+    "WatermarkStep",
     "adapter_param_groups",
     "adapters",
+    "adapters_disabled",
     "apply_adapter",
     "fit",
     "interval_loss",
@@ -32,9 +61,11 @@ __all__ = [
     "load_adapter",
     "load_peft_lora",
     "merge_adapters",
+    "random_distortion",
     "save_adapter",
     "save_peft_lora",
     "step_decay",
     "unmerge_adapters",
+    "whiten_extractor_",
     "worst_logits",
 ]

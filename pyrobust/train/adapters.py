@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ __all__ = [
     "SVFit",
     "adapter_param_groups",
     "adapters",
+    "adapters_disabled",
     "apply_adapter",
     "load_adapter",
     "load_peft_lora",
@@ -177,6 +179,27 @@ def apply_adapter(
 def adapters(model: nn.Module) -> dict[str, Adapter]:
     """The adapters of a model by module name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, Adapter)}
+
+
+@contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
+    """Within the context the model computes what it did before its (unmerged) adapters.
+
+    Raises:
+        RuntimeError: an adapter is merged, so that its update cannot be left out.
+    """
+    found = adapters(model)
+    merged = [name for name, adapter in found.items() if adapter.merged]
+    if merged:
+        raise RuntimeError(f"adapters_disabled: {', '.join(merged)} is merged; unmerge it first.")
+    before = {name: adapter.enabled for name, adapter in found.items()}
+    try:
+        for adapter in found.values():
+            adapter.enabled = False
+        yield
+    finally:
+        for name, adapter in found.items():
+            adapter.enabled = before[name]
 
 
 def adapter_param_groups(

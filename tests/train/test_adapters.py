@@ -14,6 +14,7 @@ from pyrobust.train import (
     SVFit,
     adapter_param_groups,
     adapters,
+    adapters_disabled,
     apply_adapter,
     load_adapter,
     load_peft_lora,
@@ -124,6 +125,18 @@ def test_peft_itself_reads_and_writes_the_same_model(tmp_path):
     theirs.save_pretrained(str(tmp_path / "theirs"))
     ours = load_peft_lora(copy.deepcopy(plain), tmp_path / "theirs")
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+
+
+def test_adapters_can_be_left_out_for_a_while():
+    plain, x = Block(), torch.randn(3, 16)
+    model = apply_adapter(copy.deepcopy(plain), LoRA(("q_proj", "conv"), r=2))
+    fit(model, x)
+    with adapters_disabled(model):
+        assert torch.equal(model(x), plain(x))
+    assert not torch.equal(model(x), plain(x))
+    merge_adapters(model)
+    with pytest.raises(RuntimeError, match="q_proj, conv is merged"), adapters_disabled(model):
+        pass
 
 
 def test_refusals(tmp_path):

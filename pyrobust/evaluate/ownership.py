@@ -1,0 +1,131 @@
+"""Ownership test for watermarked images: how many message bits must match to claim an image.
+
+Under the null hypothesis (an image of somebody else) every extracted bit matches the message with
+probability 1/2, independently; the number of matches over m images of n bits is Binomial(n m, 1/2)
+and the threshold is exact. The extractor must give unbiased, independent bits on foreign images
+(:func:`pyrobust.train.whiten_extractor_` makes them so on average).
+
+Source: Lin et al., "An Efficient Watermarking Method for Latent Diffusion Models via Low-Rank
+Adaptation", arXiv 2410.20202, verification step; the exact binomial test over several images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from scipy import stats
+from torch import Tensor, nn
+
+from pyrobust._checks import check_eval_mode, check_integer, check_open_unit
+
+__all__ = ["Ownership", "bit_accuracy", "check_message", "ownership_threshold", "verify_ownership"]
+
+
+@dataclass(frozen=True)
+class Ownership:
+    """Result of :func:`verify_ownership`.
+
+    Attributes:
+        claimed: whether the matches reach the threshold.
+        matches: matching bits over all images.
+        bits: number of bits compared.
+        threshold: smallest number of matches that is claimed.
+        p_value: probability of at least so many matches under the null hypothesis.
+    """
+
+    claimed: bool
+    matches: int
+    bits: int
+    threshold: int
+    p_value: float
+
+    def summary(self) -> str:
+        """One line for people."""
+        verdict = "claimed" if self.claimed else "not claimed"
+        return (
+            f"{verdict}: {self.matches} of {self.bits} bits match, {self.threshold} needed "
+            f"(p = {self.p_value:.3g})"
+        )
+
+
+def check_message(subject: str, message: Tensor) -> None:
+    """Raise unless ``message`` is a non-empty 1-D tensor of zeros and ones."""
+    if message.ndim != 1 or message.numel() == 0:
+        raise ValueError(
+            f"{subject}: message must be 1-D and not empty; got shape {tuple(message.shape)}."
+        )
+    if not bool(((message == 0) | (message == 1)).all()):
+        raise ValueError(f"{subject}: message must hold zeros and ones only.")
+
+
+def bit_accuracy(logits: Tensor, message: Tensor) -> float:
+    """Share of bits whose logit has the message's sign.
+
+    Args:
+        logits: ``(B, n)`` float.
+        message: ``(n,)`` zeros and ones.
+
+    Raises:
+        ValueError: the message is not binary or of another length.
+    """
+    check_message("bit_accuracy", message)
+    if logits.shape[-1] != message.numel():
+        raise ValueError(
+            f"bit_accuracy: the extractor gives {logits.shape[-1]} bits, the message has "
+            f"{message.numel()}."
+        )
+    return float(((logits > 0) == (message > 0)).double().mean())
+
+
+def ownership_threshold(n_bits: int, fpr: float) -> int:
+    """Smallest T with P(Binomial(n_bits, 1/2) >= T) <= fpr.
+
+    Args:
+        n_bits: number of bits compared, ``>= 1`` (bits times images).
+        fpr: false-positive rate in ``(0, 1)``.
+
+    Returns:
+        T in ``[0, n_bits + 1]``; ``n_bits + 1`` means that no outcome is rare enough.
+
+    Example:
+        >>> ownership_threshold(48, 0.005)
+        34
+    """
+    check_integer("ownership_threshold", "n_bits", n_bits, 1)
+    check_open_unit("ownership_threshold", "fpr", fpr)
+    threshold = int(stats.binom.isf(fpr, n_bits, 0.5))
+    while threshold > 0 and stats.binom.sf(threshold - 2, n_bits, 0.5) <= fpr:
+        threshold -= 1
+    while stats.binom.sf(threshold - 1, n_bits, 0.5) > fpr:
+        threshold += 1
+    return threshold
+
+
+@torch.no_grad()
+def verify_ownership(
+    images: Tensor, extractor: nn.Module, message: Tensor, *, fpr: float = 0.005
+) -> Ownership:
+    """Exact binomial test over a batch of images.
+
+    Args:
+        images: ``(m, C, H, W)`` float in the extractor's range.
+        extractor: images to ``(m, n)`` logits, in evaluation mode.
+        message: ``(n,)`` zeros and ones.
+        fpr: accepted false-positive rate of the whole statement, in ``(0, 1)``.
+
+    Returns:
+        The decision with its figures.
+
+    Raises:
+        ValueError: the extractor is in training mode, the message is not binary or of another
+            length, or ``fpr`` is out of range.
+    """
+    check_eval_mode("verify_ownership", extractor)
+    check_open_unit("verify_ownership", "fpr", fpr)
+    logits = extractor(images)
+    matches = round(bit_accuracy(logits, message) * logits.numel())
+    bits = logits.numel()
+    threshold = ownership_threshold(bits, fpr)
+    p_value = float(stats.binom.sf(matches - 1, bits, 0.5))
+    return Ownership(matches >= threshold, matches, bits, threshold, p_value)

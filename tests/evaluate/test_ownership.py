@@ -1,0 +1,69 @@
+"""The exact binomial ownership test."""
+
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+
+from pyrobust.evaluate import bit_accuracy, ownership_threshold, verify_ownership
+
+
+@pytest.mark.parametrize(
+    ("n", "fpr", "threshold"), [(48, 0.005, 34), (16, 0.005, 14), (80, 0.005, 52)]
+)
+def test_known_thresholds(n, fpr, threshold):
+    assert ownership_threshold(n, fpr) == threshold
+
+
+def test_known_tail_probabilities():
+    assert stats.binom.sf(33, 48, 0.5) == pytest.approx(0.0027576, abs=1e-7)
+    assert stats.binom.sf(32, 48, 0.5) == pytest.approx(0.0066416, abs=1e-7)
+
+
+@pytest.mark.parametrize("fpr", [0.5, 0.1, 0.005, 1e-6, 1e-12])
+def test_threshold_is_the_smallest_by_scan(fpr):
+    for n in (1, 2, 7, 48, 100, 333):
+        scan = next(t for t in range(n + 2) if stats.binom.sf(t - 1, n, 0.5) <= fpr)
+        assert ownership_threshold(n, fpr) == scan
+
+
+def test_false_positive_rate_on_random_messages():
+    generator = torch.Generator().manual_seed(0)
+    matches = (torch.rand(2000, 48, generator=generator) < 0.5).sum(1)
+    rate = (matches >= ownership_threshold(48, 0.005)).double().mean().item()
+    exact = stats.binom.sf(33, 48, 0.5)
+    assert abs(rate - exact) <= 3 * (exact * (1 - exact) / 2000) ** 0.5
+
+
+class Fixed(nn.Module):
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, images):
+        return self.logits[: len(images)]
+
+
+def test_verification_counts_over_images():
+    message = torch.tensor([1, 0, 1, 1, 0, 0, 1, 0])
+    logits = (2.0 * message - 1).repeat(10, 1)
+    logits[0] = -logits[0]
+    result = verify_ownership(torch.zeros(10, 1, 2, 2), Fixed(logits).eval(), message)
+    assert (result.matches, result.bits, result.threshold) == (72, 80, 52)
+    assert result.claimed
+    assert result.p_value == pytest.approx(stats.binom.sf(71, 80, 0.5))
+    assert result.summary().startswith("claimed: 72 of 80")
+    assert not verify_ownership(torch.zeros(1, 1, 2, 2), Fixed(logits).eval(), message).claimed
+
+
+def test_refusals():
+    message = torch.tensor([1, 0])
+    extractor = Fixed(torch.zeros(1, 3))
+    with pytest.raises(ValueError, match="training mode"):
+        verify_ownership(torch.zeros(1, 1, 1, 1), extractor, message)
+    with pytest.raises(ValueError, match="gives 3 bits, the message has 2"):
+        verify_ownership(torch.zeros(1, 1, 1, 1), extractor.eval(), message)
+    with pytest.raises(ValueError, match="zeros and ones"):
+        bit_accuracy(torch.zeros(1, 2), torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match=r"fpr must lie in the open interval \(0, 1\)"):
+        ownership_threshold(48, 1.0)
