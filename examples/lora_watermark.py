@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pyrobust.data.distortions import gaussian_blur, jpeg_like
-from pyrobust.evaluate import verify_ownership
+from pyrobust.evaluate import Ownership, verify_ownership
 from pyrobust.train import DynamicLossWeights, LoRAWatermark
 
 
@@ -24,6 +24,7 @@ class TileExtractor(nn.Module):
         self.register_buffer("std", torch.ones(8))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Eight standardised projections per image."""
         return ((images * self.tiles[None]).sum((-2, -1)) - self.mean) / self.std
 
 
@@ -56,13 +57,19 @@ def main() -> None:
     steps = mark.fit(latents[torch.randint(len(latents), (16,))] for _ in range(200))
     print(f"last step: bit accuracy {steps[-1].bitacc:.3f}, PSNR {steps[-1].psnr:.1f} dB")
     images = mark.marked(latents[:10]).detach()
-    print("marked images:  ", verify_ownership(images, extractor, message).summary())
-    print("unmarked images:", verify_ownership(foreign, extractor, message).summary())
+
+    def prove(seen: torch.Tensor) -> Ownership:
+        # This extractor's bits are correlated over images of one kind, against the test's null
+        # hypothesis, so the accepted false-positive rate leaves a wide margin.
+        return verify_ownership(seen, extractor, message, fpr=1e-6)
+
+    print("marked images:  ", prove(images).summary())
+    print("unmarked images:", prove(foreign).summary())
     for name, seen in (
         ("JPEG 80", jpeg_like(images, quality=80)),
         ("blur 0.5", gaussian_blur(images, sigma=0.5)),
     ):
-        print(f"after {name}:", verify_ownership(seen, extractor, message).summary())
+        print(f"after {name}:", prove(seen).summary())
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 Under the null hypothesis (an image of somebody else) every extracted bit matches the message with
 probability 1/2, independently; the number of matches over m images of n bits is Binomial(n m, 1/2)
-and the threshold is exact. The extractor must give unbiased, independent bits on foreign images
-(:func:`pyrobust.train.whiten_extractor_` makes them so on average).
+and the threshold is exact. The extractor must give unbiased, independent bits on foreign images:
+:func:`pyrobust.train.whiten_extractor_` makes them unbiased on average, but bits of images of one
+kind stay correlated, so many similar images say less than the test counts.
 
 Source: Lin et al., "An Efficient Watermarking Method for Latent Diffusion Models via Low-Rank
 Adaptation", arXiv 2410.20202, verification step; the exact binomial test over several images.
