@@ -8,8 +8,8 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 
+#include "core/float_types.h"
 #include "core/host_device.h"
 
 namespace pyrobust {
@@ -17,32 +17,20 @@ namespace rounding {
 
 constexpr double kUnit = 1.0 / 16777216.0;  // u
 
-PYROBUST_HD float from_bits(uint32_t bits) {
-  float value;
-  memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-PYROBUST_HD uint32_t to_bits(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, sizeof(bits));
-  return bits;
-}
-
 constexpr uint32_t kInfinityBits = 0x7f800000u;
 
 PYROBUST_HD bool is_finite(float value) {
-  return (to_bits(value) & kInfinityBits) != kInfinityBits;
+  return (bits_of_float(value) & kInfinityBits) != kInfinityBits;
 }
 
-PYROBUST_HD float infinity() { return from_bits(kInfinityBits); }
+PYROBUST_HD float infinity() { return float_from_bits(kInfinityBits); }
 
 // The smallest float above `value`; NaN and +inf stay.
 PYROBUST_HD float next_up(float value) {
-  const uint32_t bits = to_bits(value);
+  const uint32_t bits = bits_of_float(value);
   if (value != value || bits == kInfinityBits) return value;
-  if ((bits & 0x7fffffffu) == 0) return from_bits(1u);
-  return from_bits((bits >> 31) != 0 ? bits - 1 : bits + 1);
+  if ((bits & 0x7fffffffu) == 0) return float_from_bits(1u);
+  return float_from_bits((bits >> 31) != 0 ? bits - 1 : bits + 1);
 }
 
 PYROBUST_HD float next_down(float value) { return -next_up(-value); }

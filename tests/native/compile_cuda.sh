@@ -1,5 +1,5 @@
 #!/bin/sh
-# Compiles every CUDA source, and each header of csrc/core as device code, where nvcc exists.
+# Compiles every CUDA source (core_headers.cu: all of csrc/core as device code), where nvcc exists.
 set -eu
 cd "$(dirname "$0")/../.."
 if ! command -v nvcc >/dev/null 2>&1; then
