@@ -1,6 +1,12 @@
 """Bounds and certificates: statements with a guarantee."""
 
 from pyrobust.certify.bound import bound, margin_specification, verified
+from pyrobust.certify.certdr import (
+    BiEncoder,
+    RankingCertificate,
+    SmoothedRanker,
+    certified_robust_query,
+)
 from pyrobust.certify.certificates import (
     ABSTAIN,
     Certificate,
@@ -24,17 +30,23 @@ from pyrobust.certify.statistics import (
     hoeffding_upper,
     union_bound,
 )
+from pyrobust.certify.synonym_table import SynonymTable
 
 __all__ = [
     "ABSTAIN",
+    "BiEncoder",
     "Certificate",
     "CertificationJob",
     "Population",
+    "RankingCertificate",
     "SMOOTHING_POPULATION",
     "SequentialCertificate",
     "SequentialDesign",
+    "SmoothedRanker",
     "SmoothingCertificate",
+    "SynonymTable",
     "bound",
+    "certified_robust_query",
     "certify_to_log",
     "clopper_pearson_lower",
     "clopper_pearson_upper",

@@ -11,13 +11,16 @@ from pyrobust.evaluate.ownership import (
     verify_ownership,
 )
 from pyrobust.evaluate.singular_alignment import singular_alignment
+from pyrobust.evaluate.word_substitution import SubstitutionResult, word_substitution_attack
 
 __all__ = [
     "BarrierCurve",
     "Ownership",
+    "SubstitutionResult",
     "bit_accuracy",
     "loss_barrier",
     "ownership_threshold",
     "singular_alignment",
     "verify_ownership",
+    "word_substitution_attack",
 ]

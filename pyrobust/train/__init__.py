@@ -35,6 +35,7 @@ from pyrobust.train.lora_watermark import (
     LoRAWatermark,
     WatermarkStep,
 )
+from pyrobust.train.ranking_noise import noise_augmented_ranking_loss
 from pyrobust.train.schedules import (
     linear_ramp,
     step_decay,
@@ -61,6 +62,7 @@ __all__ = [
     "load_adapter",
     "load_peft_lora",
     "merge_adapters",
+    "noise_augmented_ranking_loss",
     "random_distortion",
     "save_adapter",
     "save_peft_lora",
