@@ -50,6 +50,7 @@ void prepare_integer_row(const PackedMatrix& w, const int8_t* q, int64_t m, cons
 }
 
 void load_row(const Activations& x, int64_t row, int64_t cols, float* out) {
+  if (cols == 0) return;  // x may then be null, which memcpy must not see
   if (x.type == FloatType::kFloat32) {
     __builtin_memcpy(out, static_cast<const float*>(x.data) + row * cols,
                      static_cast<size_t>(cols) * sizeof(float));
