@@ -34,7 +34,7 @@ def add(x: Any, y: Any, *, alpha: float = 1, out: None = None) -> Interval:
     if out is not None:
         raise refuse("out=")
     if alpha != 1:
-        y = mul(y, alpha) if isinstance(y, Interval) else y * alpha
+        y = mul(wrap(y, y, x.rounding) if isinstance(y, Tensor) else y, alpha)
     (low_x, high_x), (low_y, high_y), dtype, rounding = _operands(x, y)
     if rounding == "nearest":
         return wrap(low_x + low_y, high_x + high_y, rounding)

@@ -16,23 +16,31 @@ from pyrobust.interval.type import Interval, wrap
 __all__ = ["RULES", "averaged"]
 
 
-def averaged(box: Interval, average: Callable[[Tensor], Tensor], terms: int) -> Interval:
+def averaged(
+    box: Interval,
+    average: Callable[[Tensor], Tensor],
+    terms: int,
+    size: Callable[[Tensor], Tensor] | None = None,
+) -> Interval:
     """Image under a weighted average with weights that are not negative.
 
     Args:
         box: the input.
         average: linear with nonnegative coefficients.
         terms: roundings that a term passes, at most.
+        size: bound of the sum of magnitudes behind each output, from the magnitudes of the input;
+            their average where the coefficients themselves are exact.
     """
     low, high = working(box)
     lower, upper = average(low), average(high)
     if box.rounding == "nearest":
         return wrap(lower, upper, box.rounding)
+    reach_of = average if size is None else size
     with torch.no_grad():
         gamma = bound_of_roundings(terms + 4, torch.float64)
-        errors = [average(end.abs()) * gamma for end in (low, high)]
+        errors = [reach_of(end.abs()) * gamma for end in (low, high)]
         if box.rounding == "deployed":
-            reach = average(torch.maximum(low.abs(), high.abs()))
+            reach = reach_of(torch.maximum(low.abs(), high.abs()))
             slack = bound_of_roundings(terms + 4, box.dtype) * reach
             slack = slack + torch.finfo(box.dtype).tiny * (terms + 4)
             errors = [error + slack for error in errors]
@@ -98,9 +106,10 @@ def _interpolate(
     recompute_scale_factor: bool | None = None,
     antialias: bool = False,
 ) -> Interval:
-    """Copies are exact. Averages are those of float64 arithmetic: where the position of a sample
-    is itself rounded, the coefficients of float32 differ by a relative ``2^-20``, which deployed
-    mode adds.
+    """Copies are exact; linear modes average with coefficients that are rounded themselves.
+
+    A coefficient errs by some units of the position it comes from, at most the size of the image,
+    and so may reach a neighbour: errors count against the largest magnitude of the image.
     """
     box = require_box(input, "interpolate")
     options = {
@@ -117,8 +126,14 @@ def _interpolate(
         return on_ends(resized)(box)  # type: ignore[no-any-return]
     if mode not in _AVERAGING:
         raise refuse(f"interpolate with mode {mode!r}")
-    terms = 64 if mode != "area" and not antialias else _count(tuple(box.shape[2:]), box.ndim - 2)
-    return averaged(box, resized, terms)
+    spatial = tuple(range(2, box.ndim))
+    if mode == "area" and not antialias:
+        return averaged(box, resized, _count(tuple(box.shape[2:]), len(spatial)))
+    sizes = [
+        entry for shape in (box.shape, resized(box.lower.detach()).shape) for entry in shape[2:]
+    ]
+    terms = 64 + 8 * sum(sizes)
+    return averaged(box, resized, terms, lambda x: x.amax(spatial, keepdim=True))
 
 
 RULES: dict[str, Rule] = {

@@ -70,7 +70,7 @@ IMAGE = (2, 3, 6, 6)
 ROWS = [
     # arithmetic
     Row("add", lambda x: x + parameter(x, 6)),
-    Row("add", lambda x: torch.add(x, parameter(x, 6), alpha=0.5), label="alpha"),
+    Row("add", lambda x: torch.add(x, parameter(x, 6), alpha=0.1), label="alpha"),
     Row("add", lambda x: x + x * 0.1, label="number"),
     Row("sub", lambda x: 1.7 - x),
     Row("subtract", lambda x: torch.subtract(parameter(x, 6), x)),

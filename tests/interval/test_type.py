@@ -284,3 +284,17 @@ def test_gradients_by_torch_func():
     got = torch.func.grad(worst)(parameters)
     model(Interval.ball(x, 0.1)).upper.sum().backward()
     torch.testing.assert_close(got["0.weight"], model[0].weight.grad)
+
+
+def test_distributed_data_parallel_passes_boxes_through(tmp_path):
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    address = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", init_method=address, rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(nn.Linear(3, 2))
+        bounds = model(Interval.ball(torch.rand(4, 3), 0.1))
+        (bounds.upper - bounds.lower).sum().backward()
+        assert model.module.weight.grad is not None
+    finally:
+        torch.distributed.destroy_process_group()
