@@ -40,6 +40,7 @@ from pyrobust.train.schedules import (
     linear_ramp,
     step_decay,
 )
+from pyrobust.train.temp_balance import TempBalance
 
 __all__ = [
     "DynamicLossWeights",
@@ -52,6 +53,7 @@ __all__ = [
     "Objective",
     "SVFit",
     "WatermarkStep",
+    "TempBalance",
     "adapter_param_groups",
     "adapters",
     "adapters_disabled",

@@ -1,0 +1,133 @@
+"""Put task vectors on a model and take them off again, exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+
+from pyrobust._checks import check_finite
+from pyrobust.weights.packed_delta import PackedDelta
+from pyrobust.weights.task_vector import TaskVector, find_targets
+
+__all__ = ["Patcher"]
+
+Delta = TaskVector | PackedDelta
+
+
+class Patcher:
+    """Applies named patches to a model; originals are kept, so that removal is exact to the bit.
+
+    Subtracting a patch would lose bits. Instead the touched tensors are saved once, and whatever
+    patches remain are added to the saved values again, in the order they were applied. Leaving the
+    ``with`` block takes all patches off, after an exception too.
+
+    Args:
+        model: patched in place; do not train it while patches are on.
+
+    Example:
+        >>> model = nn.Linear(1, 1)
+        >>> before = model.weight.detach().clone()
+        >>> with Patcher(model) as patcher:
+        ...     patcher.apply(TaskVector.from_deltas({"weight": torch.ones(1, 1)}), 0.1, "shift")
+        >>> torch.equal(model.weight, before)
+        True
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._patches: dict[str, tuple[Delta, float]] = {}
+        self._originals: dict[str, Tensor] = {}
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Names of the patches that are on, in order."""
+        return tuple(self._patches)
+
+    def apply(self, delta: Delta, scale: float = 1.0, name: str | None = None) -> None:
+        """Add ``scale * delta``; the model is unchanged if anything goes wrong on the way.
+
+        Args:
+            delta: a task vector, packed or not.
+            scale: strength; 0 leaves every bit as it is.
+            name: for :meth:`remove`; None numbers the patch.
+
+        Raises:
+            ValueError: the name is taken, a tensor is missing or has another shape, weights are
+                tied, or a value is not finite.
+        """
+        name = name if name is not None else self._free_name()
+        if name in self._patches:
+            raise ValueError(f"Patcher.apply: name must be new; '{name}' is on already.")
+        check_finite("Patcher.apply", "scale", torch.tensor(float(scale)))
+        shapes = delta.shapes if isinstance(delta, PackedDelta) else None
+        stand_ins = delta if shapes is None else {n: torch.empty(s) for n, s in shapes.items()}
+        targets = find_targets("Patcher.apply", self.model, stand_ins)
+        new = [n for n in targets if n not in self._originals]
+        for n in new:
+            self._originals[n] = targets[n].detach().clone()
+        try:
+            with torch.no_grad():
+                for tensor, target in targets.items():
+                    _add(target, delta[tensor], scale)
+        except BaseException:
+            self._rebuild(targets)
+            for n in new:
+                del self._originals[n]
+            raise
+        self._patches[name] = (delta, scale)
+
+    def remove(self, name: str) -> None:
+        """Take one patch off; with none left the model is, to the bit, what it was.
+
+        Raises:
+            ValueError: no patch has this name.
+        """
+        if name not in self._patches:
+            raise ValueError(f"Patcher.remove: name must be one of {self.active}; got '{name}'.")
+        delta, _ = self._patches.pop(name)
+        self._rebuild(delta)
+        kept = {n for other, _ in self._patches.values() for n in other}
+        for tensor in delta:
+            if tensor not in kept:
+                del self._originals[tensor]
+
+    def clear(self) -> None:
+        """Take all patches off."""
+        touched = dict(self._originals)
+        self._patches.clear()
+        self._rebuild(touched)
+        self._originals.clear()
+
+    def __enter__(self) -> Patcher:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.clear()
+
+    def _rebuild(self, tensors: Mapping[str, Tensor]) -> None:
+        state = self.model.state_dict(keep_vars=True)
+        with torch.no_grad():
+            for tensor in tensors:
+                state[tensor].copy_(self._originals[tensor])
+                for delta, scale in self._patches.values():
+                    if tensor in delta:
+                        _add(state[tensor], delta[tensor], scale)
+
+    def _free_name(self) -> str:
+        number = len(self._patches)
+        while f"patch{number}" in self._patches:
+            number += 1
+        return f"patch{number}"
+
+
+def _add(target: Tensor, value: Tensor, scale: float) -> None:
+    if scale != 0:
+        target.add_(value.to(target.device, target.dtype), alpha=scale)

@@ -1,0 +1,222 @@
+"""Task vectors, packed task vectors and patches: algebra, files, exact removal."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from pyrobust.weights import PackedDelta, Patcher, TaskVector, quantize_delta, state_checksum
+
+
+def network():
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 3))
+
+
+def pair():
+    base, tuned = network(), network()
+    tuned[1].running_mean.normal_()
+    return base, tuned
+
+
+def same(first, second):
+    return all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def snapshot(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def test_base_plus_vector_is_the_tuned_model():
+    base, tuned = pair()
+    vector = TaskVector.from_modules(base, tuned)
+    assert set(vector) == {name for name, _ in base.named_parameters()}
+    vector.apply_to(base)
+    for name, value in base.named_parameters():
+        torch.testing.assert_close(value, tuned.state_dict()[name], rtol=0, atol=1e-6)
+
+
+def test_algebra():
+    a, b, c, d = (network().double().state_dict() for _ in range(4))
+    x, y = TaskVector(a, b), TaskVector(c, d)
+    for name in x:
+        torch.testing.assert_close(((x + y) - y)[name], x[name])
+        assert torch.equal(x.__neg__().__neg__()[name], x[name])
+        assert torch.equal((2 * x)[name], (x * 2)[name])
+    assert x.dot(y) == pytest.approx(sum(float((x[n] * y[n]).sum()) for n in x))
+    assert x.cosine(x) == pytest.approx(1)
+    assert x.cosine(-x) == pytest.approx(-1)
+    assert x.cosine(0 * x) == 0
+    assert (x.norm() ** 2) == pytest.approx(x.dot(x))
+
+
+def test_buffers_are_a_choice():
+    base, tuned = pair()
+    states = base.state_dict(), tuned.state_dict()
+    assert "1.running_mean" not in TaskVector(*states)
+    kept = TaskVector(*states, include_buffers=True)
+    assert torch.equal(kept["1.running_mean"], states[1]["1.running_mean"])
+    assert "1.num_batches_tracked" not in kept
+
+
+def test_scale_per_tensor():
+    base, tuned = pair()
+    vector, before = TaskVector.from_modules(base, tuned), snapshot(base)
+    vector.apply_to(base, {name: float(i) for i, name in enumerate(vector)})
+    for i, name in enumerate(vector):
+        expected = before[name] + i * vector[name]
+        torch.testing.assert_close(base.state_dict()[name], expected)
+
+
+def test_files_keep_every_bit_and_the_base(tmp_path):
+    base, tuned = pair()
+    vector = TaskVector.from_modules(base, tuned)
+    vector.save(tmp_path / "v.safetensors")
+    again = TaskVector.load(tmp_path / "v.safetensors")
+    assert same(vector, again)
+    again.check_base(base.state_dict())
+    with pytest.raises(ValueError, match="is not the base"):
+        again.check_base(tuned.state_dict())
+    assert state_checksum({"a": torch.ones(2)}) != state_checksum({"a": torch.ones(2, 1)})
+    half = vector.astype(torch.bfloat16)
+    half.save(tmp_path / "h.safetensors")
+    assert same(half, TaskVector.load(tmp_path / "h.safetensors"))
+
+
+@pytest.mark.parametrize("bits", [1, 1.58, 2, 3, 4, 8])
+def test_packed_linear_error_is_half_a_step(bits, tmp_path):
+    vector = TaskVector.from_modules(*pair())
+    packed = quantize_delta(vector, bits, group_size=None)
+    packed.save(tmp_path / "p.safetensors")
+    again = PackedDelta.load(tmp_path / "p.safetensors")
+    assert same(packed.unpack(), again.unpack())
+    assert again.base_checksum == vector.base_checksum
+    assert again.nbytes == packed.nbytes
+    if bits >= 2:
+        for name, value in vector.items():
+            low, high = value.min().clamp(max=0), value.max().clamp(min=0)
+            step = float(high - low) / (2**bits - 1)
+            assert float((packed[name] - value).abs().max()) <= 0.5 * step * 1.002 + 1e-7
+
+
+@pytest.mark.parametrize("scheme", ["log", "tanh"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_packed_codebooks_take_the_nearest_level(scheme, bits, tmp_path):
+    value = torch.randn(30, 7)
+    value[0] = 0
+    packed = quantize_delta(TaskVector.from_deltas({"w": value}), bits, scheme)
+    packed.save(tmp_path / "p.safetensors")
+    again = PackedDelta.load(tmp_path / "p.safetensors")["w"]
+    assert torch.equal(again, packed["w"])
+    assert len(again.unique()) <= 2**bits
+    if scheme == "log":
+        assert torch.equal(again[0], torch.zeros(7))
+        assert torch.equal(again.sign(), value.sign()) or bits < 8
+    if bits == 8:
+        assert float((again - value).abs().max()) < 0.1
+    # no code that is in use would serve an element better than its own
+    levels = again.unique()
+    best = (value[..., None] - levels).abs().amin(-1)
+    torch.testing.assert_close((again - value).abs(), best)
+    extreme = quantize_delta(TaskVector.from_deltas({"w": torch.tensor([-30.0, 30.0])}), 4, scheme)
+    assert bool(torch.isfinite(extreme["w"]).all())
+
+
+def test_removal_is_exact_in_any_order():
+    base, tuned = pair()
+    before = snapshot(base)
+    first = TaskVector.from_modules(base, tuned)
+    second = quantize_delta(TaskVector.from_modules(base, network()), 4)
+    patcher = Patcher(base)
+    patcher.apply(first, 0.3, "first")
+    patcher.apply(second, 0.7, "second")
+    patcher.remove("first")
+    alone = copy.deepcopy(base)
+    with Patcher(base) as unused:
+        assert unused.active == ()
+    assert patcher.active == ("second",)
+    patcher.remove("second")
+    assert same(before, base.state_dict())
+    patcher.apply(second, 0.7)
+    assert same(alone.state_dict(), base.state_dict())
+    patcher.clear()
+    assert same(before, base.state_dict())
+
+
+def test_strength_is_linear_and_zero_is_nothing():
+    base, tuned = pair()
+    vector, before = TaskVector.from_modules(base, tuned), snapshot(base)
+    with Patcher(base) as patcher:
+        patcher.apply(vector, 0.0)
+        assert same(before, base.state_dict())
+        patcher.apply(vector, 0.25)
+        patcher.apply(vector, 0.5)
+        twice = snapshot(base)
+    with Patcher(base) as patcher:
+        patcher.apply(vector, 0.75)
+        for name, value in base.state_dict().items():
+            torch.testing.assert_close(value, twice[name], rtol=0, atol=1e-6)
+    assert same(before, base.state_dict())
+
+
+def test_an_exception_in_the_middle_changes_nothing():
+    class Failing(TaskVector):
+        def __getitem__(self, name):
+            if name == self.last:
+                raise KeyboardInterrupt
+            return super().__getitem__(name)
+
+    base, tuned = pair()
+    vector = Failing(base.state_dict(), tuned.state_dict())
+    before = snapshot(base)
+    patcher = Patcher(base)
+    vector.last = None
+    whole = dict(vector)
+    # fails after three tensors were changed, when shapes had been checked
+    vector.items = lambda: whole.items()
+    vector.last = list(vector)[3]
+    with pytest.raises(KeyboardInterrupt):
+        patcher.apply(vector)
+    assert same(before, base.state_dict())
+    assert patcher.active == ()
+    with pytest.raises(ValueError, match="must be one of"):
+        _fail_while_patched(base, TaskVector.from_modules(base, tuned))
+    assert same(before, base.state_dict())
+
+
+def _fail_while_patched(model, vector):
+    with Patcher(model) as patcher:
+        patcher.apply(vector)
+        patcher.remove("an unknown patch")
+
+
+def test_refusals():
+    base, tuned = pair()
+    states = base.state_dict(), tuned.state_dict()
+    with pytest.raises(ValueError, match=r"missing 0\.bias"):
+        TaskVector(states[0], {k: v for k, v in states[1].items() if k != "0.bias"})
+    with pytest.raises(ValueError, match="unexpected more"):
+        TaskVector(states[0], {**states[1], "more": torch.ones(1)})
+    with pytest.raises(ValueError, match="must have one shape"):
+        TaskVector(states[0], {**states[1], "0.bias": torch.ones(1)})
+    with pytest.raises(TypeError, match="must have one dtype"):
+        TaskVector(states[0], {**states[1], "0.bias": torch.ones(4).double()})
+    with pytest.raises(ValueError, match="must be finite"):
+        TaskVector(states[0], {**states[1], "0.bias": torch.full((4,), torch.nan)})
+    vector = TaskVector(*states)
+    with pytest.raises(ValueError, match="must hold every tensor"):
+        vector.apply_to(nn.Linear(64, 3))
+    tied = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    tied[1].weight = tied[0].weight
+    with pytest.raises(ValueError, match="must not be tied"):
+        TaskVector.from_modules(tied, tied)
+    with pytest.raises(ValueError, match="must not be tied"):
+        Patcher(tied).apply(TaskVector.from_deltas({"0.bias": torch.ones(2)}))
+    patcher = Patcher(base)
+    patcher.apply(vector, name="one")
+    with pytest.raises(ValueError, match="must be new"):
+        patcher.apply(vector, name="one")
+    with pytest.raises(ValueError, match="must be one of"):
+        patcher.remove("two")
+    with pytest.raises(ValueError, match="scheme must be one of"):
+        quantize_delta(vector, 8, "cubic")
