@@ -15,6 +15,15 @@ from pyrobust.certify.certificates import (
 )
 from pyrobust.certify.log import CertificationJob, certify_to_log
 from pyrobust.certify.population import SMOOTHING_POPULATION, Population
+from pyrobust.certify.propagation_tightness import (
+    TightnessProfile,
+    certified_margin,
+    expected_init_tightness,
+    interval_bounds,
+    is_propagation_invariant,
+    propagation_tightness,
+    tightness_by_layer,
+)
 from pyrobust.certify.sequential import (
     SequentialDesign,
     look_schedule,
@@ -45,19 +54,26 @@ __all__ = [
     "SmoothedRanker",
     "SmoothingCertificate",
     "SynonymTable",
+    "TightnessProfile",
     "bound",
+    "certified_margin",
     "certified_robust_query",
     "certify_to_log",
     "clopper_pearson_lower",
     "clopper_pearson_upper",
+    "expected_init_tightness",
     "gaussian_radius",
     "hoeffding_lower",
     "hoeffding_upper",
+    "interval_bounds",
+    "is_propagation_invariant",
     "look_schedule",
     "margin_specification",
     "optimal_design",
+    "propagation_tightness",
     "sequential_design",
     "spending_design",
+    "tightness_by_layer",
     "union_bound",
     "verified",
 ]

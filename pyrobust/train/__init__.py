@@ -41,24 +41,34 @@ from pyrobust.train.schedules import (
     step_decay,
 )
 from pyrobust.train.temp_balance import TempBalance
+from pyrobust.train.tight_ibp import (
+    FastRegularizer,
+    IBPLoss,
+    SmoothEpsSchedule,
+    ibp_init_,
+)
 
 __all__ = [
     "DynamicLossWeights",
+    "FastRegularizer",
     "GaussianCrossEntropy",
     "HiddenExtractor",
     "HiddenWatermark",
+    "IBPLoss",
     "IntervalTraining",
     "LoRA",
     "LoRAWatermark",
     "Objective",
     "SVFit",
-    "WatermarkStep",
+    "SmoothEpsSchedule",
     "TempBalance",
+    "WatermarkStep",
     "adapter_param_groups",
     "adapters",
     "adapters_disabled",
     "apply_adapter",
     "fit",
+    "ibp_init_",
     "interval_loss",
     "linear_ramp",
     "load_adapter",

@@ -1,0 +1,218 @@
+"""Tightness against explicit matrices, the theory at initialisation, and interval training."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import pyrobust
+from pyrobust.certify import (
+    certified_margin,
+    expected_init_tightness,
+    interval_bounds,
+    is_propagation_invariant,
+    propagation_tightness,
+    tightness_by_layer,
+)
+from pyrobust.data import load_digits
+from pyrobust.train import GaussianCrossEntropy, IBPLoss, SmoothEpsSchedule, fit, ibp_init_
+
+
+def mlp(*widths, relu=True, dtype=torch.float32):
+    layers = []
+    for a, b in itertools.pairwise(widths):
+        layers += [nn.Linear(a, b, dtype=dtype), nn.ReLU()] if relu else [nn.Linear(a, b)]
+    return nn.Sequential(*layers[: -1 if relu else None]).eval()
+
+
+def convnet():
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, stride=2, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3, padding=2, dilation=2, groups=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(4 * 16, 3),
+    ).eval()
+
+
+def explicit(model, x, eps):
+    """Both ranges by explicit matrices for an MLP, one input at a time."""
+    rows = []
+    for point in x:
+        product = torch.eye(len(point), dtype=x.dtype)
+        wide, value = product.clone(), point
+        for layer in model:
+            if isinstance(layer, nn.Linear):
+                product, wide = layer.weight @ product, layer.weight.abs() @ wide
+                value = layer(value)
+            else:
+                mask = (value > 0).to(x.dtype).diag()
+                product, wide, value = mask @ product, mask @ wide, value.relu()
+        radius = ((point + eps).clamp(0, 1) - (point - eps).clamp(0, 1)) / 2
+        rows.append((product.abs() @ radius) / (wide @ radius))
+    return torch.stack(rows)
+
+
+def test_it_is_the_ratio_of_explicit_products():
+    model = mlp(6, 9, 8, 4, dtype=torch.float64)
+    x = torch.rand(5, 6, dtype=torch.float64)
+    ratio = propagation_tightness(model, x, 0.3)
+    torch.testing.assert_close(ratio, explicit(model, x, 0.3), rtol=1e-10, atol=0)
+    assert bool(((ratio > 0) & (ratio <= 1 + 1e-12)).all())
+
+
+@pytest.mark.parametrize("relu", ["local", "center", "identity"])
+def test_convolutions_agree_with_their_matrices(relu):
+    model = convnet()
+    for module in model:
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_var.uniform_(0.5, 2)
+            module.weight.data.uniform_(-1, 1)
+    x = torch.rand(3, 2, 8, 8)
+    ratio = propagation_tightness(model, x, 0.1, relu=relu)
+    assert ratio.shape == (3, 3)
+    assert bool(((ratio > 0) & (ratio <= 1 + 1e-5)).all())
+    # The interval range of the network without ReLUs and biases, from the Interval rules.
+    if relu == "identity":
+        linear = nn.Sequential(*(m for m in model if not isinstance(m, nn.ReLU))).eval()
+        low, high = (x - 0.1).clamp(0, 1), (x + 0.1).clamp(0, 1)
+        lower, upper = interval_bounds(linear, low, high)
+        jacobian = torch.autograd.functional.jacobian(lambda v: linear(v).sum(0), x)
+        true = (jacobian.abs() * (high - low) / 2).flatten(2).sum(2).T
+        torch.testing.assert_close(ratio, true / ((upper - lower) / 2), rtol=1e-4, atol=0)
+
+
+def test_bounds_are_sound_and_exact_at_radius_zero():
+    model = convnet()
+    x = torch.rand(1, 2, 8, 8)
+    lower, upper = interval_bounds(model, x - 0.05, x + 0.05)
+    points = x + 0.05 * (2 * torch.rand(1000, 2, 8, 8) - 1)
+    out = model(points)
+    assert bool(((out >= lower) & (out <= upper)).all())
+    lower, upper = interval_bounds(model, x, x)
+    torch.testing.assert_close(lower, model(x), atol=1e-5, rtol=0)
+    torch.testing.assert_close(upper, model(x), atol=1e-5, rtol=0)
+
+
+def test_tight_networks_measure_one():
+    x = torch.rand(4, 6)
+    torch.testing.assert_close(
+        propagation_tightness(nn.Sequential(nn.Linear(6, 3)).eval(), x, 0.1), torch.ones(4, 3)
+    )
+    model = mlp(6, 7, 5, 3, relu=False)
+    for layer in model:
+        layer.weight.data.abs_()
+    torch.testing.assert_close(propagation_tightness(model, x, 0.1), torch.ones(4, 3))
+    flips = torch.randint(0, 2, (7,)) * 2.0 - 1
+    model[0].weight.data.mul_(flips[:, None])
+    model[1].weight.data.mul_(flips)
+    torch.testing.assert_close(propagation_tightness(model, x, 0.1), torch.ones(4, 3))
+    assert is_propagation_invariant(model[1].weight, model[0].weight)
+    model[0].weight.data[0, 0].neg_()
+    assert not is_propagation_invariant(model[1].weight, model[0].weight)
+
+
+@pytest.mark.parametrize("widths", [[4], [16], [64], [256], [64, 64], [64, 64, 64]])
+def test_the_lemma_of_initialisation(widths):
+    true = wide = 0.0
+    for _ in range(200 if widths[0] < 64 else 40):
+        product = size = torch.randn(widths[0], 64)
+        for i, width in enumerate(widths):
+            after = torch.randn(widths[i + 1] if i + 1 < len(widths) else 64, width)
+            product, size = after @ product, after.abs() @ size.abs()
+        true, wide = true + float(product.abs().mean()), wide + float(size.mean())
+    assert true / wide == pytest.approx(expected_init_tightness(widths), rel=0.03)
+
+
+def test_a_relu_at_one_hidden_layer_is_tighter_by_the_root_of_two():
+    ratios = {"local": 0.0, "identity": 0.0}
+    for _ in range(30):
+        model = mlp(32, 256, 8)
+        for layer in model[::2]:
+            nn.init.normal_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        for relu in ratios:
+            ratio = propagation_tightness(model, torch.randn(8, 32), 0.1, relu=relu, clamp=None)
+            ratios[relu] += float(ratio.mean())
+    assert ratios["local"] / ratios["identity"] == pytest.approx(math.sqrt(2), abs=0.03)
+
+
+def test_elision_is_never_looser():
+    model = mlp(6, 20, 4)
+    x, y = torch.rand(8, 6), torch.arange(8) % 4
+    folded = certified_margin(model, x, y, 0.1)
+    lower, upper = interval_bounds(model, (x - 0.1).clamp(0, 1), (x + 0.1).clamp(0, 1))
+    others = ~nn.functional.one_hot(y, 4).bool()
+    plain = (lower.gather(1, y[:, None]) - upper)[others].reshape(8, 3)
+    assert bool((folded >= plain - 1e-6).all())
+    assert bool((folded > plain + 1e-4).any())
+    assert propagation_tightness(model, x, 0.1, y).shape == (8, 3)
+
+
+def test_packed_models_are_measured():
+    model = mlp(32, 32, 32, 4)
+    packed = pyrobust.pack(model, bits=8, group_size=16)
+    x = torch.rand(4, 32)
+    torch.testing.assert_close(
+        propagation_tightness(packed, x, 0.1).mean(),
+        propagation_tightness(model, x, 0.1).mean(),
+        rtol=0.1,
+        atol=0,
+    )
+
+
+def test_profiles_fall_with_depth_at_initialisation(tmp_path):
+    model = mlp(16, 64, 64, 64, 10)
+    profile = tightness_by_layer(model, torch.rand(4, 16), 0.1)
+    assert len(profile.names) == 4
+    assert profile.values[0] == pytest.approx(1, abs=1e-5)
+    assert list(profile.values) == sorted(profile.values, reverse=True)
+    assert profile.plot().get_ylabel() == "propagation tightness"
+
+
+def test_bad_input_is_refused():
+    model, x = mlp(6, 5, 3), torch.rand(2, 6)
+    with pytest.raises(ValueError, match="eps"):
+        propagation_tightness(model, x, -0.1)
+    with pytest.raises(ValueError, match=r"\[0, 3\)"):
+        propagation_tightness(model, x, 0.1, torch.tensor([0, 3]))
+    with pytest.raises(ValueError, match=r"\[0, 3\)"):
+        certified_margin(model, x, torch.tensor([0, -1]), 0.1)
+    with pytest.raises(NotImplementedError, match="'1' of type GELU"):
+        propagation_tightness(nn.Sequential(nn.Linear(6, 5), nn.GELU()).eval(), x, 0.1)
+    with pytest.raises(ValueError, match="training mode"):
+        propagation_tightness(convnet().train(), torch.rand(1, 2, 8, 8), 0.1)
+    with pytest.raises(ValueError, match=r"\(N, K\)"):
+        propagation_tightness(nn.Sequential(nn.Conv2d(2, 1, 3)).eval(), torch.rand(1, 2, 8, 8), 0)
+    with pytest.raises(ValueError, match="lower"):
+        interval_bounds(model, x, x - 1)
+
+
+def trained(width, data, interval, epochs=40):
+    torch.manual_seed(0)
+    model = mlp(64, width, width, 10)
+    objective = GaussianCrossEntropy()
+    if interval:
+        ibp_init_(model)
+        objective = IBPLoss(SmoothEpsSchedule(0.0, 0.5, eps=0.1))
+    images = data.train_images.flatten(1)
+    fit(model, images, data.train_labels, objective=objective, epochs=epochs, learning_rate=2e-3)
+    x, y = data.test_images.flatten(1), data.test_labels
+    natural = float((model(x).argmax(1) == y).float().mean())
+    proven = float((certified_margin(model, x, y, 0.1) > 0).all(1).float().mean())
+    return natural, proven, float(propagation_tightness(model, x, 0.1, y).mean())
+
+
+@pytest.mark.slow
+def test_interval_training_tightens_and_width_helps():
+    data = load_digits()
+    standard = trained(256, data, False)
+    narrow, wide = trained(64, data, True), trained(256, data, True)
+    print(standard, narrow, wide)
+    assert wide[2] >= 4 * standard[2]
+    assert wide[0] >= narrow[0] + 0.05
+    assert wide[1] >= narrow[1] + 0.05
