@@ -6,9 +6,10 @@ light-tailed. FARMS cuts every matrix into windows of one aspect ratio and fits 
 their pooled eigenvalues, so that layers of different shapes can be compared.
 
 Source: Hu, Goel, Killiakov, Yang, "Eigenspectrum Analysis of Neural Networks without Aspect Ratio
-Bias", ICML 2025, arXiv 2506.06280; section 3 and the authors' code for the window rules.
-Departures: the peak rule bounds the search below at 0.95 of the peak (the code compares with its
-logarithm; ``compat=True`` restores that); windows wider than the matrix are narrowed.
+Bias", ICML 2025, arXiv 2506.06280; section 3.
+Departures: the peak rule bounds the search below at 0.95 of the peak (``compat=True`` takes
+its logarithm instead, as the published code is reported to); windows wider than the matrix are
+narrowed.
 """
 
 from __future__ import annotations
