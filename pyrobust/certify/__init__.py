@@ -13,6 +13,11 @@ from pyrobust.certify.certificates import (
     SequentialCertificate,
     SmoothingCertificate,
 )
+from pyrobust.certify.dual_smoothing import (
+    DualSmoothedClassifier,
+    DualSmoothingCertificate,
+    dual_radius,
+)
 from pyrobust.certify.log import CertificationJob, certify_to_log
 from pyrobust.certify.population import SMOOTHING_POPULATION, Population
 from pyrobust.certify.propagation_tightness import (
@@ -39,6 +44,7 @@ from pyrobust.certify.statistics import (
     hoeffding_upper,
     union_bound,
 )
+from pyrobust.certify.sub_image import SubImage, checkerboard_masks, partition_masks
 from pyrobust.certify.synonym_table import SynonymTable
 
 __all__ = [
@@ -46,6 +52,8 @@ __all__ = [
     "BiEncoder",
     "Certificate",
     "CertificationJob",
+    "DualSmoothedClassifier",
+    "DualSmoothingCertificate",
     "Population",
     "RankingCertificate",
     "SMOOTHING_POPULATION",
@@ -53,7 +61,11 @@ __all__ = [
     "SequentialDesign",
     "SmoothedRanker",
     "SmoothingCertificate",
+    "SubImage",
     "SynonymTable",
+    "checkerboard_masks",
+    "dual_radius",
+    "partition_masks",
     "TightnessProfile",
     "bound",
     "certified_margin",

@@ -40,6 +40,11 @@ from pyrobust.train.schedules import (
     linear_ramp,
     step_decay,
 )
+from pyrobust.train.sub_classifier import (
+    NoisyConsistency,
+    consistency_penalty,
+    train_subclassifier,
+)
 from pyrobust.train.temp_balance import TempBalance
 from pyrobust.train.tight_ibp import (
     FastRegularizer,
@@ -82,4 +87,7 @@ __all__ = [
     "unmerge_adapters",
     "whiten_extractor_",
     "worst_logits",
+    "NoisyConsistency",
+    "consistency_penalty",
+    "train_subclassifier",
 ]
