@@ -19,6 +19,7 @@ from pyrobust.quantize import round_to_nearest
 
 __all__ = ["bench_table", "run_bench"]
 
+_LARGE = 4096  # a float weight of 64 MiB: larger than caches, as where packing pays
 _SIZE = 1024
 _ROUNDS = 30
 
@@ -69,26 +70,28 @@ def _pairs(
     generator: torch.Generator,
 ) -> list[tuple[str, str, str, Callable[[], Any], Callable[[], Any]]]:
     """Family, work, plain counterpart, and the two functions."""
+    large = torch.randn(_LARGE, _LARGE, generator=generator)
+    packed = round_to_nearest(large, bits=4, group_size=128)
+    wide = torch.randn(1, _LARGE, generator=generator)
     weight = torch.randn(_SIZE, _SIZE, generator=generator)
     one = torch.randn(1, _SIZE, generator=generator)
-    packed = round_to_nearest(weight, bits=4, group_size=128)
     low, high = one - 0.1, one + 0.1
     image = torch.rand(1, 3, 32, 32, generator=generator)
     return [
         (
             "matmul",
-            f"4 bits, 1 x {_SIZE} x {_SIZE}",
+            f"4 bits, 1 x {_LARGE} x {_LARGE}",
             "float F.linear",
             lambda: packed_linear(
-                one,
+                wide,
                 packed.codes,
                 packed.scale,
                 packed.zero,
-                in_features=_SIZE,
+                in_features=_LARGE,
                 bits=4,
                 group_size=128,
             ),
-            lambda: F.linear(one, weight),
+            lambda: F.linear(wide, large),
         ),
         (
             "sampling",
