@@ -32,3 +32,37 @@ def test_environment_variable_decides_at_import(name):
     else:
         assert run.returncode != 0
         assert "PYROBUST_ISA must be one of" in run.stderr
+
+
+PUBLIC_NAMES = [
+    "pack",
+    "info",
+    "Interval",
+    "save",
+    "load",
+    "nn.PackedLinear",
+    "nn.PackedConv2d",
+    "nn.PackedEmbedding",
+    "nn.SmoothedClassifier",
+    "ops.packed_linear",
+    "ops.gaussian_samples",
+    "ops.count_votes",
+    "ops.interval_linear",
+    "certify.bound",
+    "certify.verified",
+    "certify.clopper_pearson_lower",
+    "certify.gaussian_radius",
+]
+
+
+def test_public_names_need_only_the_top_import():
+    code = f"import pyrobust; [eval('pyrobust.' + name) for name in {PUBLIC_NAMES!r}]; print('ok')"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.strip().endswith("ok"), run.stderr
+
+
+def test_unknown_attribute_is_an_attribute_error():
+    import pyrobust
+
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = pyrobust.nonsense
