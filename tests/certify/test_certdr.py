@@ -1,4 +1,4 @@
-"""CertDR: coverage on an enumerable case, the toy collection of the method's card, real text."""
+"""CertDR: coverage on an enumerable case, a toy collection, real text."""
 
 import gzip
 import itertools
@@ -105,7 +105,7 @@ def test_the_margin_is_the_stated_one():
     assert certified_robust_query([result]) == 1.0
 
 
-# The toy collection of the card: 60 groups of 8 words with noisy 8-d vectors, documents of 12
+# The toy collection: 60 groups of 8 words with noisy 8-d vectors, documents of 12
 # words, 30 documents a query of which 10 are relevant, a MaxSim ranker.
 
 
