@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,9 +17,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pyrobust._files import write_text
+from pyrobust._safetensors import write_safetensors
 from pyrobust.nn.adapter import Adapter
 from pyrobust.nn.lora import ConvLoRA2d, LoRALinear
 from pyrobust.nn.svfit import SVFitConv2d, SVFitLinear
@@ -237,20 +237,6 @@ def unmerge_adapters(model: nn.Module) -> nn.Module:
     return model
 
 
-def _write_atomically(
-    tensors: dict[str, Tensor], path: str | os.PathLike[str], metadata: dict[str, str]
-) -> None:
-    target = Path(path)
-    handle, name = tempfile.mkstemp(dir=target.parent, suffix=".tmp")
-    os.close(handle)
-    try:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, name, metadata)
-        os.replace(name, target)
-    except BaseException:
-        os.unlink(name)
-        raise
-
-
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     with safe_open(path, framework="pt") as file:
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -270,7 +256,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
         for name, adapter in found.items()
         for key, value in adapter.adapter_state_dict().items()
     }
-    _write_atomically(tensors, path, {"format": "pyrobust-adapter", "version": "1"})
+    write_safetensors(path, tensors, {"format": "pyrobust-adapter", "version": "1"})
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -336,8 +322,8 @@ def save_peft_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         "bias": "none",
         "target_modules": sorted(found),
     }
-    _write_atomically(tensors, target / "adapter_model.safetensors", {"format": "pt"})
-    (target / "adapter_config.json").write_text(json.dumps(config, indent=2))
+    write_safetensors(target / "adapter_model.safetensors", tensors, {"format": "pt"})
+    write_text(target / "adapter_config.json", json.dumps(config, indent=2))
 
 
 @torch.no_grad()
