@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pyrobust.data import ImageSet, load_digits, load_idx
+from pyrobust.data import ImageSet, load_images
 
 __all__ = ["run"]
 
@@ -22,7 +22,8 @@ def run(options: argparse.Namespace) -> None:
     """
     commands = {"demo": _demo, "certify": _certify, "bench": _bench, "info": _info}
     result, table = commands[options.command](options)
-    print(json.dumps(result, indent=2) if options.json else table)
+    if result:  # empty in all but the first of several processes
+        print(json.dumps(result, indent=2) if options.json else table)
 
 
 def _demo(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -44,25 +45,34 @@ def _demo(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _certify(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from pyrobust.certify.log import CertificationJob, certify_to_log
+    from pyrobust.certify.job import CertificationJob, certify_to_log
+    from pyrobust.certify.job_methods import method_of
+    from pyrobust_cli.certify_options import method_options
 
     job = CertificationJob(
         model=options.model,
         architecture=options.architecture,
-        method=options.method,
-        eps=options.eps,
-        sigma=options.sigma,
-        samples=options.samples,
-        selection=options.selection,
-        alpha=options.alpha,
-        seed=options.seed,
+        method=method_of(options.method, method_options(options)),
         limit=options.limit,
+        device=options.device,
     )
-    data = _load_data(None if options.data == "digits" else options.data)
+    data = load_images(options.data)
     result = certify_to_log(
         job, data, options.out, resume=options.resume, progress=not options.json
     )
+    if options.plot and result:
+        result["plot"] = _plot_log(options.out, options.plot)
     return result, "\n".join(f"{name.replace('_', ' '):<18} {v}" for name, v in result.items())
+
+
+def _plot_log(log: str, picture: str) -> str:
+    """Draw the certified accuracy of a log; returns the name of the picture."""
+    from pyrobust.certify.job import certificate_of_log
+
+    certificate, labels = certificate_of_log(log)
+    axes = certificate.plot(labels=labels)
+    axes.figure.savefig(picture)
+    return picture
 
 
 def _bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -79,6 +89,6 @@ def _info(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     return facts.to_dict(), str(facts)
 
 
-def _load_data(folder: str | None) -> ImageSet:
-    """The idx files of ``folder``, or digits."""
-    return load_digits() if folder is None else load_idx(folder)
+def _load_data(source: str | None) -> ImageSet:
+    """What ``source`` names, or digits."""
+    return load_images(source or "digits")

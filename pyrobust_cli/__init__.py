@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from pyrobust_cli.certify_options import add_method_options
+
 __all__ = ["main"]
 
 
@@ -63,27 +65,31 @@ def _add_certify(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="certify a saved model image by image into an append-only log",
         description=(
             "Certify a model that pyrobust saved on the test images of a data set. The log gets "
-            "one line per image; a killed run goes on with --resume and ends with the same log."
+            "one line per image; a killed run goes on with --resume and ends with the same log. "
+            "Under torchrun the processes share the images and make the log of one process."
         ),
     )
     certify.add_argument("model", metavar="MODEL.safetensors")
-    certify.add_argument("--data", default="digits", metavar="FOLDER", help="idx files, or digits")
-    certify.add_argument("--method", choices=["ibp", "smoothing"], default="ibp")
-    certify.add_argument("--eps", type=float, default=0.1, help="l-infinity radius (ibp)")
-    certify.add_argument("--sigma", type=float, default=0.25, help="of the noise (smoothing)")
-    certify.add_argument("--samples", type=int, default=1000, help="noisy copies (smoothing)")
-    certify.add_argument("--selection", type=int, default=100, help="copies that choose the class")
-    certify.add_argument("--alpha", type=float, default=1e-3, help="probability of error per image")
-    certify.add_argument("--seed", type=int, default=0, help="of the noise (smoothing)")
+    certify.add_argument(
+        "--data",
+        default="digits",
+        metavar="SOURCE",
+        help="digits; a folder of MNIST idx, CIFAR pickle or image files; module:function",
+    )
+    add_method_options(certify)
     certify.add_argument("--limit", type=int, metavar="N", help="first N test images only")
+    certify.add_argument("--device", default="cpu", help="of the network (default: %(default)s)")
     certify.add_argument(
         "--architecture",
         default="pyrobust.demo:convolutional_network",
         metavar="MODULE:FUNCTION",
         help="makes the float network from image shape and number of classes (default: the demo's)",
     )
-    certify.add_argument("--out", required=True, metavar="LOG.jsonl", help="the log")
+    certify.add_argument("--out", required=True, metavar="LOG.tsv", help="the log")
     certify.add_argument("--resume", action="store_true", help="go on with an existing log")
+    certify.add_argument(
+        "--plot", metavar="FILE.png", help="draw certified accuracy against radius"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from pyrobust.cli import run
 
         run(options)
-    except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         message = " ".join(str(error).split())
         print(f"pyrobust: {message}", file=sys.stderr)
         return 2

@@ -44,14 +44,18 @@ def test_a_misspelt_command_is_one_line_and_status_2(words, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["demo", "--data", "nowhere"], "pyrobust: load_idx: folder must exist; got 'nowhere'."),
+        (
+            ["demo", "--data", "nowhere"],
+            "pyrobust: load_images: data must be digits, an existing folder or module:function; "
+            "got 'nowhere'.",
+        ),
         (["demo", "--samples", "0"], "pyrobust: DemoSettings: samples must be at least 1; got 0."),
         (
             ["certify", "nothing", "--out", "log"],
             "pyrobust: certify: model must be an existing file; got 'nothing'.",
         ),
         (
-            ["certify", "nothing", "--out", "log", "--alpha", "2"],
+            ["certify", "nothing", "--out", "log", "--method", "smoothing", "--alpha", "2"],
             "pyrobust: certify: alpha must lie in the open interval (0, 1); got 2.0.",
         ),
     ],
@@ -79,16 +83,34 @@ def test_info_prints_a_table_or_json(capsys):
 
 
 def test_certify_prints_the_totals_of_its_log(capsys, tmp_path):
-    model, log = tmp_path / "m.safetensors", tmp_path / "log.jsonl"
+    model, log, picture = (tmp_path / name for name in ("m.safetensors", "log.tsv", "plot.png"))
     pyrobust.save(pyrobust.pack(convolutional_network((1, 8, 8), 10), bits=2), model)
     words = ["certify", str(model), "--out", str(log), "--limit", "6", "--eps", "0", "--json"]
-    assert main(words) == 0
+    assert main([*words, "--plot", str(picture)]) == 0
     result = json.loads(capsys.readouterr().out)
-    rows = [json.loads(line) for line in log.read_text().splitlines()[1:]]
+    head, *lines = (line.split("\t") for line in log.read_text().splitlines())
+    rows = [dict(zip(head, line, strict=True)) for line in lines]
     assert result["images"] == len(rows) == 6
-    assert result["correct"] == sum(row["prediction"] == row["label"] for row in rows)
+    assert result["correct"] == sum(row["predict"] == row["label"] for row in rows)
+    assert picture.read_bytes().startswith(b"\x89PNG")
     assert main(words) == 2
     assert main([*words, "--resume"]) == 0
+
+
+def test_certify_decides_a_table_of_radii(capsys, tmp_path):
+    model, log = tmp_path / "m.safetensors", tmp_path / "log.tsv"
+    pyrobust.save(pyrobust.pack(convolutional_network((1, 8, 8), 10), bits=2), model)
+    words = ["certify", str(model), "--out", str(log), "--limit", "3", "--method", "smoothing"]
+    assert main([*words, "--radii", "0,0.1", "--samples", "100", "--selection", "10"]) == 0
+    assert "passes" in capsys.readouterr().out
+
+
+def test_certify_refuses_options_of_other_methods(capsys, tmp_path):
+    words = ["certify", "m", "--out", str(tmp_path / "log"), "--sigma", "1"]
+    assert main(words) == 2
+    assert "sigma must be an option of method ibp (eps)" in one_line(capsys)
+    assert main([*words, "--data", "nowhere", "--method", "smoothing"]) == 2
+    assert "data must be digits, an existing folder or module:function" in one_line(capsys)
 
 
 def test_bench_compares_three_families(capsys):

@@ -18,7 +18,8 @@ from pyrobust.certify.dual_smoothing import (
     DualSmoothingCertificate,
     dual_radius,
 )
-from pyrobust.certify.log import CertificationJob, certify_to_log
+from pyrobust.certify.job import CertificationJob, certificate_of_log, certify_to_log
+from pyrobust.certify.job_methods import IntervalJob, JobMethod, SmoothingJob
 from pyrobust.certify.population import SMOOTHING_POPULATION, Population
 from pyrobust.certify.propagation_tightness import (
     TightnessProfile,
@@ -52,6 +53,10 @@ __all__ = [
     "BiEncoder",
     "Certificate",
     "CertificationJob",
+    "IntervalJob",
+    "JobMethod",
+    "SmoothingJob",
+    "certificate_of_log",
     "DualSmoothedClassifier",
     "DualSmoothingCertificate",
     "Population",

@@ -1,240 +1,175 @@
-"""Certification into an append-only log that survives being killed.
+"""The log of a certification: append-only, tab-separated, the same bytes after any interruption.
 
-The first line describes the job; then comes one line per image, in order, flushed as it is made.
-A run that was killed goes on after the last whole line, and since bounds and noise depend on the
-image's position only, the finished log is the same as that of an uninterrupted run.
+The columns are those of published certification logs, ``idx label predict radius correct time``,
+followed by the method's own (exact counts). ``time`` holds forward passes, not seconds: it is the
+cost on any machine, and a clock would make two runs of one job differ. The job stands beside the
+log in ``LOG.job.json``. A line is written at once; a half-written last line is cut off on opening.
+
+Source of the columns: J. Cohen, E. Rosenfeld, Z. Kolter, "Certified adversarial robustness via
+randomized smoothing", ICML 2019, arXiv 1902.02918, published code.
+Departures: passes for seconds; radii in full precision instead of three digits.
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import math
+import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-import torch
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from pyrobust._files import write_text
 
-from pyrobust._checks import (
-    check_at_least,
-    check_choice,
-    check_integer,
-    check_open_unit,
-    check_positive,
-)
-from pyrobust.data.image_set import ImageSet
+__all__ = ["COLUMNS", "LogRow", "LogWriter", "check_job", "job_path", "read_log"]
 
-__all__ = ["CertificationJob", "certify_to_log"]
-
-_VERSION = 1
+COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
 
 
 @dataclass(frozen=True)
-class CertificationJob:
-    """What to certify and how; all of it stands in the log's first line.
+class LogRow:
+    """One image of a log.
 
     Attributes:
-        model: path of a file of :func:`pyrobust.save`.
-        architecture: ``module:function``; the function makes the float network from the image
-            shape ``(C, H, W)`` and the number of classes.
-        method: ``"ibp"`` (l-infinity, deterministic) or ``"smoothing"`` (l2, statistical).
-        eps: l-infinity radius of ``ibp``, ``>= 0``.
-        sigma: standard deviation of the noise, ``> 0``.
-        samples: noisy copies that bound the probability of the class, ``>= 1``.
-        selection: noisy copies that choose it, ``>= 1``.
-        alpha: probability of error per image, in (0, 1).
-        seed: of the noise, ``>= 0``.
-        limit: number of images, ``>= 1``; None for all.
+        idx: position of the image in the data set.
+        label: its true class.
+        predict: the certified class, -1 for an abstention.
+        radius: ``>= 0``, in the units of the images and the norm of the job.
+        time: forward passes spent.
+        extra: the method's own columns, as text without tabs.
     """
 
-    model: str
-    architecture: str = "pyrobust.demo:convolutional_network"
-    method: str = "ibp"
-    eps: float = 0.1
-    sigma: float = 0.25
-    samples: int = 1000
-    selection: int = 100
-    alpha: float = 1e-3
-    seed: int = 0
-    limit: int | None = None
+    idx: int
+    label: int
+    predict: int
+    radius: float
+    time: int
+    extra: tuple[str, ...] = ()
 
-    def __post_init__(self) -> None:
-        check_choice("certify", "method", self.method, ("ibp", "smoothing"))
-        check_at_least("certify", "eps", self.eps, 0.0)
-        check_positive("certify", "sigma", self.sigma)
-        for name in ("samples", "selection"):
-            check_integer("certify", name, getattr(self, name), 1)
-        check_open_unit("certify", "alpha", self.alpha)
-        check_integer("certify", "seed", self.seed, 0)
-        if self.limit is not None:
-            check_integer("certify", "limit", self.limit, 1)
+    @property
+    def correct(self) -> bool:
+        """Whether the prediction is the label."""
+        return self.predict == self.label
 
-    def header(self, data: ImageSet) -> dict[str, Any]:
-        """The first line of the log: the job, with checksums in place of paths."""
-        used = {
-            "ibp": ("eps",),
-            "smoothing": ("sigma", "samples", "selection", "alpha", "seed"),
-        }[self.method]
-        fields = asdict(self)
-        return {
-            "pyrobust_certification": _VERSION,
-            "model_sha256": hashlib.sha256(Path(self.model).read_bytes()).hexdigest(),
-            "data": data.name,
-            "data_sha256": _digest(data.test_images, data.test_labels),
-            "architecture": self.architecture,
-            "method": self.method,
-            **{name: fields[name] for name in used},
-        }
+    def line(self) -> bytes:
+        """The row as a line of the log; the radius is written so that it reads back exactly."""
+        first = (self.idx, self.label, self.predict, repr(float(self.radius)), int(self.correct))
+        return "\t".join(map(str, (*first, self.time, *self.extra))).encode() + b"\n"
 
 
-def certify_to_log(
-    job: CertificationJob,
-    data: ImageSet,
-    out: str | Path,
-    *,
-    resume: bool = False,
-    progress: bool = False,
-) -> dict[str, Any]:
-    """Certify the test images of ``data`` one by one, writing a line for each.
+def job_path(log: Path) -> Path:
+    """Where the description of the job that a log belongs to stands."""
+    return log.with_name(f"{log.name}.job.json")
 
-    Args:
-        job: model, method and parameters.
-        data: the images.
-        out: the log.
-        resume: go on with a log of the same job; without it an existing file is an error.
-        progress: show a progress bar.
 
-    Returns:
-        ``images``, ``correct``, ``certified``, ``certified_accuracy`` (certified and correct) and
-        ``log``.
+def check_job(log: Path, job: dict[str, Any]) -> None:
+    """Raise unless the description beside ``log`` is ``job``; write it where there is none yet.
 
     Raises:
-        FileNotFoundError: the model does not exist.
-        FileExistsError: the log exists and ``resume`` is False.
-        ValueError: the log belongs to another job, or the model or architecture does not fit.
+        ValueError: the log belongs to another job, or stands without a description.
     """
-    out = Path(out)
-    if not Path(job.model).is_file():
-        raise FileNotFoundError(f"certify: model must be an existing file; got {job.model!r}.")
-    if out.exists() and not resume:
-        raise FileExistsError(f"certify: {out} exists; use --resume to go on with it.")
-    header = job.header(data)
-    rows = _read_log(out, header) if out.exists() else []
-    total = min(len(data.test_images), job.limit or len(data.test_images))
-    certify_image = _certifier(job, _load_model(job, data), data.num_classes)
-    with out.open("a", encoding="utf-8") as file:
-        if file.tell() == 0:
-            _write_line(file, header)
-        images = range(len(rows), total)
-        for index in tqdm(images, initial=len(rows), total=total, disable=not progress):
-            label = int(data.test_labels[index])
-            row = {"index": index, "label": label} | certify_image(data.test_images, index)
-            _write_line(file, row)
-            rows.append(row)
-    return _summary(rows[:total], out)
-
-
-def _digest(*tensors: Tensor) -> str:
-    """SHA-256 of the bytes of the tensors."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _write_line(file: TextIO, row: dict[str, Any]) -> None:
-    """One line, handed to the operating system at once."""
-    file.write(json.dumps(row) + "\n")
-    file.flush()
-
-
-def _read_log(out: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of an earlier run of the same job; a half-written last line is cut off."""
-    raw = out.read_bytes()
-    whole = raw[: raw.rfind(b"\n") + 1]
+    place = job_path(log)
+    if not place.exists():
+        if log.exists():
+            raise ValueError(f"certify: {log} stands without {place.name}; it is left as it is.")
+        write_text(place, json.dumps(job, indent=1) + "\n")
+        return
     try:
-        lines = [json.loads(line) for line in whole.splitlines()]
+        found = json.loads(place.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"certify: {out} is not a certification log ({error}).") from error
-    if lines and lines[0] != header:
-        found = lines[0] if isinstance(lines[0], dict) else {}
-        differing = [k for k in header if found.get(k) != header[k]]
+        raise ValueError(f"certify: {place} does not describe a job ({error}).") from error
+    wanted = json.loads(json.dumps(job))  # tuples become lists
+    if found != wanted:
+        found = found if isinstance(found, dict) else {}
+        differing = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
         raise ValueError(
-            f"certify: {out} belongs to another job; {', '.join(differing) or 'its head'} differ."
+            f"certify: {log} belongs to another job; {', '.join(differing) or 'its head'} differ."
         )
-    rows = lines[1:]
-    if [row.get("index") if isinstance(row, dict) else None for row in rows] != [*range(len(rows))]:
-        raise ValueError(f"certify: {out} is damaged; its images are not in order.")
-    if len(whole) < len(raw):
-        with out.open("r+b") as file:
-            file.truncate(len(whole))
-    return rows
 
 
-def _load_model(job: CertificationJob, data: ImageSet) -> nn.Module:
-    """The saved model, built from the float network of the architecture."""
-    from pyrobust.io import load
+def read_log(path: Path, columns: tuple[str, ...]) -> list[LogRow]:
+    """The whole lines of a log, in the order of the file; a missing file has none.
 
-    module_name, _, function_name = job.architecture.partition(":")
+    Raises:
+        ValueError: the head is not that of ``columns``, or a line is damaged.
+    """
+    raw = path.read_bytes() if path.exists() else b""
+    lines = raw[: raw.rfind(b"\n") + 1].decode("utf-8", "replace").splitlines()
+    if not lines:
+        return []
+    head = "\t".join((*COLUMNS, *columns))
+    if lines[0] != head:
+        raise ValueError(
+            f"certify: {path} is not a log of this job; its first line is not {head!r}."
+        )
+    return [_parse(path, number, line, len(columns)) for number, line in enumerate(lines[1:], 2)]
+
+
+def _parse(path: Path, number: int, line: str, extras: int) -> LogRow:
+    fields = line.split("\t")
     try:
-        make = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"certify: architecture must be module:function; got {job.architecture!r} ({error})."
-        ) from error
-    network = make(tuple(data.test_images.shape[1:]), data.num_classes)
-    return load(job.model, network).eval()
+        idx, label, predict, correct, time = (int(fields[i]) for i in (0, 1, 2, 4, 5))
+        row = LogRow(idx, label, predict, float(fields[3]), time, tuple(fields[6:]))
+        if (
+            row.line() != (line + "\n").encode()
+            or len(row.extra) != extras
+            or correct not in (0, 1)
+        ):
+            raise ValueError("it does not read back")
+        if math.isnan(row.radius):
+            raise ValueError("its radius is not a number")
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"certify: line {number} of {path} is damaged ({error}).") from error
+    return row
 
 
-def _certifier(
-    job: CertificationJob, model: nn.Module, num_classes: int
-) -> Callable[[Tensor, int], dict[str, Any]]:
-    """The function that certifies image ``index`` of a batch."""
-    if job.method == "ibp":
-        return lambda images, index: _bounded(model, images[index : index + 1], job.eps)
-    from pyrobust.nn import SmoothedClassifier
+class LogWriter:
+    """Appends rows; what a failed write left behind is taken back.
 
-    smoothed = SmoothedClassifier(model, job.sigma, num_classes).eval()
+    Args:
+        path: the log; it is made with its head where it does not exist, and a half-written last
+            line is cut off.
+        columns: the method's own columns.
 
-    def certify_image(images: Tensor, index: int) -> dict[str, Any]:
-        certificate = smoothed.certify(
-            images[index : index + 1],
-            n0=job.selection,
-            n=job.samples,
-            alpha=job.alpha,
-            seed=job.seed,
-            first_index=index,
-        )
-        prediction, radius = int(certificate.prediction), float(certificate.radius)
-        return {"prediction": prediction, "certified": radius > 0, "radius": radius}
+    Raises:
+        OSError: the file cannot be written; the message names it.
+    """
 
-    return certify_image
+    def __init__(self, path: Path, columns: tuple[str, ...]) -> None:
+        self.path = path
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        raw = path.read_bytes()
+        self._size = raw.rfind(b"\n") + 1
+        os.ftruncate(self._file, self._size)
+        if self._size == 0:
+            self._append(("\t".join((*COLUMNS, *columns)) + "\n").encode())
 
+    def append(self, row: LogRow) -> None:
+        """Hand one line to the operating system."""
+        self._append(row.line())
 
-def _bounded(model: nn.Module, x: Tensor, eps: float) -> dict[str, Any]:
-    """Class of ``x``, and whether intervals show that no valid image within ``eps`` changes it."""
-    from pyrobust.interval import Interval
+    def close(self) -> None:
+        """Flush to the disk and close."""
+        os.fsync(self._file)
+        os.close(self._file)
 
-    with torch.no_grad():
-        prediction = int(model(x).argmax())
-        box = model(Interval.ball(x, eps, clamp=(0.0, 1.0)))
-    others = box.upper[0].index_fill(0, torch.tensor([prediction]), -torch.inf)
-    certified = bool(box.lower[0, prediction] > others.max())
-    return {"prediction": prediction, "certified": certified, "radius": eps if certified else 0.0}
+    def __enter__(self) -> LogWriter:
+        return self
 
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
-def _summary(rows: list[dict[str, Any]], out: Path) -> dict[str, Any]:
-    correct = sum(row["prediction"] == row["label"] for row in rows)
-    certified = sum(row["certified"] for row in rows)
-    both = sum(row["certified"] and row["prediction"] == row["label"] for row in rows)
-    return {
-        "images": len(rows),
-        "correct": correct,
-        "certified": certified,
-        "certified_accuracy": both / len(rows),
-        "log": str(out),
-    }
+    def _append(self, line: bytes) -> None:
+        try:
+            written = 0
+            while written < len(line):
+                written += os.write(self._file, line[written:])
+        except OSError as error:
+            os.ftruncate(self._file, self._size)
+            raise OSError(
+                error.errno,
+                f"certify: cannot write the log ({error.strerror}); what is in it is whole, so "
+                "make room and go on with --resume",
+                str(self.path),
+            ) from error
+        self._size += len(line)

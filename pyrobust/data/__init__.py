@@ -1,14 +1,20 @@
 """Generators and small loaders."""
 
+from pyrobust.data.cifar import load_cifar
 from pyrobust.data.corruptions import CORRUPTIONS, corrupt
 from pyrobust.data.digits import load_digits
 from pyrobust.data.idx import load_idx
+from pyrobust.data.image_folder import load_image_folder
 from pyrobust.data.image_set import ImageSet
+from pyrobust.data.sources import load_images
 
 __all__ = [
     "CORRUPTIONS",
     "ImageSet",
     "corrupt",
+    "load_cifar",
     "load_digits",
     "load_idx",
+    "load_image_folder",
+    "load_images",
 ]

@@ -1,98 +1,142 @@
-import json
+"""The log's format: reads back exactly, never loses a whole line, refuses what it did not write."""
+
+import errno
+import multiprocessing
+import os
+import resource
+import signal
 
 import pytest
-import torch
 
-import pyrobust
-from pyrobust.certify.log import CertificationJob, certify_to_log
-from pyrobust.data import load_digits
-from pyrobust.demo import convolutional_network, interval_certified
+from pyrobust.certify.log import LogRow, LogWriter, check_job, job_path, read_log
 
-DATA = load_digits().head(10, 12)
+ROWS = [
+    LogRow(0, 7, 7, 0.1 + 0.2, 1100, ("3,97", "1000,0")),
+    LogRow(1, 2, -1, 0.0, 1100, ("50,50", "500,500")),
+    LogRow(2, 1, 3, 1e-300, 20, ("0,10", "9,1")),
+]
+COLUMNS = ("selection", "counts")
+FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture
-def model(tmp_path):
-    torch.manual_seed(3)
-    packed = pyrobust.pack(convolutional_network((1, 8, 8), 10), bits=4)
-    path = tmp_path / "model.safetensors"
-    pyrobust.save(packed, path)
-    return str(path), packed.eval()
+def log(tmp_path):
+    path = tmp_path / "log.tsv"
+    with LogWriter(path, COLUMNS) as writer:
+        for row in ROWS:
+            writer.append(row)
+    return path
 
 
-def job(model, **options):
-    return CertificationJob(model=model[0], samples=50, selection=10, **options)
+def test_rows_read_back_exactly_under_the_common_head(log):
+    first = log.read_text().splitlines()[0].split("\t")
+    assert first[:6] == ["idx", "label", "predict", "radius", "correct", "time"]
+    assert read_log(log, COLUMNS) == ROWS
+    assert [row.correct for row in ROWS] == [True, False, False]
 
 
-@pytest.mark.parametrize("method", ["ibp", "smoothing"])
-@pytest.mark.parametrize("kept", [0.0, 0.02, 0.5, 0.93])
-def test_a_killed_run_resumes_to_the_same_log(model, tmp_path, method, kept):
-    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
-    result = certify_to_log(job(model, method=method, eps=0.001), DATA, whole)
-    text = whole.read_bytes()
-    cut.write_bytes(text[: int(kept * len(text))])
-    again = certify_to_log(job(model, method=method, eps=0.001), DATA, cut, resume=True)
-    assert cut.read_bytes() == text
-    assert again == result | {"log": str(cut)}
-    assert len(text.splitlines()) == 1 + 12
+def test_a_published_script_reads_it(log):
+    # What analysis scripts do: columns by name, correct and radius as numbers.
+    lines = [line.split("\t") for line in log.read_text().splitlines()]
+    table = [dict(zip(lines[0], line, strict=True)) for line in lines[1:]]
+    accuracy = sum(int(r["correct"]) and float(r["radius"]) >= 0.25 for r in table) / len(table)
+    assert accuracy == pytest.approx(1 / 3)
 
 
-def test_ibp_lines_agree_with_the_batch(model, tmp_path):
-    out = tmp_path / "log.jsonl"
-    certify_to_log(job(model, eps=0.0002), DATA, out)
-    rows = [json.loads(line) for line in out.read_text().splitlines()[1:]]
-    with torch.no_grad():
-        classes = model[1](DATA.test_images).argmax(1)
-    expected = interval_certified(model[1], DATA.test_images, classes, 0.0002)
-    assert [row["prediction"] for row in rows] == classes.tolist()
-    assert [row["certified"] for row in rows] == expected.tolist()
-    assert any(expected)
-
-
-def test_smoothing_lines_agree_with_one_certificate(model, tmp_path):
-    out = tmp_path / "log.jsonl"
-    certify_to_log(job(model, method="smoothing", limit=5), DATA, out)
-    rows = [json.loads(line) for line in out.read_text().splitlines()[1:]]
-    smoothed = pyrobust.nn.SmoothedClassifier(model[1], 0.25, 10).eval()
-    certificate = smoothed.certify(DATA.test_images[:5], n0=10, n=50, alpha=1e-3, seed=0)
-    assert [row["prediction"] for row in rows] == certificate.prediction.tolist()
-    assert [row["radius"] for row in rows] == pytest.approx(certificate.radius.tolist())
-
-
-def test_an_existing_log_needs_resume_and_the_same_job(model, tmp_path):
-    out = tmp_path / "log.jsonl"
-    certify_to_log(job(model, limit=2), DATA, out)
-    with pytest.raises(FileExistsError, match="use --resume"):
-        certify_to_log(job(model, limit=2), DATA, out)
-    with pytest.raises(ValueError, match="belongs to another job; eps differ"):
-        certify_to_log(job(model, eps=0.2), DATA, out, resume=True)
-    out.write_text("not json\n")
-    with pytest.raises(ValueError, match="is not a certification log"):
-        certify_to_log(job(model), DATA, out, resume=True)
-
-
-def test_a_log_out_of_order_is_refused(model, tmp_path):
-    out = tmp_path / "log.jsonl"
-    certify_to_log(job(model, limit=3), DATA, out)
-    lines = out.read_text().splitlines(keepends=True)
-    out.write_text("".join([lines[0], lines[2], lines[1]]))
-    with pytest.raises(ValueError, match="its images are not in order"):
-        certify_to_log(job(model, limit=3), DATA, out, resume=True)
-
-
-def test_missing_models_and_architectures_are_named(model, tmp_path):
-    with pytest.raises(FileNotFoundError, match="model must be an existing file; got 'nowhere'"):
-        certify_to_log(CertificationJob(model="nowhere"), DATA, tmp_path / "a")
-    for name in ("nowhere:net", "pyrobust.demo:nothing", "pyrobust.demo", ":"):
-        with pytest.raises(ValueError, match="architecture must be module:function"):
-            certify_to_log(job(model, architecture=name), DATA, tmp_path / "b")
-    assert not (tmp_path / "b").exists()
+def test_any_cut_loses_the_last_line_only(log, tmp_path):
+    whole = log.read_bytes()
+    for length in range(len(whole)):
+        cut = tmp_path / "cut.tsv"
+        cut.write_bytes(whole[:length])
+        kept = read_log(cut, COLUMNS)
+        assert kept == ROWS[: len(kept)]
+        with LogWriter(cut, COLUMNS) as writer:
+            for row in ROWS[len(kept) :]:
+                writer.append(row)
+        assert cut.read_bytes() == whole
 
 
 @pytest.mark.parametrize(
-    "options", [{"sigma": 0.0}, {"alpha": 1.0}, {"limit": 0}, {"eps": -1.0}, {"method": "magic"}]
+    "text",
+    ["idx\tlabel\n", "not a log\n"],
 )
-def test_bad_parameters_are_refused(options):
-    (name,) = options
-    with pytest.raises(ValueError, match=f"certify: {name} must"):
-        CertificationJob(model="m", **options)
+def test_a_foreign_head_is_refused(tmp_path, text):
+    path = tmp_path / "log.tsv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="is not a log of this job"):
+        read_log(path, COLUMNS)
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("0\t7\t7", "0\t7"),
+        ("\t1100", "\tfew"),
+        ("0.30000000000000004", "nan"),
+        ("\t1\t1", "\t3\t1"),
+    ],
+)
+def test_a_damaged_line_is_named(log, old, new):
+    log.write_text(log.read_text().replace(old, new, 1))
+    with pytest.raises(ValueError, match=r"line 2 of .* is damaged"):
+        read_log(log, COLUMNS)
+
+
+def test_a_job_is_written_once_and_another_is_refused(tmp_path):
+    path = tmp_path / "log.tsv"
+    check_job(path, {"sigma": 0.25, "radii": (0.5,)})
+    check_job(path, {"sigma": 0.25, "radii": (0.5,)})
+    before = job_path(path).read_bytes()
+    with pytest.raises(ValueError, match="belongs to another job; sigma differ"):
+        check_job(path, {"sigma": 0.5, "radii": (0.5,)})
+    assert job_path(path).read_bytes() == before
+    job_path(path).write_text("{")
+    with pytest.raises(ValueError, match="does not describe a job"):
+        check_job(path, {})
+    job_path(path).unlink()
+    path.write_text("something else")
+    with pytest.raises(ValueError, match="stands without"):
+        check_job(path, {})
+    assert path.read_text() == "something else"
+
+
+def test_a_full_disk_leaves_whole_lines(log, monkeypatch):
+    whole = log.read_bytes()
+    real, calls = os.write, []
+
+    def full(descriptor, data):
+        calls.append(len(data))
+        if len(calls) == 2:  # a part of the line still found room
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(descriptor, data[:5])
+
+    with LogWriter(log, COLUMNS) as writer:
+        monkeypatch.setattr(os, "write", full)
+        with pytest.raises(OSError, match="make room and go on with --resume") as error:
+            writer.append(LogRow(3, 0, 0, 1.0, 1, ("1", "1")))
+        monkeypatch.undo()
+    assert error.value.errno == errno.ENOSPC
+    assert str(log) in str(error.value)
+    assert log.read_bytes() == whole
+
+
+def append_beyond_the_limit(path, seen):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    size = path.stat().st_size + 20
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    with LogWriter(path, COLUMNS) as log:
+        try:
+            log.append(LogRow(3, 0, 0, 1.0, 1, ("1,2,3,4,5", "1,2,3,4,5")))
+        except OSError as error:
+            seen.send(str(error))
+
+
+def test_a_real_limit_of_the_system_is_met_the_same_way(log):
+    whole = log.read_bytes()
+    here, there = FORK.Pipe()
+    process = FORK.Process(target=append_beyond_the_limit, args=(log, there))
+    process.start()
+    process.join(60)
+    assert "certify: cannot write the log (File too large)" in here.recv()
+    assert log.read_bytes() == whole

@@ -1,0 +1,263 @@
+"""Certification of a data set into a log that survives being killed, by one process or several.
+
+Bounds and noise depend on an image's position only, and images meet the network in blocks that
+depend on the job only. So an interrupted run, a run split over processes and a run in one piece end
+with the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from pyrobust._checks import check_integer
+from pyrobust._files import write_text
+from pyrobust.certify.certificates import Certificate
+from pyrobust.certify.job_methods import METHODS, IntervalJob, JobMethod
+from pyrobust.certify.log import COLUMNS, LogRow, LogWriter, check_job, job_path, read_log
+from pyrobust.certify.shards import Shard, part_paths, this_shard
+from pyrobust.data.image_set import ImageSet
+
+__all__ = ["CertificationJob", "certificate_of_log", "certify_to_log"]
+
+_VERSION = 2
+
+
+@dataclass(frozen=True)
+class CertificationJob:
+    """What to certify and how; all but paths and device stands beside the log.
+
+    Attributes:
+        model: path of a file of :func:`pyrobust.save`.
+        architecture: ``module:function``; the function makes the float network from the image
+            shape ``(C, H, W)`` and the number of classes.
+        method: one of :mod:`pyrobust.certify.job_methods`.
+        limit: number of images, ``>= 1``; None for all.
+        device: where the network runs, as torch names devices.
+    """
+
+    model: str
+    architecture: str = "pyrobust.demo:convolutional_network"
+    method: JobMethod = field(default_factory=IntervalJob)
+    limit: int | None = None
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.limit is not None:
+            check_integer("certify", "limit", self.limit, 1)
+
+    def head(self, data: ImageSet) -> dict[str, Any]:
+        """The description of the job, with checksums in place of paths."""
+        names = {kind: name for name, kind in METHODS.items()}
+        return {
+            "pyrobust_certification": _VERSION,
+            "model_sha256": hashlib.sha256(Path(self.model).read_bytes()).hexdigest(),
+            "data": data.name,
+            "data_sha256": _digest(data.test_images, data.test_labels),
+            "architecture": self.architecture,
+            "images": self.images(data),
+            "method": names[type(self.method)],
+            **asdict(self.method),  # type: ignore[call-overload]
+        }
+
+    def images(self, data: ImageSet) -> int:
+        """How many images the finished log holds."""
+        return min(len(data.test_images), self.limit or len(data.test_images))
+
+
+def certify_to_log(
+    job: CertificationJob,
+    data: ImageSet,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Certify the test images of ``data`` in order, writing a line for each.
+
+    Under ``torchrun`` the processes share the images; the finished log is that of one process.
+
+    Args:
+        job: model, method and parameters.
+        data: the images.
+        out: the log (:mod:`pyrobust.certify.log`).
+        resume: go on with a log of the same job; without it an existing file is an error.
+        progress: show a progress bar with rate and remaining time.
+
+    Returns:
+        ``images``, ``correct``, ``certified``, ``certified_accuracy`` (certified and correct),
+        ``mean_radius`` (0 for wrong ones), ``passes`` per image, ``seconds`` of this run and
+        ``log``; empty in a process that is not the first of several.
+
+    Raises:
+        FileNotFoundError: the model does not exist.
+        FileExistsError: the log exists and ``resume`` is False.
+        ValueError: the log belongs to another job or is damaged, or the model or architecture does
+            not fit.
+        RuntimeError: an image gives another result than a line already in the log.
+        OSError: the log cannot be written, as on a full disk.
+    """
+    out, began = Path(out), time.monotonic()
+    if not Path(job.model).is_file():
+        raise FileNotFoundError(f"certify: model must be an existing file; got {job.model!r}.")
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"certify: the folder of {out} must exist.")
+    model = _load_model(job, data)
+    shard = this_shard()
+    done = _begin(job, data, out, shard, resume)
+    parts = shard.world > 1 or bool(part_paths(out))
+    place = out.with_name(f"{out.name}.part{shard.rank}") if parts else out
+    with LogWriter(place, job.method.columns) as log:
+        shard.meet()  # all have read what there was before anyone adds to it
+        _certify(job, data, model, log, done, shard, progress)
+    shard.meet()
+    if shard.rank > 0:
+        return {}
+    rows = _join(out, job) if parts else read_log(out, job.method.columns)
+    return _summary(rows, out, time.monotonic() - began)
+
+
+def certificate_of_log(path: str | Path) -> tuple[Certificate, Tensor]:
+    """The certificate that a finished log holds, and the labels, as for a plot.
+
+    Args:
+        path: a log with its description beside it.
+
+    Returns:
+        Certificate of all rows, ``(N,)`` int64 labels.
+
+    Raises:
+        ValueError: the log is damaged or has no description.
+    """
+    import json
+
+    path = Path(path)
+    if not job_path(path).is_file():
+        raise ValueError(f"certify: {path} stands without {job_path(path).name}.")
+    head = json.loads(job_path(path).read_text(encoding="utf-8"))
+    kind = METHODS[head["method"]]
+    rows = read_log(path, kind.columns)
+    certificate = Certificate(
+        prediction=torch.tensor([row.predict for row in rows], dtype=torch.int64),
+        radius=torch.tensor([row.radius for row in rows], dtype=torch.float64),
+        alpha=float(head.get("alpha", 0.0)),
+        assumption=f"log of {path.name}",
+        norm=head.get("norm", kind.norm),
+    )
+    return certificate, torch.tensor([row.label for row in rows], dtype=torch.int64)
+
+
+def _begin(
+    job: CertificationJob, data: ImageSet, out: Path, shard: Shard, resume: bool
+) -> dict[int, LogRow]:
+    """Check or write the description; the rows that exist already."""
+    if (out.exists() or job_path(out).exists() or part_paths(out)) and not resume:
+        raise FileExistsError(f"certify: {out} exists; use --resume to go on with it.")
+    shard.meet()
+    if shard.rank == 0:
+        check_job(out, job.head(data))
+    shard.meet()
+    check_job(out, job.head(data))
+    done: dict[int, LogRow] = {}
+    for path in (out, *part_paths(out)):
+        for row in read_log(path, job.method.columns):
+            if done.setdefault(row.idx, row) != row or not 0 <= row.idx < job.images(data):
+                raise ValueError(f"certify: {path} is damaged; image {row.idx} is out of place.")
+    return done
+
+
+def _certify(
+    job: CertificationJob,
+    data: ImageSet,
+    model: nn.Module,
+    log: LogWriter,
+    done: dict[int, LogRow],
+    shard: Shard,
+    progress: bool,
+) -> None:
+    """Certify the blocks of this process that have rows missing."""
+    total, size = job.images(data), job.method.block
+    blocks = [range(start, min(start + size, total)) for start in range(0, total, size)]
+    mine = [block for block in blocks if not all(i in done for i in block)][
+        shard.rank :: shard.world
+    ]
+    with tqdm(
+        total=total,
+        initial=total - sum(i not in done for block in mine for i in block),
+        desc="certify",
+        unit="image",
+        disable=not progress or shard.rank > 0,
+    ) as bar:
+        for block in mine:
+            part = slice(block.start, block.stop)
+            images = data.test_images[part].to(job.device)
+            labels = data.test_labels[part]
+            for row in job.method.rows(model, images, labels, block.start, data.num_classes):
+                if row.idx not in done:
+                    log.append(row)
+                    bar.update()
+                elif done[row.idx] != row:
+                    raise RuntimeError(
+                        f"certify: image {row.idx} gives another result than its line in the log; "
+                        "the model rounds differently here (another machine, number of threads or "
+                        "version), so start a new log."
+                    )
+
+
+def _join(out: Path, job: CertificationJob) -> list[LogRow]:
+    """Write the rows of all parts to ``out``, in order, and remove the parts."""
+    columns, parts = job.method.columns, part_paths(out)
+    found = {row.idx: row for path in (out, *parts) for row in read_log(path, columns)}
+    rows = [found[i] for i in sorted(found)]
+    head = "\t".join((*COLUMNS, *columns)) + "\n"
+    write_text(out, head + "".join(row.line().decode() for row in rows))
+    for path in parts:
+        path.unlink()
+    return rows
+
+
+def _digest(*tensors: Tensor) -> str:
+    """SHA-256 of the bytes of the tensors."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _load_model(job: CertificationJob, data: ImageSet) -> nn.Module:
+    """The saved model, built from the float network of the architecture."""
+    from pyrobust.io import load
+
+    module_name, _, function_name = job.architecture.partition(":")
+    try:
+        make = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"certify: architecture must be module:function; got {job.architecture!r} ({error})."
+        ) from error
+    network = make(tuple(data.test_images.shape[1:]), data.num_classes)
+    return load(job.model, network).to(job.device).eval()
+
+
+def _summary(rows: list[LogRow], out: Path, seconds: float) -> dict[str, Any]:
+    count = len(rows)
+    certified = [row.radius > 0 for row in rows]
+    right = [row.correct and sure for row, sure in zip(rows, certified, strict=True)]
+    return {
+        "images": count,
+        "correct": sum(row.correct for row in rows),
+        "certified": sum(certified),
+        "certified_accuracy": sum(right) / count,
+        "mean_radius": sum(row.radius for row in rows if row.correct) / count,
+        "passes": sum(row.time for row in rows) / count,
+        "seconds": round(seconds, 3),
+        "log": str(out),
+    }

@@ -1,0 +1,187 @@
+"""The methods of a certification job, one class each; ``METHODS`` is the table of their names.
+
+A new method adds a frozen dataclass with the interface of :class:`JobMethod` here or in a file of
+its own, a row in ``METHODS``, and its options in ``pyrobust_cli/certify_options.py``, where each
+option bears the name of a field. A test compares the two tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pyrobust._checks import (
+    check_at_least,
+    check_choice,
+    check_integer,
+    check_open_unit,
+    check_positive,
+)
+from pyrobust.certify.log import LogRow
+
+__all__ = ["METHODS", "IntervalJob", "JobMethod", "SmoothingJob", "method_of"]
+
+
+class JobMethod(Protocol):
+    """What a job needs of a method: a dataclass whose fields describe it in the log's head.
+
+    Attributes:
+        norm: the norm of the radii.
+        columns: names of the columns that follow the common ones.
+        block: images certified together. Rows of a block may depend on the whole block (through
+            the shared batches of a base that rounds differently in each), never on another block.
+    """
+
+    columns: ClassVar[tuple[str, ...]]
+
+    @property
+    def norm(self) -> str:
+        """The norm of the radii."""
+
+    @property
+    def block(self) -> int:
+        """Images certified together."""
+
+    def rows(
+        self, model: nn.Module, images: Tensor, labels: Tensor, first: int, num_classes: int
+    ) -> Iterator[LogRow]:
+        """One row per image, in order; ``images[0]`` has position ``first`` in the data set."""
+
+
+@dataclass(frozen=True)
+class IntervalJob:
+    """Interval propagation: the class cannot change within ``eps`` in l-infinity.
+
+    Attributes:
+        eps: radius, ``>= 0``; pixels in [0, 1], and perturbed images are valid ones.
+    """
+
+    eps: float = 0.1
+    norm: ClassVar[str] = "linf"
+    block: ClassVar[int] = 1
+    columns: ClassVar[tuple[str, ...]] = ("certified",)
+
+    def __post_init__(self) -> None:
+        check_at_least("certify", "eps", self.eps, 0.0)
+
+    def rows(
+        self, model: nn.Module, images: Tensor, labels: Tensor, first: int, num_classes: int
+    ) -> Iterator[LogRow]:
+        """The class of each image, with radius ``eps`` where intervals prove it and 0 elsewhere."""
+        from pyrobust.interval import Interval
+
+        for offset in range(len(images)):
+            x = images[offset : offset + 1]
+            with torch.no_grad():
+                predict = int(model(x).argmax())
+                box = model(Interval.ball(x, self.eps, clamp=(0.0, 1.0)))
+            others = box.upper[0].index_fill(
+                0, torch.tensor([predict], device=x.device), -torch.inf
+            )
+            proven = bool(box.lower[0, predict] > others.max())
+            yield LogRow(
+                idx=first + offset,
+                label=int(labels[offset]),
+                predict=predict,
+                radius=self.eps if proven else 0.0,
+                time=2,
+                extra=(str(int(proven)),),
+            )
+
+
+@dataclass(frozen=True)
+class SmoothingJob:
+    """Randomized smoothing, by votes on noisy copies (:class:`pyrobust.nn.SmoothedClassifier`).
+
+    Attributes:
+        sigma: standard deviation of the noise, ``> 0``.
+        samples: noisy copies that bound the probability of the class, ``>= 1``; with ``radii`` the
+            most that one image may take.
+        selection: noisy copies that choose the class, ``>= 1``.
+        alpha: probability of error per image, in (0, 1).
+        seed: of the noise, ``>= 0``.
+        radii: decide these radii by sequential tests; empty gives a radius per image.
+        batch_size: copies per forward pass, ``>= 1``.
+        block: images whose sequential tests share forward passes, ``>= 1``.
+    """
+
+    sigma: float = 0.25
+    samples: int = 1000
+    selection: int = 100
+    alpha: float = 1e-3
+    seed: int = 0
+    radii: tuple[float, ...] = ()
+    batch_size: int = 512
+    block: int = 64
+    norm: ClassVar[str] = "l2"
+    columns: ClassVar[tuple[str, ...]] = ("selection", "counts")
+
+    def __post_init__(self) -> None:
+        check_positive("certify", "sigma", self.sigma)
+        for name in ("samples", "selection", "batch_size", "block"):
+            check_integer("certify", name, getattr(self, name), 1)
+        check_open_unit("certify", "alpha", self.alpha)
+        check_integer("certify", "seed", self.seed, 0)
+
+    def rows(
+        self, model: nn.Module, images: Tensor, labels: Tensor, first: int, num_classes: int
+    ) -> Iterator[LogRow]:
+        """The certificate of each image, with its exact counts."""
+        from pyrobust.nn import SmoothedClassifier
+
+        smoothed = SmoothedClassifier(model, self.sigma, num_classes).eval()
+        shared: dict[str, Any] = {
+            "n0": self.selection,
+            "alpha": self.alpha,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+        }
+        # Fixed numbers of copies fill batches of their own, so such images need not wait.
+        step = len(images) if self.radii else 1
+        for start in range(0, len(images), step):
+            x, place = images[start : start + step], first + start
+            certificate: Any
+            if self.radii:
+                certificate = smoothed.certify_at(
+                    x, self.radii, budget=self.samples, first_index=place, **shared
+                )
+                hits, drawn = certificate.successes, certificate.trials
+                counts = torch.stack([hits, drawn - hits], 1).tolist()
+            else:
+                certificate = smoothed.certify(x, n=self.samples, first_index=place, **shared)
+                counts = certificate.counts.tolist()
+            for i, label in enumerate(labels[start : start + step].tolist()):
+                selection = certificate.selection_counts[i].tolist()
+                yield LogRow(
+                    idx=place + i,
+                    label=label,
+                    predict=int(certificate.prediction[i]),
+                    radius=float(certificate.radius[i]),
+                    time=int(certificate.samples[i]),
+                    extra=(",".join(map(str, selection)), ",".join(map(str, counts[i]))),
+                )
+
+
+METHODS: dict[str, type[Any]] = {"ibp": IntervalJob, "smoothing": SmoothingJob}
+
+
+def method_of(name: str, options: dict[str, Any]) -> JobMethod:
+    """The method called ``name`` with its options.
+
+    Raises:
+        ValueError: no method has this name, an option is not one of its, or is out of range.
+    """
+    check_choice("certify", "method", name, METHODS)
+    kind = METHODS[name]
+    known = [field.name for field in fields(kind)]
+    for option in options:
+        if option not in known:
+            raise ValueError(
+                f"certify: {option} must be an option of method {name} ({', '.join(known)})."
+            )
+    method: JobMethod = kind(**options)
+    return method

@@ -1,0 +1,60 @@
+"""Several processes on one job: who does what, and how their parts become one log.
+
+Under ``torchrun`` every process takes the images whose block has its turn, and writes a log of its
+own, ``LOG.part0`` and so on. The first process joins the parts, in order, when all are done. Parts
+of an interrupted run, also of another number of processes, count as done work.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Shard", "part_paths", "this_shard"]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This process among those that share a job.
+
+    Attributes:
+        rank: its number, from 0.
+        world: how many there are.
+    """
+
+    rank: int = 0
+    world: int = 1
+
+    def meet(self) -> None:
+        """Wait for the other processes."""
+        if self.world > 1:
+            import torch.distributed as dist
+
+            dist.barrier()
+
+
+def this_shard() -> Shard:
+    """The place of this process as ``torchrun`` describes it; joins the process group.
+
+    A group that already exists (gloo or nccl) is used as it is; otherwise one is made with gloo,
+    since only turns are exchanged, never tensors.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1 or "RANK" not in os.environ:
+        return Shard()
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    return Shard(dist.get_rank(), dist.get_world_size())
+
+
+def part_paths(log: Path) -> list[Path]:
+    """The parts that stand beside ``log``, in order."""
+    pattern = re.compile(re.escape(log.name) + r"\.part(\d+)")
+    found = [
+        (int(m[1]), path) for path in log.parent.iterdir() if (m := pattern.fullmatch(path.name))
+    ]
+    return [path for _, path in sorted(found)]

@@ -1,0 +1,71 @@
+"""The options of ``pyrobust certify``: one row per method, read before anything slow is imported.
+
+The name of an option is that of a field of the method's class in ``pyrobust.certify.job_methods``,
+which holds its default and checks its value.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+__all__ = ["METHODS", "add_method_options", "method_options"]
+
+
+class Option(NamedTuple):
+    """How an option is read and explained."""
+
+    kind: Callable[[str], Any]
+    help: str
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Numbers with commas between."""
+    return tuple(float(part) for part in text.split(","))
+
+
+_OPTIONS = {
+    "eps": Option(float, "l-infinity radius, pixels in [0, 1] (default: 0.1)"),
+    "sigma": Option(float, "standard deviation of the noise (default: 0.25)"),
+    "samples": Option(int, "noisy copies per image, with --radii at most (default: 1000)"),
+    "selection": Option(int, "noisy copies that choose the class (default: 100)"),
+    "alpha": Option(float, "probability of error per image (default: 0.001)"),
+    "seed": Option(int, "of the noise (default: 0)"),
+    "radii": Option(numbers, "R1,R2,...: decide these radii, with as few copies as it takes"),
+    "batch_size": Option(int, "copies per forward pass (default: 512)"),
+    "block": Option(int, "images that share forward passes, with --radii (default: 64)"),
+}
+
+# method: the options that it takes
+METHODS: dict[str, tuple[str, ...]] = {
+    "ibp": ("eps",),
+    "smoothing": (
+        "sigma",
+        "samples",
+        "selection",
+        "alpha",
+        "seed",
+        "radii",
+        "batch_size",
+        "block",
+    ),
+}
+
+
+def add_method_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--method`` and every method's options; their defaults stay with the methods."""
+    parser.add_argument("--method", choices=list(METHODS), default="ibp")
+    for name, option in _OPTIONS.items():
+        users = ", ".join(method for method, names in METHODS.items() if name in names)
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=option.kind,
+            default=argparse.SUPPRESS,
+            help=f"{users}: {option.help}",
+        )
+
+
+def method_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The method options that were given, also those of other methods."""
+    return {name: getattr(options, name) for name in _OPTIONS if hasattr(options, name)}

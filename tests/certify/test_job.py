@@ -1,0 +1,241 @@
+"""Long jobs: killed, split and whole runs end with the same bytes."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import pyrobust
+from pyrobust.certify import CertificationJob, IntervalJob, SmoothingJob, certify_to_log
+from pyrobust.certify.job import certificate_of_log
+from pyrobust.certify.job_methods import METHODS, method_of
+from pyrobust.certify.log import job_path, read_log
+from pyrobust.data import load_digits
+from pyrobust.demo import convolutional_network, interval_certified
+from pyrobust_cli import certify_options
+
+DATA = load_digits().head(10, 40)
+FIXED = SmoothingJob(samples=50, selection=10)
+TABLE = SmoothingJob(samples=300, selection=20, radii=(0.0, 0.1, 0.2), block=8)
+FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture
+def model(tmp_path):
+    torch.manual_seed(3)
+    packed = pyrobust.pack(convolutional_network((1, 8, 8), 10), bits=4)
+    path = tmp_path / "model.safetensors"
+    pyrobust.save(packed, path)
+    return str(path), packed.eval()
+
+
+def without_seconds(result):
+    return {name: value for name, value in result.items() if name not in ("seconds", "log")}
+
+
+@pytest.mark.parametrize("method", [IntervalJob(eps=0.001), FIXED, TABLE], ids=lambda m: type(m))
+@pytest.mark.parametrize("kept", [0.0, 0.02, 0.5, 0.93])
+def test_a_cut_log_is_completed_to_the_same_bytes(model, tmp_path, method, kept):
+    job = CertificationJob(model[0], method=method, limit=20)
+    whole, cut = tmp_path / "whole.tsv", tmp_path / "cut.tsv"
+    result = certify_to_log(job, DATA, whole)
+    text = whole.read_bytes()
+    cut.write_bytes(text[: int(kept * len(text))])
+    job_path(cut).write_bytes(job_path(whole).read_bytes())
+    again = certify_to_log(job, DATA, cut, resume=True)
+    assert cut.read_bytes() == text
+    assert without_seconds(again) == without_seconds(result)
+    assert len(text.splitlines()) == 1 + 20
+
+
+def run_shard(job, out, rank, world, port):
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
+    os.environ["MASTER_PORT"] = str(port)
+    certify_to_log(job, DATA, out, resume=True)
+
+
+def start(job, out, world):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [
+        FORK.Process(target=run_shard, args=(job, out, r, world, port)) for r in range(world)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def finish(processes):
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+
+
+@pytest.mark.parametrize("method", [FIXED, TABLE], ids=["fixed", "table"])
+def test_one_process_two_processes_and_ten_kills_write_the_same_bytes(model, tmp_path, method):
+    job = CertificationJob(model[0], method=method)
+    one, two, killed = (tmp_path / f"{name}.tsv" for name in ("one", "two", "killed"))
+    began = time.monotonic()
+    finish(start(job, one, 1))
+    whole = time.monotonic() - began
+    finish(start(job, two, 2))
+    generator = random.Random(0)
+    stopped = 0
+    for attempt in range(10):  # one process and two by turns, so parts of both are taken over
+        processes = start(job, killed, 1 + attempt % 2)
+        time.sleep(generator.uniform(0.05, 0.3) * whole)
+        for process in processes:
+            process.kill()
+            process.join()
+            stopped += process.exitcode == -signal.SIGKILL
+    assert stopped >= 5
+    finish(start(job, killed, 1))
+    assert len(one.read_bytes().splitlines()) == 41
+    assert two.read_bytes() == one.read_bytes()
+    assert killed.read_bytes() == one.read_bytes()
+    assert sorted(path.name for path in tmp_path.glob("*.part*")) == []
+
+
+@pytest.mark.slow
+def test_torchrun_makes_the_log_of_one_process(model, tmp_path):
+    one, two = tmp_path / "one.tsv", tmp_path / "two.tsv"
+    words = ["certify", model[0], "--method", "smoothing", "--samples", "40", "--limit", "9"]
+    words += ["--selection", "10", "--json", "--out"]
+    method = SmoothingJob(samples=40, selection=10)
+    certify_to_log(CertificationJob(model[0], method=method, limit=9), load_digits(), one)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*torchrun, "-m", "pyrobust_cli", *words, str(two)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert two.read_bytes() == one.read_bytes()
+    assert json.loads(done.stdout)["images"] == 9
+
+
+def test_ibp_lines_agree_with_the_batch(model, tmp_path):
+    out = tmp_path / "log.tsv"
+    job = CertificationJob(model[0], method=IntervalJob(eps=0.0002))
+    certify_to_log(job, DATA, out)
+    rows = read_log(out, IntervalJob.columns)
+    with torch.no_grad():
+        classes = model[1](DATA.test_images).argmax(1)
+    expected = interval_certified(model[1], DATA.test_images, classes, 0.0002)
+    assert [row.predict for row in rows] == classes.tolist()
+    assert [row.extra == ("1",) for row in rows] == expected.tolist()
+    assert any(expected)
+
+
+def test_smoothing_lines_agree_with_the_certificates(model, tmp_path):
+    smoothed = pyrobust.nn.SmoothedClassifier(model[1], 0.25, 10).eval()
+    x = DATA.test_images[:12]
+    fixed = smoothed.certify(x, n0=10, n=50, alpha=1e-3, seed=0)
+    table = smoothed.certify_at(x, TABLE.radii, budget=300, n0=20)
+    for method, certificate in ((FIXED, fixed), (TABLE, table)):
+        out = tmp_path / f"{len(method.radii)}.tsv"
+        result = certify_to_log(CertificationJob(model[0], method=method, limit=12), DATA, out)
+        read, labels = certificate_of_log(out)
+        assert torch.equal(read.prediction, certificate.prediction)
+        assert torch.equal(read.radius, certificate.radius)
+        assert torch.equal(labels, DATA.test_labels[:12])
+        rows = read_log(out, method.columns)
+        assert [row.time for row in rows] == certificate.samples.tolist()
+        assert result["passes"] == certificate.samples.double().mean()
+    counts = [[int(n) for n in row.extra[1].split(",")] for row in rows]
+    assert [c[0] for c in counts] == table.successes.tolist()
+    assert [sum(c) for c in counts] == table.trials.tolist()
+
+
+def test_an_existing_log_needs_resume_and_the_same_job(model, tmp_path):
+    out = tmp_path / "log.tsv"
+    job = CertificationJob(model[0], limit=2)
+    certify_to_log(job, DATA, out)
+    before = out.read_bytes()
+    with pytest.raises(FileExistsError, match="use --resume"):
+        certify_to_log(job, DATA, out)
+    other = CertificationJob(model[0], method=IntervalJob(eps=0.2), limit=2)
+    with pytest.raises(ValueError, match="belongs to another job; eps differ"):
+        certify_to_log(other, DATA, out, resume=True)
+    with pytest.raises(ValueError, match="belongs to another job; images differ"):
+        certify_to_log(CertificationJob(model[0], limit=3), DATA, out, resume=True)
+    assert out.read_bytes() == before
+    job_path(out).unlink()
+    with pytest.raises(ValueError, match="stands without"):
+        certify_to_log(job, DATA, out, resume=True)
+    assert out.read_bytes() == before
+
+
+def test_a_line_that_the_model_does_not_confirm_is_reported(model, tmp_path):
+    out = tmp_path / "log.tsv"
+    job = CertificationJob(model[0], method=TABLE, limit=8)
+    certify_to_log(job, DATA, out)
+    lines = out.read_text().splitlines(keepends=True)[:4]
+    fields = lines[1].split("\t")
+    lines[1] = "\t".join([*fields[:5], str(int(fields[5]) + 1), *fields[6:]])
+    out.write_text("".join(lines))
+    with pytest.raises(RuntimeError, match="image 0 gives another result than its line"):
+        certify_to_log(job, DATA, out, resume=True)
+
+
+def test_a_repeated_image_is_damage(model, tmp_path):
+    out = tmp_path / "log.tsv"
+    job = CertificationJob(model[0], limit=3)
+    certify_to_log(job, DATA, out)
+    row = read_log(out, job.method.columns)[0]
+    out.write_bytes(out.read_bytes() + dataclasses.replace(row, label=row.label + 1).line())
+    with pytest.raises(ValueError, match="is damaged; image 0 is out of place"):
+        certify_to_log(job, DATA, out, resume=True)
+
+
+def test_missing_models_folders_and_architectures_are_named(model, tmp_path):
+    with pytest.raises(FileNotFoundError, match="model must be an existing file; got 'nowhere'"):
+        certify_to_log(CertificationJob("nowhere"), DATA, tmp_path / "a")
+    with pytest.raises(FileNotFoundError, match=r"the folder of .* must exist"):
+        certify_to_log(CertificationJob(model[0]), DATA, tmp_path / "no" / "a")
+    for name in ("nowhere:net", "pyrobust.demo:nothing", "pyrobust.demo", ":"):
+        with pytest.raises(ValueError, match="architecture must be module:function"):
+            certify_to_log(CertificationJob(model[0], architecture=name), DATA, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("smoothing", {"sigma": 0.0}),
+        ("smoothing", {"alpha": 1.0}),
+        ("smoothing", {"samples": 0}),
+        ("smoothing", {"block": 0}),
+        ("ibp", {"eps": -1.0}),
+    ],
+)
+def test_bad_parameters_are_refused(name, options):
+    (option,) = options
+    with pytest.raises(ValueError, match=f"certify: {option} must"):
+        method_of(name, options)
+
+
+def test_unknown_methods_and_options_of_others_are_refused():
+    with pytest.raises(ValueError, match="method must be one of ibp, smoothing"):
+        method_of("magic", {})
+    with pytest.raises(ValueError, match=r"sigma must be an option of method ibp \(eps\)"):
+        method_of("ibp", {"sigma": 1.0})
+    with pytest.raises(ValueError, match="limit must be at least 1"):
+        CertificationJob("m", limit=0)
+
+
+def test_the_command_line_offers_every_method_and_option():
+    assert {
+        name: {field.name for field in dataclasses.fields(kind)} for name, kind in METHODS.items()
+    } == {name: set(options) for name, options in certify_options.METHODS.items()}
