@@ -23,9 +23,15 @@ class LayerReport:
         skipped: why it was left as it is; None where it was packed.
         bits: format, None where skipped.
         bytes_before: bytes of the weight as it was.
-        bytes_after: bytes of codes, scales and zero-points; 0 for a shared weight.
+        bytes_after: bytes of codes, scales, zero-points and all else that stands for the weight;
+            0 for a shared weight.
         error: Frobenius norm of the change of the weight over that of the weight; None if skipped.
         shared_with: name of the layer that holds the same packed weight, or None.
+        group_dim: 1, groups along input features; 0, along output features; None if skipped.
+        output_error_nearest: root mean square change of the layer's output on the calibration data
+            over that of the output, had its weight been rounded to nearest in the format asked for;
+            None where the quantizer did not measure it.
+        output_error: the same for the weight as it is packed.
     """
 
     name: str
@@ -36,6 +42,9 @@ class LayerReport:
     bytes_after: int
     error: float | None
     shared_with: str | None = None
+    group_dim: int | None = None
+    output_error_nearest: float | None = None
+    output_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,9 @@ class PackReport:
     def summary(self) -> str:
         """A table for people: one line per layer, then the totals."""
         name, kind = (max(len(h), *(len(getattr(r, h)) for r in self.layers)) for h in _HEADS)
-        lines = [f"{'name':<{name}}  {'type':<{kind}} {'bits':>5} {'bytes':>22} {'error':>8}"]
+        heads = f"{'name':<{name}}  {'type':<{kind}} {'bits':>5} {'bytes':>22} {'error':>8}"
+        measured = any(row.output_error is not None for row in self.layers)
+        lines = [heads + ("  groups  output error: nearest -> this" if measured else "")]
         lines += [f"{row.name:<{name}}  {row.type:<{kind}} {_result(row)}" for row in self.layers]
         ratio = self.bytes_before / max(1, self.bytes_after)
         lines.append(
@@ -88,7 +99,11 @@ def _result(row: LayerReport) -> str:
     if row.shared_with is not None:
         return f"{row.bits:>5g} shares the packed weight of {row.shared_with}"
     sizes = f"{row.bytes_before:,} -> {row.bytes_after:,}"
-    return f"{row.bits:>5g} {sizes:>22} {row.error:>8.4f}"
+    text = f"{row.bits:>5g} {sizes:>22} {row.error:>8.4f}"
+    if row.output_error is None or row.output_error_nearest is None:
+        return text
+    groups = "per input" if row.group_dim == 0 else "per output"
+    return f"{text}  {groups:<10}  {row.output_error_nearest:.4f} -> {row.output_error:.4f}"
 
 
 def pack_report(model: nn.Module) -> PackReport:

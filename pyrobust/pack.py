@@ -8,7 +8,8 @@ was left and why, is told by :func:`pyrobust.pack_report`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -22,13 +23,14 @@ from pyrobust._pack_report import LayerReport, PackReport, attach, pack_report
 from pyrobust.nn.packed_module import PackedModule
 from pyrobust.nn.twins import TWINS, leave_fused_paths, replace_layers
 from pyrobust.ops.formats import check_bits
-from pyrobust.quantize import QTensor, round_to_nearest
+from pyrobust.quantize import QTensor
+from pyrobust.quantize.calibration_block import BlockQuantizer, Quantized
+from pyrobust.quantize.names import QUANTIZERS, quantizer_named
+from pyrobust.quantize.walker import quantize_blockwise
 
 __all__ = ["QUANTIZERS", "LayerReport", "PackReport", "pack", "pack_report"]
 
 Quantizer = Callable[..., QTensor]
-QUANTIZERS: dict[str, Quantizer] = {"rtn": round_to_nearest}
-"""Names that ``quantizer`` accepts, for the command line and configuration files."""
 
 
 def pack(
@@ -43,12 +45,15 @@ def pack(
     bits_for: BitsFor | None = None,
     inplace: bool = False,
     progress: bool = False,
-    quantizer: Quantizer | str | None = None,
+    quantizer: Quantizer | BlockQuantizer | str | None = None,
     calibration: Any = None,
+    blocks: str | Sequence[str] | None = None,
+    resume: str | os.PathLike[str] | None = None,
 ) -> nn.Module:
     """Convert the layers of ``model`` to packed ones.
 
-    The float weights of converted layers are never copied. On any error ``model`` is untouched.
+    The float weights of converted layers are never copied, but for those of one block while a
+    quantizer works on it. On any error ``model`` is untouched.
 
     Args:
         model: any torch module, with weights on a real device.
@@ -63,13 +68,24 @@ def pack(
             float.
         inplace: convert ``model`` itself instead of a copy.
         progress: show a progress bar.
-        quantizer: ``"rtn"`` (the default) or a function called as
-            ``quantizer(weight, bits=..., group_size=..., group_dim=..., symmetric=...)`` with a
-            ``(rows, columns)`` weight; the format of the :class:`~pyrobust.quantize.QTensor` that
-            it returns counts. An object with a method
-            ``quantize_layers(model, layers, formats, calibration)`` is called once instead, with
-            layers and formats by name, and returns a mapping from names to ``QTensor``.
-        calibration: data for a quantizer with ``quantize_layers``; others accept none.
+        quantizer: a name in :data:`~pyrobust.quantize.QUANTIZERS`, ``"rtn"`` by default, or one of
+
+            - a function called as
+              ``quantizer(weight, bits=..., group_size=..., group_dim=..., symmetric=...)`` with a
+              ``(rows, columns)`` weight; the format of the :class:`~pyrobust.quantize.QTensor`
+              that it returns counts;
+            - an object with ``quantize_block``
+              (:class:`~pyrobust.quantize.BlockQuantizer`): the model is walked block by block;
+            - an object with ``quantize_layers(model, layers, formats, calibration)``, called once
+              with layers and formats by name; it returns a mapping from names to ``QTensor`` or
+              :class:`~pyrobust.quantize.Quantized`.
+        calibration: batches of inputs for the two kinds of objects; functions accept none. A batch
+            is a tensor, a mapping of keyword arguments, or a tuple whose first element is the
+            input. Weights of ``Embedding`` have no inputs and are rounded to nearest.
+        blocks: for a block-wise quantizer: the name of the module that holds the blocks, or their
+            names in order; found by running one batch if None.
+        resume: for a block-wise quantizer: a folder for finished blocks. A conversion that was
+            killed goes on from there and ends in the same bits.
 
     Returns:
         The packed model, with its report (:func:`pyrobust.pack_report`).
@@ -78,7 +94,9 @@ def pack(
         TypeError: ``model`` is not a module.
         ValueError: an option is out of range, a name in ``skip`` or ``bits_for`` fits no module, a
             weight holds NaN or infinite values, layers that share a weight ask for different bits,
-            or no layer can be packed.
+            or no layer can be packed; calibration data are missing, empty, not finite or do not fit
+            the model, which must be in evaluation mode; a layer never runs on them; ``resume``
+            holds another conversion.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU())
@@ -87,24 +105,27 @@ def pack(
     """
     check_instance("pack", "model", model, nn.Module)
     _check_options(bits, group_size, group_dim, activations)
-    quantize = _resolve(quantizer, calibration)
+    quantize = _resolve(quantizer, calibration, blocks, resume)
     plans, rows = plan_layers(
         model, bits, (skip,) if isinstance(skip, str) else tuple(skip), bits_for
     )
     check_plans(model, plans, rows, inplace)
     common = {"group_size": group_size, "group_dim": group_dim, "symmetric": symmetric}
     formats = {name: {"bits": plan.bits, **common} for name, plan in plans.items()}
-    quantized = _quantized(quantize, calibration, model, plans, formats)
+    owners = _owners(plans)
+    extra = {"blocks": blocks, "resume": resume, "progress": progress}
+    quantized = _quantized(
+        quantize, calibration, model, plans, formats, set(owners.values()), extra
+    )
 
-    owners: dict[Any, tuple[str, QTensor]] = {}
+    ready: dict[str, Quantized] = {}
     twins: dict[nn.Module, PackedModule] = {}
     for name, plan in tqdm(plans.items(), desc="pack", disable=not progress):
-        key = identity(plan.weight)
-        if key not in owners:
-            owners[key] = (name, quantized(name))
-        owner, qtensor = owners[key]
-        twins[plan.layer] = _twin(plan.layer, qtensor, activations)
-        rows[name] = _packed_row(name, plan, twins[plan.layer], owner)
+        owner = owners[identity(plan.weight)]
+        if owner not in ready:
+            ready[owner] = quantized(owner)
+        twins[plan.layer] = _twin(plan.layer, ready[owner], activations)
+        rows[name] = _packed_row(name, plan, twins[plan.layer], owner, ready[owner])
     return _assemble(model, twins, tuple(rows.values()), inplace)
 
 
@@ -118,19 +139,32 @@ def _check_options(bits: float, group_size: int, group_dim: int, activations: st
     check_choice("pack", "activations", activations, (None, "int8"))
 
 
-def _resolve(quantizer: Quantizer | str | None, calibration: Any) -> Any:
-    if quantizer is None:
-        quantizer = "rtn"
-    if isinstance(quantizer, str):
-        check_choice("pack", "quantizer", quantizer, QUANTIZERS)
-        quantizer = QUANTIZERS[quantizer]
-    if calibration is not None and not hasattr(quantizer, "quantize_layers"):
-        name = getattr(quantizer, "__name__", type(quantizer).__name__)
+def _resolve(
+    quantizer: Any, calibration: Any, blocks: str | Sequence[str] | None, resume: Any
+) -> Any:
+    if quantizer is None or isinstance(quantizer, str):
+        quantizer = quantizer_named("pack", quantizer or "rtn")
+    name = getattr(quantizer, "__name__", type(quantizer).__name__)
+    blockwise = hasattr(quantizer, "quantize_block")
+    if calibration is not None and not (blockwise or hasattr(quantizer, "quantize_layers")):
         raise ValueError(f"pack: calibration must be None; {name} uses no calibration data.")
+    if calibration is None and blockwise:
+        raise ValueError(f"pack: calibration must be batches of inputs for {name}; got None.")
+    if not blockwise and not (blocks is None and resume is None):
+        option = "resume" if blocks is None else "blocks"
+        raise ValueError(f"pack: {option} must be None; {name} does not go block by block.")
     return quantizer
 
 
 # -- packing -----------------------------------------------------------------------------------
+
+
+def _owners(plans: dict[str, LayerPlan]) -> dict[Any, str]:
+    """For each weight the first layer that holds it: shared weights are quantized once."""
+    owners: dict[Any, str] = {}
+    for name, plan in plans.items():
+        owners.setdefault(identity(plan.weight), name)
+    return owners
 
 
 def _quantized(
@@ -139,25 +173,36 @@ def _quantized(
     model: nn.Module,
     plans: dict[str, LayerPlan],
     formats: dict[str, dict[str, Any]],
-) -> Callable[[str], QTensor]:
+    owners: set[str],
+    extra: dict[str, Any],
+) -> Callable[[str], Quantized]:
     """The packed weight of a layer by its name."""
-    if hasattr(quantizer, "quantize_layers"):
-        layers = {name: plan.layer for name, plan in plans.items()}
-        ready: Mapping[str, QTensor] = quantizer.quantize_layers(
-            model, layers, formats, calibration
-        )
-        return ready.__getitem__
+    if not hasattr(quantizer, "quantize_block") and not hasattr(quantizer, "quantize_layers"):
 
-    def one(name: str) -> QTensor:
-        qtensor: QTensor = quantizer(plans[name].weight.detach().flatten(1), **formats[name])
-        return qtensor
+        def one(name: str) -> Quantized:
+            return _result(quantizer(plans[name].weight.detach().flatten(1), **formats[name]))
 
-    return one
+        return one
+    layers = {name: plan.layer for name, plan in plans.items() if name in owners}
+    formats = {name: formats[name] for name in layers}
+    ready: Mapping[str, Any]
+    if hasattr(quantizer, "quantize_block"):
+        ready = quantize_blockwise(model, layers, formats, calibration, quantizer, **extra)
+    else:
+        ready = quantizer.quantize_layers(model, layers, formats, calibration)
+    return lambda name: _result(ready[name])
 
 
-def _twin(layer: nn.Module, qtensor: QTensor, activations: str | None) -> PackedModule:
-    """The packed twin of ``layer``, in the format of ``qtensor``, on the device of ``layer``."""
-    check_instance("pack", "the result of quantizer", qtensor, QTensor)
+def _result(value: Any) -> Quantized:
+    if isinstance(value, Quantized):
+        return value
+    check_instance("pack", "the result of quantizer", value, QTensor)
+    return Quantized(value)
+
+
+def _twin(layer: nn.Module, result: Quantized, activations: str | None) -> PackedModule:
+    """The packed twin of ``layer``, in the format of the result, on the device of ``layer``."""
+    qtensor = result.qtensor
     twin = TWINS[type(layer)].like(
         layer,
         bits=qtensor.bits,
@@ -166,11 +211,14 @@ def _twin(layer: nn.Module, qtensor: QTensor, activations: str | None) -> Packed
         symmetric=qtensor.zero is None,
         activations=activations,
     )
-    twin.adopt(qtensor, getattr(layer, "bias", None))
+    bias = getattr(layer, "bias", None)
+    twin.adopt(qtensor, bias if result.bias is None else result.bias.to(bias))
     return twin.train(layer.training).to(cast(Tensor, layer.weight).device)
 
 
-def _packed_row(name: str, plan: LayerPlan, twin: PackedModule, owner: str) -> LayerReport:
+def _packed_row(
+    name: str, plan: LayerPlan, twin: PackedModule, owner: str, result: Quantized
+) -> LayerReport:
     weight = plan.weight.detach()
     norm = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
     change = weight - twin.dequantize().to(weight.device)
@@ -184,6 +232,9 @@ def _packed_row(name: str, plan: LayerPlan, twin: PackedModule, owner: str) -> L
         bytes_after=twin.nbytes_packed if owner == name else 0,
         error=error / norm if norm else 0.0,
         shared_with=None if owner == name else owner,
+        group_dim=twin.group_dim,
+        output_error_nearest=result.error_nearest,
+        output_error=result.error,
     )
 
 

@@ -1,0 +1,156 @@
+"""ConversionFolder: finished blocks of a conversion on disk, so that a killed one goes on.
+
+Each block is a safetensors file that appears whole or not at all. A description of the conversion
+(formats, quantizer, checksums of weights and calibration data) is kept beside them: results of
+another conversion are refused, and what differs is named.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from pyrobust._files import write_text
+from pyrobust._safetensors import checksum, write_safetensors
+from pyrobust.quantize.calibration import Call
+from pyrobust.quantize.calibration_block import Quantized
+from pyrobust.quantize.qtensor import QTensor
+
+__all__ = ["ConversionFolder", "describe_conversion"]
+
+_VERSION = 1
+_RESULTS = "pyrobust.results"
+
+
+class ConversionFolder:
+    """Where the results of one conversion are kept.
+
+    Args:
+        subject: who asks, for the errors.
+        path: of the folder; made where it is absent.
+        description: of the conversion, plain JSON values.
+
+    Raises:
+        ValueError: the folder holds another conversion.
+    """
+
+    def __init__(
+        self, subject: str, path: str | os.PathLike[str], description: dict[str, Any]
+    ) -> None:
+        self.subject = subject
+        self.path = Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        described = self.path / "conversion.json"
+        wanted = json.loads(json.dumps({"version": _VERSION, **description}))
+        if not described.exists():
+            write_text(described, json.dumps(wanted, indent=1))
+            return
+        found = json.loads(described.read_text(encoding="utf-8"))
+        differing = [key for key in wanted if found.get(key) != wanted[key]]
+        if differing:
+            raise ValueError(
+                f"{subject}: resume must be a new folder or that of the same conversion; "
+                f"'{self.path}' differs in {', '.join(differing)}."
+            )
+
+    def load(self, index: int) -> dict[str, Quantized] | None:
+        """The results of block ``index`` by layer, or None where it was not finished.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        path = self._file(index)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                described = json.loads((file.metadata() or {})[_RESULTS])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            sums = {key: checksum(tensor) for key, tensor in tensors.items()}
+            if sums != described["crc32"]:
+                raise KeyError("checksum")
+            return {
+                name: _rebuild(name, entry, tensors) for name, entry in described["layers"].items()
+            }
+        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"{self.subject}: resume must hold files as they were written; '{path}' is damaged "
+                "(delete it to convert that block again)."
+            ) from error
+
+    def save(self, index: int, results: Mapping[str, Quantized]) -> None:
+        """Keep the results of block ``index``."""
+        tensors: dict[str, Tensor] = {}
+        layers = {name: _flatten(name, result, tensors) for name, result in results.items()}
+        sums = {key: checksum(tensor) for key, tensor in tensors.items()}
+        text = json.dumps({"layers": layers, "crc32": sums})
+        write_safetensors(self._file(index), tensors, {"format": "pt", _RESULTS: text})
+
+    def _file(self, index: int) -> Path:
+        return self.path / f"block-{index:04d}.safetensors"
+
+
+def _flatten(name: str, result: Quantized, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Tensors into ``tensors``; everything else as plain values."""
+    plain: dict[str, Any] = {}
+    for part in fields(QTensor):
+        value = getattr(result.qtensor, part.name)
+        if isinstance(value, Tensor):
+            tensors[f"{name}/{part.name}"] = value
+        else:
+            plain[part.name] = value
+    if result.bias is not None:
+        tensors[f"{name}/bias"] = result.bias.detach()
+    errors = {"error_nearest": result.error_nearest, "error": result.error}
+    return {"qtensor": plain, **errors}
+
+
+def _rebuild(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Quantized:
+    stored = {key.rpartition("/")[2]: value for key, value in tensors.items() if _of(name, key)}
+    bias = stored.pop("bias", None)
+    parts: dict[str, Any] = {**stored, **entry["qtensor"]}
+    return Quantized(QTensor(**parts), bias, entry["error_nearest"], entry["error"])
+
+
+def _of(name: str, key: str) -> bool:
+    return key.rpartition("/")[0] == name
+
+
+def describe_conversion(
+    quantizer: Any,
+    layers: Mapping[str, nn.Module],
+    formats: Mapping[str, Mapping[str, Any]],
+    calls: list[Call],
+) -> dict[str, Any]:
+    """What must agree for results to be the same, in plain values."""
+    weights = {name: checksum(layer.weight) for name, layer in layers.items()}  # type: ignore[arg-type]
+    data = 0
+    for call in calls:
+        for key, value in [*enumerate(call.args), *sorted(call.kwargs.items())]:
+            text = f"{key}:{value.dtype}{tuple(value.shape)}" if isinstance(value, Tensor) else ""
+            data = zlib.crc32(text.encode(), data)
+            if isinstance(value, Tensor):
+                data = zlib.crc32(str(checksum(value)).encode(), data)
+    return {
+        "quantizer": _describe_object(quantizer),
+        "formats": {name: dict(each) for name, each in formats.items()},
+        "weights": weights,
+        "calibration": data,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _describe_object(quantizer: Any) -> dict[str, str]:
+    """Class and options; options are the public attributes, as they print."""
+    options = {key: repr(value) for key, value in sorted(vars(quantizer).items()) if key[0] != "_"}
+    kind = type(quantizer)
+    return {"class": f"{kind.__module__}.{kind.__qualname__}", **options}
