@@ -32,6 +32,7 @@ from pyrobust.certify.propagation_tightness import (
 )
 from pyrobust.certify.sequential import (
     SequentialDesign,
+    fixed_design,
     look_schedule,
     optimal_design,
     sequential_design,
@@ -79,6 +80,7 @@ __all__ = [
     "clopper_pearson_lower",
     "clopper_pearson_upper",
     "expected_init_tightness",
+    "fixed_design",
     "gaussian_radius",
     "hoeffding_lower",
     "hoeffding_upper",

@@ -122,7 +122,7 @@ def test_other_bad_arguments_are_refused(smoothed):
         smoothed.certify_at(torch.zeros(1, 3), 0.5, budget=0)
     with pytest.raises(ValueError, match="alpha must lie in the open interval"):
         smoothed.certify_at(torch.zeros(1, 3), 0.5, alpha=1.0)
-    with pytest.raises(ValueError, match="must be one of optimal, spending"):
+    with pytest.raises(ValueError, match="must be one of optimal, spending, fixed"):
         smoothed.certify_at(torch.zeros(1, 3), 0.5, design="best")
     smoothed.base.train()
     with pytest.raises(ValueError, match="evaluation mode"):

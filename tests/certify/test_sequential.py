@@ -1,5 +1,6 @@
 """Sequential designs: exact error, against enumeration, simulation and the fixed-sample test."""
 
+import json
 from fractions import Fraction
 from math import comb
 
@@ -10,14 +11,18 @@ from scipy import special, stats
 from pyrobust.certify import (
     SMOOTHING_POPULATION,
     Population,
+    clopper_pearson_lower,
+    fixed_design,
     look_schedule,
     optimal_design,
     sequential_design,
     spending_design,
 )
+from pyrobust.certify.design_cache import cached_design, design_folder
 
 ALPHA = 0.001
 DESIGNS = {"optimal": optimal_design, "spending": spending_design}
+KINDS = [*DESIGNS, "fixed"]
 
 
 def exact_claims(p, design, *, binding):
@@ -86,16 +91,26 @@ def test_simulated_paths_agree_with_the_recursion(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", DESIGNS)
-@pytest.mark.parametrize("z_null", [0.5, 2.0])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("z_null", [0.0, 0.5, 1.0, 2.0])
 def test_ten_million_null_paths_keep_the_error(kind, z_null):
     p_null = float(special.ndtr(z_null))
-    design = DESIGNS[kind](p_null, ALPHA, look_schedule(100_000))
+    design = sequential_design(p_null, ALPHA, 100_000, kind=kind)
     paths = 10_000_000
     claims = simulate(design, p_null, paths, np.random.default_rng(1))[0]
     null = design.operating(p_null)[0]
     assert abs(claims - null) < 5 * (ALPHA / paths) ** 0.5
     assert claims < ALPHA + 5 * (ALPHA / paths) ** 0.5
+
+
+def test_fixed_design_claims_where_the_clopper_pearson_bound_does():
+    for p_null, alpha, budget in ((0.5, 0.05, 37), (0.9, 0.001, 200), (0.99, 0.001, 50)):
+        design = fixed_design(p_null, alpha, budget)
+        above = clopper_pearson_lower(np.arange(budget + 1), budget, alpha) > p_null
+        assert (np.arange(budget + 1) >= design.upper[0]).tolist() == above.tolist()
+        exact = exact_claims(p_null, design, binding=True)
+        assert exact <= Fraction(alpha)
+        assert float(exact) == pytest.approx(design.error, rel=1e-9)
 
 
 @pytest.mark.parametrize("kind", DESIGNS)
@@ -149,10 +164,56 @@ def test_designs_are_cached_and_read_only():
         design.upper[0] = 0
 
 
+def test_designs_on_disk_are_used_only_where_the_recursion_confirms_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYROBUST_CACHE", str(tmp_path))
+    calls = []
+
+    def make():
+        calls.append(1)
+        return optimal_design(0.7, 0.01, look_schedule(150))
+
+    key = {"p_null": 0.7, "alpha": 0.01, "budget": 150}
+    made = cached_design(key, make)
+    again = cached_design(key, make)
+    assert len(calls) == 1
+    for name in ("looks", "upper", "lower"):
+        assert np.array_equal(getattr(made, name), getattr(again, name))
+    assert again.error == made.error
+    (place,) = (tmp_path / "designs").iterdir()
+    whole = place.read_text()
+    kept = json.loads(whole)
+    easier = [max(0, n - 3) for n in kept["upper"]]
+    for damage in (
+        whole[: len(whole) // 2],
+        json.dumps(kept | {"upper": easier, "lower": [n - 1 for n in easier]}),
+        json.dumps(kept | {"error": kept["error"] / 2}),
+        json.dumps(kept | {"looks": kept["looks"][:-1]}),
+        json.dumps(kept | {"key": "another"}),
+        "[]",
+    ):
+        place.write_text(damage)
+        assert np.array_equal(cached_design(key, make).upper, made.upper)
+        assert place.read_text() == whole
+    assert len(calls) == 7
+    # A folder that cannot be made is no error, and "off" keeps nothing.
+    (tmp_path / "file").write_text("")
+    for name in (str(tmp_path / "file"), "off"):
+        monkeypatch.setenv("PYROBUST_CACHE", name)
+        cached_design(key, make)
+    assert len(calls) == 9
+    assert design_folder() is None
+
+
+def test_the_folder_of_designs_follows_the_environment(monkeypatch):
+    monkeypatch.delenv("PYROBUST_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert str(design_folder()) == "/somewhere/pyrobust/designs"
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: sequential_design(0.5, 0.001, 10, kind="best"), "one of optimal, spending"),
+        (lambda: sequential_design(0.5, 0.001, 10, kind="best"), "one of optimal, spending, fixed"),
         (lambda: sequential_design(0.0, 0.001, 10), "p_null must lie in the open interval"),
         (lambda: sequential_design(0.5, 1.0, 10), "alpha must lie in the open interval"),
         (lambda: sequential_design(0.5, 0.1, 0), "budget must be at least 1"),
