@@ -20,6 +20,11 @@ from pyrobust.certify.dual_smoothing import (
 )
 from pyrobust.certify.job import CertificationJob, certificate_of_log, certify_to_log
 from pyrobust.certify.job_methods import IntervalJob, JobMethod, SmoothingJob
+from pyrobust.certify.mixture_radius import (
+    lipschitz_radius,
+    smoothed_lipschitz,
+    smoothed_mixture_radius,
+)
 from pyrobust.certify.population import SMOOTHING_POPULATION, Population
 from pyrobust.certify.propagation_tightness import (
     TightnessProfile,
@@ -38,6 +43,7 @@ from pyrobust.certify.sequential import (
     sequential_design,
     spending_design,
 )
+from pyrobust.certify.smoothed_mixture import SmoothedMixture
 from pyrobust.certify.statistics import (
     clopper_pearson_lower,
     clopper_pearson_upper,
@@ -50,6 +56,10 @@ from pyrobust.certify.sub_image import SubImage, checkerboard_masks, partition_m
 from pyrobust.certify.synonym_table import SynonymTable
 
 __all__ = [
+    "lipschitz_radius",
+    "smoothed_lipschitz",
+    "smoothed_mixture_radius",
+    "SmoothedMixture",
     "ABSTAIN",
     "BiEncoder",
     "Certificate",

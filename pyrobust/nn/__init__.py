@@ -1,7 +1,10 @@
 """Modules that mirror torch.nn: packed layers, SmoothedClassifier, methods that are layers."""
 
 from pyrobust.nn.adapter import Adapter, weight_checksum
+from pyrobust.nn.adaptive_smoothing import AdaptiveMixedClassifier, MixedClassifier
+from pyrobust.nn.feature_tap import FeatureTap
 from pyrobust.nn.lora import ConvLoRA2d, LoHa, LoRALinear, VeRA
+from pyrobust.nn.mixing_network import MixingNetwork
 from pyrobust.nn.packed_conv import PackedConv2d
 from pyrobust.nn.packed_embedding import PackedEmbedding
 from pyrobust.nn.packed_linear import PackedLinear
@@ -28,6 +31,10 @@ from pyrobust.nn.weight_compander import (
 )
 
 __all__ = [
+    "AdaptiveMixedClassifier",
+    "MixedClassifier",
+    "FeatureTap",
+    "MixingNetwork",
     "Adapter",
     "ConvLoRA2d",
     "LoHa",

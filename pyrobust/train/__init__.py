@@ -35,6 +35,7 @@ from pyrobust.train.lora_watermark import (
     LoRAWatermark,
     WatermarkStep,
 )
+from pyrobust.train.mixing import AlphaChoice, MixingLoss, RandomizedPGD, choose_alpha, train_mixer
 from pyrobust.train.ranking_noise import noise_augmented_ranking_loss
 from pyrobust.train.schedules import (
     linear_ramp,
@@ -54,6 +55,11 @@ from pyrobust.train.tight_ibp import (
 )
 
 __all__ = [
+    "AlphaChoice",
+    "MixingLoss",
+    "RandomizedPGD",
+    "choose_alpha",
+    "train_mixer",
     "DynamicLossWeights",
     "FastRegularizer",
     "GaussianCrossEntropy",

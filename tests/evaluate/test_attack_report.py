@@ -14,8 +14,8 @@ def digits_model():
     torch.manual_seed(0)
     data = load_digits()
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-    fit(model, data.train_images, data.train_labels, objective=GaussianCrossEntropy(), epochs=8)
-    return model, data.test_images[:100], data.test_labels[:100]
+    fit(model, data.train_images, data.train_labels, objective=GaussianCrossEntropy(), epochs=5)
+    return model, data.test_images[:60], data.test_labels[:60]
 
 
 class Scaled(nn.Module):
@@ -53,23 +53,23 @@ class Random(nn.Module):
 
 
 def test_an_undefended_model_breaks_without_signs(digits_model):
-    report = attack_report(*digits_model, eps=0.1, steps=20)
+    report = attack_report(*digits_model, eps=0.1, steps=10)
     accuracies = report.accuracies
     assert accuracies["clean"] > 0.9
     assert accuracies["worst case"] == min(accuracies.values())
     assert accuracies["worst case"] < accuracies["random points"]
     assert not report.masked
     assert "worst case" in report.summary()
-    assert report.to_dict()["inputs"] == 100
+    assert report.to_dict()["inputs"] == 60
     size = max(float((p - report.points["clean"]).abs().max()) for p in report.points.values())
     assert size <= 0.1 + 1e-6
 
 
 def test_saturated_gradients_are_flagged_and_the_scale_free_attack_sees_through(digits_model):
     model, x, y = digits_model
-    plain = attack_report(model, x, y, eps=0.1, steps=20).accuracies
-    report = attack_report(Scaled(model, 300.0).eval(), x, y, eps=0.1, steps=20)
-    assert report.accuracies["PGD-20"] > plain["PGD-20"] + 0.1
+    plain = attack_report(model, x, y, eps=0.1, steps=10).accuracies
+    report = attack_report(Scaled(model, 300.0).eval(), x, y, eps=0.1, steps=10)
+    assert report.accuracies["PGD-10"] > plain["PGD-10"] + 0.1
     assert report.accuracies["APGD-T"] <= plain["APGD-T"] + 0.02
     assert any("exactly zero" in sign for sign in report.signs)
 
@@ -77,8 +77,8 @@ def test_saturated_gradients_are_flagged_and_the_scale_free_attack_sees_through(
 def test_a_model_without_gradients_is_flagged_and_a_transfer_attack_breaks_it(digits_model):
     model, x, y = digits_model
     rounded = Rounded(model).eval()
-    transfer = {"transfer": lambda: pgd(rounded, x, y, eps=0.1, steps=20, surrogate=model)}
-    report = attack_report(rounded, x, y, eps=0.1, steps=20, extra=transfer)
+    transfer = {"transfer": lambda: pgd(rounded, x, y, eps=0.1, steps=10, surrogate=model)}
+    report = attack_report(rounded, x, y, eps=0.1, steps=10, extra=transfer)
     assert any("exactly zero" in sign for sign in report.signs)
     assert any("transfer breaks" in sign for sign in report.signs)
     assert any("allows every input" in sign for sign in report.signs)
