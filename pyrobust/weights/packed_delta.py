@@ -1,4 +1,12 @@
-"""Task vectors in 1 to 8 bits a weight: the file one hands around instead of a model."""
+"""Task vectors in 1 to 8 bits a weight: the file one hands around instead of a model.
+
+Source: the three storage schemes of robust weight signatures, Cai et al., ICML 2023, arXiv
+2302.12480, whose code takes numbers of levels where this takes bits. Departures: ``"linear"`` has
+groups with scales of their own (``group_size=None`` is one range a tensor, as published) and always
+holds 0 exactly; ``"log"`` keeps one of its codes for exact zeros, whose logarithm does not exist;
+``"log"`` and ``"tanh"`` have the published levels, of which a weight takes the nearest in its own
+scale rather than on the logarithmic or tanh scale, which never errs more.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +18,10 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pyrobust._checks import check_choice, check_integer
+from pyrobust._safetensors import write_safetensors
 from pyrobust.ops.matmul import pack_codes, unpack_codes
 from pyrobust.quantize.qtensor import QTensor
 from pyrobust.quantize.round_to_nearest import round_to_nearest
@@ -70,7 +78,7 @@ class PackedDelta(Mapping[str, Tensor]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes, scales, zeros and levels."""
+        """Bytes of codes, scales, zeros and levels: of the file without its header."""
         return sum(part.nbytes for part in self._parts.values())
 
     def unpack(self) -> TaskVector:
@@ -78,7 +86,7 @@ class PackedDelta(Mapping[str, Tensor]):
         return TaskVector.from_deltas(dict(self.items()), self.base_checksum)
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file; codes are stored once and do not depend on the machine."""
+        """Write a safetensors file, whole or not at all; it does not depend on the machine."""
         tensors: dict[str, Tensor] = {}
         notes: dict[str, object] = {}
         for name, part in self._parts.items():
@@ -93,7 +101,7 @@ class PackedDelta(Mapping[str, Tensor]):
                 form = [part.bits, [1, part.length], 0]
             notes[name] = [form, list(self.shapes[name])]
         metadata = {"format": str(_FORMAT), "base_checksum": self.base_checksum or ""}
-        save_file(tensors, str(path), {**metadata, "parts": json.dumps(notes)})
+        write_safetensors(path, tensors, {**metadata, "parts": json.dumps(notes)})
 
     @classmethod
     def load(cls, path: str | Path) -> PackedDelta:
