@@ -20,10 +20,18 @@ from pyrobust.certify.dual_smoothing import (
 )
 from pyrobust.certify.job import CertificationJob, certificate_of_log, certify_to_log
 from pyrobust.certify.job_methods import IntervalJob, JobMethod, SmoothingJob
+from pyrobust.certify.lipschitz import conv_norm_bound, lipschitz_bound
 from pyrobust.certify.mixture_radius import (
     lipschitz_radius,
     smoothed_lipschitz,
     smoothed_mixture_radius,
+)
+from pyrobust.certify.multimodal_radius import (
+    ModalityLipschitz,
+    certify_multimodal,
+    fused_radius,
+    modality_lipschitz,
+    multimodal_radius,
 )
 from pyrobust.certify.population import SMOOTHING_POPULATION, Population
 from pyrobust.certify.propagation_tightness import (
@@ -43,10 +51,12 @@ from pyrobust.certify.sequential import (
     sequential_design,
     spending_design,
 )
+from pyrobust.certify.smoothed_great_score import SmoothedGreatScore, smoothed_great_score
 from pyrobust.certify.smoothed_mixture import SmoothedMixture
 from pyrobust.certify.statistics import (
     clopper_pearson_lower,
     clopper_pearson_upper,
+    empirical_bernstein_margin,
     gaussian_radius,
     hoeffding_lower,
     hoeffding_upper,
@@ -70,11 +80,13 @@ __all__ = [
     "certificate_of_log",
     "DualSmoothedClassifier",
     "DualSmoothingCertificate",
+    "ModalityLipschitz",
     "Population",
     "RankingCertificate",
     "SMOOTHING_POPULATION",
     "SequentialCertificate",
     "SequentialDesign",
+    "SmoothedGreatScore",
     "SmoothedRanker",
     "SmoothingCertificate",
     "SubImage",
@@ -86,21 +98,29 @@ __all__ = [
     "bound",
     "certified_margin",
     "certified_robust_query",
+    "certify_multimodal",
     "certify_to_log",
     "clopper_pearson_lower",
     "clopper_pearson_upper",
+    "conv_norm_bound",
+    "empirical_bernstein_margin",
     "expected_init_tightness",
     "fixed_design",
+    "fused_radius",
     "gaussian_radius",
     "hoeffding_lower",
     "hoeffding_upper",
     "interval_bounds",
     "is_propagation_invariant",
+    "lipschitz_bound",
     "look_schedule",
     "margin_specification",
+    "modality_lipschitz",
+    "multimodal_radius",
     "optimal_design",
     "propagation_tightness",
     "sequential_design",
+    "smoothed_great_score",
     "spending_design",
     "tightness_by_layer",
     "union_bound",

@@ -19,6 +19,7 @@ from pyrobust._checks import check_integer, check_open_unit, check_positive
 __all__ = [
     "clopper_pearson_lower",
     "clopper_pearson_upper",
+    "empirical_bernstein_margin",
     "gaussian_radius",
     "hoeffding_lower",
     "hoeffding_upper",
@@ -120,6 +121,43 @@ def hoeffding_upper(mean: Any, n: Any, alpha: float, *, span: float = 1.0) -> Te
     """
     value, margin, device = _hoeffding("hoeffding_upper", mean, n, alpha, span)
     return _tensor(np.nextafter(value + margin, np.inf), device)
+
+
+def empirical_bernstein_margin(values: Tensor, alpha: float, *, span: float, dim: int) -> Tensor:
+    """How far a mean may lie above the expectation, judged by the sample variance.
+
+    With probability at least ``1 - alpha`` the mean of ``n`` independent values of a range of
+    width ``span`` exceeds its expectation by at most ``sqrt(2 V ln(2 / alpha) / n) + 7 span
+    ln(2 / alpha) / (3 (n - 1))``, ``V`` the unbiased sample variance; likewise below (A. Maurer and
+    M. Pontil, "Empirical Bernstein bounds and sample-variance penalization", COLT 2009, theorem 4).
+
+    Args:
+        values: independent values, float, ``n >= 1`` along ``dim``.
+        alpha: probability of error of the one-sided statement, in the open interval (0, 1).
+        span: width of the interval that holds every value, ``> 0``.
+        dim: the dimension of the values.
+
+    Returns:
+        float64 tensor without ``dim``, at most ``span``; ``span`` for a single value.
+
+    Raises:
+        ValueError: ``alpha`` outside (0, 1), ``span`` not positive, or no value.
+    """
+    count = values.shape[dim]
+    check_integer("empirical_bernstein_margin", "the number of values", count, 1)
+    if count == 1:
+        return torch.full_like(values.select(dim, 0), span, dtype=torch.float64)
+    variance = values.double().var(dim)
+    return bernstein_margin(variance, count, alpha, span=span)
+
+
+def bernstein_margin(variance: Tensor, n: int, alpha: float, *, span: float) -> Tensor:
+    """:func:`empirical_bernstein_margin` from the unbiased sample variance of ``n >= 2`` values."""
+    check_open_unit("empirical_bernstein_margin", "alpha", alpha)
+    check_positive("empirical_bernstein_margin", "span", span)
+    log = float(np.log(2 / alpha))
+    margin = (2 * variance.double() * log / n).sqrt() + 7 * span * log / (3 * (n - 1))
+    return (margin * (1 + 1e-12)).clamp(max=span)
 
 
 def union_bound(alpha: float, count: int) -> float:

@@ -1,6 +1,12 @@
 """Generators and small loaders."""
 
 from pyrobust.data.cifar import load_cifar
+from pyrobust.data.class_generator import (
+    ClassGaussian,
+    ClassGenerator,
+    DiffusersGenerator,
+    draw_labelled,
+)
 from pyrobust.data.corruptions import CORRUPTIONS, corrupt
 from pyrobust.data.digits import load_digits
 from pyrobust.data.idx import load_idx
@@ -10,9 +16,13 @@ from pyrobust.data.sources import load_images
 
 __all__ = [
     "CORRUPTIONS",
+    "ClassGaussian",
+    "ClassGenerator",
+    "DiffusersGenerator",
     "ImageSet",
     "corrupt",
     "load_cifar",
+    "draw_labelled",
     "load_digits",
     "load_idx",
     "load_image_folder",

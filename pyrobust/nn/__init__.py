@@ -5,6 +5,7 @@ from pyrobust.nn.adaptive_smoothing import AdaptiveMixedClassifier, MixedClassif
 from pyrobust.nn.feature_tap import FeatureTap
 from pyrobust.nn.lora import ConvLoRA2d, LoHa, LoRALinear, VeRA
 from pyrobust.nn.mixing_network import MixingNetwork
+from pyrobust.nn.orthogonal_fusion import FusionOutput, LateFusion, OrthogonalFusion
 from pyrobust.nn.packed_conv import PackedConv2d
 from pyrobust.nn.packed_embedding import PackedEmbedding
 from pyrobust.nn.packed_linear import PackedLinear
@@ -37,12 +38,15 @@ __all__ = [
     "MixingNetwork",
     "Adapter",
     "ConvLoRA2d",
+    "FusionOutput",
+    "LateFusion",
     "LoHa",
     "LoRALinear",
     "SVFitConv2d",
     "SVFitLinear",
     "VeRA",
     "weight_checksum",
+    "OrthogonalFusion",
     "PackedConv2d",
     "PackedEmbedding",
     "PackedLinear",

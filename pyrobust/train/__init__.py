@@ -14,6 +14,11 @@ from pyrobust.train.adapters import (
     save_peft_lora,
     unmerge_adapters,
 )
+from pyrobust.train.crmt import (
+    CRMTHistory,
+    crmt_integration_step,
+    fit_crmt,
+)
 from pyrobust.train.hidden_watermark import (
     HiddenExtractor,
     HiddenWatermark,
@@ -36,6 +41,11 @@ from pyrobust.train.lora_watermark import (
     WatermarkStep,
 )
 from pyrobust.train.mixing import AlphaChoice, MixingLoss, RandomizedPGD, choose_alpha, train_mixer
+from pyrobust.train.multimodal_margin import (
+    MultimodalMarginLoss,
+    mixup_margin,
+    multimodal_margin,
+)
 from pyrobust.train.ranking_noise import noise_augmented_ranking_loss
 from pyrobust.train.schedules import (
     linear_ramp,
@@ -60,6 +70,12 @@ __all__ = [
     "RandomizedPGD",
     "choose_alpha",
     "train_mixer",
+    "CRMTHistory",
+    "MultimodalMarginLoss",
+    "crmt_integration_step",
+    "fit_crmt",
+    "mixup_margin",
+    "multimodal_margin",
     "DynamicLossWeights",
     "FastRegularizer",
     "GaussianCrossEntropy",
