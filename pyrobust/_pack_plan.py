@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, cast
@@ -17,7 +17,7 @@ from pyrobust.nn.packed_module import PackedModule
 from pyrobust.nn.twins import TWINS
 from pyrobust.ops.formats import check_bits
 
-__all__ = ["BitsFor", "LayerPlan", "check_plans", "identity", "plan_layers"]
+__all__ = ["BitsFor", "LayerPlan", "check_plans", "fits", "identity", "plan_layers"]
 
 BitsFor = Callable[[str, nn.Module], "float | None"] | Mapping[str, "float | None"]
 
@@ -35,9 +35,16 @@ class LayerPlan:
 
 
 def plan_layers(
-    model: nn.Module, bits: float, skip: tuple[str, ...], bits_for: BitsFor | None
+    model: nn.Module,
+    bits: float,
+    skip: tuple[str, ...],
+    bits_for: BitsFor | None,
+    settled: Collection[nn.Module] = (),
 ) -> tuple[dict[str, LayerPlan], dict[str, LayerReport]]:
-    """The layers to pack by their first names, and a row for every layer with a weight."""
+    """The layers to pack by their first names, and a row for every layer with a weight.
+
+    Modules in ``settled`` are passed over.
+    """
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
@@ -49,7 +56,7 @@ def plan_layers(
     rows: dict[str, LayerReport] = {}
     for module, own in names.items():
         _check_not_compiled(own[0], module)
-        size = _weight_bytes(module)
+        size = None if module in settled else _weight_bytes(module)
         if size is None:
             continue
         reason = _why_not(module, own, skip)
@@ -66,7 +73,7 @@ def plan_layers(
 
 def _check_patterns(option: str, patterns: tuple[str, ...], names: list[str]) -> None:
     for pattern in patterns:
-        if not any(_fits(name, pattern) for name in names):
+        if not any(fits(name, pattern) for name in names):
             raise ValueError(f"pack: {option} must name modules of the model; got {pattern!r}.")
 
 
@@ -78,7 +85,7 @@ def _check_not_compiled(name: str, module: nn.Module) -> None:
         )
 
 
-def _fits(name: str, pattern: str) -> bool:
+def fits(name: str, pattern: str) -> bool:
     """Whether ``pattern`` names the module or one above it."""
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
@@ -98,7 +105,7 @@ def _why_not(module: nn.Module, names: list[str], skip: tuple[str, ...]) -> str 
     kind = type(module).__name__
     if isinstance(module, PackedModule):
         return "already packed"
-    if any(_fits(name, pattern) for name in names for pattern in skip):
+    if any(fits(name, pattern) for name in names for pattern in skip):
         return "named in skip"
     if isinstance(module, nn.MultiheadAttention):
         return "its projections are one raw weight inside a fused function"
@@ -124,7 +131,7 @@ def _bits_of(
     names: list[str], module: nn.Module, default: float, bits_for: BitsFor
 ) -> float | None:
     if isinstance(bits_for, Mapping):
-        fitting = (bits_for[p] for p in bits_for if any(_fits(name, p) for name in names))
+        fitting = (bits_for[p] for p in bits_for if any(fits(name, p) for name in names))
         chosen = next(fitting, default)
     else:
         chosen = bits_for(names[0], module)
@@ -134,15 +141,19 @@ def _bits_of(
 
 
 def check_plans(
-    model: nn.Module, plans: dict[str, LayerPlan], rows: dict[str, LayerReport], inplace: bool
+    model: nn.Module,
+    plans: dict[str, LayerPlan],
+    rows: dict[str, LayerReport],
+    inplace: bool,
+    settled: Collection[nn.Module] = (),
 ) -> None:
-    if not plans:
+    if not plans and not settled:
         reasons = "; ".join(f"{row.name or 'it'}: {row.skipped}" for row in rows.values())
         raise ValueError(
             "pack: model must have a Linear, Conv2d or Embedding layer to pack; got "
             f"{type(model).__name__} ({reasons or 'no layer with a weight'})."
         )
-    if inplace and model in {plan.layer for plan in plans.values()}:
+    if inplace and model in {*settled, *(plan.layer for plan in plans.values())}:
         raise ValueError(
             "pack: inplace must be False for a single layer, which cannot become another; got True."
         )

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from pyrobust._checks import check_choice, check_instance, check_integer
 from pyrobust._pack_plan import BitsFor, LayerPlan, check_plans, identity, plan_layers
 from pyrobust._pack_report import LayerReport, PackReport, attach, pack_report
+from pyrobust._pack_simulated import pack_simulated
 from pyrobust.nn.packed_module import PackedModule
 from pyrobust.nn.twins import TWINS, leave_fused_paths, replace_layers
 from pyrobust.ops.formats import check_bits
@@ -51,6 +52,10 @@ def pack(
     resume: str | os.PathLike[str] | None = None,
 ) -> nn.Module:
     """Convert the layers of ``model`` to packed ones.
+
+    Modules that simulated low bits while they trained (:class:`~pyrobust.quantize.QuantLinear` and
+    others) become the packed modules that they simulated, whatever the options say; the options
+    are for the other layers.
 
     The float weights of converted layers are never copied, but for those of one block while a
     quantizer works on it. On any error ``model`` is untouched.
@@ -106,10 +111,10 @@ def pack(
     check_instance("pack", "model", model, nn.Module)
     _check_options(bits, group_size, group_dim, activations)
     quantize = _resolve(quantizer, calibration, blocks, resume)
-    plans, rows = plan_layers(
-        model, bits, (skip,) if isinstance(skip, str) else tuple(skip), bits_for
-    )
-    check_plans(model, plans, rows, inplace)
+    skipped = (skip,) if isinstance(skip, str) else tuple(skip)
+    twins, trained_rows, settled = pack_simulated(model, skipped)
+    plans, rows = plan_layers(model, bits, skipped, bits_for, settled)
+    check_plans(model, plans, rows, inplace, settled)
     common = {"group_size": group_size, "group_dim": group_dim, "symmetric": symmetric}
     formats = {name: {"bits": plan.bits, **common} for name, plan in plans.items()}
     owners = _owners(plans)
@@ -119,14 +124,14 @@ def pack(
     )
 
     ready: dict[str, Quantized] = {}
-    twins: dict[nn.Module, PackedModule] = {}
     for name, plan in tqdm(plans.items(), desc="pack", disable=not progress):
         owner = owners[identity(plan.weight)]
         if owner not in ready:
             ready[owner] = quantized(owner)
-        twins[plan.layer] = _twin(plan.layer, ready[owner], activations)
-        rows[name] = _packed_row(name, plan, twins[plan.layer], owner, ready[owner])
-    return _assemble(model, twins, tuple(rows.values()), inplace)
+        twin = _twin(plan.layer, ready[owner], activations)
+        twins[plan.layer] = twin
+        rows[name] = _packed_row(name, plan, twin, owner, ready[owner])
+    return _assemble(model, twins, (*trained_rows.values(), *rows.values()), inplace)
 
 
 # -- checks ------------------------------------------------------------------------------------
@@ -177,6 +182,8 @@ def _quantized(
     extra: dict[str, Any],
 ) -> Callable[[str], Quantized]:
     """The packed weight of a layer by its name."""
+    if not plans:
+        return dict[str, Quantized]().__getitem__
     if not hasattr(quantizer, "quantize_block") and not hasattr(quantizer, "quantize_layers"):
 
         def one(name: str) -> Quantized:
@@ -240,7 +247,7 @@ def _packed_row(
 
 def _assemble(
     model: nn.Module,
-    twins: dict[nn.Module, PackedModule],
+    twins: dict[nn.Module, nn.Module],
     rows: tuple[LayerReport, ...],
     inplace: bool,
 ) -> nn.Module:

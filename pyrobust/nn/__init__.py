@@ -9,6 +9,8 @@ from pyrobust.nn.orthogonal_fusion import FusionOutput, LateFusion, OrthogonalFu
 from pyrobust.nn.packed_conv import PackedConv2d
 from pyrobust.nn.packed_embedding import PackedEmbedding
 from pyrobust.nn.packed_linear import PackedLinear
+from pyrobust.nn.packed_qk_attention import PackedQKAttention
+from pyrobust.nn.rounded_input import RoundedInput
 from pyrobust.nn.siren_square import (
     SIREN,
     Sine,
@@ -50,6 +52,8 @@ __all__ = [
     "PackedConv2d",
     "PackedEmbedding",
     "PackedLinear",
+    "PackedQKAttention",
+    "RoundedInput",
     "SIREN",
     "Sine",
     "SmoothedClassifier",

@@ -21,7 +21,7 @@ TWINS: dict[type[nn.Module], type[PackedModule]] = {
 """Exact types: a subclass may compute something else."""
 
 
-def replace_layers(model: nn.Module, twins: Mapping[nn.Module, PackedModule]) -> None:
+def replace_layers(model: nn.Module, twins: Mapping[nn.Module, nn.Module]) -> None:
     """Put each twin where its layer stands, under every name that the layer has."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():

@@ -9,25 +9,42 @@ from pyrobust.quantize.calibration_block import (
     quantize_by_layer,
 )
 from pyrobust.quantize.hessian import HessianAccumulator
+from pyrobust.quantize.lsq import ActivationQuantizer, LSQQuantizer
 from pyrobust.quantize.names import QUANTIZERS
+from pyrobust.quantize.ofq import ConfidenceGuidedAnnealing, train_ofq
+from pyrobust.quantize.oscillation import OscillationTracker
+from pyrobust.quantize.qk_reparam import QKReparamAttention
 from pyrobust.quantize.qtensor import QTensor, round_scale
+from pyrobust.quantize.quant_layers import QuantConv2d, QuantLinear
+from pyrobust.quantize.quantize_vit import quantize_vit
 from pyrobust.quantize.round_to_nearest import round_to_nearest
 from pyrobust.quantize.sensitivity import SENSITIVITY_KINDS, prediction_loss, sensitivity
+from pyrobust.quantize.stats_quantizer import StatsQuantizer
 
 __all__ = [
+    "ActivationQuantizer",
     "BITS",
     "BlockQuantizer",
     "CalibrationBlock",
+    "ConfidenceGuidedAnnealing",
     "HessianAccumulator",
+    "LSQQuantizer",
+    "OscillationTracker",
+    "QKReparamAttention",
     "QTensor",
     "QUANTIZERS",
+    "QuantConv2d",
+    "QuantLinear",
     "Quantized",
     "SENSITIVITY_KINDS",
     "fake_quantize_activation",
     "prediction_loss",
     "quantize_activation",
+    "StatsQuantizer",
     "quantize_by_layer",
+    "quantize_vit",
     "round_scale",
     "round_to_nearest",
     "sensitivity",
+    "train_ofq",
 ]

@@ -19,6 +19,7 @@ from pyrobust.train.crmt import (
     crmt_integration_step,
     fit_crmt,
 )
+from pyrobust.train.distillation import Distillation, distillation_loss
 from pyrobust.train.hidden_watermark import (
     HiddenExtractor,
     HiddenWatermark,
@@ -48,6 +49,7 @@ from pyrobust.train.multimodal_margin import (
 )
 from pyrobust.train.ranking_noise import noise_augmented_ranking_loss
 from pyrobust.train.schedules import (
+    cosine_decay,
     linear_ramp,
     step_decay,
 )
@@ -76,6 +78,9 @@ __all__ = [
     "fit_crmt",
     "mixup_margin",
     "multimodal_margin",
+    "Distillation",
+    "cosine_decay",
+    "distillation_loss",
     "DynamicLossWeights",
     "FastRegularizer",
     "GaussianCrossEntropy",

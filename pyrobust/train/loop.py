@@ -54,6 +54,9 @@ def fit(
     epochs: int,
     batch_size: int = 64,
     learning_rate: float = 2e-3,
+    optimizer: torch.optim.Optimizer | None = None,
+    schedule: Callable[[float], float] = step_decay,
+    after_step: Callable[[], None] | None = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
     description: str = "train",
@@ -67,7 +70,11 @@ def fit(
         objective: see :data:`Objective`.
         epochs: passes over the data, ``>= 1``.
         batch_size: images per step, ``>= 1``.
-        learning_rate: of Adam, ``> 0``; multiplied by 0.2 after 70% and again after 90%.
+        learning_rate: of Adam, ``> 0``.
+        optimizer: in place of Adam; each of its groups is scheduled from the rate it was made with.
+        schedule: what the rates are multiplied by, for the share of training that is done; by
+            default 0.2 after 70% and again after 90%.
+        after_step: called after every step.
         generator: order of the batches.
         progress: show a progress bar.
         description: words beside the bar.
@@ -82,7 +89,9 @@ def fit(
     check_integer("fit", "epochs", epochs, 1)
     check_integer("fit", "batch_size", batch_size, 1)
     check_positive("fit", "learning_rate", learning_rate)
-    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
+    if optimizer is None:
+        optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
+    rates = [group.setdefault("initial_lr", group["lr"]) for group in optimizer.param_groups]
     per_epoch = -(-len(images) // batch_size)
     total = epochs * per_epoch
     model.train()
@@ -91,12 +100,15 @@ def fit(
             order = torch.randperm(len(images), generator=generator)
             for i, batch in enumerate(order.split(batch_size)):
                 done = (epoch * per_epoch + i) / total
-                optimizer.param_groups[0]["lr"] = learning_rate * step_decay(done)
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * schedule(done)
                 loss = objective(model, images[batch], labels[batch], done)
                 if not torch.isfinite(loss):
                     raise FloatingPointError(f"fit: the loss became {loss.item()} at step {bar.n}.")
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
+                if after_step is not None:
+                    after_step()
                 bar.update()
     return model.eval()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from pyrobust._checks import check_at_least
+import math
 
-__all__ = ["linear_ramp", "step_decay"]
+from pyrobust._checks import check_at_least, check_unit
+
+__all__ = ["cosine_decay", "linear_ramp", "step_decay"]
 
 
 def linear_ramp(
@@ -48,3 +50,25 @@ def step_decay(done: float, *, steps: tuple[float, ...] = (0.7, 0.9), factor: fl
         (1.0, 0.2)
     """
     return float(factor ** sum(done >= step for step in steps))
+
+
+def cosine_decay(done: float, *, warmup: float = 0.0, end: float = 0.0) -> float:
+    """A straight line up to 1 at ``warmup``, then half a cosine down to ``end``.
+
+    Args:
+        done: share of training that is done, in [0, 1].
+        warmup: share that the rise takes, in [0, 1].
+        end: value at the end.
+
+    Raises:
+        ValueError: ``warmup`` lies outside [0, 1].
+
+    Example:
+        >>> cosine_decay(0.05, warmup=0.1), cosine_decay(1.0, warmup=0.1, end=0.01)
+        (0.5, 0.01)
+    """
+    check_unit("cosine_decay", "warmup", warmup)
+    if done < warmup:
+        return done / warmup
+    share = (done - warmup) / (1 - warmup) if warmup < 1 else 1.0
+    return end + (1 - end) * (1 + math.cos(math.pi * share)) / 2

@@ -73,3 +73,19 @@ def test_bad_arguments_and_a_diverging_loss_are_refused():
             objective=lambda model, x, y, done: model(x).sum() * float("nan"),
             epochs=1,
         )
+
+
+def test_fit_takes_an_optimizer_with_groups_a_schedule_and_a_call_after_each_step():
+    model, calls = nn.Linear(2, 2), []
+    groups = [{"params": [model.weight], "lr": 0.1}, {"params": [model.bias], "lr": 0.01}]
+    optimizer = torch.optim.SGD(groups)
+
+    def seen():
+        calls.append([group["lr"] for group in optimizer.param_groups])
+
+    options = {"objective": GaussianCrossEntropy(), "optimizer": optimizer, "batch_size": 100}
+    fit(model, *blobs(), epochs=2, schedule=lambda done: 1 - done, after_step=seen, **options)
+    assert torch.allclose(torch.tensor(calls)[:, 0], torch.tensor([0.1, 0.075, 0.05, 0.025]))
+    assert torch.allclose(torch.tensor(calls)[:, 1], torch.tensor([0.01, 0.0075, 0.005, 0.0025]))
+    fit(model, *blobs(), epochs=1, schedule=lambda _: 1.0, after_step=seen, **options)
+    assert calls[-1] == [0.1, 0.01]

@@ -1,0 +1,42 @@
+"""Half-integer levels in the packed formats: ``scale * (k + 1/2) / n`` without rounding.
+
+``(k + 1/2) / n`` with codes ``c = k + n`` is ``(2 c - (2 n - 1)) / (2 n)``: odd integers times a
+power of two, so a scale of 15 significant bits stays one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyrobust.quantize.qtensor import QTensor
+
+__all__ = ["half_integer_qtensor"]
+
+_CENTRE = 128  # the byte that stands for 0
+
+
+def half_integer_qtensor(codes: Tensor, scale: Tensor, *, bits: int) -> QTensor:
+    """Pack codes of ``2^bits`` half-integer levels with a scale per row.
+
+    1 bit is the plain one-bit format; 2 to 7 bits take 8 bits of storage, the odd integer itself.
+
+    Args:
+        codes: ``(rows, cols)`` uint8, ``k + n`` in ``[0, 2^bits)``.
+        scale: ``(rows, 1)`` float32 with at most 15 significant bits.
+        bits: 1 to 7.
+
+    Raises:
+        ValueError: ``bits`` is 8 (256 odd integers do not fit a byte around zero).
+    """
+    n = 2 ** (bits - 1)
+    step, columns = scale / (2 * n), max(1, codes.shape[1])
+    if bits == 1:
+        return QTensor.from_codes(codes, step, bits=1, group_size=columns)
+    if bits > 7:
+        raise ValueError(
+            "half_integer_qtensor: bits must be 1 to 7, since 256 half-integer levels have no "
+            f"packed format (8-bit weights: use LSQ); got {bits}."
+        )
+    odd = 2 * codes.to(torch.int16) - (2 * n - 1) + _CENTRE
+    return QTensor.from_codes(odd.to(torch.uint8), step, bits=8, group_size=columns)

@@ -1,0 +1,54 @@
+"""Modules that simulate low bits while they train, as packing sees them.
+
+Such a module has two methods: ``to_packed()`` returns the module that takes its place, and
+``simulated_weights()`` tells the weights that it packs, by their names below the module.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from pyrobust.quantize.qtensor import QTensor
+
+__all__ = ["SimulatedModule", "SimulatedWeight", "simulated_modules"]
+
+
+@dataclass(frozen=True)
+class SimulatedWeight:
+    """One weight before and after.
+
+    Attributes:
+        weight: the float weight, ``(rows, ...)``.
+        qtensor: its packed form, ``(rows, columns)``.
+        bytes_before: of the parameters that it is made of.
+    """
+
+    weight: Tensor
+    qtensor: QTensor
+    bytes_before: int
+
+
+@runtime_checkable
+class SimulatedModule(Protocol):
+    """What ``pyrobust.pack`` asks of a module to let it pack itself."""
+
+    def to_packed(self) -> nn.Module:
+        """The packed module; it shares no parameter with this one."""
+        ...
+
+    def simulated_weights(self) -> dict[str, SimulatedWeight]:
+        """The weights by their names below the module ("" for the module's own)."""
+        ...
+
+
+def simulated_modules(model: nn.Module) -> dict[str, SimulatedModule]:
+    """The outermost simulating modules of ``model``, by their first names."""
+    found: dict[str, SimulatedModule] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") if outer else True for outer in found)
+        if isinstance(module, SimulatedModule) and not inside:
+            found[name] = module
+    return found
