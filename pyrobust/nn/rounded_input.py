@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 
 __all__ = ["RoundedInput"]
@@ -28,11 +30,9 @@ class RoundedInput(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight of the layer: for foreign code that reads weights."""
-        weight: Tensor = self.layer.weight
-        return weight
+        return cast(Tensor, self.layer.weight)
 
     @property
     def bias(self) -> Tensor | None:
         """The bias of the layer."""
-        bias: Tensor | None = self.layer.bias
-        return bias
+        return cast("Tensor | None", self.layer.bias)
