@@ -8,7 +8,7 @@ from pyrobust.nn.mixing_network import MixingNetwork
 from pyrobust.nn.orthogonal_fusion import FusionOutput, LateFusion, OrthogonalFusion
 from pyrobust.nn.packed_conv import PackedConv2d
 from pyrobust.nn.packed_embedding import PackedEmbedding
-from pyrobust.nn.packed_linear import PackedLinear
+from pyrobust.nn.packed_linear import PackedLinear, QuantizedLinear
 from pyrobust.nn.packed_qk_attention import PackedQKAttention
 from pyrobust.nn.rounded_input import RoundedInput
 from pyrobust.nn.siren_square import (
@@ -54,6 +54,7 @@ __all__ = [
     "PackedLinear",
     "PackedQKAttention",
     "RoundedInput",
+    "QuantizedLinear",
     "SIREN",
     "Sine",
     "SmoothedClassifier",

@@ -13,7 +13,7 @@ from pyrobust.nn.packed_module import PackedModule
 from pyrobust.ops import packed_linear
 from pyrobust.quantize import QTensor
 
-__all__ = ["PackedLinear"]
+__all__ = ["PackedLinear", "QuantizedLinear"]
 
 
 class PackedLinear(PackedModule):
@@ -149,3 +149,7 @@ class PackedLinear(PackedModule):
         """Sizes and format."""
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, bias={self.bias is not None}, {self._format_repr()}"
+
+
+QuantizedLinear = PackedLinear
+"""The name that papers on quantization use."""

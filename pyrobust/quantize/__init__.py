@@ -2,12 +2,14 @@
 
 from pyrobust.ops.formats import BITS
 from pyrobust.quantize.activations import fake_quantize_activation, quantize_activation
+from pyrobust.quantize.adadim import AdaDim, AdaDimChoice, AdaDimReport
 from pyrobust.quantize.calibration_block import (
     BlockQuantizer,
     CalibrationBlock,
     Quantized,
     quantize_by_layer,
 )
+from pyrobust.quantize.gptq import GPTQ, gptq, gptq_weight
 from pyrobust.quantize.hessian import HessianAccumulator
 from pyrobust.quantize.lsq import ActivationQuantizer, LSQQuantizer
 from pyrobust.quantize.names import QUANTIZERS
@@ -17,12 +19,20 @@ from pyrobust.quantize.qk_reparam import QKReparamAttention
 from pyrobust.quantize.qtensor import QTensor, round_scale
 from pyrobust.quantize.quant_layers import QuantConv2d, QuantLinear
 from pyrobust.quantize.quantize_vit import quantize_vit
-from pyrobust.quantize.round_to_nearest import round_to_nearest
+from pyrobust.quantize.round_to_nearest import quantize_groupwise, round_to_nearest, rtn
 from pyrobust.quantize.sensitivity import SENSITIVITY_KINDS, prediction_loss, sensitivity
 from pyrobust.quantize.stats_quantizer import StatsQuantizer
 
 __all__ = [
     "ActivationQuantizer",
+    "AdaDim",
+    "AdaDimChoice",
+    "AdaDimReport",
+    "GPTQ",
+    "gptq",
+    "gptq_weight",
+    "quantize_groupwise",
+    "rtn",
     "BITS",
     "BlockQuantizer",
     "CalibrationBlock",

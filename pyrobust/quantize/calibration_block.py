@@ -47,14 +47,19 @@ class Quantized:
 class BlockQuantizer(Protocol):
     """What ``pack`` asks of an object that quantizes block by block.
 
-    ``propagate`` is ``"quantized"`` (a block's inputs come from the blocks before it as already
+    ``propagate`` says ``"quantized"`` (a block's inputs come from the blocks before it as already
     quantized) or ``"float"``; ``float_stream`` asks to have the float model's inputs as well.
     A random choice must depend on the quantizer's own seed and on ``block.index`` alone, so that a
     resumed conversion makes the same one.
     """
 
-    propagate: str
-    float_stream: bool
+    @property
+    def propagate(self) -> str:
+        """``"quantized"`` or ``"float"``."""
+
+    @property
+    def float_stream(self) -> bool:
+        """Whether the float model's inputs are wanted as well."""
 
     def quantize_block(self, block: CalibrationBlock) -> None:
         """Call ``block.install`` once for every layer of ``block.layers``."""
@@ -230,6 +235,28 @@ class CalibrationBlock:
             for handle in handles:
                 handle.remove()
 
+    def calls_of(self, module: nn.Module, *, stream: str = "calls") -> list[Call]:
+        """The arguments that a module inside the block is given, call by call.
+
+        Args:
+            module: the block itself or a module in it.
+            stream: as for :meth:`outputs`.
+        """
+        if module is self.module:
+            return list(self._calls_of(stream))
+        seen: list[Call] = []
+
+        def keep(_: nn.Module, args: Any, kwargs: Any) -> None:
+            seen.append(Call(tuple(args), dict(kwargs)))
+
+        handle = module.register_forward_pre_hook(keep, with_kwargs=True)
+        try:
+            for _ in self.outputs(stream=stream):
+                pass
+        finally:
+            handle.remove()
+        return seen
+
     def _calls_of(self, stream: str) -> Sequence[Call]:
         check_choice("CalibrationBlock", "stream", stream, ("calls", "float"))
         if stream == "calls":
@@ -262,11 +289,15 @@ class CalibrationBlock:
                 groups.append([name])
         return [tuple(group) for group in groups]
 
-    def hessians(self, names: Sequence[str]) -> dict[str, Tensor]:
+    def hessians(self, names: Sequence[str], *, stream: str = "calls") -> dict[str, Tensor]:
         """The Hessian of each layer's inputs; ``names`` must be one tuple of :meth:`groups`.
 
         The layers share one tensor. It is kept until their results are installed, which then tell
         the errors of their outputs.
+
+        Args:
+            names: of the layers.
+            stream: as for :meth:`outputs`.
 
         Raises:
             ValueError: an input holds NaN or infinite values, or a layer never runs.
@@ -280,7 +311,7 @@ class CalibrationBlock:
             except ValueError as error:
                 raise ValueError(f"the input of '{first}': {error}") from error
 
-        self.observe([first], see)
+        self.observe([first], see, stream=stream)
         if accumulator.count == 0:
             raise ValueError(f"'{first}' never runs on the calibration data.")
         hessian = accumulator.hessian()

@@ -11,6 +11,8 @@ from pyrobust._checks import check_choice
 __all__ = ["QUANTIZERS", "quantizer_named"]
 
 QUANTIZERS: dict[str, str] = {
+    "adadim": "pyrobust.quantize.adadim:AdaDim",
+    "gptq": "pyrobust.quantize.gptq:GPTQ",
     "rtn": "pyrobust.quantize.round_to_nearest:round_to_nearest",
 }
 """Where each name is at home, imported at its first use; a class is used with its defaults."""

@@ -6,19 +6,29 @@ The baseline of every quantizer here, and the only step for weights that were tr
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyrobust._checks import (
     check_choice,
     check_finite,
     check_float_tensor,
+    check_instance,
     check_integer,
     check_shape,
 )
 from pyrobust.ops.formats import check_bits, levels_of
-from pyrobust.quantize.qtensor import QTensor, round_scale
+from pyrobust.quantize.grid import (
+    covering_grid,
+    divisor,
+    nearest_codes,
+    split_groups,
+    store_scale,
+)
+from pyrobust.quantize.qtensor import QTensor
 
-__all__ = ["round_to_nearest"]
+__all__ = ["quantize_groupwise", "round_to_nearest", "rtn"]
+
+_DIMS = {"oc": 1, "ic": 0}
 
 
 def round_to_nearest(
@@ -67,13 +77,13 @@ def round_to_nearest(
 
     along = weight.detach().cpu().to(torch.float32)
     along = along if group_dim == 1 else along.t()
-    grouped = _split(along, min(group_size, max(1, along.shape[1])))
+    grouped = split_groups(along, min(group_size, max(1, along.shape[1])))
     if bits in (1, 1.58):
-        scale = _store(_least_squares_scale(grouped, bits, along.shape[1]), up=False)
+        scale = store_scale(_least_squares_scale(grouped, bits, along.shape[1]), up=False)
         codes, zero = _nearest_signs(grouped, scale.float(), bits), None
     else:
-        scale, zero = _covering_grid(grouped, levels_of(bits), symmetric)
-        codes = _nearest_codes(grouped, scale.float(), zero, levels_of(bits))
+        scale, zero = covering_grid(grouped, levels_of(bits), symmetric)
+        codes = nearest_codes(grouped, scale.float(), zero, levels_of(bits))
     codes = codes.flatten(1)[:, : along.shape[1]]
     if group_dim == 0:
         codes, scale = codes.t().contiguous(), scale.t().contiguous()
@@ -88,44 +98,49 @@ def round_to_nearest(
     )
 
 
-def _split(weight: Tensor, group_size: int) -> Tensor:
-    """``(lines, groups, group_size)``; the last group is filled with zeros."""
-    missing = -weight.shape[1] % group_size
-    padded = torch.nn.functional.pad(weight, (0, missing))
-    return padded.reshape(weight.shape[0], padded.shape[1] // group_size, group_size)
+def quantize_groupwise(
+    w: Tensor, bits: float, group_size: int = 128, dim: str = "oc", symmetric: bool = False
+) -> QTensor:
+    """:func:`round_to_nearest` at 2, 3, 4 or 8 bits, with the group direction by name.
+
+    Args:
+        w: ``(out_features, in_features)`` floating point, finite.
+        bits: 2, 3, 4 or 8.
+        group_size: weights that share a scale, ``>= 1``; the last group may be shorter.
+        dim: ``"oc"``, groups along the inputs within an output channel; ``"ic"``, along the outputs
+            within an input channel, so that a troublesome input channel keeps to its own groups.
+        symmetric: no zero-points.
+
+    Returns:
+        The packed weight, on the CPU.
+
+    Raises:
+        TypeError: ``w`` is not floating point.
+        ValueError: it is not two-dimensional or not finite, or an option is wrong.
+
+    Example:
+        >>> w = torch.randn(8, 6)
+        >>> per_ic = quantize_groupwise(w, 4, 4, "ic")
+        >>> per_oc = quantize_groupwise(w.t(), 4, 4, "oc")
+        >>> torch.equal(per_ic.dequantize(), per_oc.dequantize().t())
+        True
+    """
+    check_choice("quantize_groupwise", "bits", bits, (2, 3, 4, 8))
+    check_choice("quantize_groupwise", "dim", dim, _DIMS)
+    return round_to_nearest(
+        w, bits=bits, group_size=group_size, group_dim=_DIMS[dim], symmetric=symmetric
+    )
 
 
-def _store(scale: Tensor, *, up: bool) -> Tensor:
-    """float16 where its normal range holds every scale, else float32 with 15 significant bits."""
-    used = scale[scale > 0]
-    if used.numel() and (float(used.min()) < 2.0**-14 or float(used.max()) > 65504 / 2):
-        return round_scale(scale, up=up)
-    half = scale.half()
-    if up:
-        above = torch.nextafter(half, torch.full_like(half, torch.inf))
-        half = torch.where(half.float() < scale, above, half)
-    return half
+def rtn(linear: nn.Linear, bits: float, group_size: int = 128, dim: str = "oc") -> QTensor:
+    """:func:`quantize_groupwise` of the weight of a linear layer.
 
-
-def _covering_grid(grouped: Tensor, levels: int, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """The smallest grid that holds 0 and covers each group up to half a step: scale and zero."""
-    low, high = grouped.amin(2).clamp(max=0), grouped.amax(2).clamp(min=0)
-    if symmetric:
-        scale = _store(torch.maximum(high / (levels // 2 - 1), -low / (levels // 2)), up=True)
-        return scale, torch.full_like(scale, levels // 2, dtype=torch.uint8)
-    # Divided before subtracting: high - low may overflow.
-    scale = _store(high / (levels - 1) - low / (levels - 1), up=True)
-    zero = torch.round(-low / _divisor(scale.float())).clamp(0, levels - 1)
-    return scale, zero.to(torch.uint8)
-
-
-def _divisor(scale: Tensor) -> Tensor:
-    return torch.where(scale > 0, scale, 1.0)
-
-
-def _nearest_codes(grouped: Tensor, scale: Tensor, zero: Tensor, levels: int) -> Tensor:
-    steps = torch.round(grouped / _divisor(scale)[..., None])
-    return (steps + zero[..., None].float()).clamp(0, levels - 1).to(torch.uint8)
+    Raises:
+        TypeError: ``linear`` is not a ``torch.nn.Linear``.
+        ValueError: as :func:`quantize_groupwise`.
+    """
+    check_instance("rtn", "linear", linear, nn.Linear)
+    return quantize_groupwise(linear.weight, bits, group_size, dim)
 
 
 def _least_squares_scale(grouped: Tensor, bits: float, length: int) -> Tensor:
@@ -137,7 +152,7 @@ def _least_squares_scale(grouped: Tensor, bits: float, length: int) -> Tensor:
     magnitude = grouped.abs().double()
     if bits == 1:
         used = torch.ones(length, dtype=torch.float64)
-        counts = _split(used[None], grouped.shape[2]).sum(2) if grouped.numel() else 1.0
+        counts = split_groups(used[None], grouped.shape[2]).sum(2) if grouped.numel() else 1.0
         return (magnitude.sum(2) / counts).float()
     if not grouped.numel():
         return grouped.sum(2)
@@ -150,5 +165,5 @@ def _least_squares_scale(grouped: Tensor, bits: float, length: int) -> Tensor:
 def _nearest_signs(grouped: Tensor, scale: Tensor, bits: float) -> Tensor:
     if bits == 1:
         return (grouped >= 0).to(torch.uint8)
-    steps = torch.round(grouped / _divisor(scale)[..., None]).clamp(-1, 1)
+    steps = torch.round(grouped / divisor(scale)[..., None]).clamp(-1, 1)
     return (steps + 1).to(torch.uint8)
