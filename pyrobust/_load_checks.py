@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pyrobust._safetensors import DTYPES, checksum
 from pyrobust.nn.packed_module import PackedModule
 from pyrobust.nn.twins import TWINS
+from pyrobust.quantize.qtensor import WeightLayout
 
 __all__ = [
     "EXTRA",
@@ -38,6 +39,7 @@ METADATA_SUM = "pyrobust.crc32"  # key of the checksum of the description
 EXTRA = "_extra_state"
 _FORMAT = ("bits", "group_size", "group_dim", "symmetric", "activations")
 _SCALES = ("F32", "F16", "BF16")
+_FREE_FLOATS = ("scale", "remainder_values")  # a file brings its own float type
 _KINDS = {twin.kind: twin for twin in TWINS.values()}
 Path = str | os.PathLike[str]
 
@@ -153,6 +155,7 @@ def make_twins(
                 f"{'no such layer' if layer is None else 'a ' + type(layer).__name__} there."
             )
         twins[layer] = twin.like(layer, **{key: options[key] for key in _FORMAT})
+        twins[layer].extend(WeightLayout(*options.get("layout", ())))
         twins[layer].train(layer.training).to(cast(Tensor, layer.weight).dtype)
         _check_same_format(path, name, twins[layer], options)
     for name, module in modules.items():
@@ -163,9 +166,10 @@ def make_twins(
 
 def _check_same_format(path: Path, name: str, layer: PackedModule, options: dict[str, Any]) -> None:
     own = read_extra(layer.get_extra_state())
-    differing = [key for key in own if key != "activations" and own[key] != options.get(key)]
+    keys = dict.fromkeys((*own, *options))
+    differing = [key for key in keys if key != "activations" and own.get(key) != options.get(key)]
     if differing:
-        pairs = ", ".join(f"{key} {options.get(key)} (model: {own[key]})" for key in differing)
+        pairs = ", ".join(f"{key} {options.get(key)} (model: {own.get(key)})" for key in differing)
         raise ValueError(f"load: {path} holds layer '{name}' with {pairs}.")
 
 
@@ -204,7 +208,8 @@ def _check_shapes(path: Path, places: dict[str, Place], tied: dict[str, str], fi
         stored = file.get_slice(tied.get(name, name))
         found = (stored.get_dtype(), tuple(stored.get_shape()))
         wanted = (DTYPES.get(place.tensor.dtype), tuple(place.tensor.shape))
-        free = isinstance(place.module, PackedModule) and place.leaf == "scale"
+        free = isinstance(place.module, PackedModule) and place.leaf in _FREE_FLOATS
+        free = free and place.tensor.is_floating_point()
         if found[1] != wanted[1] or (found[0] not in _SCALES if free else found[0] != wanted[0]):
             raise ValueError(
                 f"load: {path} holds '{name}' as {found[0]} of shape {found[1]}; the model has "

@@ -37,6 +37,7 @@ def interval_packed_linear(
     zero: Tensor | None,
     bias: Tensor | None,
     format: list[int],
+    extras: tuple[Tensor | None, ...] | None,
     int8: bool,
     rounding: str,
     out_lower: Tensor,
@@ -51,6 +52,7 @@ def interval_packed_conv2d(
     zero: Tensor | None,
     bias: Tensor | None,
     format: list[int],
+    extras: tuple[Tensor | None, ...] | None,
     int8: bool,
     kernel: list[int],
     stride: list[int],
@@ -74,6 +76,8 @@ def packed_linear(
     group_size: int,
     group_dim: int,
     int8: bool,
+    extras: tuple[Tensor | None, ...] | None,
+    first_row: int,
     num_threads: int,
 ) -> None: ...
 def dequantize(
@@ -85,6 +89,21 @@ def dequantize(
     levels: int,
     group_size: int,
     group_dim: int,
+    extras: tuple[Tensor | None, ...] | None,
+    first_row: int,
+    num_threads: int,
+) -> None: ...
+def gather_rows(
+    indices: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    out: Tensor,
+    in_features: int,
+    levels: int,
+    group_size: int,
+    group_dim: int,
+    extras: tuple[Tensor | None, ...] | None,
     num_threads: int,
 ) -> None: ...
 def unpack_codes(packed: Tensor, codes: Tensor, levels: int, num_threads: int) -> None: ...

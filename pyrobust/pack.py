@@ -73,7 +73,8 @@ def pack(
             float.
         inplace: convert ``model`` itself instead of a copy.
         progress: show a progress bar.
-        quantizer: a name in :data:`~pyrobust.quantize.QUANTIZERS`, ``"rtn"`` by default, or one of
+        quantizer: a name in :data:`~pyrobust.quantize.QUANTIZERS`, ``"rtn"`` by default (``"nf4"``
+            for that codebook, ``"two-level"`` for integer group scales under row scales), or one of
 
             - a function called as
               ``quantizer(weight, bits=..., group_size=..., group_dim=..., symmetric=...)`` with a
@@ -219,7 +220,9 @@ def _twin(layer: nn.Module, result: Quantized, activations: str | None) -> Packe
         activations=activations,
     )
     bias = getattr(layer, "bias", None)
-    twin.adopt(qtensor, bias if result.bias is None else result.bias.to(bias))
+    twin.extend(qtensor.layout).adopt(
+        qtensor, bias if result.bias is None else result.bias.to(bias)
+    )
     return twin.train(layer.training).to(cast(Tensor, layer.weight).device)
 
 

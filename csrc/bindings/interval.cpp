@@ -110,27 +110,27 @@ void interval_conv2d(py::handle lower, py::handle upper, py::handle weight_, py:
 using Format = std::array<int64_t, 4>;
 
 matmul::PackedMatrix packed_weight(py::handle codes, py::handle scale, py::handle zero,
-                                   const Format& format) {
+                                   const Format& format, py::handle extras) {
   return packed_matrix(view(codes, "codes"), view(scale, "scale"), view_optional(zero, "zero"),
                        format[0], static_cast<int>(format[1]), format[2],
-                       static_cast<int>(format[3]));
+                       static_cast<int>(format[3]), extras);
 }
 
 void interval_packed_linear(py::handle lower, py::handle upper, py::handle codes, py::handle scale,
-                            py::handle zero, py::handle bias, const Format& format, bool int8,
-                            const std::string& rounding, py::handle out_lower, py::handle out_upper,
-                            int num_threads) {
-  const matmul::PackedMatrix weight = packed_weight(codes, scale, zero, format);
+                            py::handle zero, py::handle bias, const Format& format,
+                            py::handle extras, bool int8, const std::string& rounding,
+                            py::handle out_lower, py::handle out_upper, int num_threads) {
+  const matmul::PackedMatrix weight = packed_weight(codes, scale, zero, format, extras);
   linear(Ends(lower, upper, out_lower, out_upper, 2), {nullptr, &weight, weight.rows, weight.cols},
          view_optional(bias, "bias"), rounding, int8, num_threads);
 }
 
 void interval_packed_conv2d(py::handle lower, py::handle upper, py::handle codes, py::handle scale,
-                            py::handle zero, py::handle bias, const Format& format, bool int8,
-                            Pair kernel, Pair stride, Pair pad, Pair dilation, int64_t groups,
-                            const std::string& rounding, py::handle out_lower, py::handle out_upper,
-                            int num_threads) {
-  const matmul::PackedMatrix weight = packed_weight(codes, scale, zero, format);
+                            py::handle zero, py::handle bias, const Format& format,
+                            py::handle extras, bool int8, Pair kernel, Pair stride, Pair pad,
+                            Pair dilation, int64_t groups, const std::string& rounding,
+                            py::handle out_lower, py::handle out_upper, int num_threads) {
+  const matmul::PackedMatrix weight = packed_weight(codes, scale, zero, format, extras);
   conv2d(Ends(lower, upper, out_lower, out_upper, 4), {nullptr, &weight, weight.rows, weight.cols},
          view_optional(bias, "bias"), kernel, stride, pad, dilation, groups, rounding, int8,
          num_threads);

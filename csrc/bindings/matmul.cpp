@@ -12,15 +12,17 @@ namespace {
 
 void packed_linear(py::handle x_, py::handle codes_, py::handle scale_, py::handle zero_,
                    py::handle bias_, py::handle out_, int64_t in_features, int levels,
-                   int64_t group_size, int group_dim, bool int8, int num_threads) {
+                   int64_t group_size, int group_dim, bool int8, py::handle extras,
+                   int64_t first_row, int num_threads) {
   const TensorView x = view(x_, "x"), bias = view_optional(bias_, "bias"), out = view(out_, "out");
   const matmul::PackedMatrix weight =
       packed_matrix(view(codes_, "codes"), view(scale_, "scale"), view_optional(zero_, "zero"),
-                    in_features, levels, group_size, group_dim);
+                    in_features, levels, group_size, group_dim, extras);
   check(x.ndim >= 1, "x must have at least one dimension.");
   x.require_size(x.ndim - 1, in_features);
   matmul::Activations activations{x.data, float_type(x), 1};
-  out.require_dtype(x.dtype).require_ndim(x.ndim).require_size(x.ndim - 1, weight.rows);
+  out.require_dtype(x.dtype).require_ndim(x.ndim);
+  const matmul::RowRange rows{first_row, first_row + out.shape[x.ndim - 1]};
   for (int i = 0; i + 1 < x.ndim; ++i) {
     out.require_size(i, x.shape[i]);
     activations.rows *= x.shape[i];
@@ -30,20 +32,37 @@ void packed_linear(py::handle x_, py::handle codes_, py::handle scale_, py::hand
   }
   const auto mode = int8 ? matmul::Mode::kInt8 : matmul::Mode::kExact;
   py::gil_scoped_release release;
-  matmul::packed_linear(activations, weight, bias.as<const float>(), mode, out.data, num_threads);
+  matmul::packed_linear(activations, weight, rows, bias.as<const float>(), mode, out.data,
+                        num_threads);
 }
 
 void dequantize(py::handle codes, py::handle scale, py::handle zero, py::handle out_,
                 int64_t in_features, int levels, int64_t group_size, int group_dim,
-                int num_threads) {
+                py::handle extras, int64_t first_row, int num_threads) {
   const matmul::PackedMatrix weight =
       packed_matrix(view(codes, "codes"), view(scale, "scale"), view_optional(zero, "zero"),
-                    in_features, levels, group_size, group_dim);
+                    in_features, levels, group_size, group_dim, extras);
   const TensorView out = view(out_, "out");
   out.require_dtype(DType::kFloat32).require_ndim(2);
-  out.require_size(0, weight.rows).require_size(1, in_features);
+  out.require_size(1, in_features);
+  const matmul::RowRange rows{first_row, first_row + out.shape[0]};
   py::gil_scoped_release release;
-  matmul::dequantize(weight, out.as<float>(), num_threads);
+  matmul::dequantize(weight, rows, out.as<float>(), num_threads);
+}
+
+void gather_rows(py::handle indices_, py::handle codes, py::handle scale, py::handle zero,
+                 py::handle out_, int64_t in_features, int levels, int64_t group_size,
+                 int group_dim, py::handle extras, int num_threads) {
+  const matmul::PackedMatrix weight =
+      packed_matrix(view(codes, "codes"), view(scale, "scale"), view_optional(zero, "zero"),
+                    in_features, levels, group_size, group_dim, extras);
+  const TensorView indices = view(indices_, "indices"), out = view(out_, "out");
+  indices.require_dtype(DType::kInt64).require_ndim(1);
+  out.require_dtype(DType::kFloat32).require_ndim(2);
+  out.require_size(0, indices.shape[0]).require_size(1, in_features);
+  py::gil_scoped_release release;
+  matmul::gather_rows(weight, indices.as<const int64_t>(), indices.shape[0], out.as<float>(),
+                      num_threads);
 }
 
 struct CodeViews {
@@ -81,6 +100,7 @@ void pack_codes(py::handle codes, py::handle packed, int levels, int num_threads
 void bind_matmul(py::module_& m) {
   m.def("packed_linear", &packed_linear);
   m.def("dequantize", &dequantize);
+  m.def("gather_rows", &gather_rows);
   m.def("unpack_codes", &unpack_codes);
   m.def("pack_codes", &pack_codes);
 }

@@ -26,10 +26,39 @@ inline FloatType float_type(const TensorView& tensor) {
   }
 }
 
+// The optional parts of a weight: None, or (row_scale, codebook, values, columns, offsets), each of
+// which may be None. The tensors must outlive the weight. True where scales have two levels.
+inline bool add_extras(py::handle extras, int levels, matmul::PackedMatrix* weight) {
+  if (extras.is_none()) return false;
+  const auto parts = py::reinterpret_borrow<py::tuple>(extras);
+  check(parts.size() == 5, "extras must have 5 entries; got ", parts.size(), ".");
+  const TensorView row_scale = view_optional(parts[0], "row_scale");
+  const TensorView codebook = view_optional(parts[1], "codebook");
+  const TensorView values = view_optional(parts[2], "values");
+  const TensorView columns = view_optional(parts[3], "columns");
+  const TensorView offsets = view_optional(parts[4], "offsets");
+  if (row_scale.ndim != 0) {
+    row_scale.require_dtype(DType::kFloat32).require_ndim(1).require_size(0, weight->rows);
+    weight->row_scale = row_scale.as<const float>();
+  }
+  if (codebook.ndim != 0) {
+    codebook.require_dtype(DType::kUInt8).require_ndim(1).require_size(0, levels);
+    weight->codebook = codebook.as<const uint8_t>();
+  }
+  if (offsets.ndim != 0) {
+    offsets.require_dtype(DType::kInt64).require_ndim(1).require_size(0, weight->rows + 1);
+    values.require_ndim(1);
+    columns.require_dtype(DType::kInt32).require_ndim(1).require_size(0, values.shape[0]);
+    weight->remainder = {values.data, columns.as<const int32_t>(), offsets.as<const int64_t>(),
+                         float_type(values), values.shape[0]};
+  }
+  return row_scale.ndim != 0;
+}
+
 // Every size the kernels rely on is checked here against the buffers that were passed.
 inline matmul::PackedMatrix packed_matrix(const TensorView& codes, const TensorView& scale,
                                           const TensorView& zero, int64_t cols, int levels,
-                                          int64_t group_size, int group_dim) {
+                                          int64_t group_size, int group_dim, py::handle extras) {
   check(code_bits(levels) >= 0, "levels must be one of 2, 3, 4, 8, 16, 256; got ", levels, ".");
   check(cols >= 0, "in_features must be at least 0; got ", cols, ".");
   check(group_size >= 1, "group_size must be at least 1; got ", group_size, ".");
@@ -47,10 +76,15 @@ inline matmul::PackedMatrix packed_matrix(const TensorView& codes, const TensorV
     zero.require_size(0, scale_rows).require_size(1, scale_cols);
     weight.zero = zero.as<const uint8_t>();
   }
+  weight.rows = rows;
+  const bool two_level = add_extras(extras, levels, &weight);
   weight.codes = codes.as<const uint8_t>();
   weight.scale = scale.data;
-  weight.scale_type = float_type(scale);
-  weight.rows = rows;
+  if (two_level) {
+    scale.require_dtype(DType::kUInt8);
+  } else {
+    weight.scale_type = float_type(scale);
+  }
   weight.cols = cols;
   weight.group_size = group_size;
   weight.group_dim = group_dim;

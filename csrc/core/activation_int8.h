@@ -26,14 +26,17 @@ PYROBUST_HD double activation_step(const float* x, int64_t count) {
   return finite ? static_cast<double>(largest) / 127.0 : static_cast<double>(NAN);
 }
 
+PYROBUST_HD int8_t quantized_activation(float x, double step) {
+  if (!(step > 0.0)) return 0;
+  return static_cast<int8_t>(static_cast<int>(rint(static_cast<double>(x) / step)));
+}
+
 PYROBUST_HD void quantize_activations(const float* x, int64_t count, double step, int8_t* q) {
   if (!(step > 0.0)) {
     for (int64_t i = 0; i < count; ++i) q[i] = 0;
     return;
   }
-  for (int64_t i = 0; i < count; ++i) {
-    q[i] = static_cast<int8_t>(static_cast<int>(rint(static_cast<double>(x[i]) / step)));
-  }
+  for (int64_t i = 0; i < count; ++i) q[i] = quantized_activation(x[i], step);
 }
 
 }  // namespace pyrobust

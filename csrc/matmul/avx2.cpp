@@ -4,6 +4,7 @@
 #include "core/activation_int8.h"
 #include "matmul/avx2_exact.h"
 #include "matmul/avx2_int8.h"
+#include "matmul/sparse.h"
 
 namespace pyrobust::matmul {
 namespace {
@@ -142,8 +143,8 @@ void multiply(const PackedMatrix& w, Mode mode, const Block& block, int64_t begi
   }
 }
 
-constexpr MatmulKernels kKernels = {prepared_bytes, scratch_bytes, prepare,
-                                    multiply,       nullptr,       kTile};
+constexpr MatmulKernels kKernels = {prepared_bytes, scratch_bytes,  prepare,         multiply,
+                                    nullptr,        sparse_prepare, sparse_multiply, kTile};
 
 }  // namespace
 

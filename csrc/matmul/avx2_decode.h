@@ -155,5 +155,31 @@ inline void ternary_to_two_bits(const uint8_t* row, int64_t bytes, uint8_t* out)
   __builtin_memcpy(out, &bits, sizeof(bits));
 }
 
+// `columns` (a multiple of 16) entries of a codebook in plain order, from a row of `bytes` bytes;
+// codes past the row count as 0.
+inline void codes_to_entries(const uint8_t* row, int64_t bytes, int bits, const uint8_t* codebook,
+                             int levels, int64_t columns, uint8_t* out) {
+  uint8_t entries[16] = {};
+  __builtin_memcpy(entries, codebook, static_cast<size_t>(levels));
+  const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i*>(entries));
+  const uint64_t field = 0x0101010101010101ull * ((1u << bits) - 1);
+  for (int64_t k = 0, at = 0; k < columns; k += 16) {
+    uint64_t codes[2];
+    for (uint64_t& eight : codes) {  // eight codes lie in `bits` bytes
+      uint64_t word = 0;
+      const int64_t left = bytes - at;
+      if (left >= 8) {
+        __builtin_memcpy(&word, row + at, 8);
+      } else if (left > 0) {
+        __builtin_memcpy(&word, row + at, static_cast<size_t>(left));
+      }
+      eight = _pdep_u64(word, field);
+      at += bits;
+    }
+    const __m128i indices = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + k), _mm_shuffle_epi8(table, indices));
+  }
+}
+
 }  // namespace
 }  // namespace pyrobust::matmul

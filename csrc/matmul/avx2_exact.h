@@ -172,7 +172,8 @@ void multiply_fused(const PackedMatrix& w, const float* x, int64_t stride, int64
     for (int m = 0; m < kRows; ++m) {
       double value[kTile];
       _mm256_storeu_pd(value, total[m]);
-      for (int64_t i = 0; i < kTile && first + i < end; ++i) store(out, m, first + i, value[i]);
+      for (int64_t i = 0; i < kTile && first + i < end; ++i)
+        store_result(out, m, first + i, value[i], 1.0);
     }
   }
 }
@@ -239,7 +240,8 @@ void multiply_panel(const PackedMatrix& w, Path path, const float* x, int64_t st
       }
     }
     for (int64_t m = 0; m < rows; ++m) {
-      for (int64_t i = 0; i < count; ++i) store(out, m, first + i, scratch.total[m * width + i]);
+      for (int64_t i = 0; i < count; ++i)
+        store_result(out, m, first + i, scratch.total[m * width + i], 1.0);
     }
   }
 }

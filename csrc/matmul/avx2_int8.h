@@ -141,7 +141,7 @@ void integer_tile(const PackedMatrix& w, const CodeBlocks& codes, const Scratch&
       double value[kTile];
       _mm256_storeu_pd(value, total[i]);
       for (int64_t n = 0; n < kTile && first + n < end; ++n) {
-        store(out, m + i, first + n, value[n] * block.step[m + i]);
+        store_result(out, m + i, first + n, value[n], block.step[m + i]);
       }
     }
   }
@@ -219,14 +219,14 @@ void multiply_integer_groups(const PackedMatrix& w, const Block& block, int64_t 
       double total = 0.0;
       for (int64_t from = 0, group = 0; from < w.cols; ++group) {
         const int64_t stop = w.cols - from < w.group_size ? w.cols : from + w.group_size;
-        const double scale = load_float(w.scale, scales + group, w.scale_type);
+        const double scale = scale_at(w, scales + group);
         while (from < stop) {
           const int64_t to = stop - from < kMaxIntegerRun ? stop : from + kMaxIntegerRun;
           total += scale * integer_dot(q + m * w.cols + from, scratch.integers + from, to - from);
           from = to;
         }
       }
-      store(out, m, n, total * block.step[m]);
+      store_result(out, m, n, total, block.step[m]);
     }
   }
 }
@@ -263,7 +263,7 @@ void multiply_double_columns(const PackedMatrix& w, const Block& block, int64_t 
         _mm256_storeu_pd(lane + 4, high[n]);
         const double total = ((lane[0] + lane[1]) + (lane[2] + lane[3])) +
                              ((lane[4] + lane[5]) + (lane[6] + lane[7]));
-        store(out, m, first + n, total * block.step[m]);
+        store_result(out, m, first + n, total, block.step[m]);
       }
     }
   }

@@ -32,7 +32,13 @@ Path path_of(const PackedMatrix& w, Mode mode) {
   return whole_blocks && short_sums ? Path::kIntegerBlocks : Path::kIntegerGroups;
 }
 
-int bits_of(const PackedMatrix& w) { return w.levels == kTernaryLevels ? 2 : code_bits(w.levels); }
+// Bits of a code as the kernels see it: rows of trits are expanded to two bits, those with a
+// codebook to its bytes.
+int stored_bits(const PackedMatrix& w) {
+  return w.levels == kTernaryLevels ? 2 : code_bits(w.levels);
+}
+int bits_of(const PackedMatrix& w) { return w.codebook != nullptr ? 8 : stored_bits(w); }
+bool expands(const PackedMatrix& w) { return w.levels == kTernaryLevels || w.codebook != nullptr; }
 
 // Groups of w along k as the block paths see them, and blocks to a group.
 int64_t groups_of(const PackedMatrix& w) { return scale_cols(w); }
@@ -42,8 +48,8 @@ int64_t group_blocks(const PackedMatrix& w) {
 
 // --- rows of codes ------------------------------------------------------------------------------
 
-// Code rows of one tile, readable in whole blocks: ternary rows are expanded to two bits, and the
-// last partial block is copied. Rows past the end repeat the last one; their results are dropped.
+// Code rows of one tile, readable in whole blocks: some rows are expanded (bits_of), and the last
+// partial block is copied. Rows past the end repeat the last one; their results are dropped.
 struct TileRows {
   const uint8_t* row[kTile];
   uint8_t tail[kTile][kBlock];
@@ -54,7 +60,25 @@ struct TileRows {
   }
 };
 
-int64_t expanded_row_bytes(const PackedMatrix& w) { return blocks_of(w) * 16 + kBlock; }
+// An expanded row; before a codebook's bytes, one of trits leaves room for its two-bit codes.
+int64_t expanded_row_bytes(const PackedMatrix& w) {
+  const int64_t two_bits = w.levels == kTernaryLevels ? blocks_of(w) * 16 + kBlock : 0;
+  return two_bits + (w.codebook != nullptr ? blocks_of(w) * kBlock : 0);
+}
+
+const uint8_t* expand_row(const PackedMatrix& w, int64_t n, uint8_t* out) {
+  const uint8_t* row = code_row(w, n);
+  int64_t bytes = packed_row_bytes(w.cols, w.levels);
+  if (w.levels == kTernaryLevels) {
+    ternary_to_two_bits(row, bytes, out);
+    if (w.codebook == nullptr) return out;
+    row = out;
+    bytes = packed_row_bytes(w.cols, 4);
+    out += blocks_of(w) * 16 + kBlock;
+  }
+  codes_to_entries(row, bytes, stored_bits(w), w.codebook, w.levels, blocks_of(w) * kBlock, out);
+  return out;
+}
 
 void load_tile(const PackedMatrix& w, int64_t first, uint8_t* expanded, TileRows* rows) {
   const int bytes = 8 * bits_of(w);
@@ -63,10 +87,8 @@ void load_tile(const PackedMatrix& w, int64_t first, uint8_t* expanded, TileRows
   for (int64_t i = 0; i < kTile; ++i) {
     const int64_t n = first + i < w.rows ? first + i : w.rows - 1;
     rows->row[i] = code_row(w, n);
-    if (w.levels == kTernaryLevels) {
-      uint8_t* out = expanded + i * expanded_row_bytes(w);
-      ternary_to_two_bits(rows->row[i], row_bytes, out);
-      rows->row[i] = out;
+    if (expands(w)) {
+      rows->row[i] = expand_row(w, n, expanded + i * expanded_row_bytes(w));
       rows->whole = blocks;
       continue;
     }
@@ -84,14 +106,14 @@ void load_tile(const PackedMatrix& w, int64_t first, uint8_t* expanded, TileRows
 // `count` scales from index `from` on, as floats.
 void load_scales(const PackedMatrix& w, int64_t from, int64_t count, float* out) {
   int64_t i = 0;
-  if (w.scale_type == FloatType::kFloat16) {
+  if (w.row_scale == nullptr && w.scale_type == FloatType::kFloat16) {
     const auto* halves = static_cast<const uint16_t*>(w.scale) + from;
     for (; i + 8 <= count; i += 8) {
       const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(halves + i));
       _mm256_storeu_ps(out + i, _mm256_cvtph_ps(eight));
     }
   }
-  for (; i < count; ++i) out[i] = load_float(w.scale, from + i, w.scale_type);
+  for (; i < count; ++i) out[i] = scale_at(w, from + i);
 }
 
 // kMagic + zero of `count` groups from index `from` on.
@@ -99,7 +121,7 @@ void load_zeros(const PackedMatrix& w, int64_t from, int64_t count, float* out) 
   int64_t i = 0;
   const __m256 magic = _mm256_set1_ps(kMagic);
   if (w.zero == nullptr) {
-    const __m256 constant = _mm256_set1_ps(kMagic + static_cast<float>(symmetric_zero(w.levels)));
+    const __m256 constant = _mm256_set1_ps(kMagic + static_cast<float>(symmetric_zero(w)));
     for (; i + 8 <= count; i += 8) _mm256_storeu_ps(out + i, constant);
   } else {
     for (; i + 8 <= count; i += 8) {
@@ -142,7 +164,7 @@ void load_column_scales(const PackedMatrix& w, int64_t n, float* scale, float* z
     if (k >= w.cols) {
       s = 0.0f;
     } else if (left == 0) {
-      s = load_float(w.scale, from + group, w.scale_type);
+      s = scale_at(w, from + group);
       z = kMagic + static_cast<float>(zero_at(w, from + group));
       left = run;
       ++group;
@@ -187,8 +209,7 @@ struct Scratch {
     const bool columns = path == Path::kScaled || path == Path::kDoubleColumns;
     const bool grouped = path == Path::kBlocks || path == Path::kIntegerBlocks;
     const int64_t blocks = blocks_of(w), rows_of_w = kPanelTiles * kTile;
-    const int64_t ternary = w.levels == kTernaryLevels ? 1 : 0;
-    expanded = arena.take<uint8_t>(ternary * rows_of_w * expanded_row_bytes(w));
+    expanded = arena.take<uint8_t>(rows_of_w * expanded_row_bytes(w));
     rows = arena.take<TileRows>(kPanelTiles);
     group_scale = arena.take<double>(grouped ? rows_of_w * groups_of(w) : 0);
     group_zero = arena.take<float>(grouped ? rows_of_w * groups_of(w) : 0);
@@ -204,13 +225,6 @@ struct Scratch {
     used = arena.used;
   }
 };
-
-// --- results ------------------------------------------------------------------------------------
-
-void store(const Output& out, int64_t m, int64_t n, double value) {
-  const double bias = out.bias != nullptr ? out.bias[n] : 0.0;
-  store_float(out.data, (out.row + m) * out.stride + n, out.type, static_cast<float>(value + bias));
-}
 
 }  // namespace
 }  // namespace pyrobust::matmul

@@ -36,23 +36,76 @@ void check_weight(const PackedMatrix& w) {
   check_format(w.levels, w.rows, w.cols);
   check(w.group_size >= 1, "group_size must be at least 1; got ", w.group_size, ".");
   check(w.group_dim == 0 || w.group_dim == 1, "group_dim must be 0 or 1; got ", w.group_dim, ".");
-  check(w.zero == nullptr || w.levels > kTernaryLevels,
+  check(w.zero == nullptr || w.levels > kTernaryLevels || w.codebook != nullptr,
         "1 and 1.58 bits are symmetric: zero must be absent.");
+  check(w.codebook == nullptr || w.levels < 256,
+        "8 bits take no codebook: its entries are themselves 8-bit codes.");
+  const Remainder& s = w.remainder;
+  check(s.offsets == nullptr || s.count == 0 || (s.values != nullptr && s.columns != nullptr),
+        "the remainder's values and columns must have storage.");
   const bool empty = w.rows == 0 || w.cols == 0;
   check(empty || (w.codes != nullptr && w.scale != nullptr), "codes and scale must have storage.");
+}
+
+void check_range(const PackedMatrix& w, RowRange range) {
+  check(range.begin >= 0 && range.begin <= range.end && range.end <= w.rows,
+        "rows must lie in [0, ", w.rows, "]; got ", range.begin, " to ", range.end, ".");
 }
 
 int64_t grain_rows(int64_t work_per_row) {
   return kGrain / (work_per_row > 0 ? work_per_row : 1) + 1;
 }
 
+// The remainder's side of a product: its own copy of the block of x, and sums for a few rows of W
+// at a time, which `multiply` of the dense side then adds. Does nothing without a remainder.
+class SparseBlock {
+ public:
+  SparseBlock(const PackedMatrix& weight, Mode mode, const Activations& x)
+      : weight_(weight), mode_(mode), x_(x), present_(weight.remainder.offsets != nullptr) {}
+
+  void prepare(int64_t first, int64_t rows) {
+    if (!present_) return;
+    const int64_t floats = (rows + 1) * weight_.cols;
+    auto* memory = static_cast<float*>(
+        thread_scratch(ScratchSlot::kSparse, floats * static_cast<int64_t>(sizeof(float))));
+    kernels_with(&MatmulKernels::sparse_prepare)
+        .sparse_prepare(mode_, x_, weight_.cols, first, rows, memory, memory + rows * weight_.cols);
+    prepared_ = memory;
+  }
+
+  int64_t rows_at_once(int64_t rows) const { return present_ ? std::min(kSparseRun, rows) : rows; }
+
+  void multiply(int64_t begin, int64_t end, int64_t rows, Output* out) const {
+    if (!present_) return;
+    auto* sums = static_cast<double*>(thread_scratch(
+        ScratchSlot::kSums, kSparseRun * rows * static_cast<int64_t>(sizeof(double))));
+    kernels_with(&MatmulKernels::sparse_multiply)
+        .sparse_multiply(weight_, prepared_, rows, begin, end, sums);
+    out->remainder = sums;
+    out->remainder_row = begin;
+    out->remainder_stride = rows;
+  }
+
+ private:
+  // 64 rows of W: 128 KiB of sums for a full block, and whole panels of the dense kernels.
+  static constexpr int64_t kSparseRun = 64;
+
+  const PackedMatrix& weight_;
+  Mode mode_;
+  const Activations& x_;
+  bool present_;
+  const float* prepared_ = nullptr;
+};
+
 }  // namespace
 
-void packed_linear(const Activations& x, const PackedMatrix& weight, const float* bias, Mode mode,
-                   void* out, int num_threads) {
+void packed_linear(const Activations& x, const PackedMatrix& weight, RowRange range,
+                   const float* bias, Mode mode, void* out, int num_threads) {
   check_weight(weight);
+  check_range(weight, range);
   check(x.rows >= 0, "x must not have a negative number of rows; got ", x.rows, ".");
-  if (x.rows == 0 || weight.rows == 0) return;
+  const int64_t count = range.end - range.begin;
+  if (x.rows == 0 || count == 0) return;
   const MatmulKernels& kernels = kernels_with(&MatmulKernels::multiply);
   const int64_t block_rows = x.rows < kMaxBlockRows ? x.rows : kMaxBlockRows;
   void* prepared =
@@ -60,30 +113,57 @@ void packed_linear(const Activations& x, const PackedMatrix& weight, const float
   auto* step = static_cast<double*>(
       thread_scratch(ScratchSlot::kSteps, block_rows * static_cast<int64_t>(sizeof(double))));
   const int64_t scratch_bytes = kernels.scratch_bytes(weight, mode, block_rows);
+  SparseBlock sparse(weight, mode, x);
   for (int64_t first = 0; first < x.rows; first += block_rows) {
     const int64_t rows = std::min(block_rows, x.rows - first);
     kernels.prepare(weight, mode, x, first, rows, prepared, step,
                     thread_scratch(ScratchSlot::kThread, scratch_bytes));
+    sparse.prepare(first, rows);
     const Block block{prepared, step, rows};
-    const Output output{out, bias, x.type, first, weight.rows};
-    parallel_for(weight.rows, grain_rows(rows * weight.cols), kernels.row_align, num_threads,
+    const Output output{out, bias, x.type, first, count, range.begin, weight.row_scale};
+    parallel_for(count, grain_rows(rows * weight.cols), kernels.row_align, num_threads,
                  [&](int64_t begin, int64_t end) {
-                   kernels.multiply(weight, mode, block, begin, end, output,
-                                    thread_scratch(ScratchSlot::kThread, scratch_bytes));
+                   Output own = output;
+                   const int64_t run = sparse.rows_at_once(end - begin);
+                   for (int64_t n = range.begin + begin; n < range.begin + end; n += run) {
+                     const int64_t stop = std::min(range.begin + end, n + run);
+                     sparse.multiply(n, stop, rows, &own);
+                     kernels.multiply(weight, mode, block, n, stop, own,
+                                      thread_scratch(ScratchSlot::kThread, scratch_bytes));
+                   }
                  });
   }
 }
 
-void dequantize(const PackedMatrix& weight, float* out, int num_threads) {
+void dequantize(const PackedMatrix& weight, RowRange range, float* out, int num_threads) {
   check_weight(weight);
-  const MatmulKernels& kernels = kernels_with(&MatmulKernels::dequantize);
-  parallel_for(weight.rows, grain_rows(8 * weight.cols), 1, num_threads,
-               [&](int64_t begin, int64_t end) { kernels.dequantize(weight, begin, end, out); });
+  check_range(weight, range);
+  parallel_for(range.end - range.begin, grain_rows(8 * weight.cols), 1, num_threads,
+               [&](int64_t begin, int64_t end) {
+                 dequantize_rows(weight, range.begin + begin, range.begin + end,
+                                 out + begin * weight.cols);
+               });
 }
 
 void dequantize_rows(const PackedMatrix& weight, int64_t begin, int64_t end, float* out) {
   kernels_with(&MatmulKernels::dequantize)
       .dequantize(weight, begin, end, out - begin * weight.cols);
+}
+
+void gather_rows(const PackedMatrix& weight, const int64_t* indices, int64_t count, float* out,
+                 int num_threads) {
+  check_weight(weight);
+  for (int64_t i = 0; i < count; ++i) {
+    check(indices[i] >= 0 && indices[i] < weight.rows, "indices must lie in [0, ", weight.rows,
+          "); got ", indices[i], ".");
+  }
+  const MatmulKernels& kernels = kernels_with(&MatmulKernels::dequantize);
+  parallel_for(count, grain_rows(8 * weight.cols), 1, num_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t n = indices[i];
+      kernels.dequantize(weight, n, n + 1, out + (i - n) * weight.cols);
+    }
+  });
 }
 
 void unpack_codes(const uint8_t* packed, int64_t rows, int64_t cols, int levels, uint8_t* codes,

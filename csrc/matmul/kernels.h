@@ -24,13 +24,19 @@ struct Block {
   int64_t rows = 0;
 };
 
-// Where a tile of results goes: row-major (x.rows, weight.rows), `row` the block's first row.
+// Where a tile of results goes: row-major (x.rows, stride), `row` the block's first row, column 0
+// the result of row `first` of W.
 struct Output {
   void* data = nullptr;
   const float* bias = nullptr;
   FloatType type = FloatType::kFloat32;
   int64_t row = 0;
   int64_t stride = 0;
+  int64_t first = 0;
+  const float* row_scale = nullptr;   // of the weight
+  const double* remainder = nullptr;  // (rows of W in the call, rows of the block), or null
+  int64_t remainder_row = 0;          // row of W that `remainder` begins with
+  int64_t remainder_stride = 0;
 };
 
 struct MatmulKernels {
@@ -45,6 +51,13 @@ struct MatmulKernels {
                    int64_t end, const Output& out, void* scratch);
   // Writes rows [begin, end) of the exact float weight to out + begin * cols.
   void (*dequantize)(const PackedMatrix& weight, int64_t begin, int64_t end, float* out);
+  // The block as the remainder wants it: floats (cols, rows), rounded values in int8 mode. One row
+  // of scratch.
+  void (*sparse_prepare)(Mode mode, const Activations& x, int64_t cols, int64_t first, int64_t rows,
+                         float* prepared, float* scratch);
+  // sums (end - begin, rows): the product of rows [begin, end) of the remainder with the block.
+  void (*sparse_multiply)(const PackedMatrix& weight, const float* prepared, int64_t rows,
+                          int64_t begin, int64_t end, double* sums);
   // Rows of W a thread's share must be a multiple of.
   int64_t row_align;
 };

@@ -15,11 +15,27 @@
 //     scale (rows, ceil(cols/g))         ------------------------
 //     the last group may be shorter      n=2   1k
 //
+// Three optional parts extend this; a weight may have any of them together:
+//
+//   codebook (levels bytes), not at 8 bits   code[n, k] is an index: its entry of the codebook, 0
+//   to
+//         255, stands where the code stands above; symmetric means a zero of 128
+//   row_scale (rows)   two-level scales: `scale` then holds small integers (bytes) and W[n, k] is
+//         row_scale[n] times the above, so that sums over a row stay integers
+//   remainder          a sparse matrix in compressed rows that is added:
+//
+//         W = dense + S      values  v0 v1 v2 ...        S[n, columns[i]] = values[i]
+//                            columns c0 c1 c2 ...        for i in [offsets[n], offsets[n + 1])
+//
 // codes: the canonical layout of core/bit_layout.h, (rows, packed_row_bytes(cols)). `levels` names
 // the format by its number of code values: 2, 3, 4, 8, 16, 256.
 //
-// Precondition on the data: a scale has at most 15 significant bits (any float16 or bfloat16 does).
-// Then W[n, k] is a float32 without rounding; dequantize() returns the stored weight exactly.
+// Preconditions on the data: a float scale has at most 15 significant bits (any float16 or bfloat16
+// does), an integer scale times the largest |code - zero| is at most 511, columns of a remainder
+// ascend, and dense + S is a float32 of at least 4/5 of the dense value in magnitude (a dense
+// kernel keeps that margin to the bound below). Then W[n, k] is a float32 without rounding;
+// dequantize() returns the stored weight exactly. Data that break them give wrong numbers but never
+// a fault: columns and offsets out of range are skipped.
 //
 // The activations x are (M, cols), float32, float16 or bfloat16; y is (M, rows) of the same type.
 //   exact   y = x W^T + bias, with |error| <= 1e-6 (sum_k |x||W| + |bias|) against real numbers,
@@ -36,6 +52,9 @@
 //             k
 //                           with (k / 8) mod 8 = l, ascending, of q scale (code - zero) in double;
 //                           no product rounds
+//           Two-level scales, either direction: t = (double) T * row_scale, T the exact integer sum
+//           of q scale (code - zero). With a remainder, t + r stands for t, where r is the double
+//           sum over the row's entries i, ascending, of q[columns[i]] values[i] (exact products).
 //             y = (float) (t * step + bias)
 // In both modes a row of y depends on its row of x alone, not on M or the other rows. In int8 mode
 // it has the same bits on every instruction set and for any number of threads; in exact mode, the
@@ -55,10 +74,22 @@
 
 namespace pyrobust::matmul {
 
+// Compressed sparse rows; absent where `offsets` is null.
+struct Remainder {
+  const void* values = nullptr;      // (count)
+  const int32_t* columns = nullptr;  // (count)
+  const int64_t* offsets = nullptr;  // (rows + 1)
+  FloatType type = FloatType::kFloat32;
+  int64_t count = 0;
+};
+
 struct PackedMatrix {
   const uint8_t* codes = nullptr;
-  const void* scale = nullptr;
-  const uint8_t* zero = nullptr;  // shape of scale; null: symmetric
+  const void* scale = nullptr;        // floats of scale_type; bytes where row_scale is set
+  const uint8_t* zero = nullptr;      // shape of scale; null: symmetric
+  const float* row_scale = nullptr;   // (rows) or null
+  const uint8_t* codebook = nullptr;  // (levels) or null
+  Remainder remainder;
   FloatType scale_type = FloatType::kFloat32;
   int64_t rows = 0;
   int64_t cols = 0;
@@ -75,16 +106,26 @@ struct Activations {
 
 enum class Mode : int { kExact, kInt8 };
 
-// `bias` holds W.rows floats or is null; `out` holds (x.rows, W.rows) values of x.type.
-void packed_linear(const Activations& x, const PackedMatrix& weight, const float* bias, Mode mode,
-                   void* out, int num_threads);
+// Rows of W, [begin, end): a product or a decoding may concern a part of them.
+struct RowRange {
+  int64_t begin = 0;
+  int64_t end = 0;
+};
 
-// out: (rows, cols), the exact weight.
-void dequantize(const PackedMatrix& weight, float* out, int num_threads);
+// The columns `rows` of the product. `bias` holds W.rows floats or is null; `out` holds
+// (x.rows, rows.end - rows.begin) values of x.type.
+void packed_linear(const Activations& x, const PackedMatrix& weight, RowRange rows,
+                   const float* bias, Mode mode, void* out, int num_threads);
 
-// Rows [begin, end) of it, out: (end - begin, cols), on the calling thread and without checks: for
-// kernels that decode the weight block by block.
+// out: (rows.end - rows.begin, cols), those rows of the exact weight.
+void dequantize(const PackedMatrix& weight, RowRange rows, float* out, int num_threads);
+
+// The same on the calling thread and without checks: for kernels that decode block by block.
 void dequantize_rows(const PackedMatrix& weight, int64_t begin, int64_t end, float* out);
+
+// Rows `indices` of it, each in [0, rows): out (count, cols).
+void gather_rows(const PackedMatrix& weight, const int64_t* indices, int64_t count, float* out,
+                 int num_threads);
 
 // Codes (rows, cols), one a byte, to and from the canonical layout. pack_codes throws where a code
 // is not below `levels`.

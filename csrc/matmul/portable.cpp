@@ -2,6 +2,7 @@
 // tested against it, in int8 mode for equal bits.
 #include "core/activation_int8.h"
 #include "matmul/kernels.h"
+#include "matmul/sparse.h"
 #include "matmul/weights.h"
 
 namespace pyrobust::matmul {
@@ -27,7 +28,7 @@ double grouped_integer_dot(const PackedMatrix& w, int64_t n, const int8_t* q, co
   double total = 0.0;
   for (int64_t begin = 0, group = 0; begin < w.cols; begin += w.group_size, ++group) {
     const int64_t end = w.cols - begin > w.group_size ? begin + w.group_size : w.cols;
-    const double scale = load_float(w.scale, first + group, w.scale_type);
+    const double scale = scale_at(w, first + group);
     for (int64_t from = begin; from < end; from += kMaxIntegerRun) {
       const int64_t to = end - from > kMaxIntegerRun ? from + kMaxIntegerRun : end;
       int32_t sum = 0;
@@ -42,11 +43,6 @@ double columnwise_integer_dot(const PackedMatrix& w, const int8_t* q, const floa
   double lane[8] = {};
   for (int64_t k = 0; k < w.cols; ++k) lane[k / 8 % 8] += static_cast<double>(q[k]) * weight[k];
   return sum_of_lanes(lane);
-}
-
-void store(const Output& out, int64_t m, int64_t n, double value) {
-  const double bias = out.bias != nullptr ? out.bias[n] : 0.0;
-  store_float(out.data, (out.row + m) * out.stride + n, out.type, static_cast<float>(value + bias));
 }
 
 int64_t prepared_bytes(const PackedMatrix& w, Mode mode, int64_t rows) {
@@ -77,7 +73,9 @@ void multiply_exact(const PackedMatrix& w, const Block& block, int64_t begin, in
   const float* x = static_cast<const float*>(block.data);
   for (int64_t n = begin; n < end; ++n) {
     float_row(w, n, row);
-    for (int64_t m = 0; m < block.rows; ++m) store(out, m, n, dot(x + m * w.cols, row, w.cols));
+    for (int64_t m = 0; m < block.rows; ++m) {
+      store_result(out, m, n, dot(x + m * w.cols, row, w.cols), 1.0);
+    }
   }
 }
 
@@ -95,7 +93,7 @@ void multiply_int8(const PackedMatrix& w, const Block& block, int64_t begin, int
       const double total =
           w.group_dim == 1 ? grouped_integer_dot(w, n, row, static_cast<const int16_t*>(scratch))
                            : columnwise_integer_dot(w, row, static_cast<const float*>(scratch));
-      store(out, m, n, total * block.step[m]);
+      store_result(out, m, n, total, block.step[m]);
     }
   }
 }
@@ -110,11 +108,14 @@ void multiply(const PackedMatrix& w, Mode mode, const Block& block, int64_t begi
 }
 
 void dequantize_rows(const PackedMatrix& w, int64_t begin, int64_t end, float* out) {
-  for (int64_t n = begin; n < end; ++n) float_row(w, n, out + n * w.cols);
+  for (int64_t n = begin; n < end; ++n) {
+    float_row(w, n, out + n * w.cols);
+    complete_row(w, n, out + n * w.cols);
+  }
 }
 
-constexpr MatmulKernels kKernels = {prepared_bytes, scratch_bytes,   prepare,
-                                    multiply,       dequantize_rows, 1};
+constexpr MatmulKernels kKernels = {prepared_bytes,  scratch_bytes,  prepare,         multiply,
+                                    dequantize_rows, sparse_prepare, sparse_multiply, 1};
 
 }  // namespace
 

@@ -4,14 +4,19 @@
 #include <cstdint>
 
 #include "core/bit_layout.h"
-#include "matmul/matmul.h"
+#include "matmul/kernels.h"
 
 namespace pyrobust::matmul {
 
 // The weight is scale * (multiplier * code - zero): one bit stands for -1 and +1.
-PYROBUST_HD int code_multiplier(int levels) { return levels == 2 ? 2 : 1; }
+PYROBUST_HD int code_multiplier(const PackedMatrix& w) {
+  return w.codebook == nullptr && w.levels == 2 ? 2 : 1;
+}
 
-PYROBUST_HD int symmetric_zero(int levels) { return levels == 2 ? 1 : levels / 2; }
+PYROBUST_HD int symmetric_zero(const PackedMatrix& w) {
+  if (w.codebook != nullptr) return 128;
+  return w.levels == 2 ? 1 : w.levels / 2;
+}
 
 PYROBUST_HD int64_t ceil_div(int64_t a, int64_t b) { return a > 0 ? (a - 1) / b + 1 : 0; }
 
@@ -30,38 +35,81 @@ PYROBUST_HD int64_t scale_row(const PackedMatrix& w, int64_t n) {
 }
 
 PYROBUST_HD int zero_at(const PackedMatrix& w, int64_t index) {
-  return w.zero != nullptr ? w.zero[index] : symmetric_zero(w.levels);
+  return w.zero != nullptr ? w.zero[index] : symmetric_zero(w);
+}
+
+// A group's scale: an integer where the weight has row scales.
+PYROBUST_HD float scale_at(const PackedMatrix& w, int64_t index) {
+  return w.row_scale != nullptr ? static_cast<float>(static_cast<const uint8_t*>(w.scale)[index])
+                                : load_float(w.scale, index, w.scale_type);
+}
+
+PYROBUST_HD int value_at(const PackedMatrix& w, const uint8_t* row, int64_t k, int multiplier) {
+  const int code = get_code(row, k, w.levels);
+  return w.codebook != nullptr ? w.codebook[code] : multiplier * code;
 }
 
 // out[k] = multiplier * code - zero, in [-255, 255].
 PYROBUST_HD void integer_row(const PackedMatrix& w, int64_t n, int16_t* out) {
   const uint8_t* row = code_row(w, n);
   const int64_t first = scale_row(w, n);
-  const int multiplier = code_multiplier(w.levels);
+  const int multiplier = code_multiplier(w);
   const int64_t run = w.group_dim == 1 ? w.group_size : 1;
   for (int64_t begin = 0, group = 0; begin < w.cols; begin += run, ++group) {
     const int64_t end = w.cols - begin > run ? begin + run : w.cols;
     const int zero = zero_at(w, first + group);
     for (int64_t k = begin; k < end; ++k) {
-      out[k] = static_cast<int16_t>(multiplier * get_code(row, k, w.levels) - zero);
+      out[k] = static_cast<int16_t>(value_at(w, row, k, multiplier) - zero);
     }
   }
 }
 
-// out[k] = the exact float32 weight.
+// out[k] = the exact weight without row scale and remainder.
 PYROBUST_HD void float_row(const PackedMatrix& w, int64_t n, float* out) {
   const uint8_t* row = code_row(w, n);
   const int64_t first = scale_row(w, n);
-  const int multiplier = code_multiplier(w.levels);
+  const int multiplier = code_multiplier(w);
   const int64_t run = w.group_dim == 1 ? w.group_size : 1;
   for (int64_t begin = 0, group = 0; begin < w.cols; begin += run, ++group) {
     const int64_t end = w.cols - begin > run ? begin + run : w.cols;
     const int zero = zero_at(w, first + group);
-    const float scale = load_float(w.scale, first + group, w.scale_type);
+    const float scale = scale_at(w, first + group);
     for (int64_t k = begin; k < end; ++k) {
-      out[k] = scale * static_cast<float>(multiplier * get_code(row, k, w.levels) - zero);
+      out[k] = scale * static_cast<float>(value_at(w, row, k, multiplier) - zero);
     }
   }
+}
+
+// Entries [*begin, *end) of row n of the remainder, clamped to what there is.
+PYROBUST_HD void remainder_range(const PackedMatrix& w, int64_t n, int64_t* begin, int64_t* end) {
+  const Remainder& s = w.remainder;
+  *begin = s.offsets[n] < 0 ? 0 : s.offsets[n];
+  *end = s.offsets[n + 1] > s.count ? s.count : s.offsets[n + 1];
+}
+
+// The rest of the exact weight, onto float_row().
+PYROBUST_HD void complete_row(const PackedMatrix& w, int64_t n, float* out) {
+  if (w.row_scale != nullptr) {
+    for (int64_t k = 0; k < w.cols; ++k) out[k] *= w.row_scale[n];
+  }
+  if (w.remainder.offsets == nullptr) return;
+  int64_t begin, end;
+  remainder_range(w, n, &begin, &end);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t k = w.remainder.columns[i];
+    if (k >= 0 && k < w.cols) out[k] += load_float(w.remainder.values, i, w.remainder.type);
+  }
+}
+
+// Writes one result: `total` is the dense sum without the row scale.
+PYROBUST_HD void store_result(const Output& out, int64_t m, int64_t n, double total, double step) {
+  if (out.row_scale != nullptr) total *= out.row_scale[n];
+  if (out.remainder != nullptr) {
+    total += out.remainder[(n - out.remainder_row) * out.remainder_stride + m];
+  }
+  const double bias = out.bias != nullptr ? out.bias[n] : 0.0;
+  store_float(out.data, (out.row + m) * out.stride + n - out.first, out.type,
+              static_cast<float>(total * step + bias));
 }
 
 }  // namespace pyrobust::matmul

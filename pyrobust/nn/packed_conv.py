@@ -171,6 +171,7 @@ class PackedConv2d(PackedModule):
             group_size=self.group_size,
             group_dim=self.group_dim,
             activations=self.activations,
+            extras=self.extras,
         )
 
     def extra_repr(self) -> str:

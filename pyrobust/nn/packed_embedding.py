@@ -113,7 +113,7 @@ class PackedEmbedding(PackedModule):
             dtype=dtype,
             device="meta",
         )
-        return layer.adopt(qtensor)
+        return layer.extend(qtensor.layout).adopt(qtensor)
 
     @classmethod
     def like(cls, layer: nn.Module, **weight_format: Any) -> Self:
@@ -149,6 +149,7 @@ class PackedEmbedding(PackedModule):
             group_size=self.group_size,
             group_dim=self.group_dim,
             dtype=self.dtype,
+            extras=self.extras,
         )
 
     def extra_repr(self) -> str:

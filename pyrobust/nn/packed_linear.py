@@ -120,7 +120,7 @@ class PackedLinear(PackedModule):
             activations=activations,
             device="meta",
         )
-        return layer.adopt(qtensor, bias)
+        return layer.extend(qtensor.layout).adopt(qtensor, bias)
 
     @classmethod
     def like(cls, layer: nn.Module, **weight_format: Any) -> Self:
@@ -143,6 +143,7 @@ class PackedLinear(PackedModule):
             group_size=self.group_size,
             group_dim=self.group_dim,
             activations=self.activations,
+            extras=self.extras,
         )
 
     def extra_repr(self) -> str:

@@ -1,9 +1,10 @@
 """What the packed layers share: the buffers of a packed weight, and how they survive every move.
 
-A packed layer holds its weight as a :class:`~pyrobust.quantize.QTensor` in three buffers:
-``codes``, ``scale`` and ``zero`` (absent when symmetric). A change of dtype never touches them: a
-scale has at most 15 significant bits, which makes the decoded weight exact, and rounding it to
-another dtype would change the network that was certified. The bias follows ``.to(dtype)``.
+A packed layer holds its weight as a :class:`~pyrobust.quantize.QTensor` in buffers: ``codes``,
+``scale``, ``zero`` (absent when symmetric) and those of the optional parts. A change of dtype never
+touches them: a scale has at most 15 significant bits, which makes the decoded weight exact, and
+rounding it to another dtype would change the network that was certified. The bias follows
+``.to(dtype)``.
 """
 
 from __future__ import annotations
@@ -22,21 +23,26 @@ from pyrobust._checks import (
     check_integer,
     check_shape,
 )
-from pyrobust.ops.formats import check_bits, row_bytes
-from pyrobust.quantize import QTensor, round_to_nearest
-from pyrobust.quantize.qtensor import grouped_shape
+from pyrobust.ops.formats import check_bits, levels_of, row_bytes
+from pyrobust.ops.packed_weight import WeightExtras
+from pyrobust.quantize import QTensor, SparseRemainder, round_to_nearest
+from pyrobust.quantize.qtensor import WeightLayout, grouped_shape
 
 __all__ = ["PackedModule"]
 
-_STORED = ("codes", "scale", "zero")
+_REMAINDER = ("remainder_values", "remainder_columns", "remainder_offsets")
+_EXTRAS = ("row_scale", "codebook", *_REMAINDER)  # in the order of WeightExtras
+_STORED = ("codes", "scale", "zero", *_EXTRAS)
+_FREE_FLOATS = ("scale", "remainder_values")  # of any float type; a state brings its own
 _ACTIVATIONS = (None, "int8")
-_DESCRIPTOR_VERSION = 1
+_PLAIN_VERSION, _LAYOUT_VERSION = 1, 2  # of the descriptor; 2 also tells the layout
 
 
 class PackedModule(nn.Module):
     """Base of the packed layers: a weight of torch shape ``weight_shape``, held as low-bit codes.
 
-    ``state_dict`` holds ``codes``, ``scale``, ``zero`` (unless symmetric), ``bias`` (if any) and
+    ``state_dict`` holds ``codes``, ``scale``, ``zero`` (unless symmetric), ``row_scale``,
+    ``codebook`` and ``remainder_*`` (where the weight has them), ``bias`` (if any) and
     ``_extra_state``, a small int64 tensor that describes the format, so that ``load_state_dict``
     refuses codes of another format instead of reading them wrongly. The bias is a Parameter with
     ``requires_grad=False``: optimizers pass over it unless it is asked to train, and
@@ -58,6 +64,11 @@ class PackedModule(nn.Module):
     codes: Tensor
     scale: Tensor
     zero: Tensor | None
+    row_scale: Tensor | None
+    codebook: Tensor | None
+    remainder_values: Tensor | None
+    remainder_columns: Tensor | None
+    remainder_offsets: Tensor | None
     bias: nn.Parameter | None
 
     def __init__(
@@ -82,6 +93,7 @@ class PackedModule(nn.Module):
         self.group_dim = group_dim
         self.symmetric = bool(symmetric) or bits < 2
         self.activations = activations
+        self.layout = WeightLayout()
         self._register_empty()
 
     def _register_empty(self) -> None:
@@ -94,7 +106,26 @@ class PackedModule(nn.Module):
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale)
         self.register_buffer("zero", zero)
+        for name in _EXTRAS:
+            self.register_buffer(name, None)
         self.register_parameter("bias", None)
+
+    def extend(self, layout: WeightLayout) -> Self:
+        """Make room for the optional parts that ``layout`` names, without data; returns itself."""
+        rows = self._matrix_shape[0]
+        self.layout = layout
+        if layout.two_level:
+            self.scale = self.scale.to(torch.uint8)
+            self.row_scale = torch.empty(rows, device="meta")
+        if layout.codebook:
+            entries = levels_of(self.bits)
+            self.codebook = torch.empty(entries, dtype=torch.uint8, device="meta")
+        if layout.nonzeros >= 0:
+            count = layout.nonzeros
+            self.remainder_values = torch.empty(count, dtype=torch.float16, device="meta")
+            self.remainder_columns = torch.empty(count, dtype=torch.int32, device="meta")
+            self.remainder_offsets = torch.empty(rows + 1, dtype=torch.int64, device="meta")
+        return self
 
     @property
     def _matrix_shape(self) -> tuple[int, int]:
@@ -142,15 +173,20 @@ class PackedModule(nn.Module):
             ValueError: shape or format of ``qtensor`` is not this layer's.
         """
         subject = type(self).__name__
-        seen = (tuple(qtensor.shape), qtensor.bits, qtensor.group_size, qtensor.group_dim)
-        wanted = (self._matrix_shape, self.bits, self.group_size, self.group_dim)
+        seen: tuple[Any, ...] = (tuple(qtensor.shape), qtensor.bits)
+        seen += (qtensor.group_size, qtensor.group_dim, tuple(qtensor.layout))
+        wanted: tuple[Any, ...] = (self._matrix_shape, self.bits)
+        wanted += (self.group_size, self.group_dim, tuple(self.layout))
         if seen != wanted or (qtensor.zero is None) != self.symmetric:
             raise ValueError(
-                f"{subject}: qtensor must have (shape, bits, group_size, group_dim) {wanted} and "
+                f"{subject}: qtensor must have (shape, bits, group_size, group_dim, layout) "
+                f"{wanted} and "
                 f"{'no' if self.symmetric else 'a'} zero-point; got {seen} and "
                 f"{'none' if qtensor.zero is None else 'one'}."
             )
         self.codes, self.scale, self.zero = qtensor.codes, qtensor.scale, qtensor.zero
+        for name, part in zip(_EXTRAS, qtensor.extras, strict=True):
+            setattr(self, name, part)
         if bias is not None:
             check_float_tensor(subject, "bias", bias)
             check_shape(subject, "bias", bias, (self.weight_shape[0],))
@@ -166,6 +202,13 @@ class PackedModule(nn.Module):
             self.pack_weight(layer)
 
     @property
+    def extras(self) -> WeightExtras | None:
+        """The optional parts as the operators take them; None where there are none."""
+        if self.layout == (False, False, -1):
+            return None
+        return WeightExtras(*(self._buffers[name] for name in _EXTRAS))
+
+    @property
     def qtensor(self) -> QTensor:
         """The packed weight, sharing memory with the buffers; ``(rows, columns)`` as multiplied."""
         return QTensor(
@@ -176,7 +219,16 @@ class PackedModule(nn.Module):
             shape=self._matrix_shape,
             group_size=self.group_size,
             group_dim=self.group_dim,
+            row_scale=self.row_scale,
+            codebook=self.codebook,
+            remainder=self._remainder(),
         )
+
+    def _remainder(self) -> SparseRemainder | None:
+        values, columns, offsets = (self._buffers[name] for name in _REMAINDER)
+        if values is None or columns is None or offsets is None:
+            return None
+        return SparseRemainder(values, columns, offsets)
 
     def dequantize(self) -> Tensor:
         """The weight that this layer computes with, exactly: float32, in torch's layout."""
@@ -189,8 +241,8 @@ class PackedModule(nn.Module):
 
     @property
     def nbytes_packed(self) -> int:
-        """Bytes of codes, scales and zero-points; the bias is not counted."""
-        tensors = (self.codes, self.scale, self.zero)
+        """Bytes of the weight, all its parts; the bias is not counted."""
+        tensors = [self._buffers[name] for name in _STORED]
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -222,8 +274,9 @@ class PackedModule(nn.Module):
 
         All of it must agree for codes to mean the same weight, but for ``activations``.
         """
+        plain = self.layout == WeightLayout()
         fields = {
-            "version": _DESCRIPTOR_VERSION,
+            "version": _PLAIN_VERSION if plain else _LAYOUT_VERSION,
             "kind": self.kind,
             "bits": round(100 * self.bits),
             "group_size": self.group_size,
@@ -231,6 +284,8 @@ class PackedModule(nn.Module):
             "symmetric": int(self.symmetric),
             "activations": _ACTIVATIONS.index(self.activations),
         }
+        if not plain:
+            fields |= {name: int(value) for name, value in self.layout._asdict().items()}
         return fields | {f"weight.shape[{i}]": size for i, size in enumerate(self.weight_shape)}
 
     @staticmethod
@@ -238,10 +293,18 @@ class PackedModule(nn.Module):
         """The ``_extra_state`` of a packed layer as options: kind, weight_shape, bits and so on.
 
         Raises:
-            ValueError: ``values`` is not a descriptor of this version.
+            ValueError: ``values`` is not a descriptor of a known version.
         """
-        if len(values) < 9 or values[0] != _DESCRIPTOR_VERSION or values[6] not in (0, 1):
+        versions = (_PLAIN_VERSION, _LAYOUT_VERSION)
+        if len(values) < 9 or values[0] not in versions or values[6] not in (0, 1):
             raise ValueError(f"PackedModule: unknown description of a packed weight, {values}.")
+        layout = {}
+        if values[0] == _LAYOUT_VERSION:
+            if len(values) < 12 or any(value not in (0, 1) for value in values[7:9]):
+                raise ValueError(f"PackedModule: unknown description of a packed weight, {values}.")
+            two_level, codebook, nonzeros = values[7:10]
+            layout = {"layout": [bool(two_level), bool(codebook), nonzeros]}
+            values = values[:7] + values[10:]
         kind, bits, group_size, group_dim, symmetric, activations = values[1:7]
         return {
             "kind": kind,
@@ -251,6 +314,7 @@ class PackedModule(nn.Module):
             "group_dim": group_dim,
             "symmetric": bool(symmetric),
             "activations": _ACTIVATIONS[activations],
+            **layout,
         }
 
     def _load_from_state_dict(
@@ -267,10 +331,11 @@ class PackedModule(nn.Module):
         if problem is not None:
             error_msgs.append(f"{type(self).__name__} '{prefix.rstrip('.')}': {problem}")
             return
-        scale = state_dict.get(f"{prefix}scale")
-        if isinstance(scale, Tensor) and scale.dtype != self.scale.dtype:
-            # copying into the old buffer would round the scales; in place, so that ties survive
-            self.scale.data = torch.empty_like(self.scale, dtype=scale.dtype)
+        for name in _FREE_FLOATS:
+            stored, own = state_dict.get(f"{prefix}{name}"), self._buffers[name]
+            if isinstance(stored, Tensor) and own is not None and stored.dtype != own.dtype:
+                # copying into the old buffer would round; in place, so that ties survive
+                own.data = torch.empty_like(own, dtype=stored.dtype)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -282,15 +347,16 @@ class PackedModule(nn.Module):
         found = state_dict.get(f"{prefix}_extra_state")
         if found is None:
             return None  # torch itself reports missing keys
-        expected = self._descriptor()
         values = found.tolist() if isinstance(found, Tensor) else [found]
-        if len(values) != len(expected):
-            return f"the state is of another format, {values}; expected {list(expected.values())}."
+        own = self.read_descriptor(list(self._descriptor().values()))
+        try:
+            other = self.read_descriptor(values)
+        except ValueError:
+            return f"the state is of another format, {values}."
         differing = [
-            f"{name} {value / 100 if name == 'bits' else value:g} (this layer: "
-            f"{expected[name] / 100 if name == 'bits' else expected[name]:g})"
-            for name, value in zip(expected, values, strict=True)
-            if value != expected[name] and name != "activations"
+            f"{name} {other.get(name)} (this layer: {own.get(name)})"
+            for name in dict.fromkeys((*own, *other))
+            if other.get(name) != own.get(name) and name != "activations"
         ]
         return f"the state was packed with {', '.join(differing)}." if differing else None
 
@@ -301,6 +367,12 @@ class PackedModule(nn.Module):
             parts.append(f"group_dim={self.group_dim}")
         if self.symmetric:
             parts.append("symmetric=True")
+        if self.layout.two_level:
+            parts.append("two_level=True")
+        if self.layout.codebook:
+            parts.append("codebook=True")
+        if self.layout.nonzeros >= 0:
+            parts.append(f"remainder={self.layout.nonzeros}")
         if self.activations is not None:
             parts.append(f"activations={self.activations!r}")
         return ", ".join(parts)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from pyrobust import _native
-from pyrobust._checks import check_choice, check_integer, check_shape
+from pyrobust._checks import check_choice, check_integer
 from pyrobust.ops import _interval_conv as conv
 from pyrobust.ops import _interval_linear as linear
 from pyrobust.ops._interval_checks import (
@@ -28,8 +28,15 @@ from pyrobust.ops._interval_checks import (
 )
 from pyrobust.ops._interval_fallback import half_step_of_int8, outward_image
 from pyrobust.ops._library import define, dispatcher_needed, refuse_forward_mode
-from pyrobust.ops.formats import check_bits, levels_of, row_bytes
+from pyrobust.ops.formats import levels_of
 from pyrobust.ops.matmul import dequantize_codes
+from pyrobust.ops.packed_weight import (
+    EXTRAS_SCHEMA,
+    NO_EXTRAS,
+    WeightExtras,
+    check_weight,
+    native_extras,
+)
 
 __all__ = ["interval_packed_conv2d", "interval_packed_linear"]
 
@@ -50,6 +57,7 @@ def interval_packed_linear(
     group_dim: int = 1,
     activations: str | None = None,
     rounding: str = "real",
+    extras: WeightExtras | None = None,
 ) -> Ends:
     """Image of a box under :func:`pyrobust.ops.matmul.packed_linear`.
 
@@ -67,6 +75,7 @@ def interval_packed_linear(
         activations: None bounds the float product; ``"int8"`` the layer that rounds each row of its
             input to 8 bits first.
         rounding: ``"real"``, ``"deployed"`` or ``"nearest"``.
+        extras: row scales, codebook and sparse remainder, where the weight has them.
 
     Returns:
         ``(lower, upper)``, each ``(..., out_features)``; differentiable in both ends and ``bias``.
@@ -80,15 +89,19 @@ def interval_packed_linear(
     if has_torch_function(tensors):
         options: dict[str, Any] = {"in_features": in_features, "bits": bits, "group_dim": group_dim}
         options |= {"group_size": group_size, "activations": activations, "rounding": rounding}
+        options["extras"] = extras
         result: Ends = handle_torch_function(interval_packed_linear, tensors, *tensors, **options)
         return result
-    _check_packed(subject, tensors, in_features, bits, group_size, group_dim, activations, rounding)
+    extras = extras or NO_EXTRAS
+    check_choice(subject, "activations", activations, _ACTIVATIONS)
+    _check_packed(subject, tensors, in_features, bits, group_size, group_dim, rounding, extras)
     if lower.ndim < 1 or lower.shape[-1] != in_features:
         raise ValueError(
             f"{subject}: lower must have in_features = {in_features} values on its last axis; "
             f"got shape {tuple(lower.shape)}."
         )
-    arguments = (*tensors, in_features, float(bits), group_size, group_dim, activations, rounding)
+    packed = (in_features, float(bits), group_size, group_dim, activations)
+    arguments = (*tensors, *packed, rounding, *extras)
     if dispatcher_needed(*tensors):
         refuse_forward_mode(subject, *tensors)
         ends: Ends = torch.ops.pyrobust.interval_packed_linear(*arguments)
@@ -115,6 +128,7 @@ def interval_packed_conv2d(
     group_dim: int = 1,
     activations: str | None = None,
     rounding: str = "real",
+    extras: WeightExtras | None = None,
 ) -> Ends:
     """Image of a box of images under a convolution whose weight is packed.
 
@@ -139,6 +153,7 @@ def interval_packed_conv2d(
         group_dim: 1 groups along a row of the weight, 0 along the output channels.
         activations: None or ``"int8"``.
         rounding: ``"real"``, ``"deployed"`` or ``"nearest"``.
+        extras: row scales, codebook and sparse remainder, where the weight has them.
 
     Returns:
         ``(lower, upper)``, each ``(B, O, H', W')``; differentiable in both ends and ``bias``.
@@ -153,7 +168,7 @@ def interval_packed_conv2d(
         options: dict[str, Any] = {"in_channels": in_channels, "kernel_size": kernel_size}
         options |= {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
         options |= {"bits": bits, "group_size": group_size, "group_dim": group_dim}
-        options |= {"activations": activations, "rounding": rounding}
+        options |= {"activations": activations, "rounding": rounding, "extras": extras}
         result: Ends = handle_torch_function(interval_packed_conv2d, tensors, *tensors, **options)
         return result
     kernel = conv.pair(subject, "kernel_size", kernel_size)
@@ -161,13 +176,16 @@ def interval_packed_conv2d(
     pad = conv.four_sides(subject, padding, kernel, step, gap)
     check_integer(subject, "groups", groups, 1)
     terms = in_channels // groups * kernel[0] * kernel[1]
-    _check_packed(subject, tensors, terms, bits, group_size, group_dim, activations, rounding)
+    extras = extras or NO_EXTRAS
+    check_choice(subject, "activations", activations, _ACTIVATIONS)
+    _check_packed(subject, tensors, terms, bits, group_size, group_dim, rounding, extras)
     shape = (codes.shape[0], in_channels // groups, *kernel)
     conv.check_images(subject, lower, shape, groups)
     conv.output_size(subject, lower.shape, kernel, step, pad, gap)
     low, high = (lower, upper) if lower.ndim == 4 else (lower.unsqueeze(0), upper.unsqueeze(0))
     packed = (terms, float(bits), group_size, group_dim, activations)
-    arguments = (low, high, *tensors[2:], *packed, kernel, step, pad, gap, groups, rounding)
+    window = (kernel, step, pad, gap, groups)
+    arguments = (low, high, *tensors[2:], *packed, *window, rounding, *extras)
     if dispatcher_needed(*tensors):
         refuse_forward_mode(subject, *tensors)
         ends: Ends = torch.ops.pyrobust.interval_packed_conv2d(*arguments)
@@ -183,27 +201,16 @@ def _check_packed(
     bits: float,
     group_size: int,
     group_dim: int,
-    activations: str | None,
     rounding: str,
+    extras: WeightExtras,
 ) -> None:
     lower, upper, codes, scale, zero, bias = tensors
     check_box(subject, lower, upper, rounding)
     check_operand(subject, "upper", upper, lower.dtype)
     check_operand(subject, "bias", bias, lower.dtype)
-    check_choice(subject, "activations", activations, _ACTIVATIONS)
-    check_bits(subject, bits)
     check_terms(subject, terms)
-    check_integer(subject, "group_size", group_size, 1)
-    check_choice(subject, "group_dim", group_dim, (0, 1))
-    check_shape(subject, "codes", codes, (None, row_bytes(terms, bits)))
-    rows = codes.shape[0]
-    check_bias(subject, bias, rows)
-    grouped = (rows, -(-terms // group_size))
-    if group_dim == 0:
-        grouped = (-(-rows // group_size), terms)
-    check_shape(subject, "scale", scale, grouped)
-    if zero is not None:
-        check_shape(subject, "zero", zero, grouped)
+    check_weight(subject, codes, scale, zero, terms, bits, group_size, group_dim, extras)
+    check_bias(subject, bias, codes.shape[0])
 
 
 # --- operators --------------------------------------------------------------------------------
@@ -226,10 +233,11 @@ def _linear_cpu(
     group_dim: int,
     activations: str | None,
     rounding: str,
+    *extras: Tensor | None,
 ) -> Ends:
     weight_format = [in_features, levels_of(bits), group_size, group_dim]
     if lower.dtype != torch.float32:
-        weight = _weight(codes, scale, zero, in_features, bits, group_size, group_dim)
+        weight = _weight(codes, scale, zero, in_features, bits, group_size, group_dim, extras)
         moved = half_step_of_int8(lower, upper, (-1,)) if activations else None
         return outward_image(
             lower,
@@ -252,6 +260,7 @@ def _linear_cpu(
         _optional(zero),
         _optional(bias),
         weight_format,
+        native_extras(extras),
         activations == "int8",
         rounding,
         out_low,
@@ -271,6 +280,7 @@ def _weight(
     bits: float,
     group_size: int,
     group_dim: int,
+    extras: tuple[Tensor | None, ...] = (),
 ) -> Tensor:
     return dequantize_codes(
         codes,
@@ -280,6 +290,7 @@ def _weight(
         bits=bits,
         group_size=group_size,
         group_dim=group_dim,
+        extras=WeightExtras(*extras),
     )
 
 
@@ -290,16 +301,17 @@ def _linear_fake(lower: Tensor, upper: Tensor, codes: Tensor, *_: Any) -> Ends:
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: Ends) -> None:
     lower, _, codes, scale, zero, bias, *options = inputs
-    ctx.save_for_backward(codes, scale, zero, lower)
+    ctx.save_for_backward(lower, codes, scale, zero, *options[-5:])
     ctx.has_bias, ctx.options = bias is not None, options
 
 
 def _linear_backward(ctx: Any, grad_lower: Tensor, grad_upper: Tensor) -> tuple[Any, ...]:
-    codes, scale, zero, lower = ctx.saved_tensors
+    lower, codes, scale, zero, *extras = ctx.saved_tensors
     to_centre, to_radius = grad_lower + grad_upper, grad_upper - grad_lower
-    grads: list[Tensor | None] = [None] * 12
+    grads: list[Tensor | None] = [None] * 17
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-        weight = _weight(codes, scale, zero, *ctx.options[:4]).to(lower.dtype)
+        packed: tuple[int, float, int, int] = tuple(ctx.options[:4])
+        weight = _weight(codes, scale, zero, *packed, tuple(extras)).to(lower.dtype)
         grads[0], grads[1] = linear.grad_of_ends(to_centre, to_radius, weight)
     if ctx.has_bias and ctx.needs_input_grad[5]:
         grads[5] = to_centre.reshape(-1, to_centre.shape[-1]).sum(0)
@@ -328,9 +340,10 @@ def _conv_cpu(
     dilation: list[int],
     groups: int,
     rounding: str,
+    *extras: Tensor | None,
 ) -> Ends:
     if lower.dtype != torch.float32:
-        weight = _weight(codes, scale, zero, terms, bits, group_size, group_dim)
+        weight = _weight(codes, scale, zero, terms, bits, group_size, group_dim, extras)
 
         def product(images: Tensor, matrix: Tensor) -> Tensor:
             filters = matrix.reshape(matrix.shape[0], -1, *kernel)
@@ -357,6 +370,7 @@ def _conv_cpu(
         _optional(zero),
         _optional(bias),
         [terms, levels_of(bits), group_size, group_dim],
+        native_extras(extras),
         activations == "int8",
         kernel,
         stride,
@@ -379,12 +393,13 @@ def _conv_fake(lower: Tensor, upper: Tensor, codes: Tensor, *rest: Any) -> Ends:
 
 
 def _conv_backward(ctx: Any, grad_lower: Tensor, grad_upper: Tensor) -> tuple[Any, ...]:
-    codes, scale, zero, lower = ctx.saved_tensors
+    lower, codes, scale, zero, *extras = ctx.saved_tensors
     kernel, stride, pad, dilation, groups = ctx.options[5:10]
     to_centre, to_radius = grad_lower + grad_upper, grad_upper - grad_lower
-    grads: list[Tensor | None] = [None] * 17
+    grads: list[Tensor | None] = [None] * 22
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-        weight = _weight(codes, scale, zero, *ctx.options[:4]).to(lower.dtype)
+        packed: tuple[int, float, int, int] = tuple(ctx.options[:4])
+        weight = _weight(codes, scale, zero, *packed, tuple(extras)).to(lower.dtype)
         weight = weight.reshape(weight.shape[0], -1, *kernel)
         window = {"stride": stride, "padding": 0, "dilation": dilation, "groups": groups}
         grads[0], grads[1] = conv.grad_of_ends(to_centre, to_radius, lower, weight, pad, window)
@@ -402,7 +417,7 @@ _INPUTS = (
     " int terms, float bits, int group_size, int group_dim, str? activations"
 )
 define(
-    f"interval_packed_linear({_INPUTS}, str rounding) -> (Tensor, Tensor)",
+    f"interval_packed_linear({_INPUTS}, str rounding, {EXTRAS_SCHEMA}) -> (Tensor, Tensor)",
     _linear_cpu,
     _linear_fake,
     backward=_linear_backward,
@@ -411,7 +426,7 @@ define(
 )
 define(
     f"interval_packed_conv2d({_INPUTS}, int[] kernel, int[] stride, int[] pad, int[] dilation,"
-    " int groups, str rounding) -> (Tensor, Tensor)",
+    f" int groups, str rounding, {EXTRAS_SCHEMA}) -> (Tensor, Tensor)",
     _conv_cpu,
     _conv_fake,
     backward=_conv_backward,

@@ -12,13 +12,27 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from pyrobust import _native
-from pyrobust._checks import check_choice, check_float_tensor, check_integer, check_shape
+from pyrobust._checks import check_choice, check_integer, check_shape
 from pyrobust.ops._library import define, dispatcher_needed, refuse_forward_mode
 from pyrobust.ops.formats import check_bits, levels_of, row_bytes
+from pyrobust.ops.packed_weight import (
+    EXTRAS_SCHEMA,
+    NO_EXTRAS,
+    WeightExtras,
+    check_bytes,
+    check_float,
+    check_weight,
+    native_extras,
+)
 
-__all__ = ["dequantize_codes", "pack_codes", "packed_linear", "unpack_codes"]
-
-_FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+__all__ = [
+    "dequantize_codes",
+    "linear_kernel",
+    "pack_codes",
+    "packed_linear",
+    "transpose_kernel",
+    "unpack_codes",
+]
 
 # Rows of W that the gradient turns into floats at a time: 256 x 4096 floats stay in cache.
 _GRADIENT_ROWS = 256
@@ -36,6 +50,7 @@ def packed_linear(
     group_size: int,
     group_dim: int = 1,
     activations: str | None = None,
+    extras: WeightExtras | None = None,
 ) -> Tensor:
     """Multiply ``x`` with a packed weight: ``y = x W^T + bias``.
 
@@ -62,6 +77,7 @@ def packed_linear(
             bits first (step: its largest magnitude / 127) and is then exact up to double rounding:
             the same bits on every instruction set and thread count. A row of ``x`` with a NaN
             or an infinity then gives a row of NaN.
+        extras: row scales, codebook and sparse remainder, where the weight has them.
 
     Returns:
         ``(..., out_features)`` of the dtype of ``x``.
@@ -77,6 +93,7 @@ def packed_linear(
         "group_size": group_size,
         "group_dim": group_dim,
         "activations": activations,
+        "extras": extras,
     }
     if has_torch_function((x, codes, scale, zero, bias)):
         relevant = (x, codes, scale, zero, bias)
@@ -87,13 +104,14 @@ def packed_linear(
         refuse_forward_mode("packed_linear", x, scale, bias)
         int8 = activations == "int8"
         product: Tensor = torch.ops.pyrobust.packed_linear(
-            x, codes, scale, zero, bias, in_features, bits, group_size, group_dim, int8
-        )
+            x, codes, scale, zero, bias, in_features, bits, group_size, group_dim, int8,
+            *(extras or NO_EXTRAS),
+        )  # fmt: skip
         return product
     try:  # plain inference: the binding checks everything, Python words what it refuses
-        return _linear_kernel(
+        return linear_kernel(
             x, codes, scale, zero, bias, in_features, bits, group_size, group_dim,
-            _INT8[activations],
+            _INT8[activations], *(extras or NO_EXTRAS),
         )  # fmt: skip
     except (KeyError, TypeError, ValueError):
         _check_product(x, codes, scale, zero, bias, **options)
@@ -109,6 +127,7 @@ def dequantize_codes(
     bits: float,
     group_size: int,
     group_dim: int = 1,
+    extras: WeightExtras | None = None,
 ) -> Tensor:
     """The weight that packed codes stand for, exact in float32.
 
@@ -120,6 +139,7 @@ def dequantize_codes(
         bits: 1, 1.58, 2, 3, 4 or 8.
         group_size: weights that share a scale.
         group_dim: 1 or 0.
+        extras: as for :func:`packed_linear`.
 
     Returns:
         ``(out_features, in_features)`` float32, without rounding.
@@ -128,9 +148,12 @@ def dequantize_codes(
         TypeError: a dtype is not accepted.
         ValueError: a shape or option is wrong.
     """
-    _check_weight("dequantize_codes", codes, scale, zero, in_features, bits, group_size, group_dim)
+    extras = extras or NO_EXTRAS
+    check_weight(
+        "dequantize_codes", codes, scale, zero, in_features, bits, group_size, group_dim, extras
+    )
     weight: Tensor = torch.ops.pyrobust.dequantize_codes(
-        codes, scale, zero, in_features, bits, group_size, group_dim
+        codes, scale, zero, in_features, bits, group_size, group_dim, *extras
     )
     return weight
 
@@ -154,7 +177,8 @@ def pack_codes(codes: Tensor, *, bits: float) -> Tensor:
         tensor([[33, 67]], dtype=torch.uint8)
     """
     check_bits("pack_codes", bits)
-    _check_bytes("pack_codes", "codes", codes)
+    check_bytes("pack_codes", "codes", codes)
+    check_shape("pack_codes", "codes", codes, (None, None))
     packed = codes.new_empty(codes.shape[0], row_bytes(codes.shape[1], bits))
     _native.pack_codes(codes.contiguous(), packed, levels_of(bits), torch.get_num_threads())
     return packed
@@ -177,7 +201,7 @@ def unpack_codes(packed: Tensor, *, in_features: int, bits: float) -> Tensor:
     """
     check_bits("unpack_codes", bits)
     check_integer("unpack_codes", "in_features", in_features, 0)
-    _check_bytes("unpack_codes", "packed", packed)
+    check_bytes("unpack_codes", "packed", packed)
     check_shape("unpack_codes", "packed", packed, (None, row_bytes(in_features, bits)))
     codes = packed.new_empty(packed.shape[0], in_features)
     _native.unpack_codes(packed.contiguous(), codes, levels_of(bits), torch.get_num_threads())
@@ -187,48 +211,6 @@ def unpack_codes(packed: Tensor, *, in_features: int, bits: float) -> Tensor:
 # --- checks -----------------------------------------------------------------------------------
 
 _INT8 = {None: False, "int8": True}
-
-
-def _check_bytes(subject: str, name: str, value: Tensor) -> None:
-    if value.dtype != torch.uint8:
-        raise TypeError(f"{subject}: {name} must have dtype torch.uint8; got {value.dtype}.")
-    check_shape(subject, name, value, (None, None))
-
-
-def _check_float(subject: str, name: str, value: Tensor) -> None:
-    check_float_tensor(subject, name, value)
-    if value.dtype not in _FLOAT_TYPES:
-        raise TypeError(
-            f"{subject}: {name} must be float32, float16 or bfloat16; got {value.dtype}."
-        )
-
-
-def _check_weight(
-    subject: str,
-    codes: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    in_features: int,
-    bits: float,
-    group_size: int,
-    group_dim: int,
-) -> None:
-    check_bits(subject, bits)
-    check_integer(subject, "group_size", group_size, 1)
-    check_choice(subject, "group_dim", group_dim, (0, 1))
-    _check_bytes(subject, "codes", codes)
-    check_shape(subject, "codes", codes, (None, row_bytes(in_features, bits)))
-    rows = codes.shape[0]
-    grouped = (rows, -(-in_features // group_size))
-    if group_dim == 0:
-        grouped = (-(-rows // group_size), in_features)
-    _check_float(subject, "scale", scale)
-    check_shape(subject, "scale", scale, grouped)
-    if zero is not None:
-        if bits in (1, 1.58):
-            raise ValueError(f"{subject}: zero must be None at {bits} bits; got a tensor.")
-        _check_bytes(subject, "zero", zero)
-        check_shape(subject, "zero", zero, grouped)
 
 
 def _check_product(
@@ -243,18 +225,20 @@ def _check_product(
     group_size: int,
     group_dim: int,
     activations: str | None,
+    extras: WeightExtras | None,
 ) -> None:
     subject = "packed_linear"
-    _check_float(subject, "x", x)
+    check_float(subject, "x", x)
     check_choice(subject, "activations", activations, _INT8)
     if x.ndim == 0 or x.shape[-1] != in_features:
         raise ValueError(
             f"{subject}: x must have in_features = {in_features} values on its last axis; "
             f"got shape {tuple(x.shape)}."
         )
-    _check_weight(subject, codes, scale, zero, in_features, bits, group_size, group_dim)
+    extras = extras or NO_EXTRAS
+    check_weight(subject, codes, scale, zero, in_features, bits, group_size, group_dim, extras)
     if bias is not None:
-        _check_float(subject, "bias", bias)
+        check_float(subject, "bias", bias)
         check_shape(subject, "bias", bias, (codes.shape[0],))
 
 
@@ -266,7 +250,7 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.resolve_conj().resolve_neg().contiguous()
 
 
-def _linear_kernel(
+def linear_kernel(
     x: Tensor,
     codes: Tensor,
     scale: Tensor,
@@ -277,8 +261,12 @@ def _linear_kernel(
     group_size: int,
     group_dim: int,
     int8: bool,
+    *extras: Tensor | None,
+    rows: slice | None = None,
 ) -> Tensor:
-    out = x.new_empty((*x.shape[:-1], codes.shape[0]))
+    """The product; of some rows of W where ``rows`` names them."""
+    first, count = (0, codes.shape[0]) if rows is None else (rows.start, rows.stop - rows.start)
+    out = x.new_empty((*x.shape[:-1], count))
     if bias is not None and bias.dtype != torch.float32:
         bias = bias.float()
     _native.packed_linear(
@@ -293,6 +281,8 @@ def _linear_kernel(
         group_size,
         group_dim,
         int8,
+        native_extras(extras),
+        first,
         torch.get_num_threads(),
     )
     return out
@@ -304,23 +294,25 @@ def _linear_fake(x: Tensor, codes: Tensor, *_: Any) -> Tensor:
 
 def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, codes, scale, zero, bias, *options = inputs
-    ctx.save_for_backward(codes, scale, zero)
-    ctx.options = tuple(options[:-1])
+    ctx.save_for_backward(codes, scale, zero, *options[5:])
+    ctx.options = tuple(options[:4])
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    codes, scale, zero = ctx.saved_tensors
+    codes, scale, zero, *extras = ctx.saved_tensors
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.pyrobust.packed_linear_transpose(grad, codes, scale, zero, *ctx.options)
+        grad_x = torch.ops.pyrobust.packed_linear_transpose(
+            grad, codes, scale, zero, *ctx.options, *extras
+        )
     if ctx.bias_dtype is not None and ctx.needs_input_grad[4]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32)
         grad_bias = grad_bias.to(ctx.bias_dtype)
-    return (grad_x, None, None, None, grad_bias, None, None, None, None, None)
+    return (grad_x, None, None, None, grad_bias, *[None] * 10)
 
 
-def _transpose_kernel(
+def transpose_kernel(
     grad: Tensor,
     codes: Tensor,
     scale: Tensor,
@@ -329,20 +321,19 @@ def _transpose_kernel(
     bits: float,
     group_size: int,
     group_dim: int,
+    *extras: Tensor | None,
+    rows: slice | None = None,
 ) -> Tensor:
-    """``grad @ W``, with W turned into floats one block of rows at a time."""
+    """``grad @ W`` (or some rows of it), with W turned into floats one block of rows at a time."""
     flat = _plain(grad).reshape(-1, grad.shape[-1]).float()
     total = flat.new_zeros(flat.shape[0], in_features)
-    # With groups along the rows, blocks start on group borders.
-    step = _GRADIENT_ROWS if group_dim == 1 else -(-_GRADIENT_ROWS // group_size) * group_size
-    for begin in range(0, codes.shape[0], step):
-        rows = slice(begin, begin + step)
-        groups = rows if group_dim == 1 else slice(begin // group_size, -(-rows.stop // group_size))
+    first, stop = (0, codes.shape[0]) if rows is None else (rows.start, rows.stop)
+    for begin in range(first, stop, _GRADIENT_ROWS):
+        block = slice(begin, min(stop, begin + _GRADIENT_ROWS))
         weight = _dequantize_kernel(
-            codes[rows], scale[groups], None if zero is None else zero[groups],
-            in_features, bits, group_size, group_dim,
-        )  # fmt: skip
-        total.addmm_(flat[:, rows], weight)
+            codes, scale, zero, in_features, bits, group_size, group_dim, *extras, rows=block
+        )
+        total.addmm_(flat[:, begin - first : block.stop - first], weight)
     return total.to(grad.dtype).reshape(*grad.shape[:-1], in_features)
 
 
@@ -354,14 +345,16 @@ def _transpose_fake(
 
 def _transpose_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, codes, scale, zero, *options = inputs
-    ctx.save_for_backward(codes, scale, zero)
-    ctx.options = tuple(options)
+    ctx.save_for_backward(codes, scale, zero, *options[4:])
+    ctx.options = tuple(options[:4])
 
 
 def _transpose_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    codes, scale, zero = ctx.saved_tensors
-    result = torch.ops.pyrobust.packed_linear(grad, codes, scale, zero, None, *ctx.options, False)
-    return (result, None, None, None, None, None, None, None)
+    codes, scale, zero, *extras = ctx.saved_tensors
+    result = torch.ops.pyrobust.packed_linear(
+        grad, codes, scale, zero, None, *ctx.options, False, *extras
+    )
+    return (result, *[None] * 12)
 
 
 def _dequantize_kernel(
@@ -372,8 +365,11 @@ def _dequantize_kernel(
     bits: float,
     group_size: int,
     group_dim: int,
+    *extras: Tensor | None,
+    rows: slice | None = None,
 ) -> Tensor:
-    out = codes.new_empty((codes.shape[0], in_features), dtype=torch.float32)
+    first, stop = (0, codes.shape[0]) if rows is None else (rows.start, rows.stop)
+    out = codes.new_empty((stop - first, in_features), dtype=torch.float32)
     _native.dequantize(
         codes.contiguous(),
         scale.contiguous(),
@@ -383,6 +379,8 @@ def _dequantize_kernel(
         levels_of(bits),
         group_size,
         group_dim,
+        native_extras(extras),
+        first,
         torch.get_num_threads(),
     )
     return out
@@ -416,19 +414,24 @@ def _batched_rows(operator: str) -> Any:
 _WEIGHT = "Tensor codes, Tensor scale, Tensor? zero"
 _OPTIONS = "int in_features, float bits, int group_size, int group_dim"
 define(
-    f"packed_linear(Tensor x, {_WEIGHT}, Tensor? bias, {_OPTIONS}, bool int8) -> Tensor",
-    _linear_kernel,
+    f"packed_linear(Tensor x, {_WEIGHT}, Tensor? bias, {_OPTIONS}, bool int8, {EXTRAS_SCHEMA}) "
+    "-> Tensor",
+    linear_kernel,
     _linear_fake,
     backward=_linear_backward,
     setup_context=_linear_context,
     vmap=_batched_rows("packed_linear"),
 )
 define(
-    f"packed_linear_transpose(Tensor grad, {_WEIGHT}, {_OPTIONS}) -> Tensor",
-    _transpose_kernel,
+    f"packed_linear_transpose(Tensor grad, {_WEIGHT}, {_OPTIONS}, {EXTRAS_SCHEMA}) -> Tensor",
+    transpose_kernel,
     _transpose_fake,
     backward=_transpose_backward,
     setup_context=_transpose_context,
     vmap=_batched_rows("packed_linear_transpose"),
 )
-define(f"dequantize_codes({_WEIGHT}, {_OPTIONS}) -> Tensor", _dequantize_kernel, _dequantize_fake)
+define(
+    f"dequantize_codes({_WEIGHT}, {_OPTIONS}, {EXTRAS_SCHEMA}) -> Tensor",
+    _dequantize_kernel,
+    _dequantize_fake,
+)

@@ -14,9 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from pyrobust import _native
 from pyrobust._checks import check_choice, check_float_tensor, check_integer
 from pyrobust.ops._library import define, dispatcher_needed, refuse_forward_mode
-from pyrobust.ops.matmul import dequantize_codes, packed_linear
+from pyrobust.ops.formats import levels_of
+from pyrobust.ops.matmul import linear_kernel, transpose_kernel
+from pyrobust.ops.packed_weight import (
+    EXTRAS_SCHEMA,
+    NO_EXTRAS,
+    WeightExtras,
+    check_weight,
+    native_extras,
+)
 
 __all__ = ["COLUMN_BYTES", "packed_conv2d", "packed_embedding"]
 
@@ -26,7 +35,6 @@ COLUMN_BYTES = (
 
 _FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _Pair = int | Sequence[int]
-_Weight = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 def packed_conv2d(
@@ -46,6 +54,7 @@ def packed_conv2d(
     group_size: int,
     group_dim: int = 1,
     activations: str | None = None,
+    extras: WeightExtras | None = None,
 ) -> Tensor:
     """Two-dimensional convolution with a packed weight, as ``torch.nn.functional.conv2d``.
 
@@ -68,6 +77,7 @@ def packed_conv2d(
         group_size: weights that share a scale.
         group_dim: 1 groups along a row, 0 along a column.
         activations: None or ``"int8"``.
+        extras: row scales, codebook and sparse remainder, where the weight has them.
 
     Returns:
         ``(B, O, H', W')`` in the dtype of ``x``; differentiable in ``x`` and ``bias``.
@@ -95,6 +105,7 @@ def packed_conv2d(
             group_size=group_size,
             group_dim=group_dim,
             activations=activations,
+            extras=extras,
         )
         return result
     window = (
@@ -106,11 +117,15 @@ def packed_conv2d(
     pad = _four_sides(padding, *window)
     _check_input(x, in_channels, groups, codes.shape[0], window, pad)
     refuse_forward_mode("packed_conv2d", x, bias)
+    check_choice("packed_conv2d", "activations", activations, (None, "int8"))
+    extras = extras or NO_EXTRAS
+    terms = in_channels // groups * window[0][0] * window[0][1]
+    check_weight("packed_conv2d", codes, scale, zero, terms, bits, group_size, group_dim, extras)
     images = x if x.ndim == 4 else x.unsqueeze(0)
     weight_format = (float(bits), group_size, group_dim)
     tensors = (images, codes, scale, zero, bias)
     run = torch.ops.pyrobust.packed_conv2d if dispatcher_needed(*tensors) else _conv_kernel
-    out: Tensor = run(*tensors, *window, pad, groups, *weight_format, activations)
+    out: Tensor = run(*tensors, *window, pad, groups, *weight_format, activations, *extras)
     return out if x.ndim == 4 else out.squeeze(0)
 
 
@@ -125,6 +140,7 @@ def packed_embedding(
     group_size: int,
     group_dim: int = 1,
     dtype: torch.dtype = torch.float32,
+    extras: WeightExtras | None = None,
 ) -> Tensor:
     """Rows of a packed table: only the rows that ``indices`` name are decoded.
 
@@ -138,6 +154,7 @@ def packed_embedding(
         group_size: weights that share a scale.
         group_dim: 1 groups along a row, 0 along a column.
         dtype: of the result; the decoded float32 value is rounded to it.
+        extras: row scales, codebook and sparse remainder, where the table has them.
 
     Returns:
         ``(*indices.shape, embedding_dim)`` in ``dtype``.
@@ -159,14 +176,18 @@ def packed_embedding(
             group_size=group_size,
             group_dim=group_dim,
             dtype=dtype,
+            extras=extras,
         )
         return result
     if not isinstance(indices, Tensor) or indices.dtype not in (torch.int32, torch.int64):
         seen = getattr(indices, "dtype", type(indices).__name__)
         raise TypeError(f"packed_embedding: indices must be an int32 or int64 tensor; got {seen}.")
+    extras = extras or NO_EXTRAS
+    options = (embedding_dim, float(bits), group_size, group_dim)
+    check_weight("packed_embedding", codes, scale, zero, embedding_dim, *options[1:], extras)
     tensors = (indices, codes, scale, zero)
     run = torch.ops.pyrobust.packed_embedding if dispatcher_needed(*tensors) else _embedding_kernel
-    out: Tensor = run(*tensors, embedding_dim, float(bits), group_size, group_dim, dtype)
+    out: Tensor = run(*tensors, *options, dtype, *extras)
     return out
 
 
@@ -279,24 +300,6 @@ def _unfold(
     return patches.flatten(3)
 
 
-def _weight_of_group(
-    group: int, groups: int, weight: _Weight, group_size: int, group_dim: int
-) -> tuple[_Weight, int]:
-    """Rows of the packed weight that belong to one channel group, and their group size."""
-    codes, scale, zero, bias = weight
-    if groups == 1:
-        return weight, group_size
-    size = codes.shape[0] // groups
-    rows = slice(group * size, (group + 1) * size)
-    if group_dim == 0:  # groups of rows may straddle the border: give every row its own scale
-        each = torch.arange(rows.start, rows.stop, device=scale.device) // group_size
-        scale, zero = scale[each], None if zero is None else zero[each]
-        group_size = 1
-    else:
-        scale, zero = scale[rows], None if zero is None else zero[rows]
-    return (codes[rows], scale, zero, None if bias is None else bias[rows]), group_size
-
-
 def _conv_kernel(
     x: Tensor,
     codes: Tensor,
@@ -312,6 +315,7 @@ def _conv_kernel(
     group_size: int,
     group_dim: int,
     activations: str | None,
+    *extras: Tensor | None,
 ) -> Tensor:
     tall, wide = _output_size(x.shape, kernel, stride, dilation, pad)
     out = x.new_empty(x.shape[0], codes.shape[0], tall, wide)
@@ -324,19 +328,21 @@ def _conv_kernel(
             reads = _input_rows(rows, kernel[0], stride[0], dilation[0])
             for group in range(groups):
                 part = padded[:, group * channels : (group + 1) * channels, reads]
-                weight, own_size = _weight_of_group(
-                    group, groups, (codes, scale, zero, bias), group_size, group_dim
-                )
-                product = packed_linear(
-                    _unfold(part, kernel, stride, dilation),
-                    *weight,
-                    in_features=columns,
-                    bits=bits,
-                    group_size=own_size,
-                    group_dim=group_dim,
-                    activations=activations,
-                )
                 writes = slice(group * outputs, (group + 1) * outputs)
+                product = linear_kernel(
+                    _unfold(part, kernel, stride, dilation),
+                    codes,
+                    scale,
+                    zero,
+                    bias,
+                    columns,
+                    bits,
+                    group_size,
+                    group_dim,
+                    activations == "int8",
+                    *extras,
+                    rows=writes,
+                )
                 out[images, writes, rows] = product.permute(0, 3, 1, 2)
     return out
 
@@ -356,6 +362,7 @@ def _conv_fake(
     group_size: int,
     group_dim: int,
     activations: str | None,
+    *extras: Tensor | None,
 ) -> Tensor:
     size = _output_size(x.shape, kernel, stride, dilation, pad)
     return x.new_empty(x.shape[0], codes.shape[0], *size)
@@ -375,6 +382,7 @@ def _input_grad_kernel(
     bits: float,
     group_size: int,
     group_dim: int,
+    *extras: Tensor | None,
 ) -> Tensor:
     """Gradient to the input of the convolution, accumulated in float32."""
     left, right, top, bottom = pad
@@ -389,17 +397,18 @@ def _input_grad_kernel(
         for rows in _blocks(tall, 4 * wide * columns):
             reads = _input_rows(rows, kernel[0], stride[0], dilation[0])
             for group in range(groups):
-                weight, own_size = _weight_of_group(
-                    group, groups, (codes, scale, zero, None), group_size, group_dim
-                )
-                part = grad[images, group * outputs : (group + 1) * outputs, rows]
-                unfolded = torch.ops.pyrobust.packed_linear_transpose(
-                    part.permute(0, 2, 3, 1).reshape(-1, outputs).float(),
-                    *weight[:3],
+                filters = slice(group * outputs, (group + 1) * outputs)
+                unfolded = transpose_kernel(
+                    grad[images, filters, rows].permute(0, 2, 3, 1).reshape(-1, outputs).float(),
+                    codes,
+                    scale,
+                    zero,
                     columns,
                     bits,
-                    own_size,
+                    group_size,
                     group_dim,
+                    *extras,
+                    rows=filters,
                 )
                 padded[:, group * channels : (group + 1) * channels, reads] += F.fold(
                     unfolded.reshape(count, -1, columns).transpose(1, 2),
@@ -418,39 +427,42 @@ def _input_grad_fake(grad: Tensor, *arguments: Any) -> Tensor:
 
 
 def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, codes, scale, zero, bias, *options, _activations = inputs
-    ctx.save_for_backward(codes, scale, zero)
-    ctx.shape, ctx.options = x.shape, options
+    x, codes, scale, zero, bias, *options = inputs
+    ctx.save_for_backward(codes, scale, zero, *options[9:])
+    ctx.shape, ctx.options = x.shape, options[:8]
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        arguments = (*ctx.saved_tensors, ctx.shape, *ctx.options)
+        codes, scale, zero, *extras = ctx.saved_tensors
+        arguments = (codes, scale, zero, ctx.shape, *ctx.options, *extras)
         grad_x = torch.ops.pyrobust.packed_conv2d_input_grad(grad, *arguments)
     if ctx.needs_input_grad[4]:
         grad_bias = grad.sum((0, 2, 3), dtype=torch.float32).to(ctx.bias_dtype)
-    return (grad_x, None, None, None, grad_bias, *[None] * 9)
+    return (grad_x, None, None, None, grad_bias, *[None] * 14)
 
 
 def _input_grad_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, codes, scale, zero, _, *options = inputs
-    ctx.save_for_backward(codes, scale, zero)
-    ctx.options = options
+    ctx.save_for_backward(codes, scale, zero, *options[8:])
+    ctx.options = options[:8]
 
 
 def _input_grad_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """The map is linear and its adjoint is the convolution itself."""
-    again = torch.ops.pyrobust.packed_conv2d(grad, *ctx.saved_tensors, None, *ctx.options, None)
-    return (again, *[None] * 12)
+    codes, scale, zero, *extras = ctx.saved_tensors
+    weight = (codes, scale, zero, None)
+    again = torch.ops.pyrobust.packed_conv2d(grad, *weight, *ctx.options, None, *extras)
+    return (again, *[None] * 17)
 
 
 def _conv_vmap(
     info: Any, in_dims: tuple[int | None, ...], x: Tensor, *rest: Any
 ) -> tuple[Tensor, int]:
     """A mapped axis of ``x`` joins the batch."""
-    if any(dim is not None for dim in in_dims[1:5]):
+    if any(isinstance(dim, int) for dim in in_dims[1:]):
         raise NotImplementedError("packed_conv2d: vmap over the packed weight or the bias.")
     x = x.movedim(in_dims[0] or 0, 0)
     out = torch.ops.pyrobust.packed_conv2d(x.flatten(0, 1), *rest)
@@ -467,6 +479,7 @@ def _embedding_kernel(
     group_size: int,
     group_dim: int,
     dtype: torch.dtype,
+    *extras: Tensor | None,
 ) -> Tensor:
     flat = indices.reshape(-1)
     if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= codes.shape[0]):
@@ -474,15 +487,19 @@ def _embedding_kernel(
             f"packed_embedding: indices must lie in [0, {codes.shape[0]}); got values from "
             f"{int(flat.min())} to {int(flat.max())}."
         )
-    groups = flat if group_dim == 1 else flat // group_size
-    rows = dequantize_codes(
-        codes[flat],
-        scale[groups],
-        None if zero is None else zero[groups],
-        in_features=embedding_dim,
-        bits=bits,
-        group_size=group_size if group_dim == 1 else 1,
-        group_dim=group_dim,
+    rows = codes.new_empty((flat.numel(), embedding_dim), dtype=torch.float32)
+    _native.gather_rows(
+        flat.long().contiguous(),
+        codes.contiguous(),
+        scale.contiguous(),
+        None if zero is None else zero.contiguous(),
+        rows,
+        embedding_dim,
+        levels_of(bits),
+        group_size,
+        group_dim,
+        native_extras(extras),
+        torch.get_num_threads(),
     )
     return rows.to(dtype).reshape(*indices.shape, embedding_dim)
 
@@ -497,6 +514,7 @@ def _embedding_fake(
     group_size: int,
     group_dim: int,
     dtype: torch.dtype,
+    *extras: Tensor | None,
 ) -> Tensor:
     return codes.new_empty((*indices.shape, embedding_dim), dtype=dtype)
 
@@ -507,7 +525,7 @@ _FORMAT = "float bits, int group_size, int group_dim"
 
 define(
     f"packed_conv2d(Tensor x, {_WEIGHT}, Tensor? bias, {_WINDOW}, {_FORMAT}, "
-    "str? activations) -> Tensor",
+    f"str? activations, {EXTRAS_SCHEMA}) -> Tensor",
     _conv_kernel,
     _conv_fake,
     backward=_conv_backward,
@@ -515,8 +533,8 @@ define(
     vmap=_conv_vmap,
 )
 define(
-    f"packed_conv2d_input_grad(Tensor grad, {_WEIGHT}, SymInt[] shape, {_WINDOW}, {_FORMAT}) "
-    "-> Tensor",
+    f"packed_conv2d_input_grad(Tensor grad, {_WEIGHT}, SymInt[] shape, {_WINDOW}, {_FORMAT}, "
+    f"{EXTRAS_SCHEMA}) -> Tensor",
     _input_grad_kernel,
     _input_grad_fake,
     backward=_input_grad_backward,
@@ -524,7 +542,7 @@ define(
 )
 define(
     f"packed_embedding(Tensor indices, {_WEIGHT}, int embedding_dim, {_FORMAT}, "
-    "ScalarType dtype) -> Tensor",
+    f"ScalarType dtype, {EXTRAS_SCHEMA}) -> Tensor",
     _embedding_kernel,
     _embedding_fake,
 )

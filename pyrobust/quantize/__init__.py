@@ -9,6 +9,7 @@ from pyrobust.quantize.calibration_block import (
     Quantized,
     quantize_by_layer,
 )
+from pyrobust.quantize.codebook import codebook_of, nf4_levels, round_to_codebook
 from pyrobust.quantize.gptq import GPTQ, gptq, gptq_weight
 from pyrobust.quantize.hessian import HessianAccumulator
 from pyrobust.quantize.lsq import ActivationQuantizer, LSQQuantizer
@@ -19,9 +20,11 @@ from pyrobust.quantize.qk_reparam import QKReparamAttention
 from pyrobust.quantize.qtensor import QTensor, round_scale
 from pyrobust.quantize.quant_layers import QuantConv2d, QuantLinear
 from pyrobust.quantize.quantize_vit import quantize_vit
+from pyrobust.quantize.remainder import SparseRemainder
 from pyrobust.quantize.round_to_nearest import quantize_groupwise, round_to_nearest, rtn
 from pyrobust.quantize.sensitivity import SENSITIVITY_KINDS, prediction_loss, sensitivity
 from pyrobust.quantize.stats_quantizer import StatsQuantizer
+from pyrobust.quantize.two_level import round_to_two_level
 
 __all__ = [
     "ActivationQuantizer",
@@ -56,5 +59,10 @@ __all__ = [
     "round_scale",
     "round_to_nearest",
     "sensitivity",
+    "SparseRemainder",
+    "codebook_of",
+    "nf4_levels",
+    "round_to_codebook",
+    "round_to_two_level",
     "train_ofq",
 ]

@@ -24,11 +24,13 @@ from pyrobust._safetensors import checksum, write_safetensors
 from pyrobust.quantize.calibration import Call
 from pyrobust.quantize.calibration_block import Quantized
 from pyrobust.quantize.qtensor import QTensor
+from pyrobust.quantize.remainder import SparseRemainder
 
 __all__ = ["ConversionFolder", "describe_conversion"]
 
 _VERSION = 1
 _RESULTS = "pyrobust.results"
+_REMAINDER = "remainder."  # before the names of its tensors
 
 
 class ConversionFolder:
@@ -106,6 +108,9 @@ def _flatten(name: str, result: Quantized, tensors: dict[str, Tensor]) -> dict[s
         value = getattr(result.qtensor, part.name)
         if isinstance(value, Tensor):
             tensors[f"{name}/{part.name}"] = value
+        elif isinstance(value, SparseRemainder):
+            for piece in fields(SparseRemainder):
+                tensors[f"{name}/{_REMAINDER}{piece.name}"] = getattr(value, piece.name)
         else:
             plain[part.name] = value
     if result.bias is not None:
@@ -117,7 +122,11 @@ def _flatten(name: str, result: Quantized, tensors: dict[str, Tensor]) -> dict[s
 def _rebuild(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Quantized:
     stored = {key.rpartition("/")[2]: value for key, value in tensors.items() if _of(name, key)}
     bias = stored.pop("bias", None)
+    pieces = {key: stored.pop(key) for key in list(stored) if key.startswith(_REMAINDER)}
     parts: dict[str, Any] = {**stored, **entry["qtensor"]}
+    if pieces:
+        kept = {key.removeprefix(_REMAINDER): value for key, value in pieces.items()}
+        parts["remainder"] = SparseRemainder(**kept)
     return Quantized(QTensor(**parts), bias, entry["error_nearest"], entry["error"])
 
 

@@ -14,6 +14,8 @@ QUANTIZERS: dict[str, str] = {
     "adadim": "pyrobust.quantize.adadim:AdaDim",
     "gptq": "pyrobust.quantize.gptq:GPTQ",
     "rtn": "pyrobust.quantize.round_to_nearest:round_to_nearest",
+    "nf4": "pyrobust.quantize.codebook:round_to_codebook",
+    "two-level": "pyrobust.quantize.two_level:round_to_two_level",
 }
 """Where each name is at home, imported at its first use; a class is used with its defaults."""
 

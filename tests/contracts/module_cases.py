@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from pyrobust import nn as rnn
+from pyrobust.quantize import QTensor
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,22 @@ def _linear(**options: object) -> ModuleCase:
     )
 
 
+def _extended() -> ModuleCase:
+    """A codebook, two-level scales and a remainder in one weight."""
+
+    def make() -> nn.Module:
+        weight = torch.randn(11, 21)
+        levels = torch.randint(0, 16, (11, 21), dtype=torch.uint8)
+        codebook = torch.arange(0, 256, 16, dtype=torch.uint8)
+        scale = torch.randint(0, 4, (11, 3), dtype=torch.uint8)
+        packed = QTensor.from_codes(
+            levels, scale, bits=4, group_size=8, row_scale=torch.rand(11), codebook=codebook
+        )
+        return rnn.PackedLinear.from_qtensor(packed.with_remainder(weight, weight.abs() > 1.5))
+
+    return replace(_linear(), make=_seeded(make))
+
+
 def _conv(**options: object) -> ModuleCase:
     options = {"bits": 4, **options}
     return ModuleCase(
@@ -88,6 +105,7 @@ CASES: dict[str, ModuleCase] = {
     "PackedLinear": _linear(),
     "PackedLinear-symmetric-3-per-input": _linear(bits=3, symmetric=True, group_dim=0),
     "PackedLinear-ternary-int8": _linear(bits=1.58, activations="int8", bias=False),
+    "PackedLinear-all-parts": _extended(),
     "PackedConv2d": _conv(padding=1),
     "PackedConv2d-groups-reflect": _conv(groups=2, padding=1, padding_mode="reflect", group_dim=0),
     "PackedConv2d-same-int8": _conv(padding="same", dilation=2, activations="int8", bias=False),

@@ -10,7 +10,12 @@ import torch
 from torch import nn
 
 import pyrobust
-from pyrobust.quantize import HessianAccumulator, quantize_by_layer, round_to_nearest
+from pyrobust.quantize import (
+    HessianAccumulator,
+    quantize_by_layer,
+    round_to_codebook,
+    round_to_nearest,
+)
 
 from .small_models import BlockNet, ConvNet
 
@@ -176,6 +181,40 @@ def test_an_interrupted_conversion_leaves_the_model_and_resumes_to_the_same_bits
     ):
         assert torch.equal(one, other), name
     assert pyrobust.pack_report(whole) == pyrobust.pack_report(resumed)
+
+
+@dataclass
+class KeepsOutliers:
+    """A codebook, a remainder, and then a crash."""
+
+    propagate: str = "quantized"
+    float_stream: bool = False
+    _fail_at: int = -1
+
+    def quantize_block(self, block):
+        if block.index == self._fail_at:
+            raise KeyboardInterrupt
+
+        def one(name, hessian):
+            weight = block.weight(name)
+            packed = round_to_codebook(weight, **block.formats[name])
+            return packed.with_remainder(weight, weight.abs() > 0.8 * weight.abs().max())
+
+        quantize_by_layer(block, one)
+
+
+def test_all_parts_of_a_weight_are_resumed(tmp_path):
+    model = models()["blocks"].eval()
+    options = {"bits": 4, "group_size": 8, "calibration": batches_for(model)}
+    whole = pyrobust.pack(model, quantizer=KeepsOutliers(), **options)
+    with pytest.raises(KeyboardInterrupt):
+        pyrobust.pack(model, quantizer=KeepsOutliers(_fail_at=3), resume=tmp_path, **options)
+    again = pyrobust.pack(model, quantizer=KeepsOutliers(), resume=tmp_path, **options)
+    for (name, one), other in zip(
+        whole.state_dict().items(), again.state_dict().values(), strict=True
+    ):
+        assert torch.equal(one, other), name
+    assert any("remainder_values" in name for name in whole.state_dict())
 
 
 def test_a_killed_process_resumes_to_the_same_file(tmp_path):
