@@ -43,6 +43,7 @@ from pyrobust.certify.propagation_tightness import (
     propagation_tightness,
     tightness_by_layer,
 )
+from pyrobust.certify.radii import ablation_radius, laplace_radius, uniform_radius
 from pyrobust.certify.sequential import (
     SequentialDesign,
     fixed_design,
@@ -54,6 +55,7 @@ from pyrobust.certify.sequential import (
 from pyrobust.certify.smoothed_great_score import SmoothedGreatScore, smoothed_great_score
 from pyrobust.certify.smoothed_mixture import SmoothedMixture
 from pyrobust.certify.statistics import (
+    class_bounds,
     clopper_pearson_lower,
     clopper_pearson_upper,
     empirical_bernstein_margin,
@@ -95,11 +97,13 @@ __all__ = [
     "dual_radius",
     "partition_masks",
     "TightnessProfile",
+    "ablation_radius",
     "bound",
     "certified_margin",
     "certified_robust_query",
     "certify_multimodal",
     "certify_to_log",
+    "class_bounds",
     "clopper_pearson_lower",
     "clopper_pearson_upper",
     "conv_norm_bound",
@@ -111,6 +115,7 @@ __all__ = [
     "hoeffding_lower",
     "hoeffding_upper",
     "interval_bounds",
+    "laplace_radius",
     "is_propagation_invariant",
     "lipschitz_bound",
     "look_schedule",
@@ -123,6 +128,7 @@ __all__ = [
     "smoothed_great_score",
     "spending_design",
     "tightness_by_layer",
+    "uniform_radius",
     "union_bound",
     "verified",
 ]

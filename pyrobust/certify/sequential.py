@@ -21,9 +21,10 @@ Departures: binomial counts throughout, no normal approximation.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 from pyrobust._checks import check_choice, check_integer, check_positive
 from pyrobust.certify.design import (
@@ -45,6 +46,7 @@ __all__ = [
     "optimal_design",
     "sequential_design",
     "spending_design",
+    "table_designs",
 ]
 
 KINDS = ("optimal", "spending", "fixed")
@@ -78,6 +80,36 @@ def sequential_design(
     """
     check_choice("sequential_design", "kind", kind, KINDS)
     return _design(p_null, alpha, budget, kind, price if kind == "optimal" else PRICE)
+
+
+def table_designs(
+    nulls: Sequence[float], alpha: float, budget: int, *, kind: str = "optimal"
+) -> list[SequentialDesign]:
+    """One design per null hypothesis for tests that share their samples.
+
+    Hypotheses are nested: a claim counts only where every easier one is made, so each is tested at
+    the full level, and the chance of any false claim is at most alpha. Samples that the next
+    hypothesis needs anyway are half paid for, so those of a table are priced higher than for one
+    test; the hard ones (``p > Phi(2)``) less so, since they miss most.
+
+    Args:
+        nulls: increasing probabilities under test, each in (0, 1).
+        alpha: error of all claims together, in (0, 1).
+        budget: largest number of samples, ``>= 1``.
+        kind: see :func:`sequential_design`.
+
+    Returns:
+        Designs with common looks.
+    """
+    if len(nulls) == 1:
+        return [sequential_design(nulls[0], alpha, budget, kind=kind)]
+    prices = [
+        max(PRICE / 3, 4 * PRICE * 4.0 ** -max(0.0, float(special.ndtri(p)) - 2.0)) for p in nulls
+    ]
+    return [
+        sequential_design(p, alpha, budget, kind=kind, price=price)
+        for p, price in zip(nulls, prices, strict=True)
+    ]
 
 
 @functools.lru_cache(maxsize=256)

@@ -17,6 +17,7 @@ from torch import Tensor
 from pyrobust._checks import check_integer, check_open_unit, check_positive
 
 __all__ = [
+    "class_bounds",
     "clopper_pearson_lower",
     "clopper_pearson_upper",
     "empirical_bernstein_margin",
@@ -180,6 +181,41 @@ def union_bound(alpha: float, count: int) -> float:
     check_open_unit("union_bound", "alpha", alpha)
     check_integer("union_bound", "count", count, 1)
     return alpha if count == 1 else float(np.nextafter(alpha / count, 0.0))
+
+
+def class_bounds(counts: Tensor, top: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """Bounds of the top class from below and of every other class from above, jointly.
+
+    Half of alpha goes to the top class, the other half to the other classes in equal parts, each
+    by Clopper and Pearson. For radii of several classes, where the top class has less than half of
+    the votes and is still far ahead.
+
+    Args:
+        counts: ``(B, K)`` int64 votes, ``K >= 2``, of which ``top`` was chosen independently.
+        top: ``(B,)`` int64 classes.
+        alpha: probability that any of the bounds fails, in (0, 1).
+
+    Returns:
+        ``p_lower`` and ``p_upper``, ``(B,)`` float64; ``p_upper`` is at most ``1 - p_lower``.
+
+    Raises:
+        ValueError: ``alpha`` outside (0, 1), or fewer than two classes.
+
+    Example:
+        >>> lower, upper = class_bounds(torch.tensor([[40, 5, 5]]), torch.tensor([0]), 0.01)
+        >>> bool(lower < 0.8), bool(upper > 0.1)
+        (True, True)
+    """
+    check_open_unit("class_bounds", "alpha", alpha)
+    classes = counts.shape[-1]
+    check_integer("class_bounds", "classes", classes, 2)
+    total = counts.sum(-1).clamp_min(1)  # no votes at all: bounds 0 and 1
+    lower = clopper_pearson_lower(counts.gather(1, top[:, None])[:, 0], total, alpha / 2)
+    others = counts.scatter(1, top[:, None], -1).amax(1)
+    each = union_bound(alpha / 2, classes - 1)
+    upper = clopper_pearson_upper(others, total, each)
+    upper = torch.where(counts.sum(-1) == 0, 1.0, upper)
+    return lower, torch.minimum(upper, 1 - lower)
 
 
 def gaussian_radius(p_lower: Any, sigma: Any, *, p_upper: Any = None) -> Tensor:

@@ -53,9 +53,24 @@ from pyrobust.train.schedules import (
     linear_ramp,
     step_decay,
 )
+from pyrobust.train.smoothing import (
+    ConsistencyTraining,
+    GaussianAugmentation,
+    MacerTraining,
+    SmoothAdvTraining,
+    StabilityTraining,
+    noisy_copies,
+    smooth_adv,
+)
+from pyrobust.train.smoothing_losses import (
+    consistency_penalty,
+    gaussian_augmentation_loss,
+    macer_loss,
+    smoothed_cross_entropy,
+    stability_loss,
+)
 from pyrobust.train.sub_classifier import (
     NoisyConsistency,
-    consistency_penalty,
     train_subclassifier,
 )
 from pyrobust.train.temp_balance import TempBalance
@@ -67,6 +82,17 @@ from pyrobust.train.tight_ibp import (
 )
 
 __all__ = [
+    "ConsistencyTraining",
+    "GaussianAugmentation",
+    "MacerTraining",
+    "SmoothAdvTraining",
+    "StabilityTraining",
+    "gaussian_augmentation_loss",
+    "macer_loss",
+    "noisy_copies",
+    "smooth_adv",
+    "smoothed_cross_entropy",
+    "stability_loss",
     "AlphaChoice",
     "MixingLoss",
     "RandomizedPGD",

@@ -18,40 +18,9 @@ from torch.nn import functional as F
 from pyrobust._checks import check_at_least, check_integer, check_positive
 from pyrobust.certify.sub_image import SubImage
 from pyrobust.train.loop import fit
+from pyrobust.train.smoothing_losses import consistency_penalty
 
-__all__ = ["NoisyConsistency", "consistency_penalty", "train_subclassifier"]
-
-
-def consistency_penalty(logits: Tensor, *, entropy: float = 0.05) -> Tensor:
-    """How far the predictions of noisy copies of one input differ from their mean.
-
-    ``mean_i KL(mean || p_i) + entropy * H(mean)``, averaged over the batch (Jeong and Shin, eq. 7).
-
-    Args:
-        logits: ``(copies, N, K)`` float; the copies of one input along the first axis.
-        entropy: weight of the entropy of the mean prediction, ``>= 0``.
-
-    Returns:
-        Scalar, ``>= 0``, nats.
-
-    Raises:
-        ValueError: ``entropy`` is negative or ``logits`` has another number of axes.
-
-    Example:
-        >>> consistency_penalty(torch.zeros(2, 1, 4), entropy=0.0)
-        tensor(0.)
-    """
-    check_at_least("consistency_penalty", "entropy", entropy, 0.0)
-    if logits.ndim != 3:
-        raise ValueError(
-            f"consistency_penalty: logits must have shape (copies, N, K); "
-            f"got {tuple(logits.shape)}."
-        )
-    log_each = F.log_softmax(logits, dim=-1)
-    mean = log_each.exp().mean(0)
-    log_mean = mean.clamp_min(torch.finfo(mean.dtype).tiny).log()
-    divergence = (mean * (log_mean - log_each)).sum(-1).mean()
-    return divergence - entropy * (mean * log_mean).sum(-1).mean()
+__all__ = ["NoisyConsistency", "train_subclassifier"]
 
 
 @dataclass(frozen=True)
