@@ -110,7 +110,68 @@ def unpack_codes(packed: Tensor, codes: Tensor, levels: int, num_threads: int) -
 def pack_codes(codes: Tensor, packed: Tensor, levels: int, num_threads: int) -> None: ...
 def gaussian_samples(
     x: Tensor,
-    sigma: Tensor,
+    scale: Tensor,
+    out: Tensor,
+    seed: int,
+    first_sample: int,
+    first_index: int,
+    num_threads: int,
+) -> None: ...
+def uniform_samples(
+    x: Tensor,
+    scale: Tensor,
+    out: Tensor,
+    seed: int,
+    first_sample: int,
+    first_index: int,
+    num_threads: int,
+) -> None: ...
+def laplace_samples(
+    x: Tensor,
+    scale: Tensor,
+    out: Tensor,
+    seed: int,
+    first_sample: int,
+    first_index: int,
+    num_threads: int,
+) -> None: ...
+def split_gaussian_samples(
+    x: Tensor,
+    mask: Tensor,
+    sigma_left: float,
+    sigma_right: float,
+    left: Tensor,
+    right: Tensor,
+    seed: int,
+    first_sample: int,
+    first_index: int,
+    num_threads: int,
+) -> None: ...
+def masked_samples(
+    x: Tensor,
+    keep: int,
+    fill: float,
+    out: Tensor,
+    seed: int,
+    first_sample: int,
+    first_index: int,
+    num_threads: int,
+) -> None: ...
+def grid_samples(
+    x: Tensor,
+    thresholds: Tensor,
+    scale: float,
+    levels: float,
+    out: Tensor,
+    seed: int,
+    first_sample: int,
+    first_index: int,
+    num_threads: int,
+) -> None: ...
+def substituted_tokens(
+    tokens: Tensor,
+    offsets: Tensor,
+    candidates: Tensor,
     out: Tensor,
     seed: int,
     first_sample: int,
@@ -121,3 +182,9 @@ def find_votes(logits: Tensor, votes: Tensor, num_threads: int) -> int: ...
 def philox_words(counter: list[int], key: int) -> tuple[int, int, int, int]: ...
 def normal_values(first: int, out: Tensor) -> None: ...
 def normal_value_refined(bits: int, extra: int) -> float: ...
+def laplace_values(first: int, out: Tensor) -> None: ...
+def laplace_value_refined(bits: int, extra: int) -> float: ...
+def fused_values(a: Tensor, b: Tensor, c: Tensor, out: Tensor) -> None: ...
+def grid_value(u: list[int], thresholds: Tensor, guess: int) -> tuple[int, int]: ...
+def choice_value(count: int, bits: int, extra: int) -> tuple[int, int]: ...
+def keep_value(threshold: int, bits: int, extra: int) -> tuple[int, int]: ...

@@ -47,6 +47,8 @@ PUBLIC_NAMES = [
     "ops.packed_linear",
     "ops.gaussian_samples",
     "ops.count_votes",
+    "ops.grid_samples",
+    "ops.masked_samples",
     "ops.interval_linear",
     "certify.bound",
     "certify.verified",

@@ -5,32 +5,59 @@ namespace pyrobust {
 namespace sampling {
 namespace {
 
-float normal_at(const Stream& stream, uint32_t block, int word, uint32_t bits) {
-  return normal_needs_refinement(bits) ? refined_normal(kNormalTable, stream, block, word, bits)
-                                       : normal_from_bits(kNormalTable, bits);
-}
-
-void normal_tile(const Stream& stream, int64_t tile, float* z) {
+void random_tile(const Stream& stream, uint32_t purpose, int64_t tile, uint32_t* out) {
   for (int64_t lane = 0; lane < kLanes; ++lane) {
     const uint32_t block = static_cast<uint32_t>(tile * kLanes + lane);
-    const PhiloxWords random =
-        philox4x32(stream_counter(stream, block, kPurposeNormal), stream.seed);
-    for (int word = 0; word < kWords; ++word) {
-      z[word * kLanes + lane] = normal_at(stream, block, word, random.word[word]);
-    }
+    const PhiloxWords random = philox4x32(stream_counter(stream, block, purpose), stream.seed);
+    for (int word = 0; word < kWords; ++word) out[word * kLanes + lane] = random.word[word];
   }
 }
 
-void gaussian_row(const GaussianRow& row) {
-  float z[kTile];
+// Calls element(index, place, bits) for every element of the row.
+template <typename Element>
+void for_each_element(const RowTiles& row, uint32_t purpose, const Element& element) {
+  uint32_t bits[kTile];
   for (int64_t tile = row.begin_tile; tile < row.end_tile; ++tile) {
-    normal_tile(row.stream, tile, z);
+    random_tile(row.stream, purpose, tile, bits);
     const int64_t begin = tile * kTile;
     const int64_t count = row.elements - begin < kTile ? row.elements - begin : kTile;
-    for (int64_t i = 0; i < count; ++i) {
-      store_float(row.out, begin + i, row.out_type, row.x[begin + i] + row.sigma * z[i]);
-    }
+    for (int64_t i = 0; i < count; ++i) element(begin + i, place_of(begin + i), bits[i]);
   }
+}
+
+void store_noise(const NoiseRow& row, int64_t index, float z) {
+  store_float(row.out, index, row.out_type, row.x[index] + row.scale * z);
+}
+
+void gaussian_row(const NoiseRow& row) {
+  for_each_element(row.tiles, kPurposeNormal, [&](int64_t index, Place place, uint32_t bits) {
+    store_noise(row, index, normal_at(row.tiles.stream, place, bits));
+  });
+}
+
+void laplace_row(const NoiseRow& row) {
+  for_each_element(row.tiles, kPurposeLaplace, [&](int64_t index, Place place, uint32_t bits) {
+    store_noise(row, index, laplace_at(row.tiles.stream, place, bits));
+  });
+}
+
+void uniform_row(const NoiseRow& row) {
+  for_each_element(row.tiles, kPurposeUniform, [&](int64_t index, Place, uint32_t bits) {
+    store_noise(row, index, uniform_from_bits(bits));
+  });
+}
+
+void keep_row(const KeepRow& row) {
+  for_each_element(row.tiles, kPurposeKeep, [&](int64_t index, Place place, uint32_t bits) {
+    const bool kept = keep_at(row.tiles.stream, place, row.keep, bits);
+    store_float(row.out, index, row.out_type, kept ? row.x[index] : row.fill);
+  });
+}
+
+void grid_row(const GridRow& row) {
+  for_each_element(row.tiles, kPurposeNormal, [&](int64_t index, Place place, uint32_t bits) {
+    store_grid(row, index, row.x[index] + grid_at(row.tiles.stream, place, row.table, bits));
+  });
 }
 
 // The class of one row, or -1 where it holds a NaN.
@@ -59,7 +86,8 @@ int64_t vote_rows(const VoteRows& work) {
 
 }  // namespace
 
-const SamplingKernels kPortableKernels = {gaussian_row, vote_rows};
+const SamplingKernels kPortableKernels = {gaussian_row, uniform_row, laplace_row, keep_row,
+                                          grid_row,     random_tile, vote_rows};
 
 }  // namespace sampling
 }  // namespace pyrobust

@@ -1,26 +1,36 @@
 """The three kernel families as torch operators."""
 
+from pyrobust.ops.grid import grid_samples
 from pyrobust.ops.interval import (
     interval_conv2d,
     interval_linear,
     interval_packed_conv2d,
     interval_packed_linear,
 )
+from pyrobust.ops.masking import masked_samples, split_gaussian_samples
 from pyrobust.ops.matmul import dequantize_codes, pack_codes, packed_linear, unpack_codes
 from pyrobust.ops.packed_layers import packed_conv2d, packed_embedding
-from pyrobust.ops.sampling import count_votes, gaussian_samples
+from pyrobust.ops.sampling import gaussian_samples, laplace_samples, uniform_samples
+from pyrobust.ops.substitution import substituted_tokens
+from pyrobust.ops.votes import count_votes
 
 __all__ = [
     "count_votes",
     "dequantize_codes",
     "gaussian_samples",
+    "grid_samples",
     "interval_conv2d",
     "interval_linear",
     "interval_packed_conv2d",
     "interval_packed_linear",
+    "laplace_samples",
+    "masked_samples",
     "pack_codes",
     "packed_conv2d",
     "packed_embedding",
     "packed_linear",
+    "split_gaussian_samples",
+    "substituted_tokens",
+    "uniform_samples",
     "unpack_codes",
 ]

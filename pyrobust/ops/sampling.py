@@ -1,13 +1,14 @@
-"""Reproducible Gaussian noise and vote counting, the two kernels of randomized smoothing.
+"""Reproducible continuous noise: Gaussian, uniform and Laplace copies of each input.
 
 The noise is counter-based: each value is a pure function of (seed, image index, sample index,
 element), so batch splits, threads, processes and instruction sets give the same bits. The generator
-is Philox4x32-10; the normal transform is an inverse distribution function with an absolute error
-of at most 4e-6 and a tail that reaches 9 standard deviations (``csrc/core/normal.h``).
+is Philox4x32-10; the transforms are inverse distribution functions with the errors and tails of
+``docs/guide/noise.md``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,12 +16,11 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from pyrobust import _native
-from pyrobust._checks import check_float_tensor, check_integer, check_positive
+from pyrobust._checks import check_float_tensor
 from pyrobust.ops._library import define, dispatcher_needed, refuse_forward_mode
+from pyrobust.ops._sampling_checks import FLOATS, check_positions, per_input, rows_of
 
-__all__ = ["count_votes", "gaussian_samples"]
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+__all__ = ["gaussian_samples", "laplace_samples", "uniform_samples"]
 
 
 def gaussian_samples(
@@ -37,7 +37,8 @@ def gaussian_samples(
 
     Value ``[b, j]`` depends only on ``x[b]``, ``sigma``, ``seed``, the image index
     ``first_index + b`` and the sample index ``first_sample + j``. Sum and product are rounded to
-    float32, then to ``dtype``.
+    float32, then to ``dtype``. The error of ``z`` is at most 4e-6; its tail reaches 9 standard
+    deviations.
 
     Args:
         x: ``(B, ...)`` float32, bfloat16 or float16 inputs on the CPU.
@@ -69,144 +70,153 @@ def gaussian_samples(
             gaussian_samples, (x,), x, sigma, n, dtype=dtype, **options
         )
         return result
-    out_dtype = _check_samples(x, n, seed, first_sample, first_index, dtype)
-    scale = _scale(sigma, x)
-    if not dispatcher_needed(x, scale):
-        return _samples_cpu(x, scale, n, seed, first_sample, first_index, out_dtype)
-    refuse_forward_mode("gaussian_samples", x, scale)
-    samples: Tensor = torch.ops.pyrobust.gaussian_samples(
-        x, scale, n, seed, first_sample, first_index, out_dtype
-    )
-    return samples
+    return _noisy("gaussian_samples", "sigma", x, sigma, n, seed, first_sample, first_index, dtype)
 
 
-def count_votes(logits: Tensor, *, num_classes: int | None = None) -> Tensor:
-    """Histogram of the arg-max classes along the sample axis; ties go to the lowest class.
+def uniform_samples(
+    x: Tensor,
+    half_width: float | Tensor,
+    n: int,
+    *,
+    seed: int,
+    first_sample: int = 0,
+    first_index: int = 0,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Noisy copies ``x + half_width * u`` of each input, ``u`` uniform on ``[-1, 1]``.
+
+    Positions, rounding, arguments, gradients and errors are those of :func:`gaussian_samples`; the
+    error of ``u`` is at most 2**-25 + 2**-31. Smoothing with it certifies l1 radii.
 
     Args:
-        logits: ``(..., n, K)`` float32, bfloat16 or float16 on the CPU.
-        num_classes: the expected ``K``; None accepts any.
+        x: ``(B, ...)`` float32, bfloat16 or float16 inputs on the CPU.
+        half_width: half the width of the interval, ``> 0``; a number, or a tensor ``(B,)``. The
+            standard deviation is ``half_width / sqrt(3)``.
+        n: number of samples per input, ``>= 0``.
+        seed: key of the noise, in ``[0, 2**63)``.
+        first_sample: sample index of the first copy, in ``[0, 2**40)``.
+        first_index: image index of ``x[0]``, in ``[0, 2**48)``.
+        dtype: float32, bfloat16 or float16; None takes that of ``x``.
 
     Returns:
-        ``(..., K)`` int64 counts that sum to ``n``.
+        ``(B, n, ...)`` of ``dtype``. Differentiable in ``x`` and in a tensor ``half_width``.
 
     Raises:
-        TypeError: ``logits`` has another dtype.
-        ValueError: ``K`` is 0 or not ``num_classes``, or a logit is NaN (the message names the
-            sample).
-        NotImplementedError: ``logits`` is not on the CPU.
+        TypeError: ``x`` or ``dtype`` is not one of the three floating-point types.
+        ValueError: ``half_width`` not positive, or ``n``, ``seed`` or an index out of range.
+        NotImplementedError: ``x`` is not on the CPU.
 
     Example:
-        >>> count_votes(torch.tensor([[0.0, 1.0], [2.0, 2.0], [0.0, 3.0]]))
-        tensor([1, 2])
+        >>> noisy = uniform_samples(torch.zeros(1, 1000), 0.5, 4, seed=0)
+        >>> bool((noisy.abs() <= 0.5).all()), noisy.shape
+        (True, torch.Size([1, 4, 1000]))
     """
-    if has_torch_function((logits,)):
+    if has_torch_function((x,)):
+        options = {"seed": seed, "first_sample": first_sample, "first_index": first_index}
         result: Tensor = handle_torch_function(
-            count_votes, (logits,), logits, num_classes=num_classes
+            uniform_samples, (x,), x, half_width, n, dtype=dtype, **options
         )
         return result
-    subject = "count_votes"
-    check_float_tensor(subject, "logits", logits)
-    _check_place(subject, "logits", logits)
-    if logits.ndim < 2:
-        raise ValueError(
-            f"{subject}: logits must have shape (..., n, K); got {tuple(logits.shape)}."
-        )
-    classes = logits.shape[-1]
-    if num_classes is not None and classes != num_classes:
-        raise ValueError(
-            f"{subject}: logits must have {num_classes} classes on the last axis; "
-            f"got shape {tuple(logits.shape)}."
-        )
-    if classes == 0:
-        raise ValueError(f"{subject}: logits must have at least one class; got 0.")
-    if not dispatcher_needed(logits):
-        return _votes_cpu(logits)
-    counts: Tensor = torch.ops.pyrobust.count_votes(logits)
-    return counts
+    return _noisy(
+        "uniform_samples", "half_width", x, half_width, n, seed, first_sample, first_index, dtype
+    )
 
 
-def _check_place(subject: str, name: str, value: Tensor) -> None:
-    if value.dtype not in _FLOATS:
-        raise TypeError(
-            f"{subject}: {name} must have dtype float32, bfloat16 or float16; got {value.dtype}."
-        )
-    if value.device.type not in ("cpu", "meta"):
-        raise NotImplementedError(
-            f"{subject}: {name} is on {value.device}; the kernel runs on the CPU, "
-            "so pass .cpu() tensors."
-        )
-
-
-def _check_samples(
-    x: Tensor, n: int, seed: int, first_sample: int, first_index: int, dtype: torch.dtype | None
-) -> torch.dtype:
-    subject = "gaussian_samples"
-    check_float_tensor(subject, "x", x)
-    _check_place(subject, "x", x)
-    if x.ndim < 1:
-        raise ValueError(f"{subject}: x must have a batch axis, (B, ...); got a single number.")
-    for name, value in (("n", n), ("first_sample", first_sample), ("first_index", first_index)):
-        check_integer(subject, name, value, 0)
-    check_integer(subject, "seed", seed, 0)
-    limits = (("seed", seed, 63), ("first_sample + n", first_sample + n, 40))
-    for name, value, bits in (*limits, ("first_index + B", first_index + x.shape[0], 48)):
-        if value > 2**bits - (name == "seed"):
-            raise ValueError(f"{subject}: {name} must not exceed 2**{bits}; got {value}.")
-    if dtype is not None and dtype not in _FLOATS:
-        raise TypeError(f"{subject}: dtype must be float32, bfloat16 or float16; got {dtype}.")
-    return x.dtype if dtype is None else dtype
-
-
-def _scale(sigma: float | Tensor, x: Tensor) -> Tensor:
-    """Sigma as a float32 tensor, one value per input."""
-    if isinstance(sigma, Tensor):
-        if sigma.shape not in (torch.Size([]), x.shape[:1]):
-            raise ValueError(
-                f"gaussian_samples: sigma must be a number or have shape ({x.shape[0]},); "
-                f"got {tuple(sigma.shape)}."
-            )
-        return sigma.to(torch.float32).expand(x.shape[:1]).contiguous()
-    check_positive("gaussian_samples", "sigma", sigma)
-    return torch.full((x.shape[0],), sigma, dtype=torch.float32, device=x.device)
-
-
-def _samples_cpu(
+def laplace_samples(
     x: Tensor,
-    sigma: Tensor,
+    scale: float | Tensor,
+    n: int,
+    *,
+    seed: int,
+    first_sample: int = 0,
+    first_index: int = 0,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Noisy copies ``x + scale * z`` of each input, ``z`` with the density ``exp(-|z|) / 2``.
+
+    Positions, rounding, arguments, gradients and errors are those of :func:`gaussian_samples`; the
+    error of ``z`` is at most 3e-6 where ``|z| < 9``, 4.5e-6 beyond, and the tail reaches 43. The
+    standard deviation is ``sqrt(2) * scale``. Smoothing with it certifies l1 radii.
+
+    Args:
+        x: ``(B, ...)`` float32, bfloat16 or float16 inputs on the CPU.
+        scale: mean of ``|z|``, ``> 0``; one number, or a tensor ``(B,)`` of them.
+        n: number of samples per input, ``>= 0``.
+        seed: key of the noise, in ``[0, 2**63)``.
+        first_sample: sample index of the first copy, in ``[0, 2**40)``.
+        first_index: image index of ``x[0]``, in ``[0, 2**48)``.
+        dtype: float32, bfloat16 or float16; None takes that of ``x``.
+
+    Returns:
+        ``(B, n, ...)`` of ``dtype``. Differentiable in ``x`` and in a tensor ``scale``.
+
+    Raises:
+        TypeError: ``x`` or ``dtype`` is not one of the three floating-point types.
+        ValueError: ``scale`` not positive, or ``n``, ``seed`` or an index out of range.
+        NotImplementedError: ``x`` is not on the CPU.
+
+    Example:
+        >>> laplace_samples(torch.zeros(1, 2), 1.0, 3, seed=0).shape
+        torch.Size([1, 3, 2])
+    """
+    if has_torch_function((x,)):
+        options = {"seed": seed, "first_sample": first_sample, "first_index": first_index}
+        result: Tensor = handle_torch_function(
+            laplace_samples, (x,), x, scale, n, dtype=dtype, **options
+        )
+        return result
+    return _noisy("laplace_samples", "scale", x, scale, n, seed, first_sample, first_index, dtype)
+
+
+def _noisy(
+    name: str,
+    scale_name: str,
+    x: Tensor,
+    scale: float | Tensor,
     n: int,
     seed: int,
     first_sample: int,
     first_index: int,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
 ) -> Tensor:
-    out = torch.empty((x.shape[0], n, *x.shape[1:]), dtype=dtype)
-    elements = x[0].numel() if x.shape[0] else 0
-    flat = x.detach().to(torch.float32).reshape(x.shape[0], elements).contiguous()
-    rows = out.view(x.shape[0], n, elements)
-    threads = torch.get_num_threads()
-    _native.gaussian_samples(flat, sigma, rows, seed, first_sample, first_index, threads)
-    return out
+    check_float_tensor(name, "x", x)
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name}: x must have dtype float32, bfloat16 or float16; got {x.dtype}.")
+    check_positions(name, x, n, seed, first_sample, first_index)
+    if dtype is not None and dtype not in FLOATS:
+        raise TypeError(f"{name}: dtype must be float32, bfloat16 or float16; got {dtype}.")
+    out_dtype = x.dtype if dtype is None else dtype
+    scales = per_input(name, scale_name, scale, x)
+    if not dispatcher_needed(x, scales):
+        return _KERNELS[name](x, scales, n, seed, first_sample, first_index, out_dtype)
+    refuse_forward_mode(name, x, scales)
+    operator = getattr(torch.ops.pyrobust, name)
+    samples: Tensor = operator(x, scales, n, seed, first_sample, first_index, out_dtype)
+    return samples
 
 
-def _votes_cpu(logits: Tensor) -> Tensor:
-    rows = logits.detach().reshape(-1, logits.shape[-1]).contiguous()
-    votes = torch.empty(rows.shape[0], dtype=torch.int64)
-    nan = _native.find_votes(rows, votes, torch.get_num_threads())
-    if nan >= 0:
-        where: list[int] = []
-        for size in reversed(logits.shape[:-1]):
-            nan, position = divmod(nan, size)
-            where.insert(0, position)
-        raise ValueError(f"count_votes: logits must not be NaN; sample {tuple(where)} is.")
-    counts = torch.zeros((*logits.shape[:-2], logits.shape[-1]), dtype=torch.int64)
-    votes = votes.view(logits.shape[:-1])
-    return counts.scatter_add_(-1, votes, torch.ones_like(votes))
+def _kernel(native: Callable[..., None]) -> Callable[..., Tensor]:
+    def samples(
+        x: Tensor,
+        scale: Tensor,
+        n: int,
+        seed: int,
+        first_sample: int,
+        first_index: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        out = torch.empty((x.shape[0], n, *x.shape[1:]), dtype=dtype)
+        flat = rows_of(x, torch.float32)
+        rows = out.view(x.shape[0], n, flat.shape[1])
+        native(flat, scale, rows, seed, first_sample, first_index, torch.get_num_threads())
+        return out
+
+    return samples
 
 
-def _samples_fake(
+def _fake(
     x: Tensor,
-    sigma: Tensor,
+    scale: Tensor,
     n: int,
     seed: int,
     first_sample: int,
@@ -220,28 +230,34 @@ def _save_position(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.x_shape, ctx.x_dtype, ctx.position = inputs[0].shape, inputs[0].dtype, inputs[2:6]
 
 
-def _samples_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grad_x = grad_sigma = None
-    if ctx.needs_input_grad[0]:
-        grad_x = grad.sum(dim=1, dtype=torch.float32).to(ctx.x_dtype)
-    if ctx.needs_input_grad[1]:  # the noise itself, drawn again instead of kept
-        zeros = grad.new_zeros(ctx.x_shape, dtype=torch.float32)
-        ones = grad.new_ones(ctx.x_shape[:1], dtype=torch.float32)
-        z = torch.ops.pyrobust.gaussian_samples(zeros, ones, *ctx.position, torch.float32)
-        grad_sigma = (grad.float() * z).flatten(1).sum(1)
-    return grad_x, grad_sigma, None, None, None, None, None
+def _backward(name: str) -> Callable[..., tuple[Tensor | None, ...]]:
+    def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x = grad_scale = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad.sum(dim=1, dtype=torch.float32).to(ctx.x_dtype)
+        if ctx.needs_input_grad[1]:  # the noise itself, drawn again instead of kept
+            zeros = grad.new_zeros(ctx.x_shape, dtype=torch.float32)
+            ones = grad.new_ones(ctx.x_shape[:1], dtype=torch.float32)
+            operator = getattr(torch.ops.pyrobust, name)
+            z = operator(zeros, ones, *ctx.position, torch.float32)
+            grad_scale = (grad.float() * z).flatten(1).sum(1)
+        return grad_x, grad_scale, None, None, None, None, None
+
+    return gradients
 
 
-def _votes_fake(logits: Tensor) -> Tensor:
-    return logits.new_empty((*logits.shape[:-2], logits.shape[-1]), dtype=torch.int64)
+_KERNELS = {
+    "gaussian_samples": _kernel(_native.gaussian_samples),
+    "uniform_samples": _kernel(_native.uniform_samples),
+    "laplace_samples": _kernel(_native.laplace_samples),
+}
 
-
-define(
-    "gaussian_samples(Tensor x, Tensor sigma, int n, int seed, int first_sample, int first_index,"
-    " ScalarType dtype) -> Tensor",
-    _samples_cpu,
-    _samples_fake,
-    backward=_samples_backward,
-    setup_context=_save_position,
-)
-define("count_votes(Tensor logits) -> Tensor", _votes_cpu, _votes_fake)
+for _name, _function in _KERNELS.items():
+    define(
+        f"{_name}(Tensor x, Tensor scale, int n, int seed, int first_sample, int first_index,"
+        " ScalarType dtype) -> Tensor",
+        _function,
+        _fake,
+        backward=_backward(_name),
+        setup_context=_save_position,
+    )

@@ -1,4 +1,4 @@
-"""Noise that depends on its position only, and votes."""
+"""Noise that depends on its position only."""
 
 import math
 
@@ -9,7 +9,9 @@ from scipy import special, stats
 from torch.library import opcheck
 
 from pyrobust import _native
-from pyrobust.ops import count_votes, gaussian_samples
+from pyrobust.ops import count_votes, gaussian_samples, laplace_samples, uniform_samples
+
+NOISES = [gaussian_samples, uniform_samples, laplace_samples]
 
 KNOWN_ANSWERS = [  # Random123, kat_vectors, philox4x32 10 rounds: counter, key, words
     ((0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
@@ -39,67 +41,100 @@ def philox_numpy(counter, key):
     return low
 
 
-def normal_numpy(elements, sample, image, seed):
-    """The noise as csrc/sampling/sampling.h defines it, in float64; unrefined draws only."""
+def words_numpy(elements, sample, image, seed, purpose):
+    """The random words as csrc/sampling/sampling.h places them."""
     e = np.arange(elements, dtype=np.uint64)
     block = e // 64 * 16 + e % 16
-    fixed = [sample % 2**32, image % 2**32, (sample >> 32) << 16 | image >> 32]
+    high = purpose << 24 | (sample >> 32) << 16 | image >> 32
+    fixed = [sample % 2**32, image % 2**32, high]
     counter = np.stack([block, *[np.full_like(block, value) for value in fixed]], axis=1)
-    bits = philox_numpy(counter, seed)[np.arange(elements), (e % 64 // 16).astype(int)]
+    return philox_numpy(counter, seed)[np.arange(elements), (e % 64 // 16).astype(int)]
+
+
+def tail_quantile(bits, quantile):
+    """Sign, and the quantile of the tail probability in the other bits; unrefined draws only."""
     m = (bits & np.uint64(0x7FFFFFFF)).astype(np.float64)
-    z = -special.ndtri((m + 0.5) / 2**32)
+    z = quantile((m + 0.5) / 2**32)
     return np.where(bits >> np.uint64(31), -z, z), m >= 2**18
+
+
+def uniform_quantile(bits):
+    return (bits.astype(np.uint32).view(np.int32) + 0.5) / 2**31, np.ones(len(bits), bool)
+
+
+DEFINITIONS = [
+    (gaussian_samples, 0, 4e-6, lambda bits: tail_quantile(bits, lambda p: -special.ndtri(p))),
+    (laplace_samples, 5, 3e-6, lambda bits: tail_quantile(bits, lambda p: -np.log(2 * p))),
+    (uniform_samples, 4, 3.1e-8, uniform_quantile),
+]
 
 
 @pytest.mark.parametrize(
     ("sample", "image", "seed"), [(0, 0, 0), (2**35 + 7, 2**41 + 3, 2**62 + 1)]
 )
-def test_noise_follows_its_definition(isa, sample, image, seed):
+@pytest.mark.parametrize(("noise", "purpose", "bound", "quantile"), DEFINITIONS)
+def test_noise_follows_its_definition(isa, noise, purpose, bound, quantile, sample, image, seed):
     x = torch.zeros(1, 1000)
-    got = gaussian_samples(x, 1.0, 1, seed=seed, first_sample=sample, first_index=image)
-    expected, plain = normal_numpy(1000, sample, image, seed)
+    got = noise(x, 1.0, 1, seed=seed, first_sample=sample, first_index=image)
+    expected, plain = quantile(words_numpy(1000, sample, image, seed, purpose))
     assert plain.mean() > 0.99
-    np.testing.assert_allclose(got[0, 0].numpy()[plain], expected[plain], atol=4e-6, rtol=0)
+    np.testing.assert_allclose(got[0, 0].numpy()[plain], expected[plain], atol=bound, rtol=0)
 
 
-def test_instruction_sets_and_dtypes_agree_to_the_bit(isa):
+@pytest.mark.parametrize(("noise", "refine"), [(gaussian_samples, 1), (laplace_samples, 6)])
+def test_deep_tails_take_the_words_of_their_own_purpose(isa, noise, refine):
+    purpose = {1: 0, 6: 5}[refine]
+    exact = {1: lambda p: -special.ndtri(p), 6: lambda p: -np.log(2 * p)}[refine]
+    z = noise(torch.zeros(1, 2**16), 1.0, 1, seed=12)[0, 0].double().numpy()
+    first, extra = (words_numpy(2**16, 0, 0, 12, p) for p in (purpose, refine))
+    m = first & np.uint64(0x7FFFFFFF)
+    deep = m < 2**18
+    assert deep.sum() >= 3
+    tail = ((m << np.uint64(32)) | extra | np.uint64(1))[deep].astype(np.float64) / 2**64
+    np.testing.assert_allclose(np.abs(z[deep]), exact(tail), atol=5e-6, rtol=0)
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_instruction_sets_and_dtypes_agree_to_the_bit(isa, noise):
     x = torch.randn(3, 5, 37)
     x[0, 0, 0], x[1, 1, 1], x[2, 2, 2] = math.nan, math.inf, 1e-40
     sigma = torch.tensor([0.1, 1.0, 7.0])
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        got = gaussian_samples(x, sigma, 400, seed=11, dtype=dtype)
+        got = noise(x, sigma, 150, seed=11, dtype=dtype)
         _native.set_isa("portable")
-        expected = gaussian_samples(x, sigma, 400, seed=11, dtype=dtype)
-        rounded = gaussian_samples(x, sigma, 400, seed=11).to(dtype)
+        expected = noise(x, sigma, 150, seed=11, dtype=dtype)
+        rounded = noise(x, sigma, 150, seed=11).to(dtype)
         _native.set_isa(isa)
         assert torch.equal(got.nan_to_num(7.0), expected.nan_to_num(7.0))
         assert torch.equal(got.nan_to_num(7.0), rounded.nan_to_num(7.0))
 
 
+@pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize("elements", [1, 7, 8, 15, 63, 64, 65, 784])
-def test_every_split_gives_the_same_bits(isa, elements):
+def test_every_split_gives_the_same_bits(isa, noise, elements):
     x = torch.rand(5, elements)
-    whole = gaussian_samples(x, 0.5, 64, seed=3, first_sample=9, first_index=2)
+    whole = noise(x, 0.5, 64, seed=3, first_sample=9, first_index=2)
     for step in (1, 7, 64):
         for begin in range(0, 64, step):
             size = min(step, 64 - begin)
-            part = gaussian_samples(x, 0.5, size, seed=3, first_sample=9 + begin, first_index=2)
+            part = noise(x, 0.5, size, seed=3, first_sample=9 + begin, first_index=2)
             assert torch.equal(part, whole[:, begin : begin + size])
     for b in range(5):
-        alone = gaussian_samples(x[b : b + 1], 0.5, 64, seed=3, first_sample=9, first_index=2 + b)
+        alone = noise(x[b : b + 1], 0.5, 64, seed=3, first_sample=9, first_index=2 + b)
         assert torch.equal(alone[0], whole[b])
 
 
-def test_threads_do_not_change_a_bit(isa):
+@pytest.mark.parametrize("noise", NOISES)
+def test_threads_do_not_change_a_bit(isa, noise):
     x = torch.rand(2, 3, 32, 32)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = gaussian_samples(x, 0.5, 100, seed=5)
+        one = noise(x, 0.5, 100, seed=5)
         votes_one = count_votes(one.flatten(2))
         for threads in (2, 3):
             torch.set_num_threads(threads)
-            assert torch.equal(gaussian_samples(x, 0.5, 100, seed=5), one)
+            assert torch.equal(noise(x, 0.5, 100, seed=5), one)
             assert torch.equal(count_votes(one.flatten(2)), votes_one)
     finally:
         torch.set_num_threads(before)
@@ -115,9 +150,11 @@ def test_kernel_never_writes_past_its_output(isa):
     for dtype in (torch.float32, torch.bfloat16):
         guarded = torch.full((70 + 64,), 123.0, dtype=dtype)
         out = guarded[:70].view(1, 1, 70)
-        _native.gaussian_samples(torch.zeros(1, 70), torch.ones(1), out, 0, 0, 0, 1)
-        assert (guarded[70:] == 123).all()
-        assert (guarded[:70] != 123).all()
+        for name in ("gaussian_samples", "uniform_samples", "laplace_samples"):
+            out.fill_(123.0)
+            getattr(_native, name)(torch.zeros(1, 70), torch.ones(1), out, 0, 0, 0, 1)
+            assert (guarded[70:] == 123).all()
+            assert (guarded[:70] != 123).all()
 
 
 def test_moments_shape_and_tails_are_normal():
@@ -132,15 +169,36 @@ def test_moments_shape_and_tails_are_normal():
     assert stats.chisquare(seen, n * np.diff(special.ndtr(edges))).pvalue > 1e-4
 
 
-def test_neighbours_are_uncorrelated():
-    z = gaussian_samples(torch.zeros(64, 1024), 1.0, 64, seed=2)
+@pytest.mark.parametrize(
+    ("noise", "law", "even_moments"),
+    [
+        (uniform_samples, stats.uniform(-1, 2), [1 / 3, 1 / 5, 1 / 9]),
+        (laplace_samples, stats.laplace(), [2, 24, 40320]),
+    ],
+)
+def test_other_laws_have_their_shape(noise, law, even_moments):
+    z = noise(torch.zeros(8, 3072), 1.0, 60, seed=1).flatten().double().numpy()
+    second, fourth, eighth = even_moments
+    assert abs(z.mean()) < 5 * (second / len(z)) ** 0.5
+    assert abs((z**2).mean() - second) < 5 * ((fourth - second**2) / len(z)) ** 0.5
+    assert abs((z**4).mean() - fourth) < 5 * ((eighth - fourth**2) / len(z)) ** 0.5
+    assert stats.kstest(z[: 2**19], law.cdf).pvalue > 1e-4
+    edges = law.isf(np.linspace(1, 0, 201))
+    assert stats.chisquare(np.histogram(z, edges)[0]).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_neighbours_are_uncorrelated(noise):
+    variance = {gaussian_samples: 1, uniform_samples: 1 / 3, laplace_samples: 2}[noise]
+    z = noise(torch.zeros(64, 1024), variance**-0.5, 64, seed=2)
     limit = 5 / (63 * 64 * 1024) ** 0.5
     assert abs((z[1:] * z[:-1]).mean().item()) < limit  # images
     assert abs((z[:, 1:] * z[:, :-1]).mean().item()) < limit  # samples
     for gap in (1, 2, 15, 16, 17, 48, 64):  # elements: lanes, words, tiles
         assert abs((z[..., gap:] * z[..., :-gap]).mean().item()) < 1.1 * limit
-    other = gaussian_samples(torch.zeros(64, 1024), 1.0, 64, seed=3)
-    assert abs((z * other).mean().item()) < limit
+    for other in NOISES:  # another seed, and another law under the same seed
+        beside = other(torch.zeros(64, 1024), 1.0, 64, seed=3 if other is noise else 2)
+        assert abs((z * beside).mean().item()) < 1.5 * limit
 
 
 def test_output_is_x_plus_sigma_z_in_float32():
@@ -164,22 +222,23 @@ def test_empty_and_strided_inputs():
     )
 
 
-def test_gradients_reach_x_and_sigma():
+@pytest.mark.parametrize("noise", NOISES)
+def test_gradients_reach_x_and_sigma(noise):
     x = torch.rand(2, 5, requires_grad=True)
     sigma = torch.tensor([0.5, 2.0], requires_grad=True)
     weight = torch.randn(2, 7, 5)
-    (gaussian_samples(x, sigma, 7, seed=8) * weight).sum().backward()
-    z = gaussian_samples(torch.zeros(2, 5), 1.0, 7, seed=8)
+    (noise(x, sigma, 7, seed=8) * weight).sum().backward()
+    z = noise(torch.zeros(2, 5), 1.0, 7, seed=8)
     torch.testing.assert_close(x.grad, weight.sum(1))
     torch.testing.assert_close(sigma.grad, (weight * z).sum((1, 2)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_operators_pass_opcheck(dtype):
+@pytest.mark.parametrize("name", ["gaussian_samples", "uniform_samples", "laplace_samples"])
+def test_operators_pass_opcheck(name, dtype):
     x = torch.rand(2, 5, dtype=dtype, requires_grad=True)
     sigma = torch.ones(2, requires_grad=dtype == torch.float32)
-    opcheck(torch.ops.pyrobust.gaussian_samples.default, (x, sigma, 3, 1, 2, 3, dtype))
-    opcheck(torch.ops.pyrobust.count_votes.default, (torch.rand(4, 6, 3, dtype=dtype),))
+    opcheck(getattr(torch.ops.pyrobust, name).default, (x, sigma, 3, 1, 2, 3, dtype))
 
 
 def test_compiled_graph_holds_both_operators():
@@ -191,35 +250,16 @@ def test_compiled_graph_holds_both_operators():
     assert torch.equal(compiled(x), smoothed_votes(x))
 
 
-def test_votes_are_the_histogram_of_the_arg_max(isa):
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        logits = torch.randn(3, 50, 11).to(dtype)
-        best = torch.from_numpy(logits.float().numpy().argmax(-1))
-        expected = torch.nn.functional.one_hot(best, 11).sum(1)
-        assert torch.equal(count_votes(logits), expected)
-
-
-def test_ties_go_to_the_lowest_class():
-    ties = torch.tensor([[1.0, 1.0, 1.0], [0.0, 2.0, 2.0], [-math.inf] * 3, [0.0, -0.0, -1.0]])
-    assert count_votes(ties).tolist() == [3, 1, 0]
-    assert count_votes(torch.zeros(2, 0, 4)).tolist() == [[0] * 4] * 2
-    assert count_votes(torch.zeros(5, 1)).tolist() == [5]
-
-
-def test_nan_logits_are_named():
-    logits = torch.randn(4, 6, 3)
-    logits[2, 5, 1] = math.nan
-    logits[3, 0, 0] = math.nan
-    with pytest.raises(ValueError, match=r"logits must not be NaN; sample \(2, 5\) is"):
-        count_votes(logits)
-
-
 @pytest.mark.parametrize("sigma", [0.0, -1.0, math.nan, math.inf])
-def test_bad_sigma_is_refused(sigma):
+def test_bad_scales_are_refused(sigma):
     with pytest.raises(ValueError, match="sigma must be finite and positive"):
         gaussian_samples(torch.zeros(1, 2), sigma, 1, seed=0)
     with pytest.raises(ValueError, match="sigma must be finite and positive"):
         gaussian_samples(torch.zeros(1, 2), torch.tensor([sigma]), 1, seed=0)
+    with pytest.raises(ValueError, match="uniform_samples: half_width must be finite and positive"):
+        uniform_samples(torch.zeros(1, 2), sigma, 1, seed=0)
+    with pytest.raises(ValueError, match="laplace_samples: scale must be finite and positive"):
+        laplace_samples(torch.zeros(1, 2), torch.tensor([sigma]), 1, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -248,17 +288,6 @@ def test_bad_arguments_are_refused(options, error, message):
         gaussian_samples(
             arguments.pop("x"), arguments.pop("sigma"), arguments.pop("n"), **arguments
         )
-
-
-def test_bad_logits_are_refused():
-    with pytest.raises(ValueError, match="logits must have 4 classes on the last axis"):
-        count_votes(torch.zeros(2, 3), num_classes=4)
-    with pytest.raises(ValueError, match="at least one class"):
-        count_votes(torch.zeros(2, 0))
-    with pytest.raises(ValueError, match=r"shape \(..., n, K\)"):
-        count_votes(torch.zeros(3))
-    with pytest.raises(TypeError, match="floating-point"):
-        count_votes(torch.zeros(2, 3, dtype=torch.int64))
 
 
 @pytest.mark.slow

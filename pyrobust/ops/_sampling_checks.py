@@ -1,0 +1,56 @@
+"""What every sampling operator checks before any work."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyrobust._checks import check_integer, check_positive
+
+__all__ = ["FLOATS", "check_place", "check_positions", "per_input", "rows_of"]
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_place(subject: str, name: str, value: Tensor) -> None:
+    """Raise NotImplementedError unless ``value`` is on the CPU (or a meta tensor)."""
+    if value.device.type not in ("cpu", "meta"):
+        raise NotImplementedError(
+            f"{subject}: {name} is on {value.device}; the kernel runs on the CPU, "
+            "so pass .cpu() tensors."
+        )
+
+
+def check_positions(
+    subject: str, x: Tensor, n: int, seed: int, first_sample: int, first_index: int
+) -> None:
+    """Raise unless ``x`` has a batch axis and the positions lie within the counter."""
+    check_place(subject, "x", x)
+    if x.ndim < 1:
+        raise ValueError(f"{subject}: x must have a batch axis, (B, ...); got a single number.")
+    for name, value in (("n", n), ("first_sample", first_sample), ("first_index", first_index)):
+        check_integer(subject, name, value, 0)
+    check_integer(subject, "seed", seed, 0)
+    limits = (("seed", seed, 63), ("first_sample + n", first_sample + n, 40))
+    for name, value, bits in (*limits, ("first_index + B", first_index + x.shape[0], 48)):
+        if value > 2**bits - (name == "seed"):
+            raise ValueError(f"{subject}: {name} must not exceed 2**{bits}; got {value}.")
+
+
+def per_input(subject: str, name: str, value: float | Tensor, x: Tensor) -> Tensor:
+    """A positive number, or a tensor of one per input, as float32 ``(B,)``."""
+    if isinstance(value, Tensor):
+        if value.shape not in (torch.Size([]), x.shape[:1]):
+            raise ValueError(
+                f"{subject}: {name} must be a number or have shape ({x.shape[0]},); "
+                f"got {tuple(value.shape)}."
+            )
+        return value.to(torch.float32).expand(x.shape[:1]).contiguous()
+    check_positive(subject, name, value)
+    return torch.full((x.shape[0],), value, dtype=torch.float32, device=x.device)
+
+
+def rows_of(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``(B, elements)`` dense, without gradient."""
+    elements = x[0].numel() if x.shape[0] else 0
+    return x.detach().to(dtype).reshape(x.shape[0], elements).contiguous()
