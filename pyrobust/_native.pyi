@@ -106,6 +106,22 @@ def gather_rows(
     extras: tuple[Tensor | None, ...] | None,
     num_threads: int,
 ) -> None: ...
+def complex_sums(
+    x_real: Tensor, x_imag: Tensor, codes: Tensor, out: Tensor, in_features: int, num_threads: int
+) -> None: ...
+def complex_linear(
+    x_real: Tensor,
+    x_imag: Tensor,
+    codes: Tensor,
+    scale_real: float,
+    scale_imag: float,
+    step_real: Tensor,
+    step_imag: Tensor,
+    y_real: Tensor,
+    y_imag: Tensor,
+    in_features: int,
+    num_threads: int,
+) -> None: ...
 def unpack_codes(packed: Tensor, codes: Tensor, levels: int, num_threads: int) -> None: ...
 def pack_codes(codes: Tensor, packed: Tensor, levels: int, num_threads: int) -> None: ...
 def gaussian_samples(

@@ -5,6 +5,7 @@
 #include "bindings/packed_matrix.h"
 #include "bindings/tensor_view.h"
 #include "core/bit_layout.h"
+#include "matmul/complex.h"
 #include "runtime/check.h"
 
 namespace pyrobust {
@@ -65,6 +66,53 @@ void gather_rows(py::handle indices_, py::handle codes, py::handle scale, py::ha
                       num_threads);
 }
 
+struct ComplexViews {
+  TensorView real, imag, codes;
+  matmul::ComplexProblem problem;
+
+  ComplexViews(py::handle x_real, py::handle x_imag, py::handle codes_, int64_t in_features)
+      : real(view(x_real, "x_real")), imag(view(x_imag, "x_imag")), codes(view(codes_, "codes")) {
+    check(in_features >= 0, "in_features must be at least 0; got ", in_features, ".");
+    real.require_dtype(DType::kInt8).require_ndim(2).require_size(1, in_features);
+    imag.require_dtype(DType::kInt8).require_ndim(2).require_size(1, in_features);
+    imag.require_size(0, real.shape[0]);
+    codes.require_dtype(DType::kUInt8).require_ndim(2);
+    codes.require_size(1, packed_row_bytes(in_features, 4));
+    problem = {codes.as<const uint8_t>(), codes.shape[0],          in_features,
+               real.as<const int8_t>(),   imag.as<const int8_t>(), real.shape[0]};
+  }
+};
+
+void complex_sums(py::handle x_real, py::handle x_imag, py::handle codes, py::handle out_,
+                  int64_t in_features, int num_threads) {
+  const ComplexViews views(x_real, x_imag, codes, in_features);
+  const TensorView out = view(out_, "out");
+  out.require_dtype(DType::kInt32).require_ndim(3).require_size(0, 4);
+  out.require_size(1, views.problem.count).require_size(2, views.problem.rows);
+  py::gil_scoped_release release;
+  matmul::complex_sums(views.problem, out.as<int32_t>(), num_threads);
+}
+
+void complex_linear(py::handle x_real, py::handle x_imag, py::handle codes, float scale_real,
+                    float scale_imag, py::handle step_real, py::handle step_imag,
+                    py::handle y_real_, py::handle y_imag_, int64_t in_features, int num_threads) {
+  const ComplexViews views(x_real, x_imag, codes, in_features);
+  const TensorView t = view(step_real, "step_real"), r = view(step_imag, "step_imag");
+  const TensorView y_real = view(y_real_, "y_real"), y_imag = view(y_imag_, "y_imag");
+  for (const TensorView* step : {&t, &r}) {
+    step->require_dtype(DType::kFloat32).require_ndim(1).require_size(0, views.problem.count);
+  }
+  for (const TensorView* y : {&y_real, &y_imag}) {
+    y->require_dtype(DType::kFloat32).require_ndim(2);
+    y->require_size(0, views.problem.count).require_size(1, views.problem.rows);
+  }
+  const matmul::ComplexScales scales{scale_real, scale_imag, t.as<const float>(),
+                                     r.as<const float>()};
+  py::gil_scoped_release release;
+  matmul::complex_linear(views.problem, scales, y_real.as<float>(), y_imag.as<float>(),
+                         num_threads);
+}
+
 struct CodeViews {
   TensorView codes, packed;
   int64_t rows = 0, cols = 0;
@@ -101,6 +149,8 @@ void bind_matmul(py::module_& m) {
   m.def("packed_linear", &packed_linear);
   m.def("dequantize", &dequantize);
   m.def("gather_rows", &gather_rows);
+  m.def("complex_sums", &complex_sums);
+  m.def("complex_linear", &complex_linear);
   m.def("unpack_codes", &unpack_codes);
   m.def("pack_codes", &pack_codes);
 }

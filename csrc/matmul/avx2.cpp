@@ -2,6 +2,7 @@
 // columns at a time, in the order of k of avx2_decode.h. avx2_exact.h and avx2_int8.h hold the two
 // modes; this file prepares x and chooses.
 #include "core/activation_int8.h"
+#include "matmul/avx2_complex.h"
 #include "matmul/avx2_exact.h"
 #include "matmul/avx2_int8.h"
 #include "matmul/sparse.h"
@@ -143,8 +144,9 @@ void multiply(const PackedMatrix& w, Mode mode, const Block& block, int64_t begi
   }
 }
 
-constexpr MatmulKernels kKernels = {prepared_bytes, scratch_bytes,  prepare,         multiply,
-                                    nullptr,        sparse_prepare, sparse_multiply, kTile};
+constexpr MatmulKernels kKernels = {
+    prepared_bytes, scratch_bytes,   prepare,       multiply,         nullptr,
+    sparse_prepare, sparse_multiply, complex_order, complex_multiply, kTile};
 
 }  // namespace
 

@@ -166,6 +166,81 @@ void gather_rows(const PackedMatrix& weight, const int64_t* indices, int64_t cou
   });
 }
 
+namespace {
+
+// Bytes of the working memory of complex_product, and its parts.
+struct ComplexMemory {
+  int8_t *real, *imag;
+  int32_t *sum_real, *sum_imag;
+
+  ComplexMemory(int64_t count, int64_t width) {
+    const int64_t sums = count * static_cast<int64_t>(sizeof(int32_t));
+    auto* memory =
+        static_cast<char*>(thread_scratch(ScratchSlot::kShared, 2 * count * width + 2 * sums));
+    real = reinterpret_cast<int8_t*>(memory);
+    imag = real + count * width;
+    sum_real = reinterpret_cast<int32_t*>(imag + count * width);
+    sum_imag = sum_real + count;
+  }
+};
+
+int32_t order_row(const int8_t* x, int64_t cols, int64_t blocks, const int* order, int8_t* out) {
+  int32_t sum = 0;
+  for (int64_t k = 0; k < cols; ++k) sum += x[k];
+  for (int64_t b = 0; b < blocks; ++b) {
+    for (int64_t p = 0; p < kComplexBlock; ++p) {
+      const int64_t k = b * kComplexBlock + order[p];
+      out[b * kComplexBlock + p] = k < cols ? x[k] : int8_t{0};
+    }
+  }
+  return sum;
+}
+
+// `block` says where results go; the rest of it is filled in here.
+void complex_product(const ComplexProblem& p, ComplexBlock block, int num_threads) {
+  check(p.rows >= 0 && p.count >= 0 && p.cols >= 0, "sizes must not be negative.");
+  check(p.cols <= kComplexMaxCols, "the complex product takes at most 2^23 columns; got ", p.cols,
+        ".");
+  if (p.rows == 0 || p.count == 0) return;
+  const MatmulKernels& kernels = kernels_with(&MatmulKernels::complex_multiply);
+  int order[kComplexBlock];
+  for (int i = 0; i < kComplexBlock; ++i) order[i] = kernels.complex_order(i);
+  block.problem = &p;
+  block.blocks = ceil_div(p.cols, kComplexBlock);
+  const int64_t width = block.blocks * kComplexBlock;
+  const ComplexMemory memory(p.count, width);
+  for (int64_t m = 0; m < p.count; ++m) {
+    const auto ordered = [&](const int8_t* x, int8_t* out) {
+      return order_row(x + m * p.cols, p.cols, block.blocks, order, out + m * width);
+    };
+    memory.sum_real[m] = ordered(p.x_real, memory.real);
+    memory.sum_imag[m] = ordered(p.x_imag, memory.imag);
+  }
+  block.real = memory.real;
+  block.imag = memory.imag;
+  block.sum_real = memory.sum_real;
+  block.sum_imag = memory.sum_imag;
+  parallel_for(p.rows, grain_rows(4 * p.count * p.cols), 1, num_threads,
+               [&](int64_t begin, int64_t end) { kernels.complex_multiply(block, begin, end); });
+}
+
+}  // namespace
+
+void complex_sums(const ComplexProblem& problem, int32_t* out, int num_threads) {
+  ComplexBlock block;
+  block.sums = out;
+  complex_product(problem, block, num_threads);
+}
+
+void complex_linear(const ComplexProblem& problem, const ComplexScales& scales, float* y_real,
+                    float* y_imag, int num_threads) {
+  ComplexBlock block;
+  block.scales = scales;
+  block.y_real = y_real;
+  block.y_imag = y_imag;
+  complex_product(problem, block, num_threads);
+}
+
 void unpack_codes(const uint8_t* packed, int64_t rows, int64_t cols, int levels, uint8_t* codes,
                   int num_threads) {
   check_format(levels, rows, cols);

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "matmul/complex_block.h"
 #include "matmul/matmul.h"
 
 namespace pyrobust::matmul {
@@ -58,6 +59,10 @@ struct MatmulKernels {
   // sums (end - begin, rows): the product of rows [begin, end) of the remainder with the block.
   void (*sparse_multiply)(const PackedMatrix& weight, const float* prepared, int64_t rows,
                           int64_t begin, int64_t end, double* sums);
+  // The complex product (complex.h): the column, within its block, of byte p of prepared x; and
+  // rows [begin, end) of W times all of x.
+  int (*complex_order)(int p);
+  void (*complex_multiply)(const ComplexBlock& x, int64_t begin, int64_t end);
   // Rows of W a thread's share must be a multiple of.
   int64_t row_align;
 };

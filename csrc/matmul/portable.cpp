@@ -114,8 +114,32 @@ void dequantize_rows(const PackedMatrix& w, int64_t begin, int64_t end, float* o
   }
 }
 
-constexpr MatmulKernels kKernels = {prepared_bytes,  scratch_bytes,  prepare,         multiply,
-                                    dequantize_rows, sparse_prepare, sparse_multiply, 1};
+int complex_order(int p) { return p; }
+
+void complex_multiply(const ComplexBlock& x, int64_t begin, int64_t end) {
+  constexpr int kSign[4] = {1, 0, -1, 0};
+  const int64_t stride = x.blocks * kComplexBlock, cols = x.problem->cols;
+  for (int64_t n = begin; n < end; ++n) {
+    const uint8_t* row = x.problem->codes + n * packed_row_bytes(cols, 4);
+    for (int64_t m = 0; m < x.problem->count; ++m) {
+      const int8_t *a = x.real + m * stride, *b = x.imag + m * stride;
+      int32_t au = 0, av = 0, bu = 0, bv = 0;
+      for (int64_t k = 0; k < cols; ++k) {
+        const int code = get_code(row, k, 4);
+        const int u = kSign[code], v = kSign[(code + 3) % 4];
+        au += a[k] * u;
+        av += a[k] * v;
+        bu += b[k] * u;
+        bv += b[k] * v;
+      }
+      store_complex(x, m, n, au, bv, av, -bu);
+    }
+  }
+}
+
+constexpr MatmulKernels kKernels = {
+    prepared_bytes, scratch_bytes,   prepare,       multiply,         dequantize_rows,
+    sparse_prepare, sparse_multiply, complex_order, complex_multiply, 1};
 
 }  // namespace
 

@@ -1,5 +1,6 @@
 """The three kernel families as torch operators."""
 
+from pyrobust.ops.complex_matmul import complex_2bit_matmul, complex_2bit_sums
 from pyrobust.ops.grid import grid_samples
 from pyrobust.ops.interval import (
     interval_conv2d,
@@ -10,11 +11,15 @@ from pyrobust.ops.interval import (
 from pyrobust.ops.masking import masked_samples, split_gaussian_samples
 from pyrobust.ops.matmul import dequantize_codes, pack_codes, packed_linear, unpack_codes
 from pyrobust.ops.packed_layers import packed_conv2d, packed_embedding
+from pyrobust.ops.packed_weight import WeightExtras
 from pyrobust.ops.sampling import gaussian_samples, laplace_samples, uniform_samples
 from pyrobust.ops.substitution import substituted_tokens
 from pyrobust.ops.votes import count_votes
 
 __all__ = [
+    "WeightExtras",
+    "complex_2bit_matmul",
+    "complex_2bit_sums",
     "count_votes",
     "dequantize_codes",
     "gaussian_samples",
