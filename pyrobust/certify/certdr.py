@@ -328,8 +328,7 @@ class SmoothedRanker:
 
     def _distinct_draws(self, words: list[str]) -> tuple[list[list[str]], Tensor]:
         key = hashlib.blake2b("\n".join([str(self.seed), *words]).encode(), digest_size=7)
-        generator = torch.Generator().manual_seed(int.from_bytes(key.digest(), "little"))
-        drawn = self.table.draw(words, self.n, generator)
+        drawn = self.table.draw(words, self.n, int.from_bytes(key.digest(), "little"))
         rows, counts = np.unique(drawn, axis=0, return_counts=True)
         return self.table.render(words, rows), torch.from_numpy(counts)
 

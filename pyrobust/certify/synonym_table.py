@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyrobust._checks import check_finite, check_float_tensor, check_integer, check_shape
+from pyrobust.ops.substitution import substituted_tokens
 
 __all__ = ["Document", "SynonymTable", "split_words"]
 
@@ -79,6 +80,10 @@ class SynonymTable:
         self._index = {word: i for i, word in enumerate(self.words)}
         self._neighbours = [sorted({i, *row}) for i, row in enumerate(neighbours)]
         self._draws = [np.array(sorted(set(row)), dtype=np.int64) for row in draws]
+        sizes = np.array([0, *(len(row) for row in self._draws)], dtype=np.int64)
+        self._offsets = torch.from_numpy(sizes.cumsum())
+        members = np.concatenate([np.zeros(0, np.int64), *self._draws])
+        self._candidates = torch.from_numpy(members)
         self._overlap = self._overlaps()
 
     @classmethod
@@ -247,21 +252,21 @@ class SynonymTable:
         """
         check_integer("SynonymTable.sample", "n", n, 1)
         words = split_words(tokens, subject="SynonymTable.sample")
-        return self.render(words, self.draw(words, n, generator))
+        seed = int(torch.randint(2**62, (), generator=generator).item())
+        return self.render(words, self.draw(words, n, seed))
 
-    def draw(
-        self, words: Sequence[str], n: int, generator: torch.Generator | None = None
-    ) -> NDArray[np.int64]:
-        """``(n, len(words))`` vocabulary indices of ``n`` draws, -1 for unknown words."""
-        # Remainders of 62 uniform bits: uniform up to a factor 1 + 2**-55 for sets of 100.
-        bits = torch.randint(0, 2**62, (n, len(words)), generator=generator).numpy()
-        drawn = np.full((n, len(words)), -1, dtype=np.int64)
-        for j, word in enumerate(words):
-            found = self._index.get(_split_punctuation(word)[1])
-            if found is not None:
-                choices = self._draws[found]
-                drawn[:, j] = choices[bits[:, j] % len(choices)]
-        return drawn
+    def draw(self, words: Sequence[str], n: int, seed: int) -> NDArray[np.int64]:
+        """``(n, len(words))`` vocabulary indices of ``n`` draws, -1 for unknown words.
+
+        Each is a pure function of ``seed``, its row and its column, uniform to within 2**-64
+        (:func:`pyrobust.ops.substituted_tokens`).
+        """
+        found = [self._index.get(_split_punctuation(word)[1], -1) for word in words]
+        tokens = torch.tensor(found, dtype=torch.int64)[None]
+        with torch.no_grad():
+            drawn = substituted_tokens(tokens, self._offsets, self._candidates, n, seed=seed)
+        result: NDArray[np.int64] = drawn[0].numpy()
+        return result
 
     def render(self, words: Sequence[str], drawn: NDArray[np.int64]) -> list[list[str]]:
         """The documents that rows of :meth:`draw` stand for."""

@@ -142,6 +142,17 @@ def test_draws_are_uniform():
     assert ((counts - 1000) ** 2 / 1000).sum() < 20.5  # chi-square, 5 degrees, p = 0.001
 
 
+def test_draws_depend_on_seed_row_and_column_only():
+    table = SynonymTable.from_dict({w: [v for v in WORDS if v != w] for w in WORDS})
+    words = [*WORDS, "unseen"] * 30
+    whole = table.draw(words, 50, 7)
+    assert (table.draw(words, 20, 7) == whole[:20]).all()
+    assert (table.draw(words[:64], 50, 7) == whole[:, :64]).all()
+    assert (table.draw(words, 50, 8) != whole).any()
+    assert (whole[:, 6::7] == -1).all()
+    assert (whole[:, :6] >= 0).all()
+
+
 def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="symmetric; 'b' may replace 'a'"):
         SynonymTable.from_dict({"a": ["b"]})
