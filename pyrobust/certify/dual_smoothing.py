@@ -26,15 +26,14 @@ from pyrobust._checks import check_integer, check_open_unit, check_positive
 from pyrobust.certify.certificates import ABSTAIN, Certificate
 from pyrobust.certify.statistics import clopper_pearson_lower, gaussian_radius, union_bound
 from pyrobust.certify.sub_image import SubImage
-from pyrobust.certify.voting import check_voting, count_noisy_votes, device_of
-from pyrobust.ops.sampling import gaussian_samples
+from pyrobust.certify.voting import check_voting, classify, device_of
+from pyrobust.ops.masking import split_gaussian_samples
 
 __all__ = ["DualSmoothedClassifier", "DualSmoothingCertificate", "dual_radius"]
 
 _ASSUMPTION = (
     "the votes of each half are independent draws of its base under exactly Gaussian noise"
 )
-_RIGHT = 2**39  # sample number at which the right half's noise starts: no value is used twice
 
 
 def dual_radius(p_left: Any, p_right: Any, sigma_left: Any, sigma_right: Any = None) -> Tensor:
@@ -163,12 +162,11 @@ class DualSmoothedClassifier(nn.Module):
         check_integer(type(self).__name__, "n", n, 1)
         if seed is None:
             seed = int(torch.randint(2**62, ()).item())
+        self.left_part.gather(x[:0])  # checks the shape
         halves = []
-        for half, part, sigma, first in self._halves():
-            kept = part.gather(x.cpu())
-            noisy = gaussian_samples(
-                kept, sigma, n, seed=seed, first_sample=first, first_index=first_index
-            )
+        for half, noisy in zip(
+            self._halves(), self._noisy(x, 0, n, seed, first_index), strict=True
+        ):
             logits = half(noisy.flatten(0, 1).to(device_of(half)))
             halves.append(torch.softmax(logits, dim=-1).view(x.shape[0], n, -1).mean(dim=1))
         return (halves[0] + halves[1].to(halves[0].device)) / 2
@@ -277,18 +275,31 @@ class DualSmoothedClassifier(nn.Module):
         """The two sigmas and the number of classes."""
         return f"sigma={self.sigma}, num_classes={self.num_classes}"
 
-    def _halves(self) -> list[tuple[nn.Module, SubImage, float, int]]:
-        """Per half: classifier of the kept coordinates, its part, sigma, first noise sample."""
-        return [
-            (_Half(self.left_part, self.left), self.left_part, self.sigma[0], 0),
-            (_Half(self.right_part, self.right), self.right_part, self.sigma[1], _RIGHT),
-        ]
+    def _halves(self) -> list[_Half]:
+        """The classifiers of noisy inputs that are 0 outside their half."""
+        return [_Half(self.left_part, self.left), _Half(self.right_part, self.right)]
+
+    def _noisy(
+        self, x: Tensor, first_sample: int, n: int, seed: int, first_index: int
+    ) -> tuple[Tensor, Tensor]:
+        """``(B, n, ...)`` noisy copies of both halves: disjoint coordinates of one draw."""
+        left, right = split_gaussian_samples(
+            x.cpu().float(),
+            self.left_part.mask.cpu(),
+            self.sigma,
+            n,
+            seed=seed,
+            first_sample=first_sample,
+            first_index=first_index,
+        )
+        return left.to(x.dtype), right.to(x.dtype)
 
     def _check(self, subject: str, x: Tensor, alpha: float, batch_size: int, **sizes: int) -> None:
         for name, value in sizes.items():
             check_integer(subject, name, value, 1)
         check_open_unit(subject, "alpha", alpha)
         check_voting(subject, self, x, batch_size)
+        self.left_part.gather(x[:0])  # checks the shape
 
     def _count(
         self,
@@ -305,36 +316,46 @@ class DualSmoothedClassifier(nn.Module):
         results = []
         with tqdm(total=total, disable=not progress, unit="sample", desc=subject) as bar:
             for first, n in parts:
-                sides = [
-                    count_noisy_votes(
-                        half,
-                        part.gather(x.detach().cpu()),  # noise is drawn for kept coordinates only
-                        sigma,
-                        n,
-                        num_classes=self.num_classes,
-                        seed=seed,
-                        first_sample=offset + first,
-                        first_index=first_index,
-                        batch_size=batch_size,
-                        subject=subject,
-                        bar=bar,
-                    )
-                    for half, part, sigma, offset in self._halves()
-                ]
-                results.append(torch.stack(sides, dim=1))
+                counts = torch.zeros(x.shape[0], 2, self.num_classes, dtype=torch.int64)
+                for b in range(x.shape[0]):
+                    # Batches start at multiples of their size: an image meets the same ones
+                    # whatever images stand beside it.
+                    for start in range(first, first + n, batch_size):
+                        size = min(batch_size, first + n - start)
+                        image = x[b : b + 1].detach()
+                        counts[b] += self._votes(subject, image, start, size, seed, first_index + b)
+                        bar.update(2 * size)
+                results.append(counts)
         return results
+
+    def _votes(
+        self, subject: str, image: Tensor, first: int, n: int, seed: int, index: int
+    ) -> Tensor:
+        """``(2, K)`` votes on ``n`` noisy copies of one image."""
+        counts = []
+        with torch.no_grad():
+            drawn = self._noisy(image, first, n, seed, index)
+        for half, noisy, name in zip(self._halves(), drawn, ("left", "right"), strict=True):
+            votes, nan = classify(half, noisy[0], self.num_classes, subject)
+            if nan >= 0:
+                raise ValueError(
+                    f"{subject}: the base must not return NaN; the {name} one does for sample "
+                    f"{first + nan} of image {index} (seed {seed})."
+                )
+            counts.append(torch.bincount(votes, minlength=self.num_classes))
+        return torch.stack(counts)
 
 
 class _Half(nn.Module):
-    """A classifier of the kept coordinates of one half."""
+    """A classifier of inputs that are 0 outside one half."""
 
     def __init__(self, part: SubImage, classifier: nn.Module) -> None:
         super().__init__()
         self.part = part
         self.classifier = classifier
 
-    def forward(self, kept: Tensor) -> Tensor:
-        result: Tensor = self.classifier(self.part.expand(kept))
+    def forward(self, placed: Tensor) -> Tensor:
+        result: Tensor = self.classifier(self.part.finish(placed))
         return result
 
 

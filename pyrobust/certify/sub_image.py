@@ -129,11 +129,17 @@ class SubImage(nn.Module):
     def expand(self, kept: Tensor) -> Tensor:
         """What the network reads, made of the kept coordinates alone; differentiable."""
         if self.reduce == "compact":
-            return kept.reshape(*kept.shape[:2], self.mask.shape[1], -1) if self.image else kept
+            return self._compact(kept)
         mask = self.mask[0] if self.image else self.mask
         where = mask.flatten().nonzero()[:, 0]
         flat = kept.new_zeros(*kept.shape[:-1], mask.numel()).index_copy(-1, where, kept)
-        placed = flat.reshape(*kept.shape[:-1], *mask.shape)
+        return self.finish(flat.reshape(*kept.shape[:-1], *mask.shape))
+
+    def finish(self, placed: Tensor) -> Tensor:
+        """What the network reads, from ``(N, ...)`` inputs that are 0 at the hidden coordinates."""
+        if self.reduce == "compact":
+            return self._compact(self.gather(placed))
+        mask = self.mask[0] if self.image else self.mask
         if self.fill == "pool":
             return placed + _pooled(placed) * mask
         if self.fill == "bilinear":
@@ -143,6 +149,9 @@ class SubImage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(N, ...)`` inputs with the hidden coordinates replaced."""
         return self.expand(self.gather(x))
+
+    def _compact(self, kept: Tensor) -> Tensor:
+        return kept.reshape(*kept.shape[:2], self.mask.shape[1], -1) if self.image else kept
 
     def extra_repr(self) -> str:
         """Fill, reduction and size."""

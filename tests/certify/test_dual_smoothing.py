@@ -195,8 +195,16 @@ def test_each_half_sees_fresh_noise_on_its_own_coordinates_only():
         assert noise.shape == (13, 2)
         assert noise.unique(dim=0).shape == noise.shape  # selection is not reused
     assert not torch.isin(left, right).any()
-    drawn = gaussian_samples(x[:, :2], 1.0, 13, seed=7)[0]
-    assert torch.equal(torch.cat(dual.left.seen), drawn)
+    drawn = gaussian_samples(x, 1.0, 13, seed=7)[0]  # one draw, split between the halves
+    assert torch.equal(torch.cat(dual.left.seen), drawn[:, :2])
+    assert torch.equal(torch.cat(dual.right.seen), drawn[:, 2:])
+
+
+def test_nan_of_a_half_is_named():
+    dual = linear_dual(1.0)
+    dual.right.w = torch.tensor([0.6, math.nan])
+    with pytest.raises(ValueError, match="the right one does for sample 0 of image 5"):
+        dual.certify(torch.zeros(1, 4), n0=4, n=9, first_index=5)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])

@@ -35,6 +35,7 @@ def test_the_other_half_never_leaks(fill, reduce, half):
     other = torch.where(masks[half], x, torch.full_like(x, float("nan")))
     assert torch.equal(part(x), part(other))
     assert torch.equal(part(x), part.expand(part.gather(x)))
+    assert torch.equal(part(x), part.finish(x * masks[half]))
     x.requires_grad_()
     part(x).square().sum().backward()
     assert (x.grad[..., ~masks[half][0]] == 0).all()
