@@ -34,6 +34,11 @@ _OPTIONS = {
     "seed": Option(int, "of the noise (default: 0)"),
     "radii": Option(numbers, "R1,R2,...: decide these radii, with as few copies as it takes"),
     "batch_size": Option(int, "copies per forward pass (default: 512)"),
+    "weight": Option(float, "share of the robust part in a mixture (default: 0.85)"),
+    "standard_scale": Option(float, "factor of the accurate part's logits (default: 1)"),
+    "robust_scale": Option(float, "factor of the robust part's logits (default: 1)"),
+    "scheme": Option(str, "checkerboard or columns (default: checkerboard)"),
+    "fill": Option(str, "pool, zero or bilinear: what stands at hidden pixels (default: pool)"),
     "block": Option(int, "images that share forward passes, with --radii (default: 64)"),
 }
 
@@ -50,6 +55,18 @@ METHODS: dict[str, tuple[str, ...]] = {
         "batch_size",
         "block",
     ),
+    "dual": ("sigma", "samples", "selection", "alpha", "seed", "scheme", "fill", "batch_size"),
+    "adaptive": (
+        "sigma",
+        "weight",
+        "samples",
+        "selection",
+        "alpha",
+        "seed",
+        "standard_scale",
+        "batch_size",
+    ),
+    "mixture": ("eps", "weight", "standard_scale", "robust_scale"),
 }
 
 

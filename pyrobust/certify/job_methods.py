@@ -22,6 +22,7 @@ from pyrobust._checks import (
     check_positive,
 )
 from pyrobust.certify.log import LogRow
+from pyrobust.certify.part_jobs import AdaptiveJob, DualJob, MixtureJob
 
 __all__ = ["METHODS", "IntervalJob", "JobMethod", "SmoothingJob", "method_of"]
 
@@ -166,7 +167,13 @@ class SmoothingJob:
                 )
 
 
-METHODS: dict[str, type[Any]] = {"ibp": IntervalJob, "smoothing": SmoothingJob}
+METHODS: dict[str, type[Any]] = {
+    "ibp": IntervalJob,
+    "smoothing": SmoothingJob,
+    "dual": DualJob,
+    "adaptive": AdaptiveJob,
+    "mixture": MixtureJob,
+}
 
 
 def method_of(name: str, options: dict[str, Any]) -> JobMethod:

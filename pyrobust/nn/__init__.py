@@ -5,11 +5,13 @@ from pyrobust.nn.adaptive_smoothing import AdaptiveMixedClassifier, MixedClassif
 from pyrobust.nn.feature_tap import FeatureTap
 from pyrobust.nn.lora import ConvLoRA2d, LoHa, LoRALinear, VeRA
 from pyrobust.nn.mixing_network import MixingNetwork
+from pyrobust.nn.noise_conditioned import NoiseConditionedClassifier, NoiseConditionedEncoder
 from pyrobust.nn.orthogonal_fusion import FusionOutput, LateFusion, OrthogonalFusion
 from pyrobust.nn.packed_conv import PackedConv2d
 from pyrobust.nn.packed_embedding import PackedEmbedding
 from pyrobust.nn.packed_linear import PackedLinear, QuantizedLinear
 from pyrobust.nn.packed_qk_attention import PackedQKAttention
+from pyrobust.nn.patch_transformer import PatchTransformer
 from pyrobust.nn.rounded_input import RoundedInput
 from pyrobust.nn.siren_square import (
     SIREN,
@@ -34,6 +36,9 @@ from pyrobust.nn.weight_compander import (
 )
 
 __all__ = [
+    "NoiseConditionedClassifier",
+    "NoiseConditionedEncoder",
+    "PatchTransformer",
     "AdaptiveMixedClassifier",
     "MixedClassifier",
     "FeatureTap",

@@ -47,12 +47,15 @@ from pyrobust.train.multimodal_margin import (
     mixup_margin,
     multimodal_margin,
 )
+from pyrobust.train.noise_levels import KarrasSchedule, improved_consistency_scales, sigmoid_ema
 from pyrobust.train.ranking_noise import noise_augmented_ranking_loss
+from pyrobust.train.rrcm import RRCMLosses, RRCMPretrainer, info_nce
 from pyrobust.train.schedules import (
     cosine_decay,
     linear_ramp,
     step_decay,
 )
+from pyrobust.train.smoothed_classifier import NoiseConsistencyLoss, fit_smoothed_classifier
 from pyrobust.train.smoothing import (
     ConsistencyTraining,
     GaussianAugmentation,
@@ -64,6 +67,7 @@ from pyrobust.train.smoothing import (
 )
 from pyrobust.train.smoothing_losses import (
     consistency_penalty,
+    consistency_terms,
     gaussian_augmentation_loss,
     macer_loss,
     smoothed_cross_entropy,
@@ -93,6 +97,16 @@ __all__ = [
     "smooth_adv",
     "smoothed_cross_entropy",
     "stability_loss",
+    "consistency_penalty",
+    "consistency_terms",
+    "KarrasSchedule",
+    "improved_consistency_scales",
+    "sigmoid_ema",
+    "RRCMLosses",
+    "RRCMPretrainer",
+    "info_nce",
+    "NoiseConsistencyLoss",
+    "fit_smoothed_classifier",
     "AlphaChoice",
     "MixingLoss",
     "RandomizedPGD",
@@ -141,6 +155,5 @@ __all__ = [
     "whiten_extractor_",
     "worst_logits",
     "NoisyConsistency",
-    "consistency_penalty",
     "train_subclassifier",
 ]

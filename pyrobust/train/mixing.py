@@ -253,7 +253,7 @@ def train_mixer(
     with evaluation_mode(model), torch.no_grad():
         classes = model(images[:1]).shape[1]
     batches = -(-len(images) // batch_size)
-    total = epochs * batches * (1 + min(attack.targets, classes - 1))
+    total, step = epochs * batches * (1 + min(attack.targets, classes - 1)), 0
     optimizer = torch.optim.AdamW(
         model.mixer.parameters(), lr=learning_rate, weight_decay=weight_decay
     )
@@ -264,9 +264,10 @@ def train_mixer(
                 x, y = images[part], labels[part]
                 draw = int(torch.randint(2**31, (), generator=generator))
                 for attacked in attack(model, x, y, seed=draw):
-                    rate = learning_rate * _rate(bar.n, total)
+                    rate = learning_rate * _rate(step, total)
                     optimizer.param_groups[0]["lr"] = rate
                     _mixer_step(model, loss, optimizer, x, attacked, y)
+                    step += 1
                     bar.update()
     model.eval()
     return model

@@ -27,6 +27,7 @@ from pyrobust._checks import check_at_least, check_positive, check_shape
 
 __all__ = [
     "consistency_penalty",
+    "consistency_terms",
     "gaussian_augmentation_loss",
     "macer_loss",
     "smoothed_cross_entropy",
@@ -154,6 +155,30 @@ def macer_loss(
     return loss + weight * sigma / 2 * hinge
 
 
+def consistency_terms(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Divergence of noisy copies from their mean prediction, and the entropy of the mean.
+
+    Args:
+        logits: ``(copies, N, K)`` float; the copies of one input along the first axis.
+
+    Returns:
+        ``mean_i KL(mean || p_i)`` and ``H(mean)``, scalars averaged over the batch, nats.
+
+    Raises:
+        ValueError: ``logits`` has another number of axes.
+    """
+    if logits.ndim != 3:
+        raise ValueError(
+            f"consistency_penalty: logits must have shape (copies, N, K); "
+            f"got {tuple(logits.shape)}."
+        )
+    log_each = F.log_softmax(logits, dim=-1)
+    mean = log_each.exp().mean(0)
+    log_mean = mean.clamp_min(torch.finfo(mean.dtype).tiny).log()
+    divergence = (mean * (log_mean - log_each)).sum(-1).mean()
+    return divergence, -(mean * log_mean).sum(-1).mean()
+
+
 def consistency_penalty(logits: Tensor, *, entropy: float = 0.05) -> Tensor:
     """How far the predictions of noisy copies of one input differ from their mean.
 
@@ -175,16 +200,8 @@ def consistency_penalty(logits: Tensor, *, entropy: float = 0.05) -> Tensor:
         tensor(0.)
     """
     check_at_least("consistency_penalty", "entropy", entropy, 0.0)
-    if logits.ndim != 3:
-        raise ValueError(
-            f"consistency_penalty: logits must have shape (copies, N, K); "
-            f"got {tuple(logits.shape)}."
-        )
-    log_each = F.log_softmax(logits, dim=-1)
-    mean = log_each.exp().mean(0)
-    log_mean = mean.clamp_min(torch.finfo(mean.dtype).tiny).log()
-    divergence = (mean * (log_mean - log_each)).sum(-1).mean()
-    return divergence - entropy * (mean * log_mean).sum(-1).mean()
+    divergence, spread = consistency_terms(logits)
+    return divergence + entropy * spread
 
 
 def _check(subject: str, logits: Tensor, labels: Tensor) -> None:
