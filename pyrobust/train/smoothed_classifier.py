@@ -9,7 +9,6 @@ start, weight 10 at noise 0.5 makes a classifier trained from scratch collapse t
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -27,7 +26,7 @@ from pyrobust._checks import (
 )
 from pyrobust.nn.noise_conditioned import NoiseConditionedClassifier
 from pyrobust.train.noise_levels import KarrasSchedule
-from pyrobust.train.schedules import linear_ramp
+from pyrobust.train.schedules import cosine_decay, linear_ramp
 from pyrobust.train.smoothing_losses import consistency_terms
 
 __all__ = ["NoiseConsistencyLoss", "fit_smoothed_classifier"]
@@ -146,13 +145,13 @@ def fit_smoothed_classifier(
         for _ in range(epochs):
             for images, labels in loader:
                 done = step / total
-                factor = linear_ramp(done, end=warmup) if done < warmup else _cosine(done, warmup)
+                factor = cosine_decay(done, warmup=warmup)
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * max(factor, 1 / total)
                 copies = images.repeat(loss.m, 1, 1, 1)
                 noise = torch.randn(copies.shape, generator=generator, dtype=copies.dtype)
                 logits = running(copies + sigma * noise.to(copies.device))
-                weight = linear_ramp(done, end=ramp) if done < ramp else 1.0
+                weight = linear_ramp(done, end=ramp)
                 value = loss(logits.unflatten(0, (loss.m, len(images))), labels, ramp=weight)
                 if not torch.isfinite(value):
                     raise FloatingPointError(f"{subject}: the loss became {value.item()}.")
@@ -162,11 +161,6 @@ def fit_smoothed_classifier(
                 step += 1
                 bar.update()
     return model.eval()
-
-
-def _cosine(done: float, warmup: float) -> float:
-    share = (done - warmup) / max(1 - warmup, 1e-12)
-    return (1 + math.cos(math.pi * share)) / 2
 
 
 def _distributed(model: nn.Module) -> nn.Module:
