@@ -33,6 +33,7 @@ from pyrobust.certify.multimodal_radius import (
     modality_lipschitz,
     multimodal_radius,
 )
+from pyrobust.certify.part_jobs import AdaptiveJob, DualJob, MixtureJob
 from pyrobust.certify.population import SMOOTHING_POPULATION, Population
 from pyrobust.certify.propagation_tightness import (
     TightnessProfile,
@@ -68,6 +69,9 @@ from pyrobust.certify.sub_image import SubImage, checkerboard_masks, partition_m
 from pyrobust.certify.synonym_table import SynonymTable
 
 __all__ = [
+    "AdaptiveJob",
+    "DualJob",
+    "MixtureJob",
     "lipschitz_radius",
     "smoothed_lipschitz",
     "smoothed_mixture_radius",
