@@ -1,5 +1,6 @@
-// Included by avx2.cpp alone: the complex product. Codes become bytes u + 1 and v + 1 by shuffles,
-// so that unsigned times signed byte products apply; the sum of x is taken off at the end.
+// Included by avx2.cpp and avx512.cpp: the complex product. Codes become bytes u + 1 and v + 1 by
+// shuffles, so that unsigned times signed byte products apply; the sum of x is taken off at the
+// end.
 #pragma once
 
 #include "matmul/avx2_decode.h"

@@ -1,5 +1,5 @@
-// Included by avx2.cpp alone: codes of the canonical layout to AVX2 registers, 64 columns at a
-// time.
+// Included by avx2.cpp and avx512.cpp: codes of the canonical layout to AVX2 registers, 64 columns
+// at a time.
 //
 // A block of 64 codes of b bits fills 8 b bytes, so lane i of eight 32-bit lanes can hold the b
 // bytes of columns 8 i .. 8 i + 7, and field j of every lane is column 8 i + j:

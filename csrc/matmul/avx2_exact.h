@@ -1,4 +1,4 @@
-// Included by avx2.cpp alone: the product in float.
+// Included by avx2.cpp and avx512.cpp: the product in float.
 //
 // Groups of whole blocks (group_size a multiple of 64, or one group): per block of 64 columns eight
 // float lanes take eight FMAs of x (code - zero) each, are added as a tree (the relative error is

@@ -1,5 +1,5 @@
-// Included by avx2.cpp alone: the product with activations rounded to 8 bits. Bytes times bytes to
-// int32 (at 8 bits 16 times 16), exact in any order, then the double epilogue of matmul.h.
+// Included by avx2.cpp and avx512.cpp: the product with activations rounded to 8 bits. Bytes times
+// bytes to int32 (at 8 bits 16 times 16), exact in any order, then the double epilogue of matmul.h.
 #pragma once
 
 #include "matmul/avx2_tile.h"

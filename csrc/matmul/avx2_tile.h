@@ -1,5 +1,5 @@
-// Included by avx2.cpp alone: one tile of the weight (four rows: codes, scales, zeros), the paths a
-// weight can take, and the working memory of a thread.
+// Included by avx2.cpp and avx512.cpp: one tile of the weight (four rows: codes, scales, zeros),
+// the paths a weight can take, and the working memory of a thread.
 #pragma once
 
 #include <immintrin.h>

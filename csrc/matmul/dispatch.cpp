@@ -19,6 +19,7 @@ const MatmulKernels& kernels_with(Entry MatmulKernels::* entry) {
   const MatmulKernels* tables[kIsaCount] = {&portable_kernels(), nullptr, nullptr, nullptr};
 #if defined(PYROBUST_X86)
   tables[static_cast<int>(Isa::kAvx2)] = avx2_kernels();
+  tables[static_cast<int>(Isa::kAvx512)] = avx512_kernels();
 #endif
   for (int isa = static_cast<int>(current_isa()); isa > 0; --isa) {
     if (tables[isa] != nullptr && tables[isa]->*entry != nullptr) return *tables[isa];
