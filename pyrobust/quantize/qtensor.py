@@ -283,6 +283,11 @@ class QTensor:
             extras=self.extras,
         ).to(dtype)
 
+    @property
+    def dim(self) -> str:
+        """``"oc"``, groups within an output channel (``group_dim=1``), or ``"ic"``."""
+        return "oc" if self.group_dim == 1 else "ic"
+
     def unpack_codes(self) -> Tensor:
         """The codes, ``(rows, cols)`` uint8, one to an element."""
         return unpack_codes(self.codes, in_features=self.shape[1], bits=self.bits)

@@ -23,7 +23,8 @@ def test_per_ic_is_per_oc_of_the_transpose(bits, symmetric):
     other = quantize_groupwise(w.t(), bits, 16, "oc", symmetric)
     assert torch.equal(one.dequantize(), other.dequantize().t())
     assert torch.equal(one.scale, other.scale.t())
-    assert (one.shape, one.group_dim, other.group_dim) == ((40, 24), 0, 1)
+    assert (one.shape, one.dim, one.group_dim) == ((40, 24), "ic", 0)
+    assert (other.shape, other.dim, other.group_dim) == ((24, 40), "oc", 1)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -69,6 +70,7 @@ def test_the_packed_layer_multiplies_what_was_quantized(bits, dim, shape):
     linear = nn.Linear(shape[1], shape[0])
     packed = rtn(linear, bits, 16, dim)
     layer = QuantizedLinear.from_qtensor(packed, linear.bias)
+    assert torch.equal(layer.dequantize(), packed.dequantize())
     x = torch.randn(5, shape[1])
     expected = nn.functional.linear(x.double(), packed.dequantize().double(), linear.bias.double())
     assert (layer(x) - expected).abs().max() <= 1e-5 * expected.abs().max()
@@ -165,6 +167,25 @@ def test_through_pack_with_a_report(method, propagate, make):
         assert row.output_error > 0
         assert row.output_error_nearest > 0
     assert packed(data[0]).isfinite().all()
+
+
+def test_the_file_is_as_large_as_the_bits_that_are_counted(tmp_path):
+    model = nn.Sequential(*[nn.Linear(512, 512, bias=False) for _ in range(3)]).eval()
+    model[1].weight.data *= torch.exp(torch.randn(512))  # asks for groups along outputs
+    file = tmp_path / "model.safetensors"
+    for method in ("rtn", "gptq"):
+        packed = pyrobust.pack(
+            model,
+            bits=3,
+            quantizer=AdaDim(method),
+            calibration=[torch.randn(600, 512)],
+        )
+        assert {layer.group_dim for layer in packed} == {0, 1}
+        rows = pyrobust.pack_report(packed).packed
+        counted = sum(row.bytes_after for row in rows)
+        assert counted == 3 * (512 * 512 * 3 // 8 + 512 * 4 * (2 + 1))  # codes, scales, zeros
+        pyrobust.save(packed, file)
+        assert abs(file.stat().st_size - counted) <= 0.01 * counted
 
 
 def test_an_interrupted_conversion_restores_the_model(monkeypatch):

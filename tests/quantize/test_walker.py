@@ -118,6 +118,22 @@ def test_blocks_are_found_and_layers_with_one_input_share_it():
     assert recorder._blocks[1][2] == 3
 
 
+def test_only_one_block_has_its_float_weights_twice():
+    model = BlockNet().eval()
+    home = {name: p.data_ptr() for name, p in model.named_parameters()}
+    moved = []
+
+    class Watching(Recorder):
+        def quantize_block(self, block):
+            super().quantize_block(block)
+            away = [n for n, p in model.named_parameters() if p.data_ptr() != home[n]]
+            moved.append({name.rpartition(".")[0] for name in away})
+
+    pyrobust.pack(model, bits=3, group_size=8, quantizer=Watching(), calibration=batches_for(model))
+    inside = [{f"blocks.{i}.{n}" for n in ("gate", "up", "down")} for i in range(3)]
+    assert moved == [{"stem"}, *[{"stem", *names} for names in inside], {"stem", "head"}]
+
+
 def test_float_propagation_gives_every_block_the_float_inputs():
     model = BlockNet().eval()
     batches = batches_for(model)
