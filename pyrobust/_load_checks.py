@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pyrobust._safetensors import DTYPES, checksum
 from pyrobust.nn.packed_module import PackedModule
-from pyrobust.nn.twins import TWINS
+from pyrobust.nn.twins import TWINS, VARIANTS, twin_named
 from pyrobust.quantize.qtensor import WeightLayout
 
 __all__ = [
@@ -39,8 +39,7 @@ METADATA_SUM = "pyrobust.crc32"  # key of the checksum of the description
 EXTRA = "_extra_state"
 _FORMAT = ("bits", "group_size", "group_dim", "symmetric", "activations")
 _SCALES = ("F32", "F16", "BF16")
-_FREE_FLOATS = ("scale", "remainder_values")  # a file brings its own float type
-_KINDS = {twin.kind: twin for twin in TWINS.values()}
+_KINDS = {twin.kind: twin for twin in (*TWINS.values(), *VARIANTS)}
 Path = str | os.PathLike[str]
 
 
@@ -148,15 +147,16 @@ def make_twins(
         if isinstance(layer, PackedModule):
             _check_same_format(path, name, layer, options)
             continue
-        twin = None if layer is None else TWINS.get(type(layer))
-        if layer is None or twin is None or twin.__name__ != options.get("type"):
+        twin = None if layer is None else twin_named(layer, options.get("type"))
+        if layer is None or twin is None:
             raise ValueError(
                 f"load: {path} holds a {options.get('type')} '{name}'; the model has "
                 f"{'no such layer' if layer is None else 'a ' + type(layer).__name__} there."
             )
         twins[layer] = twin.like(layer, **{key: options[key] for key in _FORMAT})
-        twins[layer].extend(WeightLayout(*options.get("layout", ())))
-        twins[layer].train(layer.training).to(cast(Tensor, layer.weight).dtype)
+        layout = WeightLayout(*options.get("layout", ()))
+        twins[layer].extend(layout, options.get("storage", ()))
+        twins[layer].train(layer.training).to(next(layer.parameters()).dtype)
         _check_same_format(path, name, twins[layer], options)
     for name, module in modules.items():
         if isinstance(module, PackedModule) and name not in layers:
@@ -208,7 +208,7 @@ def _check_shapes(path: Path, places: dict[str, Place], tied: dict[str, str], fi
         stored = file.get_slice(tied.get(name, name))
         found = (stored.get_dtype(), tuple(stored.get_shape()))
         wanted = (DTYPES.get(place.tensor.dtype), tuple(place.tensor.shape))
-        free = isinstance(place.module, PackedModule) and place.leaf in _FREE_FLOATS
+        free = isinstance(place.module, PackedModule) and place.leaf in place.module.free_floats
         free = free and place.tensor.is_floating_point()
         if found[1] != wanted[1] or (found[0] not in _SCALES if free else found[0] != wanted[0]):
             raise ValueError(

@@ -124,6 +124,9 @@ def load(path: Path, model: nn.Module) -> nn.Module:
             elif places[name].leaf != EXTRA:
                 device = devices.get(id(places[name].module), _device_of(places[name].module))
                 values[owner] = _fill(places[name], file.get_tensor(owner), device)
+        for module in {id(place.module): place.module for place in places.values()}.values():
+            if isinstance(module, PackedModule):
+                module.finish_loading()
     result: nn.Module = twins.get(model, model)
     leave_fused_paths(result)
     return result

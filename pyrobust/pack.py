@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,19 @@ __all__ = ["QUANTIZERS", "LayerReport", "PackReport", "pack", "pack_report"]
 Quantizer = Callable[..., QTensor]
 
 
+class LayerQuantizer(Protocol):
+    """What ``pack`` asks of an object that quantizes all layers in one call."""
+
+    def quantize_layers(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        formats: Mapping[str, Mapping[str, Any]],
+        calibration: Any,
+    ) -> Mapping[str, Any]:
+        """The packed weights by the names of the layers."""
+
+
 def pack(
     model: nn.Module,
     *,
@@ -46,7 +59,7 @@ def pack(
     bits_for: BitsFor | None = None,
     inplace: bool = False,
     progress: bool = False,
-    quantizer: Quantizer | BlockQuantizer | str | None = None,
+    quantizer: Quantizer | BlockQuantizer | LayerQuantizer | str | None = None,
     calibration: Any = None,
     blocks: str | Sequence[str] | None = None,
     resume: str | os.PathLike[str] | None = None,

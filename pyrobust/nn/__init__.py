@@ -2,6 +2,7 @@
 
 from pyrobust.nn.adapter import Adapter, weight_checksum
 from pyrobust.nn.adaptive_smoothing import AdaptiveMixedClassifier, MixedClassifier
+from pyrobust.nn.dense_sparse_linear import DenseSparseLinear
 from pyrobust.nn.feature_tap import FeatureTap
 from pyrobust.nn.lora import ConvLoRA2d, LoHa, LoRALinear, VeRA
 from pyrobust.nn.mixing_network import MixingNetwork
@@ -45,6 +46,7 @@ __all__ = [
     "MixingNetwork",
     "Adapter",
     "ConvLoRA2d",
+    "DenseSparseLinear",
     "FusionOutput",
     "LateFusion",
     "LoHa",

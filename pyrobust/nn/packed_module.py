@@ -9,7 +9,7 @@ rounding it to another dtype would change the network that was certified. The bi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -33,9 +33,9 @@ __all__ = ["PackedModule"]
 _REMAINDER = ("remainder_values", "remainder_columns", "remainder_offsets")
 _EXTRAS = ("row_scale", "codebook", *_REMAINDER)  # in the order of WeightExtras
 _STORED = ("codes", "scale", "zero", *_EXTRAS)
-_FREE_FLOATS = ("scale", "remainder_values")  # of any float type; a state brings its own
 _ACTIVATIONS = (None, "int8")
-_PLAIN_VERSION, _LAYOUT_VERSION = 1, 2  # of the descriptor; 2 also tells the layout
+# Of the descriptor: 2 also tells the layout, 3 also how a layer with its own storage stores it.
+_PLAIN_VERSION, _LAYOUT_VERSION, _STORAGE_VERSION = 1, 2, 3
 
 
 class PackedModule(nn.Module):
@@ -61,6 +61,8 @@ class PackedModule(nn.Module):
     """
 
     kind: ClassVar[int]  # number of the layer type in the format descriptor
+    packed_buffers: ClassVar[tuple[str, ...]] = _STORED  # no change of dtype touches them
+    free_floats: ClassVar[tuple[str, ...]] = ("scale", "remainder_values")  # a state brings its own
     codes: Tensor
     scale: Tensor
     zero: Tensor | None
@@ -110,8 +112,11 @@ class PackedModule(nn.Module):
             self.register_buffer(name, None)
         self.register_parameter("bias", None)
 
-    def extend(self, layout: WeightLayout) -> Self:
-        """Make room for the optional parts that ``layout`` names, without data; returns itself."""
+    def extend(self, layout: WeightLayout, storage: Sequence[int] = ()) -> Self:
+        """Make room for the optional parts that ``layout`` names, without data; returns itself.
+
+        ``storage`` is what :meth:`_storage` tells, for the layers that have a storage of their own.
+        """
         rows = self._matrix_shape[0]
         self.layout = layout
         if layout.two_level:
@@ -126,6 +131,13 @@ class PackedModule(nn.Module):
             self.remainder_columns = torch.empty(count, dtype=torch.int32, device="meta")
             self.remainder_offsets = torch.empty(rows + 1, dtype=torch.int64, device="meta")
         return self
+
+    def finish_loading(self) -> None:
+        """Called when all saved buffers have been filled: for layers that derive others."""
+
+    def _storage(self) -> tuple[int, ...]:
+        """What else a state dict depends on, in layers with a storage of their own."""
+        return ()
 
     @property
     def _matrix_shape(self) -> tuple[int, int]:
@@ -187,6 +199,7 @@ class PackedModule(nn.Module):
         self.codes, self.scale, self.zero = qtensor.codes, qtensor.scale, qtensor.zero
         for name, part in zip(_EXTRAS, qtensor.extras, strict=True):
             setattr(self, name, part)
+        self._absent_last()
         if bias is not None:
             check_float_tensor(subject, "bias", bias)
             check_shape(subject, "bias", bias, (self.weight_shape[0],))
@@ -241,8 +254,9 @@ class PackedModule(nn.Module):
 
     @property
     def nbytes_packed(self) -> int:
-        """Bytes of the weight, all its parts; the bias is not counted."""
-        tensors = [self._buffers[name] for name in _STORED]
+        """Bytes of the weight as it is saved, all its parts; the bias is not counted."""
+        names = [n for n in self.packed_buffers if n not in self._non_persistent_buffers_set]
+        tensors = [self._buffers[name] for name in names]
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -251,14 +265,20 @@ class PackedModule(nn.Module):
         Buffers are moved in place where torch moves parameters in place, so that two layers that
         share a packed weight still share it on the new device.
         """
-        stored = {name: self._buffers.pop(name) for name in _STORED}
+        stored = {name: self._buffers.pop(name) for name in self.packed_buffers}
         try:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             for name, buffer in stored.items():
                 stored[name] = _moved(buffer, fn)
         finally:
             self._buffers.update(stored)
+            self._absent_last()
         return self
+
+    def _absent_last(self) -> None:
+        """Order the buffers: torch.export counts on none being absent before others."""
+        for name in [name for name, buffer in self._buffers.items() if buffer is None]:
+            self._buffers[name] = self._buffers.pop(name)
 
     # -- saving and loading --------------------------------------------------------------------
 
@@ -274,9 +294,10 @@ class PackedModule(nn.Module):
 
         All of it must agree for codes to mean the same weight, but for ``activations``.
         """
-        plain = self.layout == WeightLayout()
+        plain, storage = self.layout == WeightLayout(), self._storage()
+        version = _PLAIN_VERSION if plain else _LAYOUT_VERSION
         fields = {
-            "version": _PLAIN_VERSION if plain else _LAYOUT_VERSION,
+            "version": _STORAGE_VERSION if storage else version,
             "kind": self.kind,
             "bits": round(100 * self.bits),
             "group_size": self.group_size,
@@ -284,8 +305,11 @@ class PackedModule(nn.Module):
             "symmetric": int(self.symmetric),
             "activations": _ACTIVATIONS.index(self.activations),
         }
-        if not plain:
+        if not plain or storage:
             fields |= {name: int(value) for name, value in self.layout._asdict().items()}
+        if storage:
+            fields["storage"] = len(storage)
+            fields |= {f"storage[{i}]": value for i, value in enumerate(storage)}
         return fields | {f"weight.shape[{i}]": size for i, size in enumerate(self.weight_shape)}
 
     @staticmethod
@@ -295,16 +319,19 @@ class PackedModule(nn.Module):
         Raises:
             ValueError: ``values`` is not a descriptor of a known version.
         """
-        versions = (_PLAIN_VERSION, _LAYOUT_VERSION)
+        versions = (_PLAIN_VERSION, _LAYOUT_VERSION, _STORAGE_VERSION)
         if len(values) < 9 or values[0] not in versions or values[6] not in (0, 1):
             raise ValueError(f"PackedModule: unknown description of a packed weight, {values}.")
-        layout = {}
-        if values[0] == _LAYOUT_VERSION:
+        layout: dict[str, Any] = {}
+        if values[0] != _PLAIN_VERSION:
             if len(values) < 12 or any(value not in (0, 1) for value in values[7:9]):
                 raise ValueError(f"PackedModule: unknown description of a packed weight, {values}.")
             two_level, codebook, nonzeros = values[7:10]
             layout = {"layout": [bool(two_level), bool(codebook), nonzeros]}
-            values = values[:7] + values[10:]
+            rest = values[10:]
+            if values[0] == _STORAGE_VERSION:
+                layout["storage"], rest = rest[1 : 1 + rest[0]], rest[1 + rest[0] :]
+            values = values[:7] + rest
         kind, bits, group_size, group_dim, symmetric, activations = values[1:7]
         return {
             "kind": kind,
@@ -331,7 +358,7 @@ class PackedModule(nn.Module):
         if problem is not None:
             error_msgs.append(f"{type(self).__name__} '{prefix.rstrip('.')}': {problem}")
             return
-        for name in _FREE_FLOATS:
+        for name in self.free_floats:
             stored, own = state_dict.get(f"{prefix}{name}"), self._buffers[name]
             if isinstance(stored, Tensor) and own is not None and stored.dtype != own.dtype:
                 # copying into the old buffer would round; in place, so that ties survive

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from pyrobust.nn.dense_sparse_linear import DenseSparseLinear
 from pyrobust.nn.packed_conv import PackedConv2d
 from pyrobust.nn.packed_embedding import PackedEmbedding
 from pyrobust.nn.packed_linear import PackedLinear
 from pyrobust.nn.packed_module import PackedModule
 
-__all__ = ["TWINS", "leave_fused_paths", "replace_layers"]
+__all__ = ["TWINS", "VARIANTS", "leave_fused_paths", "replace_layers", "twin_named"]
 
 TWINS: dict[type[nn.Module], type[PackedModule]] = {
     nn.Linear: PackedLinear,
@@ -19,6 +20,18 @@ TWINS: dict[type[nn.Module], type[PackedModule]] = {
     nn.Embedding: PackedEmbedding,
 }
 """Exact types: a subclass may compute something else."""
+
+VARIANTS: dict[type[PackedModule], type[nn.Module]] = {DenseSparseLinear: nn.Linear}
+"""Other packed layers that a file may hold in the place of a float layer of that type."""
+
+
+def twin_named(layer: nn.Module, name: object) -> type[PackedModule] | None:
+    """The packed layer of that class name that can stand for ``layer``, or None."""
+    found = TWINS.get(type(layer))
+    if found is not None and found.__name__ == name:
+        return found
+    fitting = (twin for twin, kind in VARIANTS.items() if kind is type(layer))
+    return next((twin for twin in fitting if twin.__name__ == name), None)
 
 
 def replace_layers(model: nn.Module, twins: Mapping[nn.Module, nn.Module]) -> None:

@@ -11,22 +11,32 @@ from pyrobust.quantize.calibration_block import (
 )
 from pyrobust.quantize.codebook import codebook_of, nf4_levels, round_to_codebook
 from pyrobust.quantize.gptq import GPTQ, gptq, gptq_weight
+from pyrobust.quantize.gwq import GWQ, gwq_quantize
 from pyrobust.quantize.hessian import HessianAccumulator
 from pyrobust.quantize.lsq import ActivationQuantizer, LSQQuantizer
 from pyrobust.quantize.names import QUANTIZERS
 from pyrobust.quantize.ofq import ConfidenceGuidedAnnealing, train_ofq
 from pyrobust.quantize.oscillation import OscillationTracker
+from pyrobust.quantize.outliers import outlier_columns, outlier_mask, quantize_with_outliers
 from pyrobust.quantize.qk_reparam import QKReparamAttention
 from pyrobust.quantize.qtensor import QTensor, round_scale
 from pyrobust.quantize.quant_layers import QuantConv2d, QuantLinear
 from pyrobust.quantize.quantize_vit import quantize_vit
 from pyrobust.quantize.remainder import SparseRemainder
 from pyrobust.quantize.round_to_nearest import quantize_groupwise, round_to_nearest, rtn
+from pyrobust.quantize.second_level import QTensorWithStatistics, SecondLevel
 from pyrobust.quantize.sensitivity import SENSITIVITY_KINDS, prediction_loss, sensitivity
 from pyrobust.quantize.stats_quantizer import StatsQuantizer
 from pyrobust.quantize.two_level import round_to_two_level
 
 __all__ = [
+    "SecondLevel",
+    "quantize_with_outliers",
+    "outlier_mask",
+    "outlier_columns",
+    "GWQ",
+    "gwq_quantize",
+    "QTensorWithStatistics",
     "ActivationQuantizer",
     "AdaDim",
     "AdaDimChoice",

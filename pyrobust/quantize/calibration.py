@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Call", "StopForward", "read_calibration", "run_named"]
+__all__ = ["Call", "StopForward", "named_errors", "read_calibration", "run_named"]
 
 
 class StopForward(Exception):
@@ -106,21 +107,32 @@ def run_named(subject: str, model: nn.Module, index: int, call: Call) -> Any:
         ValueError: the model does not accept the batch.
         StopForward: passed on from hooks.
     """
+    with named_errors(subject, model, index):
+        return call.on(model)
+
+
+@contextmanager
+def named_errors(subject: str, model: nn.Module, index: int) -> Iterator[None]:
+    """Tell an error of ``model`` while it runs on batch ``index`` with the name of its layer.
+
+    Raises:
+        ValueError: in the place of any other exception of the model.
+        StopForward: passed on from hooks.
+    """
     running: list[str] = []
     handles = []
 
-    def enter(name: str) -> Any:
-        return lambda *_: running.append(name)
-
-    def leave(*_: Any) -> None:
+    def leave(*_: Any) -> None:  # a hook that returns anything would replace the output
         running.pop()
 
     for name, module in model.named_modules():
-        # Prepended, it sees a module before any other hook can raise.
-        handles.append(module.register_forward_pre_hook(enter(name), prepend=True))
+        # A hook that comes first sees a module before any other hook can raise.
+        handles.append(
+            module.register_forward_pre_hook(lambda *_, at=name: running.append(at), prepend=True)
+        )
         handles.append(module.register_forward_hook(leave))
     try:
-        return call.on(model)
+        yield
     except (StopForward, CalibrationError):
         raise
     except Exception as error:

@@ -13,6 +13,7 @@ __all__ = ["QUANTIZERS", "quantizer_named"]
 QUANTIZERS: dict[str, str] = {
     "adadim": "pyrobust.quantize.adadim:AdaDim",
     "gptq": "pyrobust.quantize.gptq:GPTQ",
+    "gwq": "pyrobust.quantize.gwq:GWQ",
     "rtn": "pyrobust.quantize.round_to_nearest:round_to_nearest",
     "nf4": "pyrobust.quantize.codebook:round_to_codebook",
     "two-level": "pyrobust.quantize.two_level:round_to_two_level",

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from pyrobust._checks import check_choice, check_eval_mode, check_instance, check_integer
+from pyrobust.quantize.calibration import named_errors
 
 __all__ = ["SENSITIVITY_KINDS", "prediction_loss", "sensitivity"]
 
@@ -103,7 +104,8 @@ def sensitivity(
 
     Raises:
         ValueError: ``model`` is in training mode, a weight is frozen or an inference tensor, there
-            are no batches, a loss is not finite, a layer never runs, or an argument is wrong.
+            are no batches, one does not fit the model, a loss is not finite, a layer never runs, or
+            an argument is wrong.
         NotImplementedError: ``"hessian-diag"`` for another layer than ``torch.nn.Linear``.
 
     Example:
@@ -176,7 +178,8 @@ def _as_list(batches: Iterable[Any] | Tensor | None) -> list[Any]:
 
 
 def _finite_loss(model: nn.Module, batch: Any, loss: Loss, number: int) -> Tensor:
-    value = loss(model, batch)
+    with named_errors("sensitivity", model, number):
+        value = loss(model, batch)
     if value.numel() != 1:
         raise ValueError(f"sensitivity: loss must be a scalar; got shape {tuple(value.shape)}.")
     if not bool(torch.isfinite(value)):

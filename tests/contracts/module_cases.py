@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrobust import nn as rnn
-from pyrobust.quantize import QTensor
+from pyrobust.quantize import QTensor, quantize_with_outliers
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,18 @@ def _embedding(**options: object) -> ModuleCase:
     )
 
 
+def _dense_sparse(**options: object) -> ModuleCase:
+    def make(**change: object) -> nn.Module:
+        weight = torch.randn(11, 21, generator=torch.Generator().manual_seed(0))
+        mask = weight.abs() > 1.5
+        mask[:, 4] = True
+        form = {"group_size": 8, **options, **change}
+        packed = quantize_with_outliers(weight, mask, **form)
+        return rnn.DenseSparseLinear.from_qtensor(packed, torch.linspace(-1, 1, 11)).eval()
+
+    return ModuleCase(make, _linear().batch, _linear().bad, lambda: make(bits=2))
+
+
 CASES: dict[str, ModuleCase] = {
     "PackedLinear": _linear(),
     "PackedLinear-symmetric-3-per-input": _linear(bits=3, symmetric=True, group_dim=0),
@@ -109,6 +121,8 @@ CASES: dict[str, ModuleCase] = {
     "PackedConv2d": _conv(padding=1),
     "PackedConv2d-groups-reflect": _conv(groups=2, padding=1, padding_mode="reflect", group_dim=0),
     "PackedConv2d-same-int8": _conv(padding="same", dilation=2, activations="int8", bias=False),
+    "DenseSparseLinear": _dense_sparse(),
+    "DenseSparseLinear-second-level": _dense_sparse(second_level=True, bits=3),
     "PackedEmbedding": _embedding(padding_idx=2),
     "PackedEmbedding-per-input": _embedding(bits=2, group_dim=0),
 }

@@ -201,6 +201,10 @@ def test_refusals(model, tokens):
         sensitivity(model, tokens, layers=["table.x"])
     with pytest.raises(ValueError, match="evaluation mode"):
         sensitivity(Tiny(), tokens)
+    model.table.weight.data = torch.zeros(11, 7)
+    with pytest.raises(ValueError, match="batch 0 must fit the model; 'first' raised Runtime"):
+        sensitivity(model, tokens)
+    model.table.weight.data = torch.randn(11, 8)
     with pytest.raises(ValueError, match="must be finite; it is nan on batch 0"):
         sensitivity(model, tokens, loss=lambda m, b: prediction_loss(m, b) * torch.nan)
     with pytest.raises(ValueError, match="must be a scalar"):

@@ -1,0 +1,293 @@
+"""GWQ: keep the weights that the loss minds most in 16 bits, round the others to a few bits.
+
+About one weight in a hundred matters far more than the rest, and the gradient of the language
+modelling loss on as little as one sequence finds it. These weights stand in a sparse matrix in 16
+bits; the ranges of the groups are those of the other weights, which are rounded to 2 to 8 bits; one
+pass multiplies both. Use it where activations have outlier channels, as large language models do;
+on models without them, keeping the largest weights or a diagonal-Hessian score does as well or
+better (``score=``).
+
+Source: Shao et al., "GWQ: Gradient-Aware Weight Quantization for Large Language Models", 2024,
+arXiv 2411.00850; second-level statistics as in SpQR (:mod:`pyrobust.quantize.second_level`).
+Departures: |g| is averaged over sequences; where a few input columns hold most of a layer's
+outliers, these columns are kept whole, which stores one index a column instead of one a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyrobust._checks import check_choice, check_finite, check_integer, check_unit
+from pyrobust.quantize.outliers import (
+    OUTLIER_BITS,
+    largest,
+    outlier_columns,
+    outlier_count,
+    quantize_with_outliers,
+)
+from pyrobust.quantize.qtensor import QTensor
+from pyrobust.quantize.round_to_nearest import round_to_nearest
+from pyrobust.quantize.sensitivity import (
+    SENSITIVITY_KINDS,
+    prediction_loss,
+    sensitivity,
+)
+
+__all__ = ["GWQ", "gwq_quantize"]
+
+
+@dataclass(frozen=True)
+class GWQ:
+    """The quantizer for ``pyrobust.pack(model, quantizer=GWQ(...), calibration=batches)``.
+
+    Linear layers and convolutions keep their outliers; the weights of embeddings are rounded to
+    nearest (the method leaves embeddings and the head in float: name them in ``skip``). The default
+    format of the method is ``group_size=16``.
+
+    Args:
+        outlier_fraction: share of the weights to keep, in [0, 1).
+        score: a kind of :func:`~pyrobust.quantize.sensitivity`.
+        ranking: ``"layer"`` keeps that share of each layer, ``"global"`` of all layers together.
+        second_level: scales and zero-points in 3 bits.
+        whole_columns: keep columns whole where that stores outliers in fewer bits.
+        loss: as for :func:`~pyrobust.quantize.sensitivity`.
+        layers_at_once: as there.
+        seed: of ``score="random"``.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    outlier_fraction: float = 0.01
+    score: str = "grad"
+    ranking: str = "layer"
+    second_level: bool = False
+    whole_columns: bool = True
+    loss: Callable[[nn.Module, Any], Tensor] = prediction_loss
+    layers_at_once: int | None = None
+    seed: int = 0
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        check_unit("GWQ", "outlier_fraction", self.outlier_fraction)
+        if self.outlier_fraction == 1:
+            raise ValueError("GWQ: outlier_fraction must be below 1; got 1.")
+        check_choice("GWQ", "score", self.score, SENSITIVITY_KINDS)
+        check_choice("GWQ", "ranking", self.ranking, ("layer", "global"))
+        if self.layers_at_once is not None:
+            check_integer("GWQ", "layers_at_once", self.layers_at_once, 1)
+
+    def quantize_layers(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        formats: Mapping[str, Mapping[str, Any]],
+        calibration: Iterable[Any] | Tensor | None,
+    ) -> dict[str, QTensor]:
+        """Packed weights by the names of the layers; see ``pyrobust.pack``."""
+        for name in layers:
+            check_choice(f"GWQ: '{name}'", "bits", formats[name]["bits"], OUTLIER_BITS)
+        weights = {name: _weight(layer) for name, layer in layers.items()}
+        scored = {n: w for n, w in weights.items() if not isinstance(layers[n], nn.Embedding)}
+        kept = self._outliers(model, scored, formats, calibration)
+        return {name: self._pack(w, kept.get(name), formats[name]) for name, w in weights.items()}
+
+    def _outliers(
+        self,
+        model: nn.Module,
+        weights: Mapping[str, Tensor],
+        formats: Mapping[str, Mapping[str, Any]],
+        calibration: Iterable[Any] | Tensor | None,
+    ) -> dict[str, Tensor]:
+        """Flat positions of the weights to keep, by layer; no score outlives its layer."""
+        if self.outlier_fraction == 0 or not weights:
+            return {}
+        total = sum(weight.numel() for weight in weights.values())
+        together = self.ranking == "global"
+
+        def take(name: str, score: Tensor) -> tuple[Tensor, Tensor]:
+            check_finite("GWQ", f"the score of '{name}'", score)
+            size = score.numel()
+            count = outlier_count(self.outlier_fraction, total if together else size)
+            places = largest(score, min(size, count))
+            return places.cpu(), score.flatten()[places].cpu()
+
+        def change(name: str, weight: Tensor) -> Tensor:
+            flat = weight.flatten(1)
+            plain = round_to_nearest(flat, **formats[name]).dequantize()
+            return weight - plain.reshape(weight.shape).to(weight)
+
+        best: dict[str, tuple[Tensor, Tensor]] = sensitivity(
+            model,
+            calibration,
+            self.score,
+            layers=list(weights),
+            loss=self.loss,
+            change=change if self.score == "hessian-diag" else None,
+            consume=take,
+            layers_at_once=self.layers_at_once,
+            seed=self.seed,
+            progress=self.progress,
+        )
+        if not together:
+            return {name: places for name, (places, _) in best.items()}
+        return _ranked_together(best, outlier_count(self.outlier_fraction, total))
+
+    def _pack(self, weight: Tensor, places: Tensor | None, form: Mapping[str, Any]) -> QTensor:
+        mask = torch.zeros(weight.numel(), dtype=torch.bool)
+        if places is not None:
+            mask[places] = True
+        mask = mask.reshape(weight.shape).flatten(1)
+        if self.whole_columns:
+            mask[:, outlier_columns(mask)] = True
+        flat = weight.detach().flatten(1)
+        return quantize_with_outliers(flat, mask, second_level=self.second_level, **form)
+
+
+def gwq_quantize(
+    model: nn.Module,
+    calibration: Iterable[Any] | Tensor,
+    bits: float = 4,
+    group_size: int = 16,
+    outlier_fraction: float = 0.01,
+    score: str = "grad",
+    *,
+    symmetric: bool = False,
+    second_level: bool = False,
+    ranking: str = "layer",
+    activations: str | None = None,
+    layers: Iterable[str] | None = None,
+    loss: Callable[[nn.Module, Any], Tensor] = prediction_loss,
+    progress: bool = False,
+) -> nn.Module:
+    """GWQ as published: the linear layers of the blocks packed, embeddings and head in float.
+
+    Args:
+        model: in evaluation mode; it is not changed.
+        calibration: as ``batches`` of :func:`~pyrobust.quantize.sensitivity`; one sequence will do.
+        bits: 2, 3, 4 or 8.
+        group_size: weights that share a scale.
+        outlier_fraction: share of each layer's weights to keep in 16 bits, in [0, 1).
+        score: a kind of :func:`~pyrobust.quantize.sensitivity`.
+        symmetric: no zero-points.
+        second_level: scales and zero-points in 3 bits (SpQR's second level).
+        ranking: ``"layer"`` or ``"global"``.
+        activations: None or ``"int8"``.
+        layers: names of the ``torch.nn.Linear`` layers to pack; None takes those inside the longest
+            ``ModuleList`` of the model that holds any, or all of them where there is none.
+        loss: ``loss(model, batch)`` is a scalar.
+        progress: show progress bars.
+
+    Returns:
+        A copy of the model with :class:`~pyrobust.nn.DenseSparseLinear` layers, and its report
+        (:func:`pyrobust.pack_report`).
+
+    Raises:
+        ValueError: as ``pyrobust.pack`` and :func:`~pyrobust.quantize.sensitivity` raise it.
+    """
+    from pyrobust.pack import pack
+
+    chosen = _chosen_layers(model, layers)
+    quantizer = _Recording(
+        GWQ(outlier_fraction, score, ranking, second_level, loss=loss, progress=progress)
+    )
+    packed = pack(
+        model,
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        activations=activations,
+        bits_for=lambda name, _: bits if name in chosen else None,
+        quantizer=quantizer,
+        calibration=calibration,
+        progress=progress,
+    )
+    _store_compactly(packed, quantizer.made)
+    return packed
+
+
+def _store_compactly(packed: nn.Module, made: Mapping[str, QTensor]) -> None:
+    """Replace the packed layers by such that save the same weights in fewer bits."""
+    from pyrobust._pack_report import PackReport, attach, pack_report
+    from pyrobust.nn.dense_sparse_linear import DenseSparseLinear
+    from pyrobust.nn.twins import replace_layers
+
+    report = pack_report(packed)
+    rows = {row.name: row for row in report.layers}
+    twins: dict[nn.Module, nn.Module] = {}
+    by_name: dict[str, DenseSparseLinear] = {}
+    for row in report.packed:
+        owner = row.shared_with or row.name
+        layer: Any = packed.get_submodule(row.name)
+        twin = DenseSparseLinear.from_qtensor(
+            made[owner], layer.bias, activations=layer.activations
+        )
+        by_name[row.name] = twin.train(layer.training).to(layer.codes.device)
+        if owner != row.name:  # one weight in memory and in the file
+            twin._buffers.update(by_name[owner]._buffers)
+        else:
+            rows[row.name] = replace(row, bytes_after=twin.nbytes_packed)
+        twins[layer] = twin
+    less = sum(row.bytes_after - rows[row.name].bytes_after for row in report.packed)
+    replace_layers(packed, twins)
+    attach(packed, PackReport(tuple(rows.values()), report.bytes_before, report.bytes_after - less))
+
+
+class _Recording:
+    """A quantizer that remembers what it made."""
+
+    def __init__(self, quantizer: GWQ) -> None:
+        self.quantizer = quantizer
+        self.made: dict[str, QTensor] = {}
+
+    def quantize_layers(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        formats: Mapping[str, Mapping[str, Any]],
+        calibration: Any,
+    ) -> dict[str, QTensor]:
+        self.made = self.quantizer.quantize_layers(model, layers, formats, calibration)
+        return self.made
+
+
+def _chosen_layers(model: nn.Module, layers: Iterable[str] | None) -> set[str]:
+    """Given names, or the linear layers inside the longest list of blocks, or all of them."""
+    linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    if layers is not None:
+        chosen = set(layers)
+        unknown = sorted(chosen.difference(linear))
+        if unknown:
+            raise ValueError(
+                "gwq_quantize: layers must name torch.nn.Linear layers of the model; got "
+                f"{unknown[0]!r}."
+            )
+        return chosen
+    lists = {name: len(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    for block in sorted(lists, key=lambda name: -lists[name]):
+        inside = {name for name in linear if name.startswith(f"{block}.")}
+        if inside:
+            return inside
+    return set(linear)
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    assert isinstance(layer.weight, Tensor)
+    return layer.weight
+
+
+def _ranked_together(best: Mapping[str, tuple[Tensor, Tensor]], count: int) -> dict[str, Tensor]:
+    """The positions among the ``count`` largest of all layers."""
+    chosen = largest(torch.cat([scores for _, scores in best.values()]), count)
+    result, begin = {}, 0
+    for name, (places, _) in best.items():
+        inside = (chosen >= begin) & (chosen < begin + len(places))
+        result[name] = places[chosen[inside] - begin]
+        begin += len(places)
+    return result
