@@ -41,9 +41,10 @@ def pack_simulated(
 
 def _row(name: str, kind: str, simulated: SimulatedWeight) -> LayerReport:
     weight = simulated.weight.detach().flatten(1)
-    norm = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
+    wide = torch.complex128 if weight.is_complex() else torch.float64
+    norm = float(torch.linalg.vector_norm(weight, dtype=wide))
     change: Any = weight - simulated.qtensor.dequantize().to(weight.device)
-    error = float(torch.linalg.vector_norm(change, dtype=torch.float64))
+    error = float(torch.linalg.vector_norm(change, dtype=wide))
     return LayerReport(
         name=name,
         type=kind,

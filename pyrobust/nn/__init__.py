@@ -2,12 +2,25 @@
 
 from pyrobust.nn.adapter import Adapter, weight_checksum
 from pyrobust.nn.adaptive_smoothing import AdaptiveMixedClassifier, MixedClassifier
+from pyrobust.nn.complex_decoder import (
+    ComplexAttention,
+    ComplexDecoderConfig,
+    ComplexDecoderLM,
+    ComplexGatedMLP,
+    KeyValueCache,
+)
+from pyrobust.nn.complex_layers import (
+    ComplexReLUSquared,
+    ComplexRMSNorm,
+    ComplexRotaryEmbedding,
+)
 from pyrobust.nn.dense_sparse_linear import DenseSparseLinear
 from pyrobust.nn.feature_tap import FeatureTap
 from pyrobust.nn.lora import ConvLoRA2d, LoHa, LoRALinear, VeRA
 from pyrobust.nn.mixing_network import MixingNetwork
 from pyrobust.nn.noise_conditioned import NoiseConditionedClassifier, NoiseConditionedEncoder
 from pyrobust.nn.orthogonal_fusion import FusionOutput, LateFusion, OrthogonalFusion
+from pyrobust.nn.packed_complex_linear import PackedComplexLinear
 from pyrobust.nn.packed_conv import PackedConv2d
 from pyrobust.nn.packed_embedding import PackedEmbedding
 from pyrobust.nn.packed_linear import PackedLinear, QuantizedLinear
@@ -45,7 +58,16 @@ __all__ = [
     "FeatureTap",
     "MixingNetwork",
     "Adapter",
+    "ComplexAttention",
+    "ComplexDecoderConfig",
+    "ComplexDecoderLM",
+    "ComplexGatedMLP",
+    "ComplexRMSNorm",
+    "ComplexReLUSquared",
+    "ComplexRotaryEmbedding",
     "ConvLoRA2d",
+    "KeyValueCache",
+    "PackedComplexLinear",
     "DenseSparseLinear",
     "FusionOutput",
     "LateFusion",

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from torch import nn
 
 from pyrobust.nn.dense_sparse_linear import DenseSparseLinear
+from pyrobust.nn.packed_complex_linear import PackedComplexLinear
 from pyrobust.nn.packed_conv import PackedConv2d
 from pyrobust.nn.packed_embedding import PackedEmbedding
 from pyrobust.nn.packed_linear import PackedLinear
 from pyrobust.nn.packed_module import PackedModule
+from pyrobust.quantize.ifairy import ComplexLinear
 
 __all__ = ["TWINS", "VARIANTS", "leave_fused_paths", "replace_layers", "twin_named"]
 
@@ -21,7 +23,10 @@ TWINS: dict[type[nn.Module], type[PackedModule]] = {
 }
 """Exact types: a subclass may compute something else."""
 
-VARIANTS: dict[type[PackedModule], type[nn.Module]] = {DenseSparseLinear: nn.Linear}
+VARIANTS: dict[type[PackedModule], type[nn.Module]] = {
+    DenseSparseLinear: nn.Linear,
+    PackedComplexLinear: ComplexLinear,
+}
 """Other packed layers that a file may hold in the place of a float layer of that type."""
 
 

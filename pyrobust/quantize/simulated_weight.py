@@ -11,9 +11,25 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from pyrobust.quantize.qtensor import QTensor
+__all__ = ["SimulatedModule", "SimulatedWeight", "StoredWeight", "simulated_modules"]
 
-__all__ = ["SimulatedModule", "SimulatedWeight", "simulated_modules"]
+
+class StoredWeight(Protocol):
+    """What is asked of a packed weight: a :class:`~pyrobust.quantize.QTensor`, or a complex one."""
+
+    @property
+    def bits(self) -> float:
+        """Bits of a code."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        ...
+
+    def dequantize(self) -> Tensor:
+        """The weight that it stands for, ``(rows, columns)``."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -21,13 +37,13 @@ class SimulatedWeight:
     """One weight before and after.
 
     Attributes:
-        weight: the float weight, ``(rows, ...)``.
+        weight: the float (or complex) weight, ``(rows, ...)``.
         qtensor: its packed form, ``(rows, columns)``.
         bytes_before: of the parameters that it is made of.
     """
 
     weight: Tensor
-    qtensor: QTensor
+    qtensor: StoredWeight
     bytes_before: int
 
 
