@@ -26,6 +26,7 @@ from pyrobust._checks import (
     check_shape,
 )
 from pyrobust.certify.certificates import ABSTAIN, Certificate
+from pyrobust.certify.relaxation import crown_bound
 from pyrobust.interval import Interval
 from pyrobust.interval.attention import matmul
 from pyrobust.interval.outward import UNIT, bound_of_roundings, enclose
@@ -34,7 +35,8 @@ from pyrobust.nn.packed_linear import PackedLinear
 
 __all__ = ["bound", "margin_specification", "verified"]
 
-METHODS = ("ibp",)
+METHODS = ("ibp", "crown-ibp", "crown", "alpha-crown")
+MEMORY = 1 << 30
 _ASSUMPTION = {
     "real": "real arithmetic on the stored weights",
     "deployed": "any order of float32 evaluation of the stored weights, as listed in the guide",
@@ -43,7 +45,13 @@ _ASSUMPTION = {
 
 
 def bound(
-    model: nn.Module, x: Interval, spec: Tensor | None = None, method: str = "ibp"
+    model: nn.Module,
+    x: Interval,
+    spec: Tensor | None = None,
+    method: str = "ibp",
+    *,
+    max_memory: int = MEMORY,
+    iterations: int = 20,
 ) -> Interval:
     """Enclose ``model(x)``, or ``spec @ model(x)``, for every point of a box.
 
@@ -52,7 +60,13 @@ def bound(
         x: the box of inputs, batch first.
         spec: ``(S, K)`` or ``(B, S, K)`` linear specification of the ``K`` outputs; None bounds the
             outputs themselves. Converted to float64, taken as exact.
-        method: ``"ibp"``, interval propagation.
+        method: ``"ibp"``, interval propagation; ``"crown-ibp"``, linear relaxation over interval
+            bounds of the hidden values; ``"crown"``, relaxation throughout; ``"alpha-crown"``, with
+            optimised slopes. Each is at least as tight as those before it, up to rounding
+            ("crown-ibp" and "crown" are intersected with "ibp"), and takes longer.
+        max_memory: bytes that the coefficients of the relaxation may take at a time; specifications
+            and neurons are split accordingly.
+        iterations: optimisation steps of ``"alpha-crown"``, ``>= 1``.
 
     Returns:
         The box of outputs, or of ``(B, S)`` values of the specification; it carries the promise of
@@ -60,7 +74,8 @@ def bound(
 
     Raises:
         TypeError: ``x`` is not an Interval.
-        ValueError: ``method`` is unknown, or ``spec`` does not fit the output.
+        ValueError: ``method`` is unknown, ``spec`` does not fit the output, or a relaxation is
+            asked of a box with ``rounding="deployed"``, for which only "ibp" holds.
         NotImplementedError: an operation of the model has no rule.
 
     Example:
@@ -74,6 +89,22 @@ def bound(
     check_choice("bound", "method", method, METHODS)
     if not isinstance(x, Interval):
         raise TypeError(f"bound: x must be an Interval; got {type(x).__name__}.")
+    check_integer("bound", "max_memory", max_memory, 1)
+    check_integer("bound", "iterations", iterations, 1)
+    if method != "ibp" and x.rounding == "deployed":
+        raise ValueError(
+            f'bound: method must be "ibp" for a box with rounding="deployed"; got {method!r}.'
+        )
+    box = _interval_bound(model, x, spec)
+    if method == "ibp":
+        return box
+    found = crown_bound(model, x, spec, method=method, max_memory=max_memory, iterations=iterations)
+    lower = torch.maximum(box.lower, found.lower)
+    upper = torch.maximum(torch.minimum(box.upper, found.upper), lower)
+    return wrap(lower, upper, x.rounding)
+
+
+def _interval_bound(model: nn.Module, x: Interval, spec: Tensor | None) -> Interval:
     if spec is None:
         result: Interval = model(x)
         return result

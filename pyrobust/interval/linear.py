@@ -133,9 +133,7 @@ def _convolution(name: str, dimensions: int, transposed: bool) -> Rule:
         box = require_box(input, name)
         _plain(name, weight, bias)
         per_channel = None if bias is None else bias.reshape(-1, *[1] * dimensions)
-        groups = options.get("groups", 1)
-        position = 4 if transposed else 3
-        groups = args[position] if len(args) > position else groups
+        groups = args[3] if len(args) > 3 else options.get("groups", 1)
         channels = weight.shape[0] // groups if transposed else weight.shape[1]
         return affine(
             box,

@@ -1,0 +1,325 @@
+"""CROWN, CROWN-IBP and alpha-CROWN bounds of a specification.
+
+- ``"crown-ibp"``: intervals for the hidden values, one backward pass for the specification.
+- ``"crown"``: a backward pass for the inputs of every activation too, where intervals leave it
+  undecided.
+- ``"alpha-crown"``: then the slopes of the lines are optimised for the specification.
+
+Each result is intersected with interval propagation, so it is never looser.
+
+Source: H. Zhang et al., NeurIPS 2018, arXiv 1811.00866 (CROWN); H. Zhang et al., "Towards Stable
+and Efficient Training of Verifiably Robust Neural Networks", ICLR 2020, arXiv 1906.06316
+(CROWN-IBP); K. Xu et al., "Fast and Complete", ICLR 2021, arXiv 2011.13824 (optimised slopes).
+Departures: slopes are optimised for the specification only, with the hidden intervals of CROWN;
+they are free numbers, since every slope has a valid line.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from pyrobust.certify.relaxation.backward import Box, Problem, lower_bounds
+from pyrobust.certify.relaxation.graph import Step, step_of, trace_graph
+from pyrobust.certify.relaxation.lines import Lines, best_lines, lines_for
+from pyrobust.interval.outward import straight_through
+from pyrobust.interval.type import Interval, wrap
+from pyrobust.ops._interval_fallback import round_outward
+
+__all__ = ["crown_bound"]
+
+# Copies of the coefficients of the largest value that are alive at once, measured.
+_COPIES = 5
+_ALPHA_COPIES = 16
+
+
+def crown_bound(
+    model: nn.Module,
+    x: Interval,
+    spec: Tensor | None,
+    *,
+    method: str,
+    max_memory: int,
+    iterations: int = 20,
+    learning_rate: float = 0.1,
+    intersect: bool = True,
+) -> Interval:
+    """Bounds of ``spec @ model(x)`` by linear relaxation alone; see :func:`pyrobust.certify.bound`.
+
+    Args:
+        model: as in ``bound``.
+        x: the box, rounding ``"real"`` or ``"nearest"``.
+        spec: ``(S, K)``, ``(B, S, K)`` or None.
+        method: ``"crown-ibp"``, ``"crown"`` or ``"alpha-crown"``.
+        max_memory: bytes for coefficients at a time.
+        iterations: of ``"alpha-crown"``.
+        learning_rate: of its Adam optimiser.
+        intersect: cut hidden intervals by those of interval propagation; without, they are those
+            of the relaxation alone, to compare with other implementations.
+    """
+    sound = x.rounding != "nearest"
+    problem, output = _forward(model, x, method != "crown-ibp", max_memory, intersect)
+    rows = _rows(problem.boxes[output], spec)
+    both = torch.cat([rows, -rows])
+    if method == "alpha-crown":
+        values = _optimised(problem, output, both, max_memory, iterations, learning_rate)
+    else:
+        values = _chunked(problem, output, both, max_memory)
+    lower, upper = values[: len(rows)].mT, -values[len(rows) :].mT
+    shape = (len(x), *problem.boxes[output].lower.shape[1:]) if spec is None else lower.shape
+    lower, upper = lower.reshape(shape), upper.reshape(shape)
+    if not sound:
+        return wrap(lower.to(x.dtype), torch.maximum(lower, upper).to(x.dtype), x.rounding)
+    with torch.no_grad():
+        ends = round_outward(lower.detach(), upper.detach(), x.dtype)
+    return wrap(
+        straight_through(lower.to(x.dtype), ends[0]),
+        straight_through(upper.to(x.dtype), ends[1]),
+        x.rounding,
+    )
+
+
+def _rows(box: Box, spec: Tensor | None) -> Tensor:
+    """``(S, 1 or B, *output)`` coefficients."""
+    shape = box.lower.shape[1:]
+    if spec is None:
+        count = shape.numel()
+        eye = torch.eye(count, dtype=box.lower.dtype, device=box.lower.device)
+        return eye.reshape(count, 1, *shape)
+    rows = spec.to(box.lower)
+    return rows.unsqueeze(1) if rows.ndim == 2 else rows.transpose(0, 1)
+
+
+# -- forward -------------------------------------------------------------------------------------
+
+
+def _forward(
+    model: nn.Module, x: Interval, tight: bool, max_memory: int, intersect: bool
+) -> tuple[Problem, fx.Node]:
+    graph, root = trace_graph(model, "bound")
+    sound = x.rounding != "nearest"
+    dtype = torch.float64 if sound else x.dtype
+    values: dict[fx.Node, Any] = {}
+    problem = Problem([], {}, {}, sound)
+    first = True
+    for node in graph.nodes:
+        if node.op == "output":
+            result = node.args[0]
+            if not isinstance(result, fx.Node) or not isinstance(values[result], Interval):
+                raise TypeError(
+                    "bound: the model must return one tensor that depends on its input."
+                )
+            return problem, result
+        if node.op == "placeholder":
+            values[node] = x if first else node.args[0]
+            step = Step(node, [], lambda: x)
+            first = False
+        elif node.op == "get_attr":
+            values[node] = _attribute(root, str(node.target))
+            continue
+        else:
+            step = step_of(node, root, values, dtype)
+            if step.bend is not None and tight:
+                _tighten(problem, values, step, max_memory, intersect)
+            values[node] = step.run(*(values[n] for n in step.inputs))
+        if isinstance(values[node], Interval):
+            _enter(problem, step, values[node], len(x), dtype)
+    raise AssertionError("a graph ends in its output")
+
+
+def _attribute(root: nn.Module, path: str) -> Any:
+    value: Any = root
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _enter(problem: Problem, step: Step, value: Interval, batch: int, dtype: torch.dtype) -> None:
+    """Record a value; what mixes the images of a batch cannot be pulled back image by image."""
+    mixes = value.ndim == 0 or value.shape[0] != batch
+    if mixes or not _keeps_images_apart(problem, step):
+        raise NotImplementedError(
+            f"bound: {step.node.name} must keep the batch as its first axis, image by image; its "
+            f"result has shape {tuple(value.shape)} for a batch of {batch}."
+        )
+    problem.steps.append(step)
+    problem.boxes[step.node] = Box(value.lower.to(dtype), value.upper.to(dtype))
+    if step.bend is not None:
+        box = problem.boxes[step.inputs[0]]
+        problem.lines[step.node] = best_lines(step.bend, box.lower, box.upper, problem.sound)
+
+
+@torch.no_grad()
+def _keeps_images_apart(problem: Problem, step: Step) -> bool:
+    if step.affine is None or step.affine.weight is not None:
+        return True
+    boxes = [problem.boxes[n].lower for n in step.inputs]
+    if len(boxes[0]) == 1:
+        return True
+    base = [torch.zeros_like(b) for b in boxes]
+    moved = [z.clone() for z in base]
+    for z in moved:
+        z[0] = 1.0
+    return torch.equal(step.affine.apply(*base)[1:], step.affine.apply(*moved)[1:])
+
+
+# -- hidden values -------------------------------------------------------------------------------
+
+
+def _tighten(
+    problem: Problem, values: dict[fx.Node, Any], step: Step, max_memory: int, intersect: bool
+) -> None:
+    """Replace the interval of an activation's input by what a backward pass gives, if tighter."""
+    (node,) = step.inputs
+    producer = next(s for s in problem.steps if s.node is node)
+    if producer.affine is None or _is_first(problem, producer):
+        return  # the interval is exact there
+    box = problem.boxes[node]
+    undecided = _undecided(step, box)
+    if len(undecided) == 0:
+        return
+    shape = box.lower.shape[1:]
+    low, high = box.lower.flatten(1).clone(), box.upper.flatten(1).clone()
+    size = _chunk_size(problem, max_memory, _COPIES) // 2
+    for part in undecided.split(max(size, 1)):
+        rows = low.new_zeros(len(part), 1, low.shape[1])
+        rows[torch.arange(len(part)), 0, part] = 1.0
+        rows = rows.reshape(len(part), 1, *shape)
+        bounds = lower_bounds(problem, node, torch.cat([rows, -rows]), problem.lines)
+        found = bounds[: len(part)].mT, -bounds[len(part) :].mT
+        if intersect:
+            found = torch.maximum(low[:, part], found[0]), torch.minimum(high[:, part], found[1])
+        low, high = low.index_copy(1, part, found[0]), high.index_copy(1, part, found[1])
+    low, high = low.reshape(box.lower.shape), high.reshape(box.upper.shape)
+    high = torch.maximum(low, high)  # rounding in nearest mode can cross the ends
+    problem.boxes[node] = Box(low, high)
+    value = values[node]
+    ends = (low, high) if not problem.sound else round_outward(low, high, value.dtype)
+    values[node] = wrap(ends[0].to(value.dtype), ends[1].to(value.dtype), value.rounding)
+
+
+def _is_first(problem: Problem, producer: Step) -> bool:
+    return all(n is problem.steps[0].node for n in producer.inputs)
+
+
+def _undecided(step: Step, box: Box) -> Tensor:
+    """Indices of the elements that need lines in some image of the batch."""
+    assert step.bend is not None
+    low, high = box.lower.detach(), box.upper.detach()
+    if step.bend.curvature > 0:
+        open_ = high > low
+    else:
+        open_ = torch.zeros_like(low, dtype=torch.bool)
+        for border in step.bend.borders:
+            open_ |= (low < border) & (high > border)
+    return open_.flatten(1).any(0).nonzero()[:, 0]
+
+
+def _chunk_size(problem: Problem, max_memory: int, copies: int) -> int:
+    """Rows of coefficients that fit: both signs of a row count."""
+    largest = max(box.lower.numel() for box in problem.boxes.values())
+    item = next(iter(problem.boxes.values())).lower.element_size()
+    return max(max_memory // (largest * item * copies), 2)
+
+
+# -- the specification ---------------------------------------------------------------------------
+
+
+def _chunked(problem: Problem, output: fx.Node, rows: Tensor, max_memory: int) -> Tensor:
+    size = _chunk_size(problem, max_memory, _COPIES)
+    batch = len(problem.boxes[output].lower)
+    parts = [lower_bounds(problem, output, part, problem.lines) for part in rows.split(size)]
+    return torch.cat([part.expand(-1, batch) for part in parts])
+
+
+def _optimised(
+    problem: Problem,
+    output: fx.Node,
+    rows: Tensor,
+    max_memory: int,
+    iterations: int,
+    learning_rate: float,
+) -> Tensor:
+    size = _chunk_size(problem, max_memory, _ALPHA_COPIES)
+    plain = _chunked(problem, output, rows, max_memory)
+    found = [
+        _optimise(problem, output, part, iterations, learning_rate) for part in rows.split(size)
+    ]
+    return torch.maximum(plain, torch.cat(found))
+
+
+def _optimise(
+    problem: Problem, output: fx.Node, rows: Tensor, iterations: int, learning_rate: float
+) -> Tensor:
+    """``(S, B)`` bounds with slopes of their own for each row and image."""
+    bends = {step.node: step for step in problem.steps if step.bend is not None}
+    batch = len(problem.boxes[output].lower)
+    slopes: dict[fx.Node, list[Tensor]] = {}
+    for node in bends:
+        lines = problem.lines[node]
+        slopes[node] = [
+            k.detach().expand(len(rows), *k.shape).clone().requires_grad_(True)
+            for k in (lines.lower_slope, lines.upper_slope)
+        ]
+    kept = {node: [k.detach().clone() for k in pair] for node, pair in slopes.items()}
+    best = torch.full((len(rows), batch), -torch.inf, dtype=rows.dtype, device=rows.device)
+    leaves = [k for pair in slopes.values() for k in pair]
+    if not leaves:
+        return best
+    optimizer = torch.optim.Adam(leaves, lr=learning_rate)
+    relaxed = Problem(problem.steps, problem.boxes, problem.lines, False)
+    for _ in range(iterations):
+        with torch.enable_grad():
+            sloped = _with_slopes(bends, problem, slopes, sound=False)
+            values = lower_bounds(relaxed, output, rows.detach(), sloped).expand(-1, batch)
+            gradients = torch.autograd.grad(-values.sum(), leaves, allow_unused=True)
+        _keep(kept, slopes, values.detach() > best)
+        best = torch.maximum(best, values.detach())
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            leaf.grad = gradient
+        optimizer.step()
+        _limit(bends, problem, slopes)
+        optimizer.param_groups[0]["lr"] *= 0.97
+    final = _with_slopes(bends, problem, kept, sound=problem.sound)
+    return lower_bounds(problem, output, rows, final).expand(-1, batch)
+
+
+def _with_slopes(
+    bends: dict[fx.Node, Step], problem: Problem, slopes: dict[fx.Node, list[Tensor]], sound: bool
+) -> dict[fx.Node, Lines]:
+    lines = {}
+    for node, step in bends.items():
+        box = problem.boxes[step.inputs[0]]
+        assert step.bend is not None
+        low, high = box.lower.detach(), box.upper.detach()
+        below, above = slopes[node]
+        lines[node] = lines_for(step.bend, low, high, below, above, sound)
+    return lines
+
+
+@torch.no_grad()
+def _limit(
+    bends: dict[fx.Node, Step], problem: Problem, slopes: dict[fx.Node, list[Tensor]]
+) -> None:
+    """Keep slopes of piecewise linear functions between those of their pieces."""
+    for node, step in bends.items():
+        assert step.bend is not None
+        if step.bend.curvature == 0:
+            box = problem.boxes[step.inputs[0]]
+            ends = torch.stack([step.bend.slope(box.lower), step.bend.slope(box.upper)])
+            chord = torch.stack([problem.lines[node].lower_slope, problem.lines[node].upper_slope])
+            both = torch.cat([ends, chord])
+            for k in slopes[node]:
+                k.copy_(torch.minimum(torch.maximum(k, both.amin(0)), both.amax(0)))
+
+
+@torch.no_grad()
+def _keep(
+    kept: dict[fx.Node, list[Tensor]], slopes: dict[fx.Node, list[Tensor]], better: Tensor
+) -> None:
+    for node, pair in slopes.items():
+        for stored, current in zip(kept[node], pair, strict=True):
+            mask = better.reshape(*better.shape, *[1] * (current.ndim - 2))
+            stored.copy_(torch.where(mask, current, stored))

@@ -1,0 +1,138 @@
+"""Lines of every function: never crossed, touching, and valid for any slope."""
+
+import mpmath
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pyrobust.certify.relaxation.bends import BENDS
+from pyrobust.certify.relaxation.lines import best_lines, lines_for
+
+NAMES = sorted(BENDS)
+
+
+def bend_of(name):
+    if name in ("clamp", "clip"):
+        return BENDS[name](-0.7, 1.3)
+    if name == "prelu":
+        return BENDS[name](torch.tensor([0.3]))
+    return BENDS[name]()
+
+
+def boxes(count):
+    centre = 4 * torch.randn(count, dtype=torch.float64)
+    radius = 10 ** (3 * torch.rand(count, dtype=torch.float64) - 2)
+    return centre - radius, centre + radius
+
+
+def grid(low, high, points=401):
+    share = torch.linspace(0, 1, points, dtype=torch.float64)[:, None]
+    return torch.minimum(low + share * (high - low), high)
+
+
+def check(bend, low, high, lines):
+    x = grid(low, high)
+    value = bend.function(x)
+    # the float64 evaluation of f itself, and of the line here, are off by some units
+    slack = 8 * 2.0**-52 * (value.abs() + 1e-300 + (lines.upper_slope * x).abs())
+    assert bool((lines.lower_slope * x + lines.lower_shift <= value + slack).all())
+    assert bool((lines.upper_slope * x + lines.upper_shift >= value - slack).all())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_best_lines_enclose_and_touch(name):
+    bend = bend_of(name)
+    low, high = boxes(3000)
+    lines = best_lines(bend, low, high, sound=True)
+    check(bend, low, high, lines)
+    x = grid(low, high)
+    value = bend.function(x)
+    gap_below = (value - lines.lower_slope * x - lines.lower_shift).amin(0)
+    gap_above = (lines.upper_slope * x + lines.upper_shift - value).amin(0)
+    scale = 1e-4 * (high - low) + 1e-6
+    assert bool((gap_below <= scale).all())
+    assert bool((gap_above <= scale).all())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_slope_has_valid_lines(name):
+    bend = bend_of(name)
+    low, high = boxes(2000)
+    down, up = torch.randn(2, 2000, dtype=torch.float64)
+    check(bend, low, high, lines_for(bend, low, high, down, up, sound=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_points_and_infinite_boxes(name):
+    bend = bend_of(name)
+    point = torch.linspace(-6, 6, 97, dtype=torch.float64)
+    lines = best_lines(bend, point, point.clone(), sound=True)
+    value = bend.function(point)
+    for slope, shift in (
+        (lines.lower_slope, lines.lower_shift),
+        (lines.upper_slope, lines.upper_shift),
+    ):
+        torch.testing.assert_close(slope * point + shift, value, rtol=1e-9, atol=1e-8)
+    ends = torch.tensor([-torch.inf]), torch.tensor([torch.inf])
+    lines = best_lines(bend, ends[0].double(), ends[1].double(), sound=True)
+    assert float(lines.lower_slope) == float(lines.upper_slope) == 0.0
+    assert not bool(lines.lower_shift.isnan() | lines.upper_shift.isnan())
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if bend_of(n).curvature > 0])
+def test_slopes_are_the_derivative_and_curvature_bounds_the_second(name):
+    bend = bend_of(name)
+    x = torch.linspace(-8, 8, 4001, dtype=torch.float64)
+    x = x[(x[:, None] - torch.tensor([0.0, -3.0, 3.0]).double()).abs().amin(1) > 1e-3]
+    x.requires_grad_(True)
+    (first,) = torch.autograd.grad(bend.function(x).sum(), x, create_graph=True)
+    torch.testing.assert_close(bend.slope(x), first, rtol=1e-9, atol=1e-12)
+    (second,) = torch.autograd.grad(bend.slope(x).sum(), x)
+    assert float(second.abs().max()) <= bend.curvature * (1 + 1e-9)
+
+
+MPMATH = {
+    "gelu": lambda x: x * mpmath.ncdf(x),
+    "silu": lambda x: x / (1 + mpmath.exp(-x)),
+    "mish": lambda x: x * mpmath.tanh(mpmath.log(1 + mpmath.exp(x))),
+    "tanh": mpmath.tanh,
+    "sigmoid": lambda x: 1 / (1 + mpmath.exp(-x)),
+    "softplus": lambda x: mpmath.log(1 + mpmath.exp(x)),
+}
+
+
+@pytest.mark.parametrize("name", sorted(MPMATH))
+def test_lines_enclose_exact_values(name):
+    """40 digits: no allowance for rounding."""
+    bend = bend_of(name)
+    low, high = boxes(40)
+    lines = best_lines(bend, low, high, sound=True)
+    with mpmath.workdps(40):
+        for i in range(40):
+            slopes = [mpmath.mpf(float(v[i])) for v in (lines.lower_slope, lines.upper_slope)]
+            shifts = [mpmath.mpf(float(v[i])) for v in (lines.lower_shift, lines.upper_shift)]
+            for x in grid(low[i], high[i], 41)[:, 0].tolist():
+                value = MPMATH[name](mpmath.mpf(x))
+                assert slopes[0] * mpmath.mpf(x) + shifts[0] <= value
+                assert slopes[1] * mpmath.mpf(x) + shifts[1] >= value
+
+
+def test_intercepts_have_the_gradient_of_the_extremum():
+    low, high = torch.tensor([-2.0]).double(), torch.tensor([1.5]).double()
+    slope = torch.tensor([0.4], dtype=torch.float64, requires_grad=True)
+    bend = BENDS["tanh"]()
+
+    def both(k):
+        lines = lines_for(bend, low, high, k, k, sound=False)
+        return torch.cat([lines.lower_shift, lines.upper_shift])
+
+    assert torch.autograd.gradcheck(both, (slope,), atol=1e-5)
+
+
+def test_relu_lines_are_the_textbook_ones():
+    low, high = torch.tensor([-2.0, -1.0, 1.0, -3.0]), torch.tensor([1.0, 3.0, 2.0, -1.0])
+    lines = best_lines(BENDS["relu"](), low, high, sound=False)
+    torch.testing.assert_close(lines.lower_slope, torch.tensor([0.0, 1.0, 1.0, 0.0]))
+    torch.testing.assert_close(lines.upper_slope, torch.tensor([1 / 3, 3 / 4, 1.0, 0.0]))
+    torch.testing.assert_close(lines.upper_shift, torch.tensor([2 / 3, 3 / 4, 0.0, 0.0]))
+    torch.testing.assert_close(F.relu(high), lines.upper_slope * high + lines.upper_shift)
