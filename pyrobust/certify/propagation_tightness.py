@@ -8,7 +8,8 @@ for certified training; it proves nothing about a class (use :func:`certified_ma
 Source: Mao, Mueller, Fischer, Vechev, "Understanding Certified Training with Interval Bound
 Propagation", ICLR 2024, arXiv 2306.10426, sections 3 and 4 (definitions, theorems on invariance
 and on initialisation).
-Departures: only chains of layers (``nn.Sequential``, nested) are measured.
+Departures: networks with branches (residual ones) are measured too, by interval propagation through
+the network with its ReLUs fixed; each of them must be an ``nn.ReLU`` module.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from pyrobust._checks import (
     check_shape,
     require_extra,
 )
+from pyrobust.certify._linearised_graph import graph_ranges, has_branches
 from pyrobust.certify.bound import bound, margin_specification
 from pyrobust.interval import Interval
 from pyrobust.nn.packed_linear import PackedLinear
@@ -46,6 +48,7 @@ __all__ = [
 ]
 
 _FLOOR = 1e-8
+_WEIGHTED = (nn.Linear, PackedLinear, nn.Conv2d)
 _PLAIN = (nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 
 
@@ -112,7 +115,8 @@ def propagation_tightness(
 
     Args:
         model: ``nn.Sequential`` of Linear, PackedLinear, Conv2d, BatchNorm, ReLU, average pooling
-            and shape layers, in evaluation mode; ``(N, ...)`` to ``(N, K)``.
+            and shape layers, or any module that is affine but for ``nn.ReLU`` modules and whose
+            operations have interval rules; in evaluation mode; ``(N, ...)`` to ``(N, K)``.
         x: ``(N, ...)`` float inputs.
         eps: radius of the box, ``>= 0``, in the units of ``x``.
         y: ``(N,)`` int64 classes: measures the margins ``z_j - z_y`` with the last layer folded;
@@ -126,7 +130,8 @@ def propagation_tightness(
         to 1e-8 first, so that a dead output counts as tight.
 
     Raises:
-        NotImplementedError: a layer is not supported; the message names it.
+        NotImplementedError: a layer is not supported (the message names it), or something but the
+            ReLU modules is not affine.
         ValueError: ``eps`` is negative, ``y`` out of range, the model is in training mode or its
             output is not ``(N, K)``.
 
@@ -140,6 +145,8 @@ def propagation_tightness(
     subject = "propagation_tightness"
     _check_inputs(subject, model, x, eps)
     check_choice(subject, "relu", relu, ("local", "identity", "center"))
+    if has_branches(_chain(subject, model)):
+        return _graph_tightness(subject, model, x, eps, y, relu, clamp)
     steps, radius, point, output = _linearised(subject, model, x, eps, relu, clamp)
     classes = _classes(subject, output)
     spec = torch.eye(classes, dtype=x.dtype, device=x.device).expand(len(x), -1, -1)
@@ -212,20 +219,23 @@ def tightness_by_layer(
     check_integer(subject, "max_units", max_units, 1)
     layers = _chain(subject, model)
     names, values = [], []
+    if has_branches(layers):
+        point, radius = _place(x, eps, relu, clamp)
+        ranges = graph_ranges(subject, model, point, radius, relu, None, _WEIGHTED)
+        for found in ranges[:-1]:
+            names.append(found.name)
+            values.append(_mean_ratio(found.output, point, radius, found.radius, max_units))
+        return TightnessProfile(tuple(names), tuple(values))
     for i, (name, layer) in enumerate(layers):
-        if not isinstance(layer, (nn.Linear, PackedLinear, nn.Conv2d)):
+        if not isinstance(layer, _WEIGHTED):
             continue
         prefix = nn.Sequential(*(module for _, module in layers[: i + 1]))
         steps, radius, point, output = _linearised(subject, prefix, x, eps, relu, clamp)
-        flat = output.flatten(1)
-        units = torch.linspace(0, flat.shape[1] - 1, min(max_units, flat.shape[1])).long()
-        spec = torch.eye(len(units), dtype=x.dtype, device=x.device).expand(len(x), -1, -1)
-        true = _true_ranges(flat[:, units.to(x.device)], point, radius, spec)
+        wide = radius
         for step in steps:
-            radius = step.widen(radius)
-        wide = radius.flatten(1)[:, units.to(x.device)]
+            wide = step.widen(wide)
         names.append(name)
-        values.append(float((true.clamp_min(_FLOOR) / wide.clamp_min(_FLOOR)).mean()))
+        values.append(_mean_ratio(output, point, radius, wide, max_units))
     return TightnessProfile(tuple(names), tuple(values))
 
 
@@ -275,6 +285,53 @@ def is_propagation_invariant(w2: Tensor, w1: Tensor, tol: float = 1e-6) -> bool:
     return bool((wide - (second @ first).abs() <= tol * wide).all())
 
 
+def _graph_tightness(
+    subject: str,
+    model: nn.Module,
+    x: Tensor,
+    eps: float,
+    y: Tensor | None,
+    relu: str,
+    clamp: tuple[float, float] | None,
+) -> Tensor:
+    """:func:`propagation_tightness` of a network with branches."""
+    with torch.no_grad():
+        classes = _classes(subject, model(x[:1]))
+    fold: Tensor | None = None
+    spec = torch.eye(classes, dtype=x.dtype, device=x.device).expand(len(x), -1, -1)
+    if y is not None:
+        _check_labels(subject, y, len(x), classes)
+        fold = spec = -margin_specification(y, classes).to(x)
+    point, radius = _place(x, eps, relu, clamp)
+    whole = graph_ranges(subject, model, point, radius, relu, fold)[-1]
+    true = _true_ranges(whole.output, point, radius, spec)
+    return true.clamp_min(_FLOOR) / whole.radius.clamp_min(_FLOOR)
+
+
+def _mean_ratio(
+    output: Tensor, point: Tensor, radius: Tensor, wide: Tensor, max_units: int
+) -> float:
+    """Mean tightness of up to ``max_units`` evenly spaced units of a layer."""
+    flat = output.flatten(1)
+    units = torch.linspace(0, flat.shape[1] - 1, min(max_units, flat.shape[1])).long()
+    units = units.to(flat.device)
+    spec = torch.eye(len(units), dtype=flat.dtype, device=flat.device).expand(len(flat), -1, -1)
+    true = _true_ranges(flat[:, units], point, radius, spec)
+    ratio = true.clamp_min(_FLOOR) / wide.flatten(1)[:, units].clamp_min(_FLOOR)
+    return float(ratio.mean())
+
+
+def _place(
+    x: Tensor, eps: float, relu: str, clamp: tuple[float, float] | None
+) -> tuple[Tensor, Tensor]:
+    """The point at which ReLUs are fixed, ready for gradients, and the radius of the box."""
+    low, high = x.detach() - eps, x.detach() + eps
+    if clamp is not None:
+        low, high = low.clamp(*clamp), high.clamp(*clamp)
+    point = (low + high) / 2 if relu == "center" else x.detach().clone()
+    return point.requires_grad_(), (high - low) / 2
+
+
 @dataclass(frozen=True)
 class _Step:
     """One layer and how it widens a radius, its ReLU fixed."""
@@ -292,10 +349,7 @@ def _linearised(
     clamp: tuple[float, float] | None,
 ) -> tuple[list[_Step], Tensor, Tensor, Tensor]:
     """Steps, input radius, input point and the output of the linearised network at it."""
-    low, high = x.detach() - eps, x.detach() + eps
-    if clamp is not None:
-        low, high = low.clamp(*clamp), high.clamp(*clamp)
-    point = ((low + high) / 2 if relu == "center" else x.detach().clone()).requires_grad_()
+    point, radius = _place(x, eps, relu, clamp)
     steps, value = [], point
     with torch.enable_grad():
         for name, layer in _chain(subject, model):
@@ -307,7 +361,7 @@ def _linearised(
             else:
                 value = layer(value)
                 steps.append(_Step(layer, _widening(subject, name, layer)))
-    return steps, (high - low) / 2, point, value
+    return steps, radius, point, value
 
 
 def _chain(subject: str, model: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:

@@ -84,8 +84,10 @@ from pyrobust.train.tight_ibp import (
     SmoothEpsSchedule,
     ibp_init_,
 )
+from pyrobust.train.tightness_monitor import TightnessMonitor
 
 __all__ = [
+    "TightnessMonitor",
     "ConsistencyTraining",
     "GaussianAugmentation",
     "MacerTraining",

@@ -165,6 +165,13 @@ def test_bounds_of_the_halves_cover_jointly():
     assert right.float().mean() > 0.9
 
 
+def test_a_tie_of_the_halves_is_answered_no_more_often_than_alpha():
+    runs, alpha = 2000, 0.05
+    dual = linear_dual(0.5, (0.3, -0.3))  # the summed probabilities of both classes are 1
+    answers = dual.predict(torch.zeros(runs, 4), n=40, alpha=alpha, batch_size=40, seed=8)
+    assert int((answers != -1).sum()) <= stats.binom.isf(1e-4, runs, alpha)
+
+
 def test_certificate_follows_from_its_counts():
     dual = linear_dual((0.5, 0.7), (0.3, 0.1))
     certificate = dual.certify(torch.zeros(3, 4), n0=20, n=300, alpha=0.01)

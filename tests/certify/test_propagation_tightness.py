@@ -174,6 +174,100 @@ def test_profiles_fall_with_depth_at_initialisation(tmp_path):
     assert profile.plot().get_ylabel() == "propagation tightness"
 
 
+class Residual(nn.Module):
+    """Blocks ``x + W2 relu(W1 x)`` between two linear layers; one ReLU serves all of them."""
+
+    def __init__(self, width=8, blocks=2, dtype=torch.float64):
+        super().__init__()
+        self.first = nn.Linear(6, width, dtype=dtype)
+        self.inner = nn.ModuleList(nn.Linear(width, width, dtype=dtype) for _ in range(2 * blocks))
+        self.last = nn.Linear(width, 4, dtype=dtype)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        x = self.first(x)
+        for one, two in zip(self.inner[::2], self.inner[1::2], strict=True):
+            x = x + two(self.relu(one(x)))
+        return self.last(x)
+
+
+def explicit_residual(model, x, radius, rows=None):
+    """True and interval ranges of one input by explicit matrices."""
+    value = model.first(x)
+    product, wide = model.first.weight, model.first.weight.abs()
+    for one, two in zip(model.inner[::2], model.inner[1::2], strict=True):
+        mask = (one(value) > 0).to(x.dtype).diag()
+        product = product + two.weight @ mask @ one.weight @ product
+        wide = wide + two.weight.abs() @ mask @ one.weight.abs() @ wide
+        value = value + two(one(value).relu())
+    last = model.last.weight if rows is None else rows @ model.last.weight
+    return (last @ product).abs() @ radius / (last.abs() @ wide @ radius)
+
+
+def test_residual_networks_agree_with_their_matrices():
+    model = Residual().eval()
+    x = 0.3 + 0.4 * torch.rand(5, 6, dtype=torch.float64)
+    radius = torch.full((6,), 0.01, dtype=torch.float64)
+    expected = torch.stack([explicit_residual(model, point, radius) for point in x]).detach()
+    ratio = propagation_tightness(model, x, 0.01)
+    torch.testing.assert_close(ratio, expected, rtol=1e-6, atol=0)
+    assert model.relu.inplace
+    assert not model.relu._forward_hooks
+    y = torch.arange(5) % 4
+    eye = torch.eye(4, dtype=x.dtype)
+    rows = [eye[[j for j in range(4) if j != c]] - eye[c] for c in y.tolist()]
+    margins = [explicit_residual(model, p, radius, r) for p, r in zip(x, rows, strict=True)]
+    ratio = propagation_tightness(model, x, 0.01, y)
+    torch.testing.assert_close(ratio, torch.stack(margins), rtol=1e-6, atol=0)
+    profile = tightness_by_layer(model, x, 0.01)
+    assert profile.names == ("first", "inner.0", "inner.1", "inner.2", "inner.3", "last")
+    assert profile.values[0] == pytest.approx(1.0)
+    assert profile.values[-1] == pytest.approx(float(expected.mean()), rel=1e-6)
+
+
+@pytest.mark.parametrize("relu", ["local", "center", "identity"])
+def test_a_chain_inside_a_module_is_measured_like_the_chain(relu):
+    class Wrapped(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x)
+
+    for model in (mlp(6, 9, 8, 4, dtype=torch.float64), convnet()):
+        x = torch.rand(2, 6, dtype=torch.float64) if len(model) == 5 else torch.rand(2, 2, 8, 8)
+        y = torch.tensor([0, 2])
+        for labels in (None, y):
+            torch.testing.assert_close(
+                propagation_tightness(Wrapped(model).eval(), x, 0.05, labels, relu),
+                propagation_tightness(model, x, 0.05, labels, relu),
+                rtol=1e-3,
+                atol=0,
+            )
+    packed = pyrobust.pack(mlp(32, 32, 32, 4), bits=8, group_size=16)
+    x = torch.rand(3, 32)
+    torch.testing.assert_close(
+        propagation_tightness(Wrapped(packed).eval(), x, 0.1, None, relu),
+        propagation_tightness(packed, x, 0.1, None, relu),
+        rtol=1e-3,
+        atol=0,
+    )
+
+
+def test_a_relu_that_is_no_module_is_refused():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = mlp(6, 12, 12, 4)
+
+        def forward(self, x):
+            return self.inner[2:](torch.relu(self.inner[0](x) - 1))
+
+    with pytest.raises(NotImplementedError, match="affine"):
+        propagation_tightness(Functional().eval(), torch.rand(4, 6), 0.2)
+
+
 def test_bad_input_is_refused():
     model, x = mlp(6, 5, 3), torch.rand(2, 6)
     with pytest.raises(ValueError, match="eps"):

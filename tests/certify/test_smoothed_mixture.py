@@ -51,6 +51,9 @@ def test_radii_exceed_the_true_distance_no_more_often_than_alpha():
     )
     assert int(wrong.sum()) <= stats.binom.isf(1e-4, runs, level)
     assert float((result.radius > 0).double().mean()) > 0.3
+    # The vote shares themselves, as published code takes them, are wrong about half of the time.
+    shares = result.counts[:, 1] / n
+    assert float((smoothed_mixture_radius(shares, None, alpha, SIGMA) > true).double().mean()) > 0.3
     p = float(special.ndtr(shift / SIGMA))
     chosen = result.selection_counts[:, 1] * alpha / 40 + (1 - alpha) * 0.7 > 0.5
     missed = (result.p_lower > p) & chosen

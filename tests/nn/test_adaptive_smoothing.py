@@ -346,6 +346,7 @@ def test_gradients_of_the_mixture_are_not_masked(trained):
     assert not any("twice the steps" in sign for sign in report.signs)
 
 
+@pytest.mark.slow
 def test_the_mixing_network_learns_to_see_attacks(trained):
     data, g, h = trained
     taps = [FeatureTap(part, ["2", "4"]) for part in (g, h)]

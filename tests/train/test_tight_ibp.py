@@ -7,7 +7,15 @@ import torch
 from torch import nn
 
 from pyrobust import Interval
-from pyrobust.train import FastRegularizer, IBPLoss, SmoothEpsSchedule, ibp_init_
+from pyrobust.train import (
+    FastRegularizer,
+    GaussianCrossEntropy,
+    IBPLoss,
+    SmoothEpsSchedule,
+    TightnessMonitor,
+    fit,
+    ibp_init_,
+)
 
 
 def test_the_ramp_is_continuous_in_value_and_slope():
@@ -64,3 +72,27 @@ def test_a_single_active_unit_gives_finite_slopes():
     box = Interval(centre - 1, centre + 1)
     FastRegularizer()(Interval(torch.zeros(1, 2), torch.ones(1, 2)), [box]).backward()
     assert bool(torch.isfinite(centre.grad).all())
+
+
+def test_the_monitor_records_and_leaves_training_as_it_is():
+    x, labels = torch.rand(64, 6), torch.arange(64) % 3
+
+    def run(monitored):
+        torch.manual_seed(1)
+        layers = [nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.0)]
+        model = nn.Sequential(*layers, nn.Linear(16, 3))
+        objective = GaussianCrossEntropy()
+        if monitored:
+            objective = TightnessMonitor(objective, x[:4], 0.1, y=labels[:4], every=3)
+        fit(model, x, labels, objective=objective, epochs=2, batch_size=16)
+        return model, objective
+
+    model, monitor = run(True)
+    plain, _ = run(False)
+    pairs = zip(model.parameters(), plain.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert [round(done * 8) for done, _ in monitor.history] == [0, 3, 6]
+    assert all(0 < value <= 1 for _, value in monitor.history)
+    assert monitor.plot().get_xlabel() == "share of training"
+    with pytest.raises(ValueError, match="every"):
+        TightnessMonitor(GaussianCrossEntropy(), x, 0.1, every=0)
