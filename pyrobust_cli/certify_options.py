@@ -39,6 +39,10 @@ _OPTIONS = {
     "robust_scale": Option(float, "factor of the robust part's logits (default: 1)"),
     "scheme": Option(str, "checkerboard or columns (default: checkerboard)"),
     "fill": Option(str, "pool, zero or bilinear: what stands at hidden pixels (default: pool)"),
+    "norm": Option(str, "of the radii: l2, l1 or l0 (default: l2)"),
+    "noise": Option(str, "uniform or laplace for l1 (default: the first of the norm)"),
+    "grid": Option(int, "255 for 8-bit images: exact noise on their grid (l2)"),
+    "planned": Option(bool, "let the first copies choose how many a radius is worth"),
     "block": Option(int, "images that share forward passes, with --radii (default: 64)"),
 }
 
@@ -54,6 +58,10 @@ METHODS: dict[str, tuple[str, ...]] = {
         "radii",
         "batch_size",
         "block",
+        "norm",
+        "noise",
+        "grid",
+        "planned",
     ),
     "dual": ("sigma", "samples", "selection", "alpha", "seed", "scheme", "fill", "batch_size"),
     "adaptive": (
@@ -75,12 +83,12 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", choices=list(METHODS), default="ibp")
     for name, option in _OPTIONS.items():
         users = ", ".join(method for method, names in METHODS.items() if name in names)
-        parser.add_argument(
-            f"--{name.replace('_', '-')}",
-            type=option.kind,
-            default=argparse.SUPPRESS,
-            help=f"{users}: {option.help}",
-        )
+        flag = f"--{name.replace('_', '-')}"
+        text = f"{users}: {option.help}"
+        if option.kind is bool:
+            parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
+        else:
+            parser.add_argument(flag, type=option.kind, default=argparse.SUPPRESS, help=text)
 
 
 def method_options(options: argparse.Namespace) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from pyrobust.certify.multimodal_radius import (
     multimodal_radius,
 )
 from pyrobust.certify.part_jobs import AdaptiveJob, DualJob, MixtureJob
+from pyrobust.certify.planning import RadiusPlan, radius_plan
 from pyrobust.certify.population import SMOOTHING_POPULATION, Population
 from pyrobust.certify.propagation_tightness import (
     TightnessProfile,
@@ -88,6 +89,7 @@ __all__ = [
     "DualSmoothingCertificate",
     "ModalityLipschitz",
     "Population",
+    "RadiusPlan",
     "RankingCertificate",
     "SMOOTHING_POPULATION",
     "SequentialCertificate",
@@ -128,6 +130,7 @@ __all__ = [
     "multimodal_radius",
     "optimal_design",
     "propagation_tightness",
+    "radius_plan",
     "sequential_design",
     "smoothed_great_score",
     "spending_design",

@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pyrobust import _native
-from pyrobust.certify.sequential import SequentialDesign
+from pyrobust.certify.design import SequentialDesign
+from pyrobust.certify.noise import Noise
 from pyrobust.certify.voting import classify
 
 __all__ = ["ImageDecision", "decide_radii"]
@@ -112,7 +112,7 @@ class _Rules:
 def decide_radii(
     base: nn.Module,
     x: Tensor,
-    sigma: float,
+    noise: Noise,
     designs: list[SequentialDesign],
     *,
     num_classes: int,
@@ -127,8 +127,8 @@ def decide_radii(
 
     Args:
         base: classifier, ``(N, ...)`` to ``(N, num_classes)``, in evaluation mode, any device.
-        x: ``(B, ...)`` float inputs.
-        sigma: standard deviation of the noise.
+        x: ``(B, ...)`` inputs of a kind that the noise accepts.
+        noise: what is added to them.
         designs: one test per radius, in increasing order of ``p_null``.
         num_classes: ``K``.
         n0: most samples that the selection of the class may take.
@@ -147,24 +147,27 @@ def decide_radii(
     rules = _Rules(designs, n0)
     images = [ImageDecision(b, np.zeros(num_classes, np.int64)) for b in range(x.shape[0])]
     votes = {b: np.zeros(num_classes, np.int64) for b in range(x.shape[0])}
-    flat = x.detach().cpu().float().flatten(1).contiguous()
-    scale = torch.full((1,), sigma, dtype=torch.float32)
+    inputs = x.detach().cpu()
     buffer = torch.empty((batch_size, *x.shape[1:]))
+    dtype = x.dtype if x.is_floating_point() else torch.float32
     waiting: deque[ImageDecision] = deque()
     newcomers = iter(images)
-    threads = torch.get_num_threads()
     while True:
         pieces = list(_fill(rules, waiting, newcomers, batch_size))
         if not pieces:
             return images
         row = 0
         for image, first, size in pieces:
-            out = buffer[row : row + size].view(1, size, -1)
-            index = first_index + image.position
             b = image.position
-            _native.gaussian_samples(flat[b : b + 1], scale, out, seed, first, index, threads)
+            noise.fill(
+                inputs[b : b + 1],
+                buffer[row : row + size],
+                seed=seed,
+                first_sample=first,
+                first_index=first_index + b,
+            )
             row += size
-        classes, nan = classify(base, buffer[:row].to(x.dtype), num_classes, subject)
+        classes, nan = classify(base, buffer[:row].to(dtype), num_classes, subject)
         row = 0
         for image, first, size in pieces:
             if row <= nan < row + size:

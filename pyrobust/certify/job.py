@@ -122,7 +122,7 @@ def certify_to_log(
     if shard.rank > 0:
         return {}
     rows = _join(out, job) if parts else read_log(out, job.method.columns)
-    return _summary(rows, out, time.monotonic() - began)
+    return _summary(job.method, rows, out, time.monotonic() - began)
 
 
 def certificate_of_log(path: str | Path) -> tuple[Certificate, Tensor]:
@@ -247,9 +247,13 @@ def _load_model(job: CertificationJob, data: ImageSet) -> nn.Module:
     return load(job.model, network).to(job.device).eval()
 
 
-def _summary(rows: list[LogRow], out: Path, seconds: float) -> dict[str, Any]:
+def _summary(method: JobMethod, rows: list[LogRow], out: Path, seconds: float) -> dict[str, Any]:
     count = len(rows)
-    certified = [row.radius > 0 for row in rows]
+    if "certified" in method.columns:
+        place = method.columns.index("certified")
+        certified = [row.extra[place] == "1" for row in rows]
+    else:
+        certified = [row.predict >= 0 for row in rows]
     right = [row.correct and sure for row, sure in zip(rows, certified, strict=True)]
     return {
         "images": count,

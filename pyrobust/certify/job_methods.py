@@ -19,12 +19,12 @@ from pyrobust._checks import (
     check_choice,
     check_integer,
     check_open_unit,
-    check_positive,
 )
 from pyrobust.certify.log import LogRow
+from pyrobust.certify.noise import noise_of
 from pyrobust.certify.part_jobs import AdaptiveJob, DualJob, MixtureJob
 
-__all__ = ["METHODS", "IntervalJob", "JobMethod", "SmoothingJob", "method_of"]
+__all__ = ["METHODS", "IntervalJob", "JobMethod", "SmoothingJob", "grid_images", "method_of"]
 
 
 class JobMethod(Protocol):
@@ -32,7 +32,8 @@ class JobMethod(Protocol):
 
     Attributes:
         norm: the norm of the radii.
-        columns: names of the columns that follow the common ones.
+        columns: names of the columns that follow the common ones. Where ``"certified"`` is one, it
+            says (1 or 0) whether the class is certain; otherwise each prediction but -1 is.
         block: images certified together. Rows of a block may depend on the whole block (through
             the shared batches of a base that rounds differently in each), never on another block.
     """
@@ -99,15 +100,20 @@ class SmoothingJob:
     """Randomized smoothing, by votes on noisy copies (:class:`pyrobust.nn.SmoothedClassifier`).
 
     Attributes:
-        sigma: standard deviation of the noise, ``> 0``.
-        samples: noisy copies that bound the probability of the class, ``>= 1``; with ``radii`` the
-            most that one image may take.
+        sigma: standard deviation of the noise, ``> 0``; for l0 the share of hidden pixels.
+        samples: noisy copies that bound the probability of the class, ``>= 1``; with ``radii`` or
+            ``planned`` the most that one image may take.
         selection: noisy copies that choose the class, ``>= 1``.
         alpha: probability of error per image, in (0, 1).
         seed: of the noise, ``>= 0``.
         radii: decide these radii by sequential tests; empty gives a radius per image.
         batch_size: copies per forward pass, ``>= 1``.
         block: images whose sequential tests share forward passes, ``>= 1``.
+        norm: ``"l2"``, ``"l1"`` or ``"l0"``.
+        noise: see :class:`pyrobust.nn.SmoothedClassifier`.
+        grid: steps per unit of integer images; 255 for 8 bits. Images must be multiples of
+            ``1 / grid``.
+        planned: let the first copies choose how many a radius is worth.
     """
 
     sigma: float = 0.25
@@ -118,15 +124,20 @@ class SmoothingJob:
     radii: tuple[float, ...] = ()
     batch_size: int = 512
     block: int = 64
-    norm: ClassVar[str] = "l2"
+    norm: str = "l2"
+    noise: str | None = None
+    grid: int | None = None
+    planned: bool = False
     columns: ClassVar[tuple[str, ...]] = ("selection", "counts")
 
     def __post_init__(self) -> None:
-        check_positive("certify", "sigma", self.sigma)
+        noise_of("certify", self.sigma, self.norm, self.noise, self.grid)
         for name in ("samples", "selection", "batch_size", "block"):
             check_integer("certify", name, getattr(self, name), 1)
         check_open_unit("certify", "alpha", self.alpha)
         check_integer("certify", "seed", self.seed, 0)
+        if self.planned and self.radii:
+            raise ValueError(f"certify: planned must be False with radii; got radii={self.radii}.")
 
     def rows(
         self, model: nn.Module, images: Tensor, labels: Tensor, first: int, num_classes: int
@@ -134,7 +145,11 @@ class SmoothingJob:
         """The certificate of each image, with its exact counts."""
         from pyrobust.nn import SmoothedClassifier
 
-        smoothed = SmoothedClassifier(model, self.sigma, num_classes).eval()
+        smoothed = SmoothedClassifier(
+            model, self.sigma, num_classes, norm=self.norm, noise=self.noise, grid=self.grid
+        ).eval()
+        if self.grid is not None:
+            images = grid_images("certify", images, self.grid)
         shared: dict[str, Any] = {
             "n0": self.selection,
             "alpha": self.alpha,
@@ -153,7 +168,9 @@ class SmoothingJob:
                 hits, drawn = certificate.successes, certificate.trials
                 counts = torch.stack([hits, drawn - hits], 1).tolist()
             else:
-                certificate = smoothed.certify(x, n=self.samples, first_index=place, **shared)
+                certificate = smoothed.certify(
+                    x, n=self.samples, planned=self.planned, first_index=place, **shared
+                )
                 counts = certificate.counts.tolist()
             for i, label in enumerate(labels[start : start + step].tolist()):
                 selection = certificate.selection_counts[i].tolist()
@@ -165,6 +182,23 @@ class SmoothingJob:
                     time=int(certificate.samples[i]),
                     extra=(",".join(map(str, selection)), ",".join(map(str, counts[i]))),
                 )
+
+
+def grid_images(subject: str, images: Tensor, grid: int) -> Tensor:
+    """Images in [0, 1] as uint8 numbers of grid steps.
+
+    Raises:
+        ValueError: some value is not a multiple of ``1 / grid``, or there are more than 255 steps.
+    """
+    steps = images.double() * grid
+    whole = steps.round()
+    apart = float((steps - whole).abs().max()) if images.numel() else 0.0
+    if apart > 1e-3 or grid > 255 or float(whole.min()) < 0 or float(whole.max()) > 255:
+        raise ValueError(
+            f"{subject}: images must be multiples of 1 / grid in [0, 1] for grid={grid}, at most "
+            f"255; they are up to {apart:.2g} steps away."
+        )
+    return whole.to(torch.uint8)
 
 
 METHODS: dict[str, type[Any]] = {

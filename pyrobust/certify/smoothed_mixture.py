@@ -27,6 +27,7 @@ from pyrobust._checks import (
 )
 from pyrobust.certify.certificates import ABSTAIN, SmoothingCertificate
 from pyrobust.certify.mixture_radius import smoothed_mixture_radius
+from pyrobust.certify.noise import GaussianNoise
 from pyrobust.certify.statistics import clopper_pearson_lower, union_bound
 from pyrobust.certify.voting import check_voting, count_noisy_votes, device_of
 
@@ -252,7 +253,7 @@ class SmoothedMixture(nn.Module):
                 count_noisy_votes(
                     self.base,
                     x,
-                    self.sigma,
+                    GaussianNoise(self.sigma),
                     n,
                     num_classes=self.num_classes,
                     seed=seed,

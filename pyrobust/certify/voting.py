@@ -9,22 +9,33 @@ from torch import Tensor, nn
 
 from pyrobust import _native
 from pyrobust._checks import check_eval_mode, check_float_tensor, check_integer
-from pyrobust.ops.sampling import gaussian_samples
+from pyrobust.certify.noise import GridGaussianNoise, Noise
 
 __all__ = ["check_voting", "classify", "count_noisy_votes", "device_of"]
 
 
-def check_voting(subject: str, base: nn.Module, x: Tensor, batch_size: int) -> None:
-    """Raise unless ``x`` is a batch of float images and ``base`` is in evaluation mode."""
-    if isinstance(x, Tensor) and not x.is_floating_point():
+def check_voting(
+    subject: str, base: nn.Module, x: Tensor, batch_size: int, noise: Noise | None = None
+) -> None:
+    """Raise unless ``x`` is a batch that ``noise`` accepts and ``base`` is in evaluation mode."""
+    if isinstance(noise, GridGaussianNoise):
+        if not isinstance(x, Tensor) or x.dtype != torch.uint8:
+            seen = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(
+                f"{subject}: x must be a uint8 tensor of grid steps with grid={noise.grid}; "
+                f"got {seen}."
+            )
+    elif isinstance(x, Tensor) and not x.is_floating_point():
         raise TypeError(
-            f"{subject}: x must be a floating-point tensor, got {x.dtype}; Gaussian noise needs "
-            "real-valued inputs, so scale integer images first, as in x.float() / 255."
+            f"{subject}: x must be a floating-point tensor, got {x.dtype}; noise on real values "
+            "does not fit integer images, so scale them first, as in x.float() / 255, or keep "
+            "them and give grid=255."
         )
-    check_float_tensor(subject, "x", x)
+    else:
+        check_float_tensor(subject, "x", x)
     if x.ndim < 2:
         raise ValueError(f"{subject}: x must be a batch (B, ...); got shape {tuple(x.shape)}.")
-    if not bool(torch.isfinite(x).all()):
+    if x.is_floating_point() and not bool(torch.isfinite(x).all()):
         raise ValueError(f"{subject}: x must be finite; it holds NaN or infinite values.")
     check_integer(subject, "batch_size", batch_size, 1)
     check_eval_mode(subject, base)
@@ -60,7 +71,7 @@ def classify(base: nn.Module, noisy: Tensor, num_classes: int, subject: str) -> 
 def count_noisy_votes(
     base: nn.Module,
     x: Tensor,
-    sigma: float,
+    noise: Noise,
     n: int,
     *,
     num_classes: int,
@@ -71,15 +82,15 @@ def count_noisy_votes(
     subject: str = "count_noisy_votes",
     bar: Any = None,
 ) -> Tensor:
-    """Class counts of ``n`` Gaussian copies of each input.
+    """Class counts of ``n`` noisy copies of each input.
 
     Every forward batch holds copies of one image only and starts at a multiple of ``batch_size``
     copies, so an image meets the same batches whatever other images stand beside it.
 
     Args:
         base: classifier, ``(N, ...)`` to ``(N, num_classes)``, in evaluation mode, any device.
-        x: ``(B, ...)`` float inputs.
-        sigma: standard deviation of the noise, ``> 0``, in the units of ``x``.
+        x: ``(B, ...)`` inputs of a kind that the noise accepts.
+        noise: what is added to them.
         n: copies per input.
         num_classes: ``K``.
         seed: key of the noise.
@@ -102,9 +113,8 @@ def count_noisy_votes(
             size = min(batch_size, n - start)
             sample, index = first_sample + start, first_index + b
             with torch.no_grad():
-                noisy = gaussian_samples(
+                noisy = noise.samples(
                     images[b : b + 1],
-                    sigma,
                     size,
                     seed=seed,
                     first_sample=sample,

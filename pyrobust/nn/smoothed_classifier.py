@@ -1,13 +1,15 @@
-"""Randomized smoothing: a classifier that votes over Gaussian copies of its input, with l2 radii.
+"""Randomized smoothing: a classifier that votes over noisy copies of its input, with radii.
 
-Any base classifier becomes a smoothed one whose class provably does not change inside an l2 ball.
-The noise is reproducible to the bit: it depends on the seed, the position of the image in the data
-set and the number of the sample, not on batches, threads or instruction sets.
+Any base classifier becomes a smoothed one whose class provably does not change inside a ball: l2
+under Gaussian noise, l1 under uniform or Laplace noise, l0 under ablation of pixels. The noise is
+reproducible to the bit: it depends on the seed, the position of the image in the data set and the
+number of the sample, not on batches, threads or instruction sets.
 
 Source: J. Cohen, E. Rosenfeld, Z. Kolter, "Certified adversarial robustness via randomized
-smoothing", ICML 2019, arXiv 1902.02918; algorithms PREDICT and CERTIFY, theorem 1.
+smoothing", ICML 2019, arXiv 1902.02918; algorithms PREDICT and CERTIFY, theorem 1. Other norms:
+:mod:`pyrobust.certify.radii`.
 Departures: the noise is counter-based; the confidence bound is pushed outward by the rounding of
-the special functions.
+the special functions; sequential tests and planned numbers of samples beside a fixed number.
 """
 
 from __future__ import annotations
@@ -17,34 +19,41 @@ import math
 from collections.abc import Sequence
 
 import torch
-from scipy import special, stats
+from scipy import stats
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyrobust._checks import check_integer, check_open_unit, check_positive
 from pyrobust.certify.certificates import ABSTAIN, SequentialCertificate, SmoothingCertificate
 from pyrobust.certify.continuous_batching import decide_radii
-from pyrobust.certify.sequential import sequential_design
-from pyrobust.certify.statistics import clopper_pearson_lower, gaussian_radius
+from pyrobust.certify.noise import GaussianNoise, GridGaussianNoise, noise_of
+from pyrobust.certify.planning import PRICE, plan_for
+from pyrobust.certify.sequential import table_designs
+from pyrobust.certify.statistics import class_bounds, clopper_pearson_lower
 from pyrobust.certify.voting import check_voting, count_noisy_votes, device_of
-from pyrobust.ops.sampling import gaussian_samples
 
 __all__ = ["SmoothedClassifier"]
 
-_ASSUMPTION = "the votes are independent draws of the base under exactly Gaussian noise"
-
 
 class SmoothedClassifier(nn.Module):
-    """A base classifier smoothed by Gaussian noise.
+    """A base classifier smoothed by noise.
 
     Args:
         base: any module that maps ``(N, ...)`` to ``(N, num_classes)`` logits: float or packed, on
-            any device.
-        sigma: standard deviation of the noise, ``> 0``, in the units of the input.
+            any device, also under ``torch.autocast``.
+        sigma: standard deviation of the noise, ``> 0``, in the units of the input; for ``"l0"`` the
+            probability, in (0, 1), that a pixel is hidden (set to 0).
         num_classes: number of classes ``K >= 2``.
+        norm: of the radii: ``"l2"``, ``"l1"`` or ``"l0"`` (changed pixels).
+        noise: ``"gaussian"`` (l2), ``"uniform"`` or ``"laplace"`` (l1), ``"ablation"`` (l0); None
+            takes the first of the norm.
+        grid: for integer images: steps per unit, 255 for 8 bits. Inputs are then uint8, the base
+            sees multiples of ``1 / grid``, and the radius, in the units of images in [0, 1], holds
+            without a word about floating point. None for float inputs.
 
     Raises:
-        ValueError: ``sigma`` is not positive or ``num_classes`` below 2.
+        ValueError: ``sigma`` out of range, ``num_classes`` below 2, an unknown norm or noise, or a
+            grid with another norm than l2.
 
     Example:
         >>> base = nn.Linear(2, 2).eval()
@@ -54,9 +63,18 @@ class SmoothedClassifier(nn.Module):
         (1000, 1100)
     """
 
-    def __init__(self, base: nn.Module, sigma: float, num_classes: int) -> None:
+    def __init__(
+        self,
+        base: nn.Module,
+        sigma: float,
+        num_classes: int,
+        *,
+        norm: str = "l2",
+        noise: str | None = None,
+        grid: int | None = None,
+    ) -> None:
         super().__init__()
-        check_positive("SmoothedClassifier", "sigma", sigma)
+        self.noise = noise_of("SmoothedClassifier", sigma, norm, noise, grid)
         check_integer("SmoothedClassifier", "num_classes", num_classes, 2)
         self.base = base
         self.sigma = sigma
@@ -68,7 +86,8 @@ class SmoothedClassifier(nn.Module):
         """Smoothed class probabilities: the mean softmax over ``n`` noisy copies; differentiable.
 
         Args:
-            x: ``(B, ...)`` float inputs.
+            x: ``(B, ...)`` float inputs; with ``grid`` also uint8 ones (floats see noise that is
+                not rounded, so that gradients pass).
             n: copies per input, ``>= 1``.
             seed: key of the noise; None draws one from torch's default generator, so that each
                 call sees fresh noise and ``torch.manual_seed`` fixes it.
@@ -83,7 +102,10 @@ class SmoothedClassifier(nn.Module):
         check_integer("SmoothedClassifier", "n", n, 1)
         if seed is None:
             seed = int(torch.randint(2**62, ()).item())
-        noisy = gaussian_samples(x.cpu(), self.sigma, n, seed=seed, first_index=first_index)
+        noise = self.noise
+        if isinstance(noise, GridGaussianNoise) and x.is_floating_point():
+            noise = GaussianNoise(self.sigma)
+        noisy = noise.samples(x.cpu(), n, seed=seed, first_index=first_index)
         logits = self.base(noisy.flatten(0, 1).to(device_of(self.base)))
         probabilities = torch.softmax(logits, dim=-1)
         return probabilities.view(x.shape[0], n, -1).mean(dim=1)
@@ -114,7 +136,7 @@ class SmoothedClassifier(nn.Module):
             ``(B,)`` int64, -1 where the two best classes are too close to tell.
 
         Raises:
-            TypeError: ``x`` is not floating-point.
+            TypeError: ``x`` is not floating-point, or with ``grid`` not uint8.
             ValueError: an argument out of range, the base in training mode, or NaN logits.
         """
         subject = "SmoothedClassifier.predict"
@@ -134,20 +156,29 @@ class SmoothedClassifier(nn.Module):
         alpha: float = 1e-3,
         seed: int = 0,
         *,
+        planned: bool = False,
+        price: float = PRICE,
+        runner_up: bool = False,
         first_index: int = 0,
         batch_size: int = 512,
         progress: bool = False,
     ) -> SmoothingCertificate:
-        """A class and an l2 radius per input that hold with probability at least ``1 - alpha``.
+        """A class and a radius per input that hold with probability at least ``1 - alpha``.
 
-        ``n0`` copies choose the class; ``n`` fresh copies bound its probability from below.
+        ``n0`` copies choose the class; ``n`` fresh copies bound its probability from below. With
+        ``planned`` the first copies (up to ``5 n0``) also choose how many fresh ones the radius is
+        worth, ``n`` at most, none where the class will not be certified.
 
         Args:
-            x: ``(B, ...)`` float inputs.
+            x: ``(B, ...)`` inputs: float, or uint8 with ``grid``.
             n0: copies that select the class, ``>= 1``.
             n: copies that estimate its probability, ``>= 1``.
             alpha: probability of error per input, in (0, 1).
             seed: key of the noise, in ``[0, 2**63)``.
+            planned: choose the number of copies per input (:mod:`pyrobust.certify.planning`).
+            price: of a copy when planning, in standard deviations of radius, ``> 0``.
+            runner_up: also bound the other classes from above, at half of alpha; for classes that
+                win with less than half of the votes.
             first_index: position of ``x[0]`` in the data set; with it, each input's result does
                 not depend on the batch it came in.
             batch_size: copies per forward pass; it changes the speed only (as far as the base
@@ -158,26 +189,37 @@ class SmoothedClassifier(nn.Module):
             The certificate, on the device of ``x``.
 
         Raises:
-            TypeError: ``x`` is not floating-point.
-            ValueError: an argument out of range, the base in training mode, or NaN logits.
+            TypeError: ``x`` is not floating-point, or with ``grid`` not uint8.
+            ValueError: an argument out of range, the base in training mode, another number of
+                classes, or NaN logits.
         """
         subject = "SmoothedClassifier.certify"
         self._check(subject, x, alpha, batch_size, n0=n0, n=n)
-        parts = [(0, n0), (n0, n)]
-        selection, counts = self._count(subject, x, parts, seed, first_index, batch_size, progress)
-        top = _top_class(selection)
-        p_lower = clopper_pearson_lower(counts.gather(1, top[:, None])[:, 0], n, alpha)
-        radius = gaussian_radius(p_lower, self.sigma)
-        certain = radius > 0
+        check_positive(subject, "price", price)
+        place = (seed, first_index, batch_size, progress)
+        if planned:
+            selection, counts = self._planned_counts(subject, x, n0, n, alpha, price, place)
+        else:
+            selection, counts = self._count(subject, x, [(0, n0), (n0, n)], *place)
+        top, drawn = _top_class(selection), counts.sum(-1)
+        p_upper: Tensor | None = None
+        if runner_up:
+            p_lower, p_upper = class_bounds(counts, top, alpha)
+        else:
+            votes = counts.gather(1, top[:, None])[:, 0]
+            p_lower = clopper_pearson_lower(votes, drawn.clamp_min(1), alpha)
+        radius = self.noise.radius(p_lower, p_upper)
+        certain = radius >= 0 if self.noise.norm == "l0" else radius > 0
         return SmoothingCertificate(
             prediction=torch.where(certain, top, ABSTAIN).to(x.device),
             radius=torch.where(certain, radius, 0.0).to(x.device),
             alpha=alpha,
-            assumption=_ASSUMPTION,
+            assumption=self.noise.assumption,
+            norm=self.noise.norm,
             p_lower=p_lower.to(x.device),
             counts=counts.to(x.device),
             selection_counts=selection.to(x.device),
-            samples=torch.full_like(top, n0 + n).to(x.device),
+            samples=(selection.sum(-1) + drawn).to(x.device),
             sigma=self.sigma,
         )
 
@@ -203,15 +245,16 @@ class SmoothedClassifier(nn.Module):
         to compute; it is cached.
 
         Args:
-            x: ``(B, ...)`` float inputs.
-            radius: one l2 radius ``>= 0`` or an increasing sequence, in the units of ``x``.
+            x: ``(B, ...)`` inputs: float, or uint8 with ``grid``.
+            radius: one radius ``>= 0`` or an increasing sequence, in the units of ``x``.
             alpha: probability of error per input, over all radii together, in (0, 1).
             budget: most test samples per input, ``>= 1``.
             n0: most samples that select the class, ``>= 1``; it stops once one class leads by 10.
             seed: key of the noise, in ``[0, 2**63)``.
             first_index: position of ``x[0]`` in the data set.
             batch_size: rows per forward pass.
-            design: ``"optimal"`` or ``"spending"`` (:mod:`pyrobust.certify.sequential`).
+            design: ``"optimal"``, ``"spending"`` or ``"fixed"``
+                (:mod:`pyrobust.certify.sequential`).
             progress: show a progress bar.
 
         Returns:
@@ -219,20 +262,23 @@ class SmoothedClassifier(nn.Module):
             ones, ``prediction`` -1 where none is.
 
         Raises:
-            TypeError: ``x`` is not floating-point.
+            TypeError: ``x`` is not floating-point, or with ``grid`` not uint8.
             ValueError: an argument out of range, the base in training mode, or NaN logits.
         """
         subject = "SmoothedClassifier.certify_at"
         self._check(subject, x, alpha, batch_size, n0=n0, budget=budget)
         radii = _radii(subject, radius)
-        # Phi rounded up: a null hypothesis that is too large only costs samples.
-        nulls = [min(float(special.ndtr(r / self.sigma)) + 1e-15, 1 - 2**-53) for r in radii]
-        tests = [sequential_design(p, alpha, budget, kind=design) for p in nulls]
+        nulls = [self.noise.needs(r) for r in radii]
+        if nulls[-1] >= 1:
+            raise ValueError(
+                f"{subject}: radius must be one that this noise can certify; got {radii[-1]:g}."
+            )
+        tests = table_designs(nulls, alpha, budget, kind=design)
         with tqdm(total=x.shape[0], disable=not progress, unit="image", desc=subject) as bar:
             decisions = decide_radii(
                 self.base,
                 x,
-                self.sigma,
+                self.noise,
                 tests,
                 num_classes=self.num_classes,
                 n0=n0,
@@ -250,7 +296,8 @@ class SmoothedClassifier(nn.Module):
             prediction=torch.where(reached > 0, labels, ABSTAIN).to(x.device),
             radius=steps[reached].to(x.device),
             alpha=alpha,
-            assumption=_ASSUMPTION,
+            assumption=self.noise.assumption,
+            norm=self.noise.norm,
             radii=steps[1:].to(x.device),
             errors=torch.tensor([test.error for test in tests], dtype=torch.float64),
             successes=torch.tensor([d.successes for d in decisions], dtype=torch.int64),
@@ -261,14 +308,14 @@ class SmoothedClassifier(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """Sigma and the number of classes."""
-        return f"sigma={self.sigma}, num_classes={self.num_classes}"
+        """The noise and the number of classes."""
+        return f"sigma={self.sigma}, num_classes={self.num_classes}, noise={self.noise}"
 
     def _check(self, subject: str, x: Tensor, alpha: float, batch_size: int, **sizes: int) -> None:
         for name, value in sizes.items():
             check_integer(subject, name, value, 1)
         check_open_unit(subject, "alpha", alpha)
-        check_voting(subject, self.base, x, batch_size)
+        check_voting(subject, self.base, x, batch_size, self.noise)
 
     def _count(
         self,
@@ -287,7 +334,7 @@ class SmoothedClassifier(nn.Module):
                 count_noisy_votes(
                     self.base,
                     x,
-                    self.sigma,
+                    self.noise,
                     n,
                     num_classes=self.num_classes,
                     seed=seed,
@@ -299,6 +346,34 @@ class SmoothedClassifier(nn.Module):
                 )
                 for first, n in parts
             ]
+
+    def _planned_counts(
+        self,
+        subject: str,
+        x: Tensor,
+        n0: int,
+        budget: int,
+        alpha: float,
+        price: float,
+        place: tuple[int, int, int, bool],
+    ) -> tuple[Tensor, Tensor]:
+        """``(B, K)`` votes of the pilot, and of as many fresh copies as it found worth while."""
+        seed, first_index, batch_size, progress = place
+        plan = plan_for(self.noise, alpha, budget, price)
+        pilot = torch.zeros(x.shape[0], self.num_classes, dtype=torch.int64)
+        counts = torch.zeros_like(pilot)
+        with tqdm(total=x.shape[0], disable=not progress, unit="image", desc=subject) as bar:
+            for b in range(x.shape[0]):
+                one = (seed, first_index + b, batch_size, False)
+                image = x[b : b + 1]
+                pilot[b] = self._count(subject, image, [(0, n0)], *one)[0][0]
+                if 2 * int(pilot[b].max()) > n0:  # worth a closer look before the large number
+                    pilot[b] += self._count(subject, image, [(n0, 4 * n0)], *one)[0][0]
+                size = int(plan.choose(pilot[b].max()[None], pilot[b].sum()[None]))
+                if size > 0:
+                    counts[b] = self._count(subject, image, [(5 * n0, size)], *one)[0][0]
+                bar.update()
+        return pilot, counts
 
 
 def _radii(subject: str, radius: float | Sequence[float]) -> list[float]:

@@ -179,7 +179,7 @@ def test_empty_batch():
         (
             {"x": torch.zeros(1, 1, 8, 8, dtype=torch.uint8)},
             TypeError,
-            "scale integer images first",
+            "scale them first, as in",
         ),
         ({"x": torch.zeros(1, 1, 8, 8) * math.nan}, ValueError, "x must be finite"),
         ({"x": torch.zeros(64)}, ValueError, r"x must be a batch \(B, ...\)"),
