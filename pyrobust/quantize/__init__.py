@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from pyrobust.ops.formats import BITS
 from pyrobust.quantize.activations import fake_quantize_activation, quantize_activation
 from pyrobust.quantize.adadim import AdaDim, AdaDimChoice, AdaDimReport
+from pyrobust.quantize.bit_allocation import allocate_bits, bit_costs, knapsack
 from pyrobust.quantize.calibration_block import (
     BlockQuantizer,
     CalibrationBlock,
@@ -12,10 +13,12 @@ from pyrobust.quantize.calibration_block import (
     quantize_by_layer,
 )
 from pyrobust.quantize.codebook import codebook_of, nf4_levels, round_to_codebook
+from pyrobust.quantize.fold_batch_norm import fold_batch_norm
 from pyrobust.quantize.gptq import GPTQ, gptq, gptq_weight
 from pyrobust.quantize.gwq import GWQ, gwq_quantize
 from pyrobust.quantize.hessian import HessianAccumulator
 from pyrobust.quantize.ifairy import ComplexLinear, PhaseQuantizeSTE, TwoStageSchedule
+from pyrobust.quantize.learned_rounding import LearnedRounding, learned_rounding
 from pyrobust.quantize.lsq import ActivationQuantizer, LSQQuantizer
 from pyrobust.quantize.names import QUANTIZERS
 from pyrobust.quantize.ofq import ConfidenceGuidedAnnealing, train_ofq
@@ -29,12 +32,14 @@ from pyrobust.quantize.phase_codes import (
     phase_quantize,
     unpack_codes_2bit,
 )
+from pyrobust.quantize.power_quantizer import PowerQuantizer
 from pyrobust.quantize.qk_reparam import QKReparamAttention
 from pyrobust.quantize.qtensor import QTensor, round_scale
 from pyrobust.quantize.quant_layers import QuantConv2d, QuantLinear
 from pyrobust.quantize.quantize_vit import quantize_vit
 from pyrobust.quantize.remainder import SparseRemainder
 from pyrobust.quantize.round_to_nearest import quantize_groupwise, round_to_nearest, rtn
+from pyrobust.quantize.rounding_study import StudyTable, study
 from pyrobust.quantize.second_level import QTensorWithStatistics, SecondLevel
 from pyrobust.quantize.sensitivity import SENSITIVITY_KINDS, prediction_loss, sensitivity
 from pyrobust.quantize.stats_quantizer import StatsQuantizer
@@ -76,7 +81,9 @@ __all__ = [
     "ConfidenceGuidedAnnealing",
     "HessianAccumulator",
     "LSQQuantizer",
+    "LearnedRounding",
     "OscillationTracker",
+    "PowerQuantizer",
     "QKReparamAttention",
     "QTensor",
     "QUANTIZERS",
@@ -88,6 +95,13 @@ __all__ = [
     "prediction_loss",
     "quantize_activation",
     "StatsQuantizer",
+    "StudyTable",
+    "allocate_bits",
+    "bit_costs",
+    "knapsack",
+    "study",
+    "fold_batch_norm",
+    "learned_rounding",
     "quantize_by_layer",
     "quantize_vit",
     "round_scale",

@@ -19,7 +19,8 @@ _CENTRE = 128  # the byte that stands for 0
 def half_integer_qtensor(codes: Tensor, scale: Tensor, *, bits: int) -> QTensor:
     """Pack codes of ``2^bits`` half-integer levels with a scale per row.
 
-    1 bit is the plain one-bit format; 2 to 7 bits take 8 bits of storage, the odd integer itself.
+    1 bit is the plain one-bit format and 2 to 4 bits use a codebook of odd integers; 5 to 7 bits
+    take 8 bits of storage, the odd integer itself.
 
     Args:
         codes: ``(rows, cols)`` uint8, ``k + n`` in ``[0, 2^bits)``.
@@ -38,5 +39,9 @@ def half_integer_qtensor(codes: Tensor, scale: Tensor, *, bits: int) -> QTensor:
             "half_integer_qtensor: bits must be 1 to 7, since 256 half-integer levels have no "
             f"packed format (8-bit weights: use LSQ); got {bits}."
         )
+    if bits <= 4:
+        levels = 2 * torch.arange(2 * n) - (2 * n - 1) + _CENTRE
+        book = levels.to(device=codes.device, dtype=torch.uint8)
+        return QTensor.from_codes(codes, step, bits=bits, group_size=columns, codebook=book)
     odd = 2 * codes.to(torch.int16) - (2 * n - 1) + _CENTRE
     return QTensor.from_codes(odd.to(torch.uint8), step, bits=8, group_size=columns)

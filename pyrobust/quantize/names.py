@@ -14,6 +14,7 @@ QUANTIZERS: dict[str, str] = {
     "adadim": "pyrobust.quantize.adadim:AdaDim",
     "gptq": "pyrobust.quantize.gptq:GPTQ",
     "gwq": "pyrobust.quantize.gwq:GWQ",
+    "learned_rounding": "pyrobust.quantize.learned_rounding:LearnedRounding",
     "rtn": "pyrobust.quantize.round_to_nearest:round_to_nearest",
     "nf4": "pyrobust.quantize.codebook:round_to_codebook",
     "two-level": "pyrobust.quantize.two_level:round_to_two_level",

@@ -229,8 +229,8 @@ class QuantConv2d(_RoundedWeight, nn.Conv2d):
             group_dim=1,
             symmetric=True,
             activations=None,
-        ).adopt(qtensor, self.bias)
-        return self._behind_activation(layer)
+        )
+        return self._behind_activation(layer.extend(qtensor.layout).adopt(qtensor, self.bias))
 
 
 def _weight_quantizer(

@@ -73,7 +73,7 @@ def test_qtensor_is_the_storable_form_to_the_bit(bits):
     qtensor = quantizer.qtensor(w)
     assert torch.equal(qtensor.dequantize(), quantizer(w, storable=True))
     assert torch.allclose(qtensor.dequantize(), quantizer(w), rtol=2**-14, atol=0)
-    assert qtensor.bits == (1 if bits == 1 else 8)
+    assert qtensor.bits == (bits if bits <= 4 else 8)
 
 
 def test_eight_bits_have_no_packed_form_and_say_so():
