@@ -122,7 +122,9 @@ CASES: dict[str, ModuleCase] = {
     "PackedConv2d-groups-reflect": _conv(groups=2, padding=1, padding_mode="reflect", group_dim=0),
     "PackedConv2d-same-int8": _conv(padding="same", dilation=2, activations="int8", bias=False),
     "DenseSparseLinear": _dense_sparse(),
-    "DenseSparseLinear-second-level": _dense_sparse(second_level=True, bits=3),
+    "DenseSparseLinear-symmetric-second-level": _dense_sparse(
+        symmetric=True, second_level=True, bits=3
+    ),
     "PackedEmbedding": _embedding(padding_idx=2),
     "PackedEmbedding-per-input": _embedding(bits=2, group_dim=0),
 }

@@ -114,6 +114,17 @@ def test_wide_rows_take_longer_indices():
     assert torch.equal(other.dequantize(), packed.dequantize())
 
 
+@pytest.mark.parametrize("activations", [None, "int8"])
+def test_bounds_contain_what_the_layer_computes(activations):
+    _, packed = example(11, 40, bits=3, second_level=True, fraction=0.05)
+    layer = DenseSparseLinear.from_qtensor(packed, torch.randn(11), activations=activations)
+    x = torch.rand(3, 40)
+    bounds = layer(pyrobust.Interval.ball(x, 0.05))
+    for _ in range(100):
+        y = layer(x + 0.05 * (2 * torch.rand_like(x) - 1))
+        assert bool(((y >= bounds.lower) & (y <= bounds.upper)).all())
+
+
 def test_meta_and_back():
     _, packed = example(whole=1, second_level=True)
     layer = DenseSparseLinear.from_qtensor(packed)

@@ -342,6 +342,28 @@ def test_gwq_quantize_takes_named_layers(model, tokens):
         gwq_quantize(model, tokens, layers=["table"])
 
 
+def test_a_hugging_face_model_converts_with_the_same_call(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=48, intermediate_size=80, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    tokens = torch.randint(0, 64, (2, 20))
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+    packed = gwq_quantize(model, [batch])
+    assert sum(isinstance(m, DenseSparseLinear) for m in packed.modules()) == 2 * 7
+    assert type(packed.lm_head) is nn.Linear
+    path = tmp_path / "model.safetensors"
+    pyrobust.save(packed, path)
+    loaded = pyrobust.load(path, transformers.LlamaForCausalLM(config).eval())
+    with torch.no_grad():
+        logits = packed(tokens).logits
+        assert torch.equal(loaded(tokens).logits, logits)
+        expected = model(tokens).logits
+    assert float((logits - expected).norm() / expected.norm()) < 0.1
+
+
 def test_model_refusals(model, tokens):
     def pack(quantizer=None, calibration=tokens, target=model, **options):
         options = {"skip": OUTSIDE, **options}
