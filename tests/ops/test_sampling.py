@@ -290,26 +290,83 @@ def test_bad_arguments_are_refused(options, error, message):
         )
 
 
+class Tally:
+    """Bins, moments and neighbour products of many draws, a chunk at a time."""
+
+    def __init__(self, edges):
+        self.edges, self.seen, self.total = edges, np.zeros(len(edges) - 1), 0
+        self.moments, self.products = np.zeros(4), {}
+
+    def add(self, z):
+        """``z``: (images, samples, elements), any images and samples in order."""
+        flat = z.flatten()
+        bins = torch.bucketize(flat, self.edges[1:-1].float())
+        self.seen += torch.bincount(bins, minlength=len(self.seen)).numpy()
+        self.total += flat.numel()
+        power = torch.ones((), dtype=torch.float64)
+        for k in range(4):
+            power = power * flat
+            self.moments[k] += power.sum().item()
+        pairs = {"image": (z[1:], z[:-1]), "sample": (z[:, 1:], z[:, :-1])}
+        for gap in (1, 7, 16, 17, 64):
+            pairs[f"element {gap}"] = (z[..., gap:], z[..., :-gap])
+        for name, (a, b) in pairs.items():
+            for kind, f in (("value", lambda v: v), ("square", lambda v: v * v - 1)):
+                sum_, count = self.products.get((name, kind), (0.0, 0))
+                product = (f(a) * f(b)).sum(dtype=torch.float64).item()
+                self.products[name, kind] = (sum_ + product, count + a.numel())
+
+
 @pytest.mark.slow
 def test_goodness_of_fit_on_a_billion_draws():
-    edges = np.array([-np.inf, *np.arange(-6, 6.1, 0.0625), np.inf])
-    seen, total, sums = np.zeros(len(edges) - 1), 10**9, np.zeros(4)
-    x = torch.zeros(16, 15625)
-    for chunk in range(40):
-        z = gaussian_samples(x, 1.0, 100, seed=9, first_sample=100 * chunk).flatten().numpy()
-        seen += np.histogram(z, edges)[0]
-        sums += [np.mean(z.astype(np.float64) ** k) for k in (1, 2, 3, 4)]
-    assert seen.sum() == total
-    expected = total * np.diff(special.ndtr(edges))
-    merged = expected >= 5  # beyond: one bin a side
-    tails = [
-        [a[~merged & side].sum() for side in (edges[:-1] < 0, edges[:-1] >= 0)]
-        for a in (seen, expected)
-    ]
-    statistic = ((seen - expected)[merged] ** 2 / expected[merged]).sum()
-    statistic += sum((s - e) ** 2 / max(e, 1) for s, e in zip(*tails, strict=True))
-    assert stats.chi2.sf(statistic, len(seen) - 1) > 1e-4
-    distance = np.abs(np.cumsum(seen - expected)).max() / total
-    assert stats.kstwobign.sf(distance * total**0.5) > 1e-4
-    z_scores = (sums / 40 - [0, 1, 0, 3]) / (np.array([1, 2, 15, 96]) / total) ** 0.5
-    assert np.abs(z_scores).max() < 5
+    """Kolmogorov-Smirnov on a fine grid, chi-square with tail bins, moments, correlations."""
+    edges = torch.tensor([-np.inf, *np.arange(-6.25, 6.26, 0.0625), np.inf], dtype=torch.float64)
+    tally, x = Tally(edges), torch.zeros(8, 15625)
+    for chunk in range(80):
+        tally.add(gaussian_samples(x, 1.0, 100, seed=9, first_sample=100 * chunk))
+    assert tally.total == tally.seen.sum() == 10**9
+    # Tail probabilities from the nearer side: a difference of values near 1 would lose them.
+    e = edges.numpy()
+    expected = 1e9 * np.where(
+        e[1:] <= 0, special.ndtr(e[1:]) - special.ndtr(e[:-1]),
+        special.ndtr(-e[:-1]) - special.ndtr(-e[1:]),
+    )  # fmt: skip
+    assert expected[0] < 0.5 < expected[8]  # the last bins of each side hold next to nothing
+    merged = expected >= 5
+    sides = [~merged & (e[1:] <= 0), ~merged & (e[1:] > 0)]
+    seen = [*tally.seen[merged], *(tally.seen[side].sum() for side in sides)]
+    wanted = [*expected[merged], *(expected[side].sum() for side in sides)]
+    statistic = sum((s - w) ** 2 / w for s, w in zip(seen, wanted, strict=True))
+    assert min(wanted) > 5
+    chi = stats.chi2.sf(statistic, len(seen) - 1)
+    beyond = tally.seen[(e[:-1] >= 5.7681)].sum() + tally.seen[(e[1:] <= -5.7681)].sum()
+    distance = np.abs(np.cumsum(tally.seen - expected)).max() / tally.total
+    ks = stats.kstwobign.sf(distance * tally.total**0.5)
+    z_moments = (tally.moments / 1e9 - [0, 1, 0, 3]) / (np.array([1, 2, 15, 96]) / 1e9) ** 0.5
+    deviation = {"value": 1.0, "square": 2.0}  # of one product
+    z_products = {
+        key: total / deviation[key[1]] / count**0.5
+        for key, (total, count) in tally.products.items()
+    }
+    print(f"chi-square p {chi:.3f}, KS p {ks:.3f}, moments {z_moments}, {z_products}, {beyond}")
+    assert chi > 1e-4
+    assert ks > 1e-4
+    assert np.abs(z_moments).max() < 5
+    assert max(abs(value) for value in z_products.values()) < 5
+    assert beyond > 0  # where a 24-bit generator ends
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("noise", "law"), [(uniform_samples, stats.uniform(-1, 2)), (laplace_samples, stats.laplace())]
+)
+def test_goodness_of_fit_of_other_laws_on_many_draws(noise, law):
+    edges = torch.from_numpy(law.ppf(np.linspace(0, 1, 401)))
+    seen, x = np.zeros(400), torch.zeros(8, 15625)
+    for chunk in range(16):
+        z = noise(x, 1.0, 100, seed=9, first_sample=100 * chunk).flatten()
+        bins = torch.bucketize(z, edges[1:-1].float())
+        seen += torch.bincount(bins, minlength=400).numpy()
+    assert stats.chisquare(seen).pvalue > 1e-4
+    distance = np.abs(np.cumsum(seen - seen.sum() / 400)).max() / seen.sum()
+    assert stats.kstwobign.sf(distance * seen.sum() ** 0.5) > 1e-4

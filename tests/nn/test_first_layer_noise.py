@@ -1,0 +1,106 @@
+"""Noise after a linear layer has the law of noise before it."""
+
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+
+from pyrobust.nn import after_linear_samples, noise_factor, split_first_linear
+from pyrobust.ops import gaussian_samples
+
+
+def test_factor_is_a_root_of_the_gram_matrix():
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((1, 5), (7, 64), (64, 7), (20, 20)):
+        weight = torch.randn(shape, generator=generator)
+        factor = noise_factor(weight)
+        assert factor.dtype == torch.float64
+        assert factor.shape == (min(shape), shape[0])
+        gram = weight.double() @ weight.double().T
+        torch.testing.assert_close(factor.T @ factor, gram, rtol=0, atol=1e-12 * shape[1] * 10)
+    deficient = torch.randn(3, 50, generator=generator)[[0, 1, 2, 0, 1]]  # a Cholesky would fail
+    factor = noise_factor(deficient)
+    torch.testing.assert_close(factor.T @ factor, deficient.double() @ deficient.double().T)
+
+
+def test_distribution_is_that_of_noise_on_the_input():
+    torch.manual_seed(1)
+    linear, sigma, n = nn.Linear(300, 12), 0.5, 40_000
+    x = torch.rand(1, 300)
+    with torch.no_grad():
+        after = after_linear_samples(x, linear.weight, linear.bias, sigma, n, seed=3)[0].double()
+        before = linear(gaussian_samples(x, sigma, n, seed=4)[0]).double()
+        mean = linear(x).double()[0]
+    covariance = sigma**2 * linear.weight.detach().double() @ linear.weight.detach().double().T
+    spread = covariance.diagonal().sqrt()
+    assert ((after.mean(0) - mean).abs() < 5 * spread / n**0.5).all()
+    seen = torch.cov(after.T)
+    error = ((covariance**2 + covariance.diagonal().outer(covariance.diagonal())) / n).sqrt()
+    assert ((seen - covariance).abs() < 5 * error).all()
+    for _ in range(5):  # projections: exact normal law, and the law of noise on the input
+        a = torch.randn(12, dtype=torch.float64)
+        z = (after - mean) @ a / (a @ covariance @ a).sqrt()
+        assert stats.kstest(z.numpy(), "norm").pvalue > 1e-4
+        assert stats.ks_2samp((after @ a).numpy(), (before @ a).numpy()).pvalue > 1e-4
+    whitened = torch.linalg.solve_triangular(
+        torch.linalg.cholesky(covariance), (after - mean).T, upper=False
+    )
+    assert stats.kstest(whitened.square().sum(0).numpy(), stats.chi2(12).cdf).pvalue > 1e-4
+
+
+def test_votes_of_a_network_have_the_same_law():
+    torch.manual_seed(2)
+    base = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    linear, rest = split_first_linear(base)
+    x, n = torch.rand(1, 1, 8, 8), 30_000
+    with torch.no_grad():
+        after = after_linear_samples(x.flatten(1), linear.weight, linear.bias, 1.0, n, seed=5)
+        votes = torch.bincount(rest(after[0]).argmax(1), minlength=3)
+        plain = torch.bincount(base(gaussian_samples(x, 1.0, n, seed=6)[0]).argmax(1), minlength=3)
+    assert (votes > 500).sum() >= 2
+    assert stats.chi2_contingency(torch.stack([votes, plain])[:, votes > 0]).pvalue > 1e-4
+
+
+def test_position_decides_the_noise():
+    x, weight = torch.rand(3, 40), torch.randn(5, 40)
+    whole = after_linear_samples(x, weight, None, 0.5, 20, seed=1, first_sample=3, first_index=7)
+    part = after_linear_samples(
+        x[1:], weight, None, 0.5, 4, seed=1, first_sample=9, first_index=8,
+        factor=noise_factor(weight),
+    )  # fmt: skip
+    torch.testing.assert_close(part, whole[1:, 6:10])
+    assert whole.unique().numel() == whole.numel()
+
+
+def test_gradient_reaches_the_input():
+    x = torch.rand(2, 6, requires_grad=True)
+    weight = torch.randn(3, 6)
+    after_linear_samples(x, weight, torch.zeros(3), 0.5, 7, seed=0).sum().backward()
+    torch.testing.assert_close(x.grad, 7 * weight.sum(0).expand(2, 6))
+
+
+def test_split_shares_layers_and_mode():
+    base = nn.Sequential(nn.Linear(9, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    linear, rest = split_first_linear(base)
+    assert linear is base[0]
+    assert rest[1] is base[2]
+    assert not rest.training
+    x = torch.rand(5, 9)
+    assert torch.equal(rest(linear(x)), base(x))
+
+
+def test_bad_arguments_are_refused():
+    with pytest.raises(ValueError, match="starts with Conv2d"):
+        split_first_linear(nn.Sequential(nn.Conv2d(1, 1, 1), nn.Linear(4, 2)))
+    with pytest.raises(ValueError, match="got Linear"):
+        split_first_linear(nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=r"fewer outputs than inputs.*it has 4 of 4"):
+        split_first_linear(nn.Sequential(nn.Linear(4, 4)))
+    with pytest.raises(ValueError, match=r"weight must have shape \(H, D\)"):
+        noise_factor(torch.zeros(3))
+    with pytest.raises(ValueError, match="weight must be finite"):
+        noise_factor(torch.full((1, 2), torch.inf))
+    with pytest.raises(ValueError, match=r"x must be \(B, D\) and weight \(H, D\)"):
+        after_linear_samples(torch.zeros(1, 3), torch.zeros(2, 4), None, 0.5, 1, seed=0)
+    with pytest.raises(ValueError, match="sigma must be finite and positive"):
+        after_linear_samples(torch.zeros(1, 4), torch.zeros(2, 4), None, 0.0, 1, seed=0)
