@@ -18,6 +18,11 @@ from pyrobust.certify.dual_smoothing import (
     DualSmoothingCertificate,
     dual_radius,
 )
+from pyrobust.certify.first_layer_noise import (
+    after_linear_samples,
+    noise_factor,
+    split_first_linear,
+)
 from pyrobust.certify.job import CertificationJob, certificate_of_log, certify_to_log
 from pyrobust.certify.job_methods import IntervalJob, JobMethod, SmoothingJob
 from pyrobust.certify.lipschitz import conv_norm_bound, lipschitz_bound
@@ -78,6 +83,9 @@ __all__ = [
     "smoothed_mixture_radius",
     "SmoothedMixture",
     "ABSTAIN",
+    "after_linear_samples",
+    "noise_factor",
+    "split_first_linear",
     "BiEncoder",
     "Certificate",
     "CertificationJob",

@@ -16,11 +16,6 @@ from pyrobust.nn.complex_layers import (
 )
 from pyrobust.nn.dense_sparse_linear import DenseSparseLinear
 from pyrobust.nn.feature_tap import FeatureTap
-from pyrobust.nn.first_layer_noise import (
-    after_linear_samples,
-    noise_factor,
-    split_first_linear,
-)
 from pyrobust.nn.lora import ConvLoRA2d, LoHa, LoRALinear, VeRA
 from pyrobust.nn.mixing_network import MixingNetwork
 from pyrobust.nn.noise_conditioned import NoiseConditionedClassifier, NoiseConditionedEncoder
@@ -105,7 +100,4 @@ __all__ = [
     "fold_weight_compander",
     "weight_compander",
     "weight_statistics",
-    "after_linear_samples",
-    "noise_factor",
-    "split_first_linear",
 ]

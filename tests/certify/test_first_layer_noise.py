@@ -5,7 +5,7 @@ import torch
 from scipy import stats
 from torch import nn
 
-from pyrobust.nn import after_linear_samples, noise_factor, split_first_linear
+from pyrobust.certify import after_linear_samples, noise_factor, split_first_linear
 from pyrobust.ops import gaussian_samples
 
 
