@@ -38,6 +38,7 @@ from pyrobust.certify.multimodal_radius import (
     modality_lipschitz,
     multimodal_radius,
 )
+from pyrobust.certify.onnx_model import load_onnx
 from pyrobust.certify.part_jobs import AdaptiveJob, DualJob, MixtureJob
 from pyrobust.certify.planning import RadiusPlan, radius_plan
 from pyrobust.certify.population import SMOOTHING_POPULATION, Population
@@ -50,6 +51,7 @@ from pyrobust.certify.propagation_tightness import (
     propagation_tightness,
     tightness_by_layer,
 )
+from pyrobust.certify.property import Verdict, decide_property
 from pyrobust.certify.radii import ablation_radius, laplace_radius, uniform_radius
 from pyrobust.certify.sequential import (
     SequentialDesign,
@@ -73,8 +75,16 @@ from pyrobust.certify.statistics import (
 )
 from pyrobust.certify.sub_image import SubImage, checkerboard_masks, partition_masks
 from pyrobust.certify.synonym_table import SynonymTable
+from pyrobust.certify.vnnlib import Property, PropertyCase, load_vnnlib, parse_vnnlib
 
 __all__ = [
+    "Property",
+    "PropertyCase",
+    "Verdict",
+    "decide_property",
+    "load_onnx",
+    "load_vnnlib",
+    "parse_vnnlib",
     "AdaptiveJob",
     "DualJob",
     "MixtureJob",
