@@ -45,6 +45,8 @@ def _demo(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _certify(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    if options.property is not None:
+        return _decide(options)
     from pyrobust.certify.job import CertificationJob, certify_to_log
     from pyrobust.certify.job_methods import method_of
     from pyrobust_cli.certify_options import method_options
@@ -63,6 +65,24 @@ def _certify(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if options.plot and result:
         result["plot"] = _plot_log(options.out, options.plot)
     return result, "\n".join(f"{name.replace('_', ' '):<18} {v}" for name, v in result.items())
+
+
+def _decide(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The verdict on a property, and the counterexample in the form of VNN-COMP."""
+    from pyrobust.certify import decide_property, load_onnx, load_vnnlib
+
+    question = load_vnnlib(options.property)
+    model = load_onnx(options.model)
+    shape: Any = model.input_shape
+    seed = getattr(options, "seed", None) or 0
+    verdict = decide_property(model, question, shape, method=options.bound, seed=seed)
+    result: dict[str, Any] = {"answer": verdict.answer, "method": verdict.method}
+    lines = [verdict.answer]
+    if verdict.counterexample is not None:
+        point = verdict.counterexample.flatten().tolist()
+        result["counterexample"] = point
+        lines += [f"(X_{i} {value!r})" for i, value in enumerate(point)]
+    return result, "\n".join(lines)
 
 
 def _plot_log(log: str, picture: str) -> str:

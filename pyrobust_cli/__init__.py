@@ -66,10 +66,18 @@ def _add_certify(commands: argparse._SubParsersAction[_Parser]) -> None:
         description=(
             "Certify a model that pyrobust saved on the test images of a data set. The log gets "
             "one line per image; a killed run goes on with --resume and ends with the same log. "
-            "Under torchrun the processes share the images and make the log of one process."
+            "Under torchrun the processes share the images and make the log of one process. "
+            "With NET.onnx and PROPERTY.vnnlib: print unsat, sat or unknown instead."
         ),
     )
-    certify.add_argument("model", metavar="MODEL.safetensors")
+    certify.add_argument("model", metavar="MODEL.safetensors|NET.onnx")
+    certify.add_argument("property", nargs="?", metavar="PROPERTY.vnnlib", help="to be decided")
+    certify.add_argument(
+        "--bound",
+        default="alpha-crown",
+        metavar="METHOD",
+        help="tightest bounds to try on a property: ibp, crown-ibp, crown, alpha-crown (default)",
+    )
     certify.add_argument(
         "--data",
         default="digits",
@@ -85,7 +93,7 @@ def _add_certify(commands: argparse._SubParsersAction[_Parser]) -> None:
         metavar="MODULE:FUNCTION",
         help="makes the float network from image shape and number of classes (default: the demo's)",
     )
-    certify.add_argument("--out", required=True, metavar="LOG.tsv", help="the log")
+    certify.add_argument("--out", metavar="LOG.tsv", help="the log; needed without a property")
     certify.add_argument("--resume", action="store_true", help="go on with an existing log")
     certify.add_argument(
         "--plot", metavar="FILE.png", help="draw certified accuracy against radius"
@@ -94,7 +102,10 @@ def _add_certify(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    options = build_parser().parse_args(arguments)
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    if options.command == "certify" and options.property is None and options.out is None:
+        parser.error("certify: --out LOG.tsv or PROPERTY.vnnlib is required")
     try:
         from pyrobust.cli import run
 

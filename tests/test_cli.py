@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import pyrobust
 from pyrobust.demo import convolutional_network
@@ -121,3 +122,44 @@ def test_bench_compares_three_families(capsys):
         assert row["speed"] == pytest.approx(row["plain_seconds"] / row["seconds"])
     assert main(["bench"]) == 0
     assert "sampling" in capsys.readouterr().out
+
+
+@pytest.fixture
+def question(tmp_path):
+    """A network whose output is 2 x over [0, 1], and the text of a property of it."""
+    onnx = pytest.importorskip("onnx", reason="needs onnx")
+    make = onnx.helper
+    weight = onnx.numpy_helper.from_array(torch.tensor([[2.0]]).numpy(), "w")
+    ends = [[make.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["N", 1])] for name in "xy"]
+    graph = make.make_graph([make.make_node("MatMul", ["x", "w"], ["y"])], "net", *ends, [weight])
+    model = make.make_model(graph, opset_imports=[make.make_opsetid("", 17)])
+    model.ir_version = 8
+    onnx.save(model, tmp_path / "net.onnx")
+
+    def words(limit, *more):
+        (tmp_path / "p.vnnlib").write_text(
+            "(declare-const X_0 Real)\n(declare-const Y_0 Real)\n(assert (>= X_0 0))\n"
+            f"(assert (<= X_0 1))\n(assert (>= Y_0 {limit}))\n"
+        )
+        return ["certify", str(tmp_path / "net.onnx"), str(tmp_path / "p.vnnlib"), *more]
+
+    return words
+
+
+def test_certify_decides_properties(capsys, question):
+    assert main(question(2.5)) == 0
+    assert capsys.readouterr().out == "unsat\n"
+    assert main(question(1.5)) == 0
+    answer, point = capsys.readouterr().out.splitlines()
+    assert answer == "sat"
+    assert 0.75 <= float(point.removeprefix("(X_0 ").removesuffix(")")) <= 1
+    assert main(question(2.5, "--json", "--bound", "ibp")) == 0
+    assert json.loads(capsys.readouterr().out) == {"answer": "unsat", "method": "ibp"}
+
+
+def test_a_malformed_property_is_one_line(capsys, question):
+    words = question("abc")
+    assert main(words) == 2
+    assert "line 5: 'abc' is neither a variable nor a number" in one_line(capsys)
+    assert main([*question(1), "--bound", "magic"]) == 2
+    assert "method must be one of ibp" in one_line(capsys)
