@@ -67,14 +67,19 @@ struct WideScratch {
   }
 };
 
-// Rows [first, first + count) of W, count a multiple of four, and their scales: lane `lane(i)` of
-// `width` holds row first + i % rows_per_copy.
-void load_wide(const PackedMatrix& w, int64_t first, int64_t count, int64_t copies,
+// Rows [first, first + count) of W, count a multiple of four, and their scales and zeros, group by
+// group: lane c * count + i of a group's lanes belongs to row first + i. Zeros of a symmetric
+// weight are written for the first rows of a call only (`fresh`).
+void load_wide(const PackedMatrix& w, int64_t first, int64_t count, int64_t copies, bool fresh,
                const WideScratch& s) {
   constexpr int64_t kChunk = 64;
   const int64_t groups = groups_of(w), width = count * copies;
   for (int64_t t = 0; t < count / kTile; ++t) {
     load_tile(w, first + t * kTile, s.expanded + t * kTile * expanded_row_bytes(w), s.rows + t);
+  }
+  if (fresh && w.zero == nullptr) {
+    const int zero = symmetric_zero(w);
+    for (int64_t i = 0; i < groups * width; ++i) s.zero[i] = zero;
   }
   float row[kChunk];
   for (int64_t i = 0; i < count; ++i) {
@@ -83,13 +88,11 @@ void load_wide(const PackedMatrix& w, int64_t first, int64_t count, int64_t copi
     for (int64_t g = 0; g < groups; g += kChunk) {
       const int64_t some = groups - g < kChunk ? groups - g : kChunk;
       load_scales(w, from + g, some, row);
-      for (int64_t c = 0; c < copies; ++c) {
-        float* scale = s.scale + g * width + c * count + i;
-        int32_t* zero = s.zero + g * width + c * count + i;
-        for (int64_t j = 0; j < some; ++j) {
-          scale[j * width] = row[j];
-          zero[j * width] = zero_at(w, from + g + j);
-        }
+      for (int64_t lane = g * width + i; lane < g * width + width; lane += count) {
+        for (int64_t j = 0; j < some; ++j) s.scale[lane + j * width] = row[j];
+        if (w.zero == nullptr) continue;
+        const uint8_t* zero = w.zero + from + g;
+        for (int64_t j = 0; j < some; ++j) s.zero[lane + j * width] = zero[j];
       }
     }
   }
@@ -124,7 +127,7 @@ void multiply_wide_rows(const PackedMatrix& w, const WideRows& x, const Block& b
     }
   }
   for (int64_t first = begin; first < end; first += kWide) {
-    load_wide(w, first, kWide, kRows, s);
+    load_wide(w, first, kWide, kRows, first == begin, s);
     const uint8_t* row[kWide];
     for (int i = 0; i < kWide; ++i) row[i] = s.rows[i / kTile].row[i % kTile];
     const int64_t whole = s.rows[0].whole;
@@ -255,7 +258,7 @@ void multiply_wide_panel(const PackedMatrix& w, const WideRows& x, const Block& 
   const int64_t blocks = blocks_of(w), chunk = wide_chunk(w), rows = block.rows;
   const bool plain = out.type == FloatType::kFloat32 && out.remainder == nullptr;
   for (int64_t first = begin; first < end; first += kWidth) {
-    load_wide(w, first, kWidth, 1, s);
+    load_wide(w, first, kWidth, 1, first == begin, s);
     __builtin_memset(s.total, 0, static_cast<size_t>(rows * kWidth) * sizeof(double));
     for (int64_t from = 0; from < blocks; from += chunk) {
       const int64_t to = blocks - from < chunk ? blocks : from + chunk;
