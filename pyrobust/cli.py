@@ -98,7 +98,7 @@ def _plot_log(log: str, picture: str) -> str:
 def _bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from pyrobust.quick_bench import bench_table, run_bench
 
-    result = run_bench(seed=options.seed)
+    result = run_bench(seed=options.seed, family=options.family)
     return result, bench_table(result)
 
 

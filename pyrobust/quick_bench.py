@@ -5,42 +5,49 @@ For a first impression of a machine; ``make bench`` measures with care.
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
+from pyrobust._checks import check_choice
 from pyrobust.info import info
 from pyrobust.ops import gaussian_samples, packed_linear
 from pyrobust.ops.interval import interval_linear
-from pyrobust.quantize import round_to_nearest
+from pyrobust.quantize import BITS, round_to_nearest
 
 __all__ = ["bench_table", "run_bench"]
 
 _LARGE = 4096  # a float weight of 64 MiB: larger than caches, as where packing pays
 _SIZE = 1024
 _ROUNDS = 30
+_MATMUL_ROUNDS = 10
 
 
-def run_bench(*, seed: int = 0) -> dict[str, Any]:
+def run_bench(*, seed: int = 0, family: str | None = None) -> dict[str, Any]:
     """Time each family and its plain counterpart, interleaved; the best of 30 counts.
 
     Args:
         seed: of the random inputs.
+        family: None for one line of each family; ``"matmul"`` for the packed product at every width
+            and both kinds of activations (the best of 10 counts).
 
     Returns:
         ``machine`` and ``rows``; a row has ``family``, ``work``, ``plain``, ``seconds``,
         ``plain_seconds`` and ``speed`` (plain over ours).
     """
+    check_choice("run_bench", "family", family, (None, "matmul"))
     rows = []
+    pairs, rounds = (_pairs, _ROUNDS) if family is None else (_matmul_pairs, _MATMUL_ROUNDS)
     with torch.inference_mode():
-        for family, work, plain, ours, reference in _pairs(torch.Generator().manual_seed(seed)):
-            seconds, plain_seconds = _best(ours, reference)
+        for kind, work, plain, ours, reference in pairs(torch.Generator().manual_seed(seed)):
+            seconds, plain_seconds = _best(ours, reference, rounds)
             rows.append(
                 {
-                    "family": family,
+                    "family": kind,
                     "work": work,
                     "plain": plain,
                     "seconds": seconds,
@@ -66,9 +73,33 @@ def bench_table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _pairs(
-    generator: torch.Generator,
-) -> list[tuple[str, str, str, Callable[[], Any], Callable[[], Any]]]:
+_Pair = tuple[str, str, str, Callable[[], Any], Callable[[], Any]]
+
+
+def _matmul_pairs(generator: torch.Generator) -> Iterator[_Pair]:
+    """The packed product at every width, in both modes, for 1 and 16 rows."""
+    large = torch.randn(_LARGE, _LARGE, generator=generator)
+    for bits in BITS:
+        packed = round_to_nearest(large, bits=bits, group_size=128)
+        for rows in (1, 16):
+            x = torch.randn(rows, _LARGE, generator=generator)
+            for activations in ("int8", None):
+                work = f"{bits} bits, {activations or 'float'}, {rows} x {_LARGE} x {_LARGE}"
+                ours = functools.partial(
+                    packed_linear,
+                    x,
+                    packed.codes,
+                    packed.scale,
+                    packed.zero,
+                    in_features=_LARGE,
+                    bits=bits,
+                    group_size=128,
+                    activations=activations,
+                )
+                yield "matmul", work, "float F.linear", ours, functools.partial(F.linear, x, large)
+
+
+def _pairs(generator: torch.Generator) -> list[_Pair]:
     """Family, work, plain counterpart, and the two functions."""
     large = torch.randn(_LARGE, _LARGE, generator=generator)
     packed = round_to_nearest(large, bits=4, group_size=128)
@@ -123,10 +154,10 @@ def _centre_radius(
     return centre - radius, centre + radius
 
 
-def _best(ours: Callable[[], Any], plain: Callable[[], Any]) -> tuple[float, float]:
+def _best(ours: Callable[[], Any], plain: Callable[[], Any], rounds: int) -> tuple[float, float]:
     """Shortest time of each, measured in turn so that both see the same machine."""
     best = [float("inf"), float("inf")]
-    for _ in range(_ROUNDS):
+    for _ in range(rounds):
         for i, function in enumerate((ours, plain)):
             start = time.perf_counter()
             function()

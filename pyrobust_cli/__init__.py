@@ -34,6 +34,12 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_certify(commands)
     bench = commands.add_parser("bench", help="time the three kernel families against plain torch")
+    bench.add_argument(
+        "family",
+        nargs="?",
+        choices=["matmul"],
+        help="one family at length; without, all in short",
+    )
     bench.add_argument("--seed", type=int, default=0, help="of the random inputs")
     commands.add_parser("info", help="versions, instruction set, threads, CUDA module")
     for command in commands.choices.values():

@@ -114,6 +114,17 @@ def test_certify_refuses_options_of_other_methods(capsys, tmp_path):
     assert "data must be digits, an existing folder or module:function" in one_line(capsys)
 
 
+def test_bench_of_the_product_has_every_width(capsys, monkeypatch):
+    from pyrobust import quick_bench
+
+    monkeypatch.setattr(quick_bench, "_LARGE", 128)
+    assert main(["bench", "matmul", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert len(rows) == 6 * 2 * 2
+    assert {row["work"].split(",")[1].strip() for row in rows} == {"int8", "float"}
+    assert all(row["speed"] > 0 for row in rows)
+
+
 def test_bench_compares_three_families(capsys):
     assert main(["bench", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]

@@ -43,7 +43,7 @@ void wide_prepare(const PackedMatrix& w, Mode mode, const Activations& x, int64_
   auto* row = static_cast<float*>(scratch);
   auto* q = reinterpret_cast<int8_t*>(row + columns);
   uint8_t order[kBlock];
-  for (int p = 0; p < kBlock; ++p) order[p] = static_cast<uint8_t>(wide_order(bits_of(w), p));
+  for (int p = 0; p < kBlock; ++p) order[p] = static_cast<uint8_t>(wide_order(stored_bits(w), p));
   for (int64_t m = 0; m < rows; ++m) {
     load_row(x, first + m, w.cols, row);
     step[m] = activation_step(row, w.cols);
@@ -63,20 +63,30 @@ void wide_prepare(const PackedMatrix& w, Mode mode, const Activations& x, int64_
   }
 }
 
+template <int kBits>
+void multiply_wide_bits(const PackedMatrix& w, const Block& block, int64_t begin, int64_t end,
+                        const Output& out, void* scratch) {
+  if (w.codebook != nullptr) {
+    multiply_wide<kBits, true>(w, block, begin, end, out, scratch);
+  } else {
+    multiply_wide<kBits, false>(w, block, begin, end, out, scratch);
+  }
+}
+
 void wide_multiply(const PackedMatrix& w, Mode mode, const Block& block, int64_t begin, int64_t end,
                    const Output& out, void* scratch) {
   if (!is_wide(w, mode)) return multiply(w, mode, block, begin, end, out, scratch);
-  switch (bits_of(w)) {
+  switch (stored_bits(w)) {
     case 1:
-      return multiply_wide<1>(w, block, begin, end, out, scratch);
+      return multiply_wide_bits<1>(w, block, begin, end, out, scratch);
     case 2:
-      return multiply_wide<2>(w, block, begin, end, out, scratch);
+      return multiply_wide_bits<2>(w, block, begin, end, out, scratch);
     case 3:
-      return multiply_wide<3>(w, block, begin, end, out, scratch);
+      return multiply_wide_bits<3>(w, block, begin, end, out, scratch);
     case 4:
-      return multiply_wide<4>(w, block, begin, end, out, scratch);
+      return multiply_wide_bits<4>(w, block, begin, end, out, scratch);
     default:
-      return multiply_wide<8>(w, block, begin, end, out, scratch);
+      return multiply_wide<8, false>(w, block, begin, end, out, scratch);
   }
 }
 

@@ -74,8 +74,10 @@ void load_wide(const PackedMatrix& w, int64_t first, int64_t count, int64_t copi
                const WideScratch& s) {
   constexpr int64_t kChunk = 64;
   const int64_t groups = groups_of(w), width = count * copies;
+  PackedMatrix codes = w;  // entries of a codebook are looked up in registers
+  codes.codebook = nullptr;
   for (int64_t t = 0; t < count / kTile; ++t) {
-    load_tile(w, first + t * kTile, s.expanded + t * kTile * expanded_row_bytes(w), s.rows + t);
+    load_tile(codes, first + t * kTile, s.expanded + t * kTile * expanded_row_bytes(w), s.rows + t);
   }
   if (fresh && w.zero == nullptr) {
     const int zero = symmetric_zero(w);
@@ -98,11 +100,26 @@ void load_wide(const PackedMatrix& w, int64_t first, int64_t count, int64_t copi
   }
 }
 
+// 64 codes, or with kBook the entries of the codebook in `table` that they name.
+template <int kBits, bool kBook>
+inline __m512i wide_values(const uint8_t* codes, __m512i table) {
+  const __m512i bytes = wide_bytes<kBits>(codes);
+  return kBook ? _mm512_shuffle_epi8(table, bytes) : bytes;
+}
+
+__m512i codebook_table(const PackedMatrix& w) {
+  uint8_t entries[16] = {};
+  if (w.codebook != nullptr) {
+    __builtin_memcpy(entries, w.codebook, static_cast<size_t>(w.levels));
+  }
+  return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(entries)));
+}
+
 // total += scale * (multiplier sums - zero q), all lanes; the products are exact.
-template <int kBits>
+template <bool kDouble>
 inline void add_group(__m512i sums, const float* scale, const int32_t* zero, __m512i q,
                       __m512d* low, __m512d* high) {
-  if constexpr (kBits == 1) sums = _mm512_add_epi32(sums, sums);
+  if constexpr (kDouble) sums = _mm512_add_epi32(sums, sums);
   const __m512i offset = _mm512_mullo_epi32(_mm512_loadu_si512(zero), q);
   const __m512i exact = _mm512_sub_epi32(sums, offset);
   *low = _mm512_fmadd_pd(_mm512_cvtepi32_pd(_mm512_castsi512_si256(exact)),
@@ -114,11 +131,12 @@ inline void add_group(__m512i sums, const float* scale, const int32_t* zero, __m
 // --- one or two rows of x
 // -------------------------------------------------------------------------
 
-template <int kBits, int kRows>
+template <int kBits, bool kBook, int kRows>
 void multiply_wide_rows(const PackedMatrix& w, const WideRows& x, const Block& block, int64_t begin,
                         int64_t end, const Output& out, const WideScratch& s) {
   constexpr int kWide = kLanes / kRows;  // rows of W at a time
   constexpr int kBytes = 8 * kBits;
+  const __m512i table = codebook_table(w);
   const int64_t groups = groups_of(w), per_group = group_blocks(w), blocks = blocks_of(w);
   const int64_t row_bytes = packed_row_bytes(w.cols, w.levels);
   for (int64_t g = 0; g < groups; ++g) {
@@ -143,7 +161,7 @@ void multiply_wide_rows(const PackedMatrix& w, const WideRows& x, const Block& b
 #pragma GCC unroll 16
         for (int i = 0; i < kWide; ++i) {
           const uint8_t* at = b < whole ? row[i] + b * kBytes : s.rows[i / kTile].tail[i % kTile];
-          const __m512i codes = wide_bytes<kBits>(at);
+          const __m512i codes = wide_values<kBits, kBook>(at, table);
           // The same block of the next rows, as in avx2_exact.h.
           _mm_prefetch(reinterpret_cast<const char*>(row[i] + kWide * row_bytes + b * kBytes),
                        _MM_HINT_T0);
@@ -153,8 +171,8 @@ void multiply_wide_rows(const PackedMatrix& w, const WideRows& x, const Block& b
           }
         }
       }
-      add_group<kBits>(sums_of_16(sum), s.scale + g * kLanes, s.zero + g * kLanes,
-                       _mm512_loadu_si512(s.q_lane + g * kLanes), &low, &high);
+      add_group<kBits == 1 && !kBook>(sums_of_16(sum), s.scale + g * kLanes, s.zero + g * kLanes,
+                                      _mm512_loadu_si512(s.q_lane + g * kLanes), &low, &high);
     }
     double value[kLanes];
     _mm512_storeu_pd(value, low);
@@ -171,14 +189,15 @@ void multiply_wide_rows(const PackedMatrix& w, const WideRows& x, const Block& b
 // -------------------------------------------------------------------------------
 
 // Blocks [from, to) of 32 rows of W to the panel.
-template <int kBits>
-void unpack_wide(const WideScratch& s, int64_t from, int64_t to) {
+template <int kBits, bool kBook>
+void unpack_wide(const WideScratch& s, __m512i table, int64_t from, int64_t to) {
   for (int64_t b = from; b < to; ++b) {
     for (int64_t t = 0; t < kWideTiles; ++t) {
       __m512i v[kLanes];
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) {
-        v[i] = wide_bytes<kBits>(s.rows[t * 4 + i / kTile].block(i % kTile, b, 8 * kBits));
+        v[i] = wide_values<kBits, kBook>(s.rows[t * 4 + i / kTile].block(i % kTile, b, 8 * kBits),
+                                         table);
       }
       transpose_16(v);
 #pragma GCC unroll 16
@@ -191,7 +210,7 @@ void unpack_wide(const WideScratch& s, int64_t from, int64_t to) {
 }
 
 // kRows rows of x from row m on, times the panel of blocks [from, to), onto their totals.
-template <int kBits, int kRows>
+template <int kBits, bool kBook, int kRows>
 void panel_wide(const PackedMatrix& w, const WideRows& x, int64_t m, int64_t from, int64_t to,
                 const WideScratch& s) {
   constexpr int64_t kWidth = kWideTiles * kLanes;
@@ -226,7 +245,7 @@ void panel_wide(const PackedMatrix& w, const WideRows& x, int64_t m, int64_t fro
         double* total = s.total + (m + i) * kWidth + t * kLanes;
         __m512d low = _mm512_loadu_pd(total), high = _mm512_loadu_pd(total + 8);
         const int64_t at = g * kWidth + t * kLanes;
-        add_group<kBits>(sum[i][t], s.scale + at, s.zero + at, all, &low, &high);
+        add_group<kBits == 1 && !kBook>(sum[i][t], s.scale + at, s.zero + at, all, &low, &high);
         _mm512_storeu_pd(total, low);
         _mm512_storeu_pd(total + 8, high);
       }
@@ -251,22 +270,24 @@ void store_16(const Output& out, int64_t m, int64_t n, const double* total, doub
   }
 }
 
-template <int kBits>
+template <int kBits, bool kBook>
 void multiply_wide_panel(const PackedMatrix& w, const WideRows& x, const Block& block,
                          int64_t begin, int64_t end, const Output& out, const WideScratch& s) {
   constexpr int64_t kWidth = kWideTiles * kLanes;
   const int64_t blocks = blocks_of(w), chunk = wide_chunk(w), rows = block.rows;
+  const __m512i table = codebook_table(w);
   const bool plain = out.type == FloatType::kFloat32 && out.remainder == nullptr;
   for (int64_t first = begin; first < end; first += kWidth) {
     load_wide(w, first, kWidth, 1, first == begin, s);
     __builtin_memset(s.total, 0, static_cast<size_t>(rows * kWidth) * sizeof(double));
     for (int64_t from = 0; from < blocks; from += chunk) {
       const int64_t to = blocks - from < chunk ? blocks : from + chunk;
-      unpack_wide<kBits>(s, from, to);
+      unpack_wide<kBits, kBook>(s, table, from, to);
       int64_t m = 0;
-      for (; m + kWideRows <= rows; m += kWideRows) panel_wide<kBits, 8>(w, x, m, from, to, s);
-      for (; m + 4 <= rows; m += 4) panel_wide<kBits, 4>(w, x, m, from, to, s);
-      for (; m < rows; ++m) panel_wide<kBits, 1>(w, x, m, from, to, s);
+      for (; m + kWideRows <= rows; m += kWideRows)
+        panel_wide<kBits, kBook, 8>(w, x, m, from, to, s);
+      for (; m + 4 <= rows; m += 4) panel_wide<kBits, kBook, 4>(w, x, m, from, to, s);
+      for (; m < rows; ++m) panel_wide<kBits, kBook, 1>(w, x, m, from, to, s);
     }
     const int64_t count = end - first < kWidth ? end - first : kWidth;
     for (int64_t m = 0; m < rows; ++m) {
@@ -280,17 +301,17 @@ void multiply_wide_panel(const PackedMatrix& w, const WideRows& x, const Block& 
   }
 }
 
-template <int kBits>
+template <int kBits, bool kBook>
 void multiply_wide(const PackedMatrix& w, const Block& block, int64_t begin, int64_t end,
                    const Output& out, void* memory) {
   const WideRows x(const_cast<void*>(block.data), w, block.rows);
   const WideScratch scratch(memory, w, block.rows);
   if (block.rows == 1) {
-    multiply_wide_rows<kBits, 1>(w, x, block, begin, end, out, scratch);
+    multiply_wide_rows<kBits, kBook, 1>(w, x, block, begin, end, out, scratch);
   } else if (block.rows == kUnpackedInPlace) {
-    multiply_wide_rows<kBits, 2>(w, x, block, begin, end, out, scratch);
+    multiply_wide_rows<kBits, kBook, 2>(w, x, block, begin, end, out, scratch);
   } else {
-    multiply_wide_panel<kBits>(w, x, block, begin, end, out, scratch);
+    multiply_wide_panel<kBits, kBook>(w, x, block, begin, end, out, scratch);
   }
 }
 
