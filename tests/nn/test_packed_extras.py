@@ -2,6 +2,7 @@
 
 import copy
 import io
+import random
 
 import pytest
 import torch
@@ -145,3 +146,27 @@ def test_linear_from_qtensor_reports_its_bytes():
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = torch.randn(3, 64)
     assert torch.equal(compiled(x), layer(x))
+
+
+def test_damaged_files_are_refused_or_unchanged(tmp_path):
+    packed, path = packed_network("all"), tmp_path / "packed.safetensors"
+    pyrobust.save(packed, path)
+    whole = path.read_bytes()
+    generator = random.Random(0)
+    x = torch.randn(2, 4, 5, 5)
+    expected, refused = packed(x), 0
+    for i in range(60):
+        damaged = bytearray(whole)
+        if i % 3 == 0:
+            damaged = damaged[: generator.randrange(len(whole))]
+        else:
+            for _ in range(generator.choice((1, 8))):
+                damaged[generator.randrange(len(whole))] ^= 1 << generator.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            loaded = pyrobust.load(path, network())
+        except ValueError:
+            refused += 1
+        else:
+            assert torch.equal(loaded(x), expected)
+    assert refused > 40
