@@ -48,7 +48,19 @@ from pyrobust.train.multimodal_margin import (
     multimodal_margin,
 )
 from pyrobust.train.noise_levels import KarrasSchedule, improved_consistency_scales, sigmoid_ema
+from pyrobust.train.pseudo_labels import pseudo_label_consistency, softmax_entropy
 from pyrobust.train.ranking_noise import noise_augmented_ranking_loss
+from pyrobust.train.rift import (
+    RiFTResult,
+    adversarial_batches,
+    pgd_runs,
+    robust_critical_finetune,
+)
+from pyrobust.train.robust_criticality import (
+    Criticality,
+    criticality_modules,
+    module_robust_criticality,
+)
 from pyrobust.train.rrcm import RRCMLosses, RRCMPretrainer, info_nce
 from pyrobust.train.schedules import (
     cosine_decay,
@@ -123,6 +135,13 @@ __all__ = [
     "Distillation",
     "cosine_decay",
     "distillation_loss",
+    "Criticality",
+    "RiFTResult",
+    "adversarial_batches",
+    "criticality_modules",
+    "module_robust_criticality",
+    "pgd_runs",
+    "robust_critical_finetune",
     "DynamicLossWeights",
     "FastRegularizer",
     "GaussianCrossEntropy",
@@ -149,9 +168,11 @@ __all__ = [
     "load_peft_lora",
     "merge_adapters",
     "noise_augmented_ranking_loss",
+    "pseudo_label_consistency",
     "random_distortion",
     "save_adapter",
     "save_peft_lora",
+    "softmax_entropy",
     "step_decay",
     "unmerge_adapters",
     "whiten_extractor_",
