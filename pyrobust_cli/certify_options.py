@@ -37,6 +37,8 @@ _OPTIONS = {
     "weight": Option(float, "share of the robust part in a mixture (default: 0.85)"),
     "standard_scale": Option(float, "factor of the accurate part's logits (default: 1)"),
     "robust_scale": Option(float, "factor of the robust part's logits (default: 1)"),
+    "activation": Option(str, "squashing of the logits: sigmoid or softmax (default: sigmoid)"),
+    "temperature": Option(float, "of the squashing (default: 1)"),
     "scheme": Option(str, "checkerboard or columns (default: checkerboard)"),
     "fill": Option(str, "pool, zero or bilinear: what stands at hidden pixels (default: pool)"),
     "norm": Option(str, "of the radii: l2, l1 or l0 (default: l2)"),
@@ -74,6 +76,7 @@ METHODS: dict[str, tuple[str, ...]] = {
         "standard_scale",
         "batch_size",
     ),
+    "great": ("sigma", "samples", "alpha", "seed", "activation", "temperature", "batch_size"),
     "mixture": ("eps", "weight", "standard_scale", "robust_scale"),
 }
 

@@ -23,6 +23,7 @@ from pyrobust.certify.first_layer_noise import (
     noise_factor,
     split_first_linear,
 )
+from pyrobust.certify.great_job import GreatJob
 from pyrobust.certify.job import CertificationJob, certificate_of_log, certify_to_log
 from pyrobust.certify.job_methods import IntervalJob, JobMethod, SmoothingJob
 from pyrobust.certify.lipschitz import conv_norm_bound, lipschitz_bound
@@ -85,6 +86,7 @@ __all__ = [
     "load_onnx",
     "load_vnnlib",
     "parse_vnnlib",
+    "GreatJob",
     "AdaptiveJob",
     "DualJob",
     "MixtureJob",

@@ -20,6 +20,7 @@ from pyrobust._checks import (
     check_integer,
     check_open_unit,
 )
+from pyrobust.certify.great_job import GreatJob
 from pyrobust.certify.log import LogRow
 from pyrobust.certify.noise import noise_of
 from pyrobust.certify.part_jobs import AdaptiveJob, DualJob, MixtureJob
@@ -207,6 +208,7 @@ METHODS: dict[str, type[Any]] = {
     "dual": DualJob,
     "adaptive": AdaptiveJob,
     "mixture": MixtureJob,
+    "great": GreatJob,
 }
 
 

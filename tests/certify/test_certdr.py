@@ -12,6 +12,7 @@ import torch
 
 from pyrobust.certify import BiEncoder, SmoothedRanker, SynonymTable, certified_robust_query
 from pyrobust.evaluate import word_substitution_attack
+from pyrobust.nn import PackedLinear
 from pyrobust.train import noise_augmented_ranking_loss
 
 WORDS = list("abcdef")
@@ -85,6 +86,30 @@ def test_a_bi_encoder_encodes_each_draw_once():
         torch.testing.assert_close(ranker.scores(query, docs), plain.scores(query, docs))
     first = sum(calls[: len(calls) // 2])
     assert first < 2 * 300  # distinct draws only
+
+
+def test_a_packed_encoder_is_certified():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(32, 16, bias=False)
+    packed = PackedLinear.from_linear(linear, bits=4, group_size=16)
+
+    def encode(documents):
+        rows = torch.zeros(len(documents), 32)
+        for row, words in zip(rows, documents, strict=True):
+            for word in words:
+                row[ord(word[0]) - 97] += 1
+        with torch.no_grad():
+            return torch.nn.functional.normalize(packed(rows), dim=1)
+
+    pair = BiEncoder(encode, lambda query, vectors: vectors @ encode([query.split()])[0])
+    table = SynonymTable.from_dict({"a": ["b"], "b": ["a"], **{w: [] for w in "cdefgh"}})
+    ranker = SmoothedRanker(pair, table, n=400, squash=lambda s: (s + 1) / 2)
+    docs = ["a b c", "d e f", "g h d"]
+    result = ranker.certify_top_k("a b c", docs, 1)
+    assert result.order.tolist()[0] == 0
+    assert result.certified
+    attacked = word_substitution_attack(ranker.scores, table, "a b c", docs[1])
+    assert attacked.score < float(result.scores[0])
 
 
 def test_the_margin_is_the_stated_one():

@@ -1,4 +1,4 @@
-"""Jobs of two networks: logs equal direct certificates, survive cuts, and hold packed parts."""
+"""Jobs beyond plain smoothing: logs equal direct certificates, survive cuts, hold packed parts."""
 
 import json
 import sys
@@ -14,6 +14,7 @@ from pyrobust.certify import (
     SmoothedMixture,
     certify_to_log,
     checkerboard_masks,
+    smoothed_great_score,
 )
 from pyrobust.certify.job import certificate_of_log
 from pyrobust.certify.job_methods import method_of
@@ -45,7 +46,12 @@ def standard_and_robust(shape, classes):
     return parts(("standard", "robust"))
 
 
+def one_network(shape, classes):
+    return parts(("only",))["only"]
+
+
 CASES = {
+    "great": (one_network, {"sigma": 0.05, "samples": 80, "alpha": 0.01, "activation": "softmax"}),
     "dual": (two_halves, {"sigma": 0.2, "fill": "zero", **SAMPLED}),
     "adaptive": (standard_and_base, {"sigma": 0.2, "weight": 0.9, **SAMPLED}),
     "mixture": (standard_and_robust, {"eps": 0.001, "weight": 0.8, "robust_scale": 30.0}),
@@ -69,6 +75,10 @@ def case(request, tmp_path, monkeypatch):
 
 def direct(name, packed, job):
     method, images = job.method, DATA.test_images
+    if name == "great":
+        options = {k: v for k, v in CASES[name][1].items() if k != "samples"}
+        labels = DATA.test_labels
+        return smoothed_great_score(packed, images, labels, n=80, **options).certificate
     if name == "mixture":
         pair = [packed[k].requires_grad_(False) for k in ("standard", "robust")]
         return MixedClassifier(*pair, 0.8, 1.0, 30.0).eval().certify(images, 0.001)
