@@ -29,6 +29,7 @@ from pyrobust.quantize.block_layout import find_blocks, first_output
 from pyrobust.quantize.calibration import Call, read_calibration
 from pyrobust.quantize.calibration_block import CalibrationBlock
 from pyrobust.quantize.gptq import gptq_weight
+from pyrobust.quantize.qtensor import QTensor
 from pyrobust.quantize.round_to_nearest import round_to_nearest
 
 __all__ = ["AdaDim", "AdaDimChoice", "AdaDimReport"]
@@ -42,8 +43,8 @@ class AdaDimChoice:
 
     Attributes:
         dim: ``"oc"`` or ``"ic"``, the direction chosen.
-        loss_oc: mean squared change of the unit's output with groups along the inputs, rounded to
-            nearest; None if it was no candidate.
+        loss_oc: mean squared change of the unit's output with groups along the inputs, as judged;
+            None if it was no candidate.
         loss_ic: the same along the outputs.
         unit: name of the module whose output was compared.
     """
@@ -100,6 +101,8 @@ class AdaDim:
         candidates: directions to choose from; of equal losses the first wins.
         propagate: ``"float"``, inputs from the float model throughout, as published; or
             ``"quantized"``, from the blocks and layers as already quantized.
+        judge: ``"rtn"``, compare weights rounded to nearest, as published; or ``"method"``, compare
+            what ``method`` makes of them, which runs GPTQ in each direction.
         damp: for GPTQ.
         act_order: for GPTQ.
 
@@ -119,6 +122,7 @@ class AdaDim:
         candidates: Sequence[str] = ("oc", "ic"),
         *,
         propagate: str = "float",
+        judge: str = "rtn",
         damp: float = 0.01,
         act_order: bool = True,
     ) -> None:
@@ -130,11 +134,13 @@ class AdaDim:
         for candidate in candidates:
             check_choice("AdaDim", "candidates", candidate, _GROUP_DIM)
         check_choice("AdaDim", "propagate", propagate, ("quantized", "float"))
+        check_choice("AdaDim", "judge", judge, ("rtn", "method"))
         self.method = method
         self.bits = bits
         self.group_size = group_size
         self.candidates = tuple(candidates)
         self.propagate = propagate
+        self.judge = judge
         self.damp = damp
         self.act_order = act_order
         self._choices: dict[str, AdaDimChoice] = {}
@@ -207,20 +213,48 @@ class AdaDim:
             units.enter(group)
             hessians = block.hessians(group, stream=stream)
             for name in group:
-                losses = self._losses(block, name, units)
+                made = self._candidates(block, name, hessians[name])
+                losses = self._losses(block, name, units, made)
                 dim = min(self.candidates, key=lambda each: losses[each])
                 self._choices[name] = AdaDimChoice(
                     dim, losses.get("oc"), losses.get("ic"), units.name
                 )
-                self._install(block, name, dim, hessians[name])
+                block.install(name, self._final(block, name, dim, made, hessians[name]))
 
-    def _losses(self, block: CalibrationBlock, name: str, units: _Units) -> dict[str, float]:
-        """Mean squared change of the unit's output for each candidate, rounded to nearest."""
-        trials: dict[str, Tensor] = {}
-        for dim in self.candidates:
-            options = {**block.formats[name], "group_dim": _GROUP_DIM[dim]}
-            trials[dim] = round_to_nearest(block.weight(name), **options).dequantize()
-        sums, count = dict.fromkeys(self.candidates, 0.0), 0
+    def _candidates(
+        self, block: CalibrationBlock, name: str, hessian: Tensor
+    ) -> dict[str, QTensor]:
+        """What is judged: the weight in each direction."""
+        method = self.method if self.judge == "method" else "rtn"
+        return {dim: self._quantize(block, name, dim, method, hessian) for dim in self.candidates}
+
+    def _final(
+        self,
+        block: CalibrationBlock,
+        name: str,
+        dim: str,
+        made: dict[str, QTensor],
+        hessian: Tensor,
+    ) -> QTensor:
+        if self.method == "rtn" or self.judge == "method":
+            return made[dim]
+        return self._quantize(block, name, dim, self.method, hessian)
+
+    def _quantize(
+        self, block: CalibrationBlock, name: str, dim: str, method: str, hessian: Tensor
+    ) -> QTensor:
+        weight, options = block.weight(name), {**block.formats[name]}
+        options["group_dim"] = _GROUP_DIM[dim]
+        if method == "rtn":
+            return round_to_nearest(weight, **options)
+        return gptq_weight(weight, hessian, **options, damp=self.damp, act_order=self.act_order)
+
+    def _losses(
+        self, block: CalibrationBlock, name: str, units: _Units, made: dict[str, QTensor]
+    ) -> dict[str, float]:
+        """Mean squared change of the unit's output for each candidate."""
+        trials = {dim: each.dequantize() for dim, each in made.items()}
+        sums, count = dict.fromkeys(trials, 0.0), 0
         for reference, run in units.calls():
             count += reference.numel()
             for dim, weight in trials.items():
@@ -228,15 +262,6 @@ class AdaDim:
                     change = run().float() - reference
                 sums[dim] += float(change.square().sum(dtype=torch.float64))
         return {dim: total / count for dim, total in sums.items()}
-
-    def _install(self, block: CalibrationBlock, name: str, dim: str, hessian: Tensor) -> None:
-        options = {**block.formats[name], "group_dim": _GROUP_DIM[dim]}
-        if self.method == "rtn":
-            block.install(name, round_to_nearest(block.weight(name), **options))
-            return
-        weight = block.weight(name)
-        options |= {"damp": self.damp, "act_order": self.act_order}
-        block.install(name, gptq_weight(weight, hessian, **options))
 
 
 class _Units:

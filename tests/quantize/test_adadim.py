@@ -188,6 +188,24 @@ def test_the_file_is_as_large_as_the_bits_that_are_counted(tmp_path):
         assert abs(file.stat().st_size - counted) <= 0.01 * counted
 
 
+def test_judging_the_method_compares_what_it_would_install():
+    torch.manual_seed(0)
+    x = torch.randn(600, 24) @ torch.randn(24, 24)
+    model = nn.Sequential(nn.Linear(24, 20), nn.ReLU()).eval()
+    accumulator = HessianAccumulator(24)
+    accumulator.add(x)
+    losses = {}
+    for dim in ("oc", "ic"):
+        packed = gptq(model[0], accumulator.hessian(), 2, 8, dim)
+        change = x @ (packed.dequantize() - model[0].weight.detach()).t()
+        losses[dim] = float(change.square().mean())
+    quantizer = AdaDim("gptq", bits=2, group_size=8, judge="method")
+    choice = quantizer.quantize_(model, [x])["0"]
+    assert choice.loss_oc == pytest.approx(losses["oc"], rel=1e-3)
+    assert choice.loss_ic == pytest.approx(losses["ic"], rel=1e-3)
+    assert choice.dim == min(losses, key=losses.get)
+
+
 def test_an_interrupted_conversion_restores_the_model(monkeypatch):
     model = BlockNet().eval()
     before = copy.deepcopy(model.state_dict())
@@ -217,6 +235,7 @@ def test_an_interrupted_conversion_restores_the_model(monkeypatch):
         ({"group_size": 0}, "group_size must be at least 1"),
         ({"candidates": ()}, "candidates must name at least one direction"),
         ({"candidates": ("row",)}, "candidates must be one of oc, ic"),
+        ({"judge": "both"}, "judge must be one of rtn, method"),
         ({"propagate": "x"}, "propagate must be one of quantized, float"),
     ],
 )
