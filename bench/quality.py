@@ -298,10 +298,10 @@ def main() -> None:
                 runs.append(run)
                 if not args.quiet:
                     print(*run.values(), flush=True)
-    new = {(run["model"], run["quantizer"], run["bits"], run["seed"]) for run in runs}
-    runs = [
-        run for run in kept if (run["model"], run["quantizer"], run["bits"], run["seed"]) not in new
-    ] + runs
+    latest = {
+        (run["model"], run["quantizer"], run["bits"], run["seed"]): run for run in [*kept, *runs]
+    }
+    runs = list(latest.values())
     text = page(runs)
     if args.out is None:
         print(text)
