@@ -148,7 +148,7 @@ def decide_radii(
     images = [ImageDecision(b, np.zeros(num_classes, np.int64)) for b in range(x.shape[0])]
     votes = {b: np.zeros(num_classes, np.int64) for b in range(x.shape[0])}
     inputs = x.detach().cpu()
-    buffer = torch.empty((batch_size, *x.shape[1:]))
+    buffer = torch.empty((batch_size, *noise.shape(tuple(x.shape[1:]))))
     dtype = x.dtype if x.is_floating_point() else torch.float32
     waiting: deque[ImageDecision] = deque()
     newcomers = iter(images)

@@ -147,4 +147,5 @@ def split_first_linear(base: nn.Module) -> tuple[nn.Linear, nn.Module]:
             f"{subject}: the first layer must have fewer outputs than inputs, else noise on the "
             f"input is cheaper; it has {linear.out_features} of {linear.in_features}."
         )
-    return linear, rest.train(base.training)
+    rest.training = base.training  # of the container; the layers keep theirs
+    return linear, rest

@@ -8,14 +8,15 @@ element, so nothing depends on batches.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyrobust import _native, ops
 from pyrobust._checks import check_choice, check_integer, check_open_unit, check_positive
+from pyrobust.certify.first_layer_noise import after_linear_samples, noise_factor
 from pyrobust.certify.radii import (
     ablation_needs,
     ablation_radius,
@@ -29,6 +30,7 @@ from pyrobust.certify.statistics import gaussian_radius
 
 __all__ = [
     "AblationNoise",
+    "AfterLinearNoise",
     "GaussianNoise",
     "GridGaussianNoise",
     "LaplaceNoise",
@@ -67,6 +69,9 @@ class Noise(Protocol):
     ) -> Tensor:
         """``(B, n, ...)`` noisy copies of CPU inputs."""
 
+    def shape(self, inputs: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of one copy of an input of a shape."""
+
     def fill(
         self, x: Tensor, out: Tensor, *, seed: int, first_sample: int, first_index: int
     ) -> None:
@@ -75,6 +80,9 @@ class Noise(Protocol):
 
 class _Noise:
     """What most noises share."""
+
+    def shape(self, inputs: tuple[int, ...]) -> tuple[int, ...]:
+        return inputs
 
     def fill(
         self, x: Tensor, out: Tensor, *, seed: int, first_sample: int, first_index: int
@@ -119,6 +127,50 @@ class GaussianNoise(_Noise):
         place = out.view(1, out.shape[0], -1)
         threads = torch.get_num_threads()
         _native.gaussian_samples(flat, scale, place, seed, first_sample, first_index, threads)
+
+
+@dataclass(frozen=True, eq=False)
+class AfterLinearNoise(GaussianNoise):
+    """Gaussian noise on inputs, drawn as what a first linear layer makes of it.
+
+    The copies are outputs of the layer, of the same law; the rest of the network votes on them
+    (:mod:`pyrobust.certify.first_layer_noise`).
+    """
+
+    linear: nn.Linear = field(default_factory=lambda: nn.Linear(2, 1))
+    _factor: dict[int, Tensor] = field(default_factory=dict, repr=False)
+
+    def shape(self, inputs: tuple[int, ...]) -> tuple[int, ...]:
+        """The outputs of the layer."""
+        return (self.linear.out_features,)
+
+    def samples(
+        self, x: Tensor, n: int, *, seed: int, first_sample: int = 0, first_index: int = 0
+    ) -> Tensor:
+        """float32 outputs of the layer on copies of float inputs."""
+        weight, bias = self.linear.weight.detach().cpu().float(), self.linear.bias
+        version = self.linear.weight._version
+        if version not in self._factor:
+            self._factor.clear()
+            self._factor[version] = noise_factor(weight)
+        return after_linear_samples(
+            x.float().flatten(1),
+            weight,
+            None if bias is None else bias.detach().cpu().float(),
+            self.sigma,
+            n,
+            seed=seed,
+            first_sample=first_sample,
+            first_index=first_index,
+            factor=self._factor[version],
+        )
+
+    def fill(
+        self, x: Tensor, out: Tensor, *, seed: int, first_sample: int, first_index: int
+    ) -> None:
+        """Through :meth:`samples`."""
+        position = {"seed": seed, "first_sample": first_sample, "first_index": first_index}
+        _Noise.fill(self, x, out, **position)
 
 
 @dataclass(frozen=True)

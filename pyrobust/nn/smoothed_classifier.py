@@ -26,7 +26,8 @@ from tqdm.auto import tqdm
 from pyrobust._checks import check_integer, check_open_unit, check_positive
 from pyrobust.certify.certificates import ABSTAIN, SequentialCertificate, SmoothingCertificate
 from pyrobust.certify.continuous_batching import decide_radii
-from pyrobust.certify.noise import GaussianNoise, GridGaussianNoise, noise_of
+from pyrobust.certify.first_layer_noise import split_first_linear
+from pyrobust.certify.noise import AfterLinearNoise, GaussianNoise, GridGaussianNoise, noise_of
 from pyrobust.certify.planning import PRICE, plan_for
 from pyrobust.certify.sequential import table_designs
 from pyrobust.certify.statistics import class_bounds, clopper_pearson_lower
@@ -46,7 +47,10 @@ class SmoothedClassifier(nn.Module):
         num_classes: number of classes ``K >= 2``.
         norm: of the radii: ``"l2"``, ``"l1"`` or ``"l0"`` (changed pixels).
         noise: ``"gaussian"`` (l2), ``"uniform"`` or ``"laplace"`` (l1), ``"ablation"`` (l0); None
-            takes the first of the norm.
+            takes the first of the norm. ``"after_first_layer"`` (l2) draws Gaussian noise on the
+            inputs as what a narrowing first ``nn.Linear`` makes of it: the same law from fewer
+            random numbers (:mod:`pyrobust.certify.first_layer_noise`); ``forward`` keeps noise on
+            the inputs, so that gradients reach the layer.
         grid: for integer images: steps per unit, 255 for 8 bits. Inputs are then uint8, the base
             sees multiples of ``1 / grid``, and the radius, in the units of images in [0, 1], holds
             without a word about floating point. None for float inputs.
@@ -74,7 +78,10 @@ class SmoothedClassifier(nn.Module):
         grid: int | None = None,
     ) -> None:
         super().__init__()
-        self.noise = noise_of("SmoothedClassifier", sigma, norm, noise, grid)
+        after = noise == "after_first_layer" and norm == "l2" and grid is None
+        self.noise = noise_of("SmoothedClassifier", sigma, norm, None if after else noise, grid)
+        if after:
+            self.noise = AfterLinearNoise(sigma, split_first_linear(base)[0])
         check_integer("SmoothedClassifier", "num_classes", num_classes, 2)
         self.base = base
         self.sigma = sigma
@@ -103,7 +110,8 @@ class SmoothedClassifier(nn.Module):
         if seed is None:
             seed = int(torch.randint(2**62, ()).item())
         noise = self.noise
-        if isinstance(noise, GridGaussianNoise) and x.is_floating_point():
+        on_input = isinstance(noise, GridGaussianNoise) and x.is_floating_point()
+        if on_input or isinstance(noise, AfterLinearNoise):
             noise = GaussianNoise(self.sigma)
         noisy = noise.samples(x.cpu(), n, seed=seed, first_index=first_index)
         logits = self.base(noisy.flatten(0, 1).to(device_of(self.base)))
@@ -276,7 +284,7 @@ class SmoothedClassifier(nn.Module):
         tests = table_designs(nulls, alpha, budget, kind=design)
         with tqdm(total=x.shape[0], disable=not progress, unit="image", desc=subject) as bar:
             decisions = decide_radii(
-                self.base,
+                self._voter(),
                 x,
                 self.noise,
                 tests,
@@ -311,6 +319,12 @@ class SmoothedClassifier(nn.Module):
         """The noise and the number of classes."""
         return f"sigma={self.sigma}, num_classes={self.num_classes}, noise={self.noise}"
 
+    def _voter(self) -> nn.Module:
+        """What reads the copies: the base, or its layers after the first linear one."""
+        if isinstance(self.noise, AfterLinearNoise):
+            return split_first_linear(self.base)[1]
+        return self.base
+
     def _check(self, subject: str, x: Tensor, alpha: float, batch_size: int, **sizes: int) -> None:
         for name, value in sizes.items():
             check_integer(subject, name, value, 1)
@@ -332,7 +346,7 @@ class SmoothedClassifier(nn.Module):
         with tqdm(total=total, disable=not progress, unit="sample", desc=subject) as bar:
             return [
                 count_noisy_votes(
-                    self.base,
+                    self._voter(),
                     x,
                     self.noise,
                     n,

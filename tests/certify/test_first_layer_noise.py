@@ -6,6 +6,7 @@ from scipy import stats
 from torch import nn
 
 from pyrobust.certify import after_linear_samples, noise_factor, split_first_linear
+from pyrobust.nn import SmoothedClassifier
 from pyrobust.ops import gaussian_samples
 
 
@@ -87,6 +88,48 @@ def test_split_shares_layers_and_mode():
     assert not rest.training
     x = torch.rand(5, 9)
     assert torch.equal(rest(linear(x)), base(x))
+
+
+def narrow_network():
+    torch.manual_seed(3)
+    layers = [nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3)]
+    return nn.Sequential(*layers).eval()
+
+
+def test_smoothed_classifier_certifies_alike_with_either_noise():
+    base, x = narrow_network(), torch.rand(6, 1, 8, 8) * 4
+    plain = SmoothedClassifier(base, 0.5, 3)
+    after = SmoothedClassifier(base, 0.5, 3, noise="after_first_layer")
+    one, other = (s.certify(x, n=4000, seed=1, batch_size=1000) for s in (plain, after))
+    for a, b in zip(one.counts, other.counts, strict=True):
+        seen = torch.stack([a, b])[:, a + b > 0].numpy()
+        assert seen.shape[1] == 1 or stats.chi2_contingency(seen).pvalue > 1e-4
+    assert not torch.equal(one.counts, other.counts)
+    alone = after.certify(x[4:], n=4000, seed=1, batch_size=1000, first_index=4)
+    assert torch.equal(alone.counts, other.counts[4:])
+    early = after.certify_at(x, 0.1, budget=2000, batch_size=300)
+    agreed = (early.prediction >= 0) & (other.prediction >= 0)
+    assert agreed.any()
+    assert torch.equal(early.prediction[agreed], other.prediction[agreed])
+    assert after.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_noise_follows_a_changed_layer_and_forward_keeps_its_gradient():
+    base, x = narrow_network(), torch.rand(2, 1, 8, 8)
+    after = SmoothedClassifier(base, 0.5, 3, noise="after_first_layer")
+    before = after.noise.samples(x, 5, seed=1)
+    assert before.shape == (2, 5, 8)
+    with torch.no_grad():
+        base[1].weight.mul_(2)
+        base[1].bias.mul_(2)
+    torch.testing.assert_close(after.noise.samples(x, 5, seed=1), 2 * before)
+    after(x, n=3, seed=2)[:, 0].sum().backward()
+    gradient = base[1].weight.grad.clone()
+    base.zero_grad()
+    SmoothedClassifier(base, 0.5, 3)(x, n=3, seed=2)[:, 0].sum().backward()
+    assert torch.equal(gradient, base[1].weight.grad)
+    with pytest.raises(ValueError, match="split_first_linear: base must be a Sequential"):
+        SmoothedClassifier(nn.Linear(4, 2), 0.5, 2, noise="after_first_layer")
 
 
 def test_bad_arguments_are_refused():
