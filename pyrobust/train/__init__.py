@@ -14,6 +14,12 @@ from pyrobust.train.adapters import (
     save_peft_lora,
     unmerge_adapters,
 )
+from pyrobust.train.certified_losses import (
+    crown_ibp_loss,
+    mtl_ibp_loss,
+    sabr_loss,
+    taps_loss,
+)
 from pyrobust.train.crmt import (
     CRMTHistory,
     crmt_integration_step,
@@ -99,6 +105,10 @@ from pyrobust.train.tight_ibp import (
 from pyrobust.train.tightness_monitor import TightnessMonitor
 
 __all__ = [
+    "crown_ibp_loss",
+    "mtl_ibp_loss",
+    "sabr_loss",
+    "taps_loss",
     "TightnessMonitor",
     "ConsistencyTraining",
     "GaussianAugmentation",
