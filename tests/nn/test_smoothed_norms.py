@@ -261,3 +261,15 @@ def test_integer_images_need_a_grid_and_a_grid_needs_integers():
     for wrong in (x.float(), x.long()):
         with pytest.raises(TypeError, match="must be a uint8 tensor of grid steps with grid=255"):
             SmoothedClassifier(base, 0.5, 3, grid=255).certify_at(wrong, 0.1, budget=5)
+
+
+@pytest.mark.parametrize(("norm", "noise"), [("l1", "uniform"), ("l1", "laplace")])
+def test_an_adversary_at_the_boundary_is_certified_as_rarely_as_promised(norm, noise):
+    # The radius of this base is the margin itself: certifying it there is the error.
+    alpha, runs, margin = 0.1, 250, 0.2
+    smoothed = SmoothedClassifier(Threshold(0.0).eval(), SIGMA, 2, norm=norm, noise=noise)
+    x = point(margin).repeat(runs, 1)
+    certificate = smoothed.certify_at(x, [margin], alpha, 120, n0=20, seed=5)
+    false = int((certificate.radius >= margin).sum())
+    assert float(certificate.errors[0]) <= alpha
+    assert 0.4 * alpha * runs < false <= stats.binom.isf(1e-4, runs, alpha)
