@@ -24,7 +24,8 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 def fold_batch_norm(model: nn.Module) -> nn.Module:
     """A copy of ``model`` without the batch normalisations that directly follow a layer.
 
-    Pairs are found by ``torch.fx``; where the model cannot be traced, within ``Sequential`` only.
+    Pairs are found by ``torch.fx``; where the model cannot be traced, within ``Sequential`` only. A
+    ``BatchNorm1d`` behind a linear layer is taken to see ``(N, C)`` values, not ``(N, L, C)``.
 
     Args:
         model: in evaluation mode. It is returned itself where it has no batch normalisation.
