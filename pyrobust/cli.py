@@ -74,8 +74,8 @@ def _decide(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     question = load_vnnlib(options.property)
     model = load_onnx(options.model)
     shape: Any = model.input_shape
-    seed = getattr(options, "seed", None) or 0
-    verdict = decide_property(model, question, shape, method=options.bound, seed=seed)
+    seed, method = getattr(options, "seed", 0), getattr(options, "bound", "alpha-crown")
+    verdict = decide_property(model, question, shape, method=method, seed=seed)
     result: dict[str, Any] = {"answer": verdict.answer, "method": verdict.method}
     lines = [verdict.answer]
     if verdict.counterexample is not None:

@@ -79,12 +79,6 @@ def _add_certify(commands: argparse._SubParsersAction[_Parser]) -> None:
     certify.add_argument("model", metavar="MODEL.safetensors|NET.onnx")
     certify.add_argument("property", nargs="?", metavar="PROPERTY.vnnlib", help="to be decided")
     certify.add_argument(
-        "--bound",
-        default="alpha-crown",
-        metavar="METHOD",
-        help="tightest bounds to try on a property: ibp, crown-ibp, crown, alpha-crown (default)",
-    )
-    certify.add_argument(
         "--data",
         default="digits",
         metavar="SOURCE",

@@ -27,6 +27,9 @@ def numbers(text: str) -> tuple[float, ...]:
 
 _OPTIONS = {
     "eps": Option(float, "l-infinity radius, pixels in [0, 1] (default: 0.1)"),
+    "bound": Option(
+        str, "ibp (default), crown-ibp, crown or alpha-crown; for a property the last to try"
+    ),
     "sigma": Option(float, "standard deviation of the noise (default: 0.25)"),
     "samples": Option(int, "noisy copies per image, with --radii at most (default: 1000)"),
     "selection": Option(int, "noisy copies that choose the class (default: 100)"),
@@ -50,7 +53,7 @@ _OPTIONS = {
 
 # method: the options that it takes
 METHODS: dict[str, tuple[str, ...]] = {
-    "ibp": ("eps",),
+    "ibp": ("eps", "bound"),
     "smoothing": (
         "sigma",
         "samples",

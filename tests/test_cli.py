@@ -109,7 +109,7 @@ def test_certify_decides_a_table_of_radii(capsys, tmp_path):
 def test_certify_refuses_options_of_other_methods(capsys, tmp_path):
     words = ["certify", "m", "--out", str(tmp_path / "log"), "--sigma", "1"]
     assert main(words) == 2
-    assert "sigma must be an option of method ibp (eps)" in one_line(capsys)
+    assert "sigma must be an option of method ibp (eps, bound)" in one_line(capsys)
     assert main([*words, "--data", "nowhere", "--method", "smoothing"]) == 2
     assert "data must be digits, an existing folder or module:function" in one_line(capsys)
 

@@ -20,6 +20,8 @@ from pyrobust._checks import (
     check_integer,
     check_open_unit,
 )
+from pyrobust.certify.bound import METHODS as BOUNDS
+from pyrobust.certify.bound import verified
 from pyrobust.certify.great_job import GreatJob
 from pyrobust.certify.log import LogRow
 from pyrobust.certify.noise import noise_of
@@ -57,35 +59,33 @@ class JobMethod(Protocol):
 
 @dataclass(frozen=True)
 class IntervalJob:
-    """Interval propagation: the class cannot change within ``eps`` in l-infinity.
+    """Bounds: the class cannot change within ``eps`` in l-infinity.
 
     Attributes:
         eps: radius, ``>= 0``; pixels in [0, 1], and perturbed images are valid ones.
+        bound: a method of :func:`pyrobust.certify.bound`; interval propagation by default.
     """
 
     eps: float = 0.1
+    bound: str = "ibp"
     norm: ClassVar[str] = "linf"
     block: ClassVar[int] = 1
     columns: ClassVar[tuple[str, ...]] = ("certified",)
 
     def __post_init__(self) -> None:
         check_at_least("certify", "eps", self.eps, 0.0)
+        check_choice("certify", "bound", self.bound, BOUNDS)
 
     def rows(
         self, model: nn.Module, images: Tensor, labels: Tensor, first: int, num_classes: int
     ) -> Iterator[LogRow]:
-        """The class of each image, with radius ``eps`` where intervals prove it and 0 elsewhere."""
-        from pyrobust.interval import Interval
-
+        """The class of each image, with radius ``eps`` where bounds prove it and 0 elsewhere."""
         for offset in range(len(images)):
             x = images[offset : offset + 1]
             with torch.no_grad():
-                predict = int(model(x).argmax())
-                box = model(Interval.ball(x, self.eps, clamp=(0.0, 1.0)))
-            others = box.upper[0].index_fill(
-                0, torch.tensor([predict], device=x.device), -torch.inf
-            )
-            proven = bool(box.lower[0, predict] > others.max())
+                top = model(x).argmax(-1)
+            certificate = verified(model, x, top, self.eps, method=self.bound)
+            predict, proven = int(top), not bool(certificate.abstained)
             yield LogRow(
                 idx=first + offset,
                 label=int(labels[offset]),

@@ -11,12 +11,18 @@ import pytest
 import torch
 
 import pyrobust
-from pyrobust.certify import CertificationJob, IntervalJob, SmoothingJob, certify_to_log
+from pyrobust.certify import (
+    CertificationJob,
+    IntervalJob,
+    SmoothingJob,
+    certify_to_log,
+    verified,
+)
 from pyrobust.certify.job import certificate_of_log
 from pyrobust.certify.job_methods import METHODS, method_of
 from pyrobust.certify.log import job_path, read_log
 from pyrobust.data import load_digits
-from pyrobust.demo import convolutional_network, interval_certified
+from pyrobust.demo import convolutional_network
 from pyrobust_cli import certify_options
 
 DATA = load_digits().head(10, 40)
@@ -80,17 +86,18 @@ def test_torchrun_makes_the_log_of_one_process(model, tmp_path):
     assert json.loads(done.stdout)["images"] == 9
 
 
-def test_ibp_lines_agree_with_the_batch(model, tmp_path):
+@pytest.mark.parametrize("bound", ["ibp", "crown"])
+def test_lines_of_bounds_agree_with_the_batch(model, tmp_path, bound):
     out = tmp_path / "log.tsv"
-    job = CertificationJob(model[0], method=IntervalJob(eps=0.0002))
+    job = CertificationJob(model[0], method=IntervalJob(eps=0.0002, bound=bound))
     certify_to_log(job, DATA, out)
     rows = read_log(out, IntervalJob.columns)
     with torch.no_grad():
         classes = model[1](DATA.test_images).argmax(1)
-    expected = interval_certified(model[1], DATA.test_images, classes, 0.0002)
+    batch = verified(model[1], DATA.test_images, classes, 0.0002, method=bound)
     assert [row.predict for row in rows] == classes.tolist()
-    assert [row.extra == ("1",) for row in rows] == expected.tolist()
-    assert any(expected)
+    assert [row.extra == ("1",) for row in rows] == (~batch.abstained).tolist()
+    assert not bool(batch.abstained.all())
 
 
 def test_smoothing_lines_agree_with_the_certificates(model, tmp_path):
@@ -217,7 +224,7 @@ def test_bad_parameters_are_refused(name, options):
 def test_unknown_methods_and_options_of_others_are_refused():
     with pytest.raises(ValueError, match="method must be one of ibp, smoothing"):
         method_of("magic", {})
-    with pytest.raises(ValueError, match=r"sigma must be an option of method ibp \(eps\)"):
+    with pytest.raises(ValueError, match=r"sigma must be an option of method ibp \(eps, bound\)"):
         method_of("ibp", {"sigma": 1.0})
     with pytest.raises(ValueError, match="limit must be at least 1"):
         CertificationJob("m", limit=0)
