@@ -48,6 +48,7 @@ def _certify(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if options.property is not None:
         return _decide(options)
     from pyrobust.certify.job import CertificationJob, certify_to_log
+    from pyrobust.certify.job_data import load_job_data
     from pyrobust.certify.job_methods import method_of
     from pyrobust_cli.certify_options import method_options
 
@@ -58,7 +59,7 @@ def _certify(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         limit=options.limit,
         device=options.device,
     )
-    data = load_images(options.data)
+    data = load_job_data(options.method, options.data)
     result = certify_to_log(
         job, data, options.out, resume=options.resume, progress=not options.json
     )

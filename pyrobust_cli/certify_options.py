@@ -31,7 +31,9 @@ _OPTIONS = {
         str, "ibp (default), crown-ibp, crown or alpha-crown; for a property the last to try"
     ),
     "sigma": Option(float, "standard deviation of the noise (default: 0.25)"),
-    "samples": Option(int, "noisy copies per image, with --radii at most (default: 1000)"),
+    "samples": Option(
+        int, "noisy copies per image or draws per document, with --radii at most (default: 1000)"
+    ),
     "selection": Option(int, "noisy copies that choose the class (default: 100)"),
     "alpha": Option(float, "probability of error per image (default: 0.001)"),
     "seed": Option(int, "of the noise (default: 0)"),
@@ -48,6 +50,14 @@ _OPTIONS = {
     "noise": Option(str, "uniform or laplace for l1 (default: the first of the norm)"),
     "grid": Option(int, "255 for 8-bit images: exact noise on their grid (l2)"),
     "planned": Option(bool, "let the first copies choose how many a radius is worth"),
+    "relu": Option(str, "local, center or identity: where ReLUs are linearised (default: local)"),
+    "attacked": Option(int, "the one modality that may move (default: all, jointly)"),
+    "synonyms": Option(str, "file of the words that may stand for one another"),
+    "top": Option(int, "ranks to protect (default: 10)"),
+    "max_edits": Option(int, "words that may be changed per document (default: all)"),
+    "candidates": Option(int, "documents of highest plain score to rank (default: all)"),
+    "held_out": Option(int, "last queries, which only calibrate (default: 10)"),
+    "squash": Option(str, "calibrated, sigmoid or identity: scores to [0, 1]"),
     "block": Option(int, "images that share forward passes, with --radii (default: 64)"),
 }
 
@@ -80,6 +90,20 @@ METHODS: dict[str, tuple[str, ...]] = {
         "batch_size",
     ),
     "great": ("sigma", "samples", "alpha", "seed", "activation", "temperature", "batch_size"),
+    "ranking": (
+        "synonyms",
+        "top",
+        "max_edits",
+        "candidates",
+        "held_out",
+        "squash",
+        "samples",
+        "alpha",
+        "seed",
+        "batch_size",
+    ),
+    "multimodal": ("attacked",),
+    "tightness": ("eps", "relu"),
     "mixture": ("eps", "weight", "standard_scale", "robust_scale"),
 }
 

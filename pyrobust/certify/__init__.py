@@ -32,6 +32,7 @@ from pyrobust.certify.mixture_radius import (
     smoothed_lipschitz,
     smoothed_mixture_radius,
 )
+from pyrobust.certify.modality_job import MultimodalJob
 from pyrobust.certify.multimodal_radius import (
     ModalityLipschitz,
     certify_multimodal,
@@ -54,6 +55,7 @@ from pyrobust.certify.propagation_tightness import (
 )
 from pyrobust.certify.property import Verdict, decide_property
 from pyrobust.certify.radii import ablation_radius, laplace_radius, uniform_radius
+from pyrobust.certify.ranking_job import RankingJob, load_synonyms
 from pyrobust.certify.sequential import (
     SequentialDesign,
     fixed_design,
@@ -76,6 +78,7 @@ from pyrobust.certify.statistics import (
 )
 from pyrobust.certify.sub_image import SubImage, checkerboard_masks, partition_masks
 from pyrobust.certify.synonym_table import SynonymTable
+from pyrobust.certify.tightness_job import TightnessJob
 from pyrobust.certify.vnnlib import Property, PropertyCase, load_vnnlib, parse_vnnlib
 
 __all__ = [
@@ -84,12 +87,14 @@ __all__ = [
     "Verdict",
     "decide_property",
     "load_onnx",
+    "load_synonyms",
     "load_vnnlib",
     "parse_vnnlib",
     "GreatJob",
     "AdaptiveJob",
     "DualJob",
     "MixtureJob",
+    "MultimodalJob",
     "lipschitz_radius",
     "smoothed_lipschitz",
     "smoothed_mixture_radius",
@@ -111,6 +116,8 @@ __all__ = [
     "Population",
     "RadiusPlan",
     "RankingCertificate",
+    "RankingJob",
+    "TightnessJob",
     "SMOOTHING_POPULATION",
     "SequentialCertificate",
     "SequentialDesign",

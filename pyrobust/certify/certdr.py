@@ -15,6 +15,7 @@ queries, since a plain sigmoid saturates for rankers with an arbitrary offset.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import math
 import warnings
@@ -252,16 +253,7 @@ class SmoothedRanker:
         variation = torch.tensor(moved, dtype=torch.float64)
         scores = self.scores(query, docs)
         order = scores.sort(descending=True, stable=True).indices
-        top, rest = order[:k], order[k:]
-        if criterion == "paper":
-            error = 2 * math.sqrt(math.log(2 / alpha) / (2 * self.n))
-            gap = float(scores[top[-1]] - scores[rest[0]])
-            margin = gap - float(variation[rest].max()) - error
-        else:
-            level = union_bound(alpha, 2 * len(docs))
-            floor = hoeffding_lower(scores[top], self.n, level).min()
-            reach = hoeffding_upper(scores[rest], self.n, level) + variation[rest]
-            margin = math.nextafter(float(floor - reach.max()), -math.inf)
+        margin = self._margin(scores, order, variation, k, alpha, criterion)
         assumption = (
             "the attacker swaps words within the table's synonym sets in documents below the top; "
             "the claim is about the exactly smoothed ranker"
@@ -279,6 +271,51 @@ class SmoothedRanker:
             sound=criterion == "per_document",
             assumption=assumption,
         )
+
+    def certified_edits(self, result: RankingCertificate, docs: Sequence[Document]) -> int:
+        """The most words per document that an attacker may change below a certified top.
+
+        The bounds of all scores hold at once, so trying every number costs no confidence.
+
+        Args:
+            result: of :meth:`certify_top_k`.
+            docs: the same documents.
+
+        Returns:
+            The number, at most the length of the longest lower document; -1 where sampling does not
+            even settle the unattacked top.
+        """
+        subject = "SmoothedRanker.certified_edits"
+        words = [split_words(document, subject=subject) for document in docs]
+
+        def holds(edits: int) -> bool:
+            moved = [self.table.document_bound(document, edits) for document in words]
+            variation = torch.tensor(moved, dtype=torch.float64)
+            order, k, alpha = result.order, result.k, result.alpha
+            return self._margin(result.scores, order, variation, k, alpha, result.criterion) > 0
+
+        longest = max(len(words[i]) for i in result.order[result.k :].tolist())
+        return bisect.bisect_left(range(longest + 1), True, key=lambda e: not holds(e)) - 1
+
+    def _margin(
+        self,
+        scores: Tensor,
+        order: Tensor,
+        variation: Tensor,
+        k: int,
+        alpha: float,
+        criterion: str,
+    ) -> float:
+        """What is left of the gap at rank ``k`` after sampling errors and attacks."""
+        top, rest = order[:k], order[k:]
+        if criterion == "paper":
+            error = 2 * math.sqrt(math.log(2 / alpha) / (2 * self.n))
+            gap = float(scores[top[-1]] - scores[rest[0]])
+            return gap - float(variation[rest].max()) - error
+        level = union_bound(alpha, 2 * len(order))
+        floor = hoeffding_lower(scores[top], self.n, level).min()
+        reach = hoeffding_upper(scores[rest], self.n, level) + variation[rest]
+        return math.nextafter(float(floor - reach.max()), -math.inf)
 
     def _squash(self, raw: Tensor) -> Tensor:
         if callable(self.squash):

@@ -27,7 +27,7 @@ class Certificate:
         radius: ``(B,)`` float64, ``>= 0``, in the units of the input and the norm of ``norm``.
         alpha: probability of error per input, in [0, 1); 0 for a deterministic statement.
         assumption: what the statement takes for granted, in one sentence.
-        norm: the norm of the radius: ``"l2"``, ``"l1"``, ``"l0"`` or ``"linf"``.
+        norm: the norm of the radius: ``"l2"``, ``"l1"``, ``"l0"``, ``"linf"`` or ``"words"``.
         certified: False for an estimate that carries no guarantee.
     """
 

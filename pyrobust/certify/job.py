@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ from tqdm.auto import tqdm
 from pyrobust._checks import check_integer
 from pyrobust._files import write_text
 from pyrobust.certify.certificates import Certificate
+from pyrobust.certify.job_data import ImageData, JobData
 from pyrobust.certify.job_methods import METHODS, IntervalJob, JobMethod
 from pyrobust.certify.log import COLUMNS, LogRow, LogWriter, check_job, job_path, read_log
+from pyrobust.certify.ranking_job import RankingJob
 from pyrobust.certify.shards import Shard, part_paths, this_shard
 from pyrobust.data.image_set import ImageSet
 
@@ -36,11 +39,13 @@ class CertificationJob:
     """What to certify and how; all but paths and device stands beside the log.
 
     Attributes:
-        model: path of a file of :func:`pyrobust.save`.
+        model: path of a file of :func:`pyrobust.save`; for a ranking also ``module:function``, a
+            function that makes the scorer from the text collection.
         architecture: ``module:function``; the function makes the float network from the image
-            shape ``(C, H, W)`` and the number of classes.
+            shape ``(C, H, W)`` and the number of classes, from the shapes of all modalities and
+            the number of classes, or from the text collection.
         method: one of :mod:`pyrobust.certify.job_methods`.
-        limit: number of images, ``>= 1``; None for all.
+        limit: number of images, samples or queries, ``>= 1``; None for all.
         device: where the network runs, as torch names devices.
     """
 
@@ -54,28 +59,41 @@ class CertificationJob:
         if self.limit is not None:
             check_integer("certify", "limit", self.limit, 1)
 
-    def head(self, data: ImageSet) -> dict[str, Any]:
+    def head(self, data: JobData) -> dict[str, Any]:
         """The description of the job, with checksums in place of paths."""
         names = {kind: name for name, kind in METHODS.items()}
+        options: dict[str, Any] = asdict(self.method)  # type: ignore[call-overload]
+        for name in getattr(self.method, "files", ()):
+            options[f"{name}_sha256"] = _file_digest(options.pop(name))
+        model = (
+            {"scorer": self.model} if self.scorer else {"model_sha256": _file_digest(self.model)}
+        )
         return {
             "pyrobust_certification": _VERSION,
-            "model_sha256": hashlib.sha256(Path(self.model).read_bytes()).hexdigest(),
+            **model,
             "data": data.name,
-            "data_sha256": _digest(data.test_images, data.test_labels),
-            "architecture": self.architecture,
+            "data_sha256": data.digest(),
+            "architecture": None if self.scorer else self.architecture,
             "images": self.images(data),
             "method": names[type(self.method)],
-            **asdict(self.method),  # type: ignore[call-overload]
+            **options,
         }
 
-    def images(self, data: ImageSet) -> int:
-        """How many images the finished log holds."""
-        return min(len(data.test_images), self.limit or len(data.test_images))
+    @property
+    def scorer(self) -> bool:
+        """Whether ``model`` names a function in place of a file."""
+        named = ":" in self.model and not Path(self.model).is_file()
+        return named and isinstance(self.method, RankingJob)
+
+    def images(self, data: JobData) -> int:
+        """How many images the finished log holds; queries that calibrate are left out."""
+        count = len(data.labels) - getattr(self.method, "held_out", 0)
+        return min(count, self.limit or count)
 
 
 def certify_to_log(
     job: CertificationJob,
-    data: ImageSet,
+    data: ImageSet | JobData,
     out: str | Path,
     *,
     resume: bool = False,
@@ -87,7 +105,7 @@ def certify_to_log(
 
     Args:
         job: model, method and parameters.
-        data: the images.
+        data: the images, or what :func:`~pyrobust.certify.job_data.load_job_data` gives.
         out: the log (:mod:`pyrobust.certify.log`).
         resume: go on with a log of the same job; without it an existing file is an error.
         progress: show a progress bar with rate and remaining time.
@@ -95,7 +113,8 @@ def certify_to_log(
     Returns:
         ``images``, ``correct``, ``certified``, ``certified_accuracy`` (certified and correct),
         ``mean_radius`` (0 for wrong ones), ``passes`` per image, ``seconds`` of this run and
-        ``log``; empty in a process that is not the first of several.
+        ``log``, where the method logs tightness ``mean_tightness``; empty in a process that is not
+        the first of several.
 
     Raises:
         FileNotFoundError: the model does not exist.
@@ -106,18 +125,24 @@ def certify_to_log(
         OSError: the log cannot be written, as on a full disk.
     """
     out, began = Path(out), time.monotonic()
-    if not Path(job.model).is_file():
+    if not Path(job.model).is_file() and not job.scorer:
         raise FileNotFoundError(f"certify: model must be an existing file; got {job.model!r}.")
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"certify: the folder of {out} must exist.")
-    model = _load_model(job, data)
+    items = ImageData(data) if isinstance(data, ImageSet) else data
+    if job.images(items) < 1:
+        raise ValueError(
+            f"certify: data must hold more than the {getattr(job.method, 'held_out', 0)} held out; "
+            f"got {len(items.labels)}."
+        )
+    model = _load_model(job, items)
     shard = this_shard()
-    done = _begin(job, data, out, shard, resume)
+    done = _begin(job, items, out, shard, resume)
     parts = shard.world > 1 or bool(part_paths(out))
     place = out.with_name(f"{out.name}.part{shard.rank}") if parts else out
     with LogWriter(place, job.method.columns) as log:
         shard.meet()  # all have read what there was before anyone adds to it
-        _certify(job, data, model, log, done, shard, progress)
+        _certify(job, items, model, log, done, shard, progress)
     shard.meet()
     if shard.rank > 0:
         return {}
@@ -156,7 +181,7 @@ def certificate_of_log(path: str | Path) -> tuple[Certificate, Tensor]:
 
 
 def _begin(
-    job: CertificationJob, data: ImageSet, out: Path, shard: Shard, resume: bool
+    job: CertificationJob, data: JobData, out: Path, shard: Shard, resume: bool
 ) -> dict[int, LogRow]:
     """Check or write the description; the rows that exist already."""
     if (out.exists() or job_path(out).exists() or part_paths(out)) and not resume:
@@ -176,15 +201,15 @@ def _begin(
 
 def _certify(
     job: CertificationJob,
-    data: ImageSet,
-    model: nn.Module,
+    data: JobData,
+    model: Any,
     log: LogWriter,
     done: dict[int, LogRow],
     shard: Shard,
     progress: bool,
 ) -> None:
     """Certify the blocks of this process that have rows missing."""
-    total, size = job.images(data), job.method.block
+    total, size, every = job.images(data), job.method.block, data.labels
     blocks = [range(start, min(start + size, total)) for start in range(0, total, size)]
     mine = [block for block in blocks if not all(i in done for i in block)][
         shard.rank :: shard.world
@@ -198,8 +223,7 @@ def _certify(
     ) as bar:
         for block in mine:
             part = slice(block.start, block.stop)
-            images = data.test_images[part].to(job.device)
-            labels = data.test_labels[part]
+            images, labels = data.block(part, job.device), every[part]
             for row in job.method.rows(model, images, labels, block.start, data.num_classes):
                 if row.idx not in done:
                     log.append(row)
@@ -224,27 +248,37 @@ def _join(out: Path, job: CertificationJob) -> list[LogRow]:
     return rows
 
 
-def _digest(*tensors: Tensor) -> str:
-    """SHA-256 of the bytes of the tensors."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+def _file_digest(path: str) -> str:
+    """SHA-256 of a file."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def _load_model(job: CertificationJob, data: ImageSet) -> nn.Module:
-    """The saved model, built from the float network of the architecture."""
+def _load_model(job: CertificationJob, data: JobData) -> Any:
+    """The saved model, built from the float network of the architecture, made ready by the method.
+
+    A method may have ``prepare(model, data)``, for what is computed once per job.
+    """
     from pyrobust.io import load
 
-    module_name, _, function_name = job.architecture.partition(":")
+    if job.scorer:
+        model: Any = _function("model", job.model)(*data.made_from())
+    else:
+        network: nn.Module = _function("architecture", job.architecture)(*data.made_from())
+        model = load(job.model, network).to(job.device).eval()
+    prepare = getattr(job.method, "prepare", None)
+    return model if prepare is None else prepare(model, data)
+
+
+def _function(argument: str, source: str) -> Callable[..., Any]:
+    """The function that ``module:function`` names."""
+    module_name, _, function_name = source.partition(":")
     try:
-        make = getattr(importlib.import_module(module_name), function_name)
+        found: Callable[..., Any] = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"certify: architecture must be module:function; got {job.architecture!r} ({error})."
+            f"certify: {argument} must be module:function; got {source!r} ({error})."
         ) from error
-    network = make(tuple(data.test_images.shape[1:]), data.num_classes)
-    return load(job.model, network).to(job.device).eval()
+    return found
 
 
 def _summary(method: JobMethod, rows: list[LogRow], out: Path, seconds: float) -> dict[str, Any]:
@@ -255,12 +289,17 @@ def _summary(method: JobMethod, rows: list[LogRow], out: Path, seconds: float) -
     else:
         certified = [row.predict >= 0 for row in rows]
     right = [row.correct and sure for row, sure in zip(rows, certified, strict=True)]
+    mean: dict[str, float] = {}
+    if "tightness" in method.columns:
+        place = method.columns.index("tightness")
+        mean["mean_tightness"] = sum(float(row.extra[place]) for row in rows) / count
     return {
         "images": count,
         "correct": sum(row.correct for row in rows),
         "certified": sum(certified),
         "certified_accuracy": sum(right) / count,
         "mean_radius": sum(row.radius for row in rows if row.correct) / count,
+        **mean,
         "passes": sum(row.time for row in rows) / count,
         "seconds": round(seconds, 3),
         "log": str(out),

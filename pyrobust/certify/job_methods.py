@@ -24,8 +24,11 @@ from pyrobust.certify.bound import METHODS as BOUNDS
 from pyrobust.certify.bound import verified
 from pyrobust.certify.great_job import GreatJob
 from pyrobust.certify.log import LogRow
+from pyrobust.certify.modality_job import MultimodalJob
 from pyrobust.certify.noise import noise_of
 from pyrobust.certify.part_jobs import AdaptiveJob, DualJob, MixtureJob
+from pyrobust.certify.ranking_job import RankingJob
+from pyrobust.certify.tightness_job import TightnessJob
 
 __all__ = ["METHODS", "IntervalJob", "JobMethod", "SmoothingJob", "grid_images", "method_of"]
 
@@ -52,9 +55,12 @@ class JobMethod(Protocol):
         """Images certified together."""
 
     def rows(
-        self, model: nn.Module, images: Tensor, labels: Tensor, first: int, num_classes: int
+        self, model: Any, images: Any, labels: Tensor, first: int, num_classes: int
     ) -> Iterator[LogRow]:
-        """One row per image, in order; ``images[0]`` has position ``first`` in the data set."""
+        """One row per image, in order; ``images[0]`` has position ``first`` in the data set.
+
+        The images are a block of the job's data (:mod:`pyrobust.certify.job_data`).
+        """
 
 
 @dataclass(frozen=True)
@@ -209,6 +215,9 @@ METHODS: dict[str, type[Any]] = {
     "adaptive": AdaptiveJob,
     "mixture": MixtureJob,
     "great": GreatJob,
+    "ranking": RankingJob,
+    "multimodal": MultimodalJob,
+    "tightness": TightnessJob,
 }
 
 

@@ -13,6 +13,7 @@ from pyrobust.data.idx import load_idx
 from pyrobust.data.image_folder import load_image_folder
 from pyrobust.data.image_set import ImageSet
 from pyrobust.data.sources import load_images
+from pyrobust.data.text_collection import TextCollection, load_texts
 
 __all__ = [
     "CORRUPTIONS",
@@ -20,6 +21,7 @@ __all__ = [
     "ClassGenerator",
     "DiffusersGenerator",
     "ImageSet",
+    "TextCollection",
     "corrupt",
     "load_cifar",
     "draw_labelled",
@@ -27,4 +29,5 @@ __all__ = [
     "load_idx",
     "load_image_folder",
     "load_images",
+    "load_texts",
 ]
