@@ -80,8 +80,9 @@ def lipschitz_radius(
 
     Example:
         >>> h = torch.tensor([[0.9, 0.1]])
-        >>> lipschitz_radius(h, 0.8, 1.0, torch.tensor([0])).item()  # (0.64 - 0.2) / 1.6
-        0.275...
+        >>> radius = lipschitz_radius(h, 0.8, 1.0, torch.tensor([0]))  # (0.64 - 0.2) / 1.6
+        >>> round(radius.item(), 4)
+        0.275
     """
     subject = "lipschitz_radius"
     check_float_tensor(subject, "probabilities", probabilities)

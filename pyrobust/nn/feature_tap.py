@@ -23,6 +23,7 @@ class FeatureTap(nn.Module):
         ValueError: a name is not a submodule of ``model``, or no name is given.
 
     Example:
+        >>> import torch
         >>> tap = FeatureTap(nn.Sequential(nn.Linear(2, 3), nn.ReLU()), ["0"])
         >>> output, features = tap(torch.zeros(1, 2))
         >>> features[0].shape

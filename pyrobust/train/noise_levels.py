@@ -33,8 +33,8 @@ class KarrasSchedule:
         ValueError: an argument out of range.
 
     Example:
-        >>> KarrasSchedule().sigmas(3)
-        tensor([80.0000,  2.5152,  0.0020], dtype=torch.float64)
+        >>> [round(sigma, 4) for sigma in KarrasSchedule().sigmas(3).tolist()]
+        [80.0, 2.5152, 0.002]
     """
 
     sigma_min: float = 0.002

@@ -200,4 +200,4 @@ def test_bad_arguments_of_bound():
     with pytest.raises(ValueError, match=r"spec must have shape \(\*, 4\); got \(1, 3\)"):
         bound(model, box, torch.ones(1, 3))
     with pytest.raises(ValueError, match="method must be one of ibp"):
-        bound(model, box, method="crown")
+        bound(model, box, method="magic")

@@ -33,8 +33,9 @@ def grid(low, high, points=401):
 def check(bend, low, high, lines):
     x = grid(low, high)
     value = bend.function(x)
-    # the float64 evaluation of f itself, and of the line here, are off by some units
-    slack = 8 * 2.0**-52 * (value.abs() + 1e-300 + (lines.upper_slope * x).abs())
+    # the float64 evaluation of f itself (torch's GELU cancels for x < 0), and of the line here, are
+    # off by some units; test_lines_enclose_exact_values allows nothing
+    slack = 8 * 2.0**-52 * (value.abs() + x.abs() + 1e-300 + (lines.upper_slope * x).abs())
     assert bool((lines.lower_slope * x + lines.lower_shift <= value + slack).all())
     assert bool((lines.upper_slope * x + lines.upper_shift >= value - slack).all())
 
@@ -49,7 +50,7 @@ def test_best_lines_enclose_and_touch(name):
     value = bend.function(x)
     gap_below = (value - lines.lower_slope * x - lines.lower_shift).amin(0)
     gap_above = (lines.upper_slope * x + lines.upper_shift - value).amin(0)
-    scale = 1e-4 * (high - low) + 1e-6
+    scale = 4e-3 * (high - low) + 1e-6  # a kink may lie between two points of the grid
     assert bool((gap_below <= scale).all())
     assert bool((gap_above <= scale).all())
 
