@@ -32,6 +32,7 @@ from pyrobust.data.image_set import ImageSet
 __all__ = ["CertificationJob", "certificate_of_log", "certify_to_log"]
 
 _VERSION = 2
+_FOR_IMAGES = "pyrobust.demo:convolutional_network"
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class CertificationJob:
     """
 
     model: str
-    architecture: str = "pyrobust.demo:convolutional_network"
+    architecture: str = _FOR_IMAGES
     method: JobMethod = field(default_factory=IntervalJob)
     limit: int | None = None
     device: str = "cpu"
@@ -262,6 +263,11 @@ def _load_model(job: CertificationJob, data: JobData) -> Any:
 
     if job.scorer:
         model: Any = _function("model", job.model)(*data.made_from())
+    elif job.architecture == _FOR_IMAGES and not isinstance(data, ImageData):
+        raise ValueError(
+            f"certify: architecture must make a network for this method; got {_FOR_IMAGES}, which "
+            "is for images."
+        )
     else:
         network: nn.Module = _function("architecture", job.architecture)(*data.made_from())
         model = load(job.model, network).to(job.device).eval()

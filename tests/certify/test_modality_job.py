@@ -136,4 +136,7 @@ def test_bad_input_is_refused(place):
     )
     with pytest.raises(ValueError, match="LateFusion of 2 modalities"):
         certify_to_log(job, DATA, place / "log.tsv")
+    job = CertificationJob(str(place / "halves"), method=method_of("multimodal", {}))
+    with pytest.raises(ValueError, match="architecture must make a network for this method"):
+        certify_to_log(job, DATA, place / "log.tsv")
     assert not (place / "log.tsv").exists()
