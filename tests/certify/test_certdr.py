@@ -130,6 +130,17 @@ def test_the_margin_is_the_stated_one():
     assert certified_robust_query([result]) == 1.0
 
 
+def test_words_past_a_models_limit_still_count():
+    table = SynonymTable.from_dict({"a": ["b"], "b": ["a"]}, {"a": ["a", "b"], "b": ["b", "c"]})
+
+    def first_two(query, documents):
+        return torch.tensor([0.9 if "top" in d[:2] else 0.1 for d in documents])
+
+    ranker = SmoothedRanker(first_two, table, n=100, squash="identity")
+    result = ranker.certify_top_k("", ["top x", "x y z a"], 1)
+    assert result.total_variation[1] == pytest.approx(0.5)
+
+
 # The toy collection: 60 groups of 8 words with noisy 8-d vectors, documents of 12
 # words, 30 documents a query of which 10 are relevant, a MaxSim ranker.
 

@@ -98,6 +98,20 @@ def test_bounds_are_sound_and_exact_at_radius_zero():
     torch.testing.assert_close(upper, model(x), atol=1e-5, rtol=0)
 
 
+def test_the_collapsed_matrix_gives_the_numerator():
+    model = mlp(6, 9, 8, 4, relu=False)
+    x = torch.rand(1, 6)
+    low, high = (x - 0.1).clamp(0, 1), (x + 0.1).clamp(0, 1)
+    collapsed = nn.Linear(6, 4).eval()
+    with torch.no_grad():
+        collapsed.weight.copy_(model[2].weight @ model[1].weight @ model[0].weight)
+    narrow, wide = (
+        (b - a) / 2 for a, b in (interval_bounds(m, low, high) for m in (collapsed, model))
+    )
+    ratio = propagation_tightness(model, x, 0.1)
+    torch.testing.assert_close(ratio * wide, narrow, rtol=1e-4, atol=0)
+
+
 def test_tight_networks_measure_one():
     x = torch.rand(4, 6)
     torch.testing.assert_close(

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import types
 import warnings
 
 import pytest
@@ -209,6 +210,42 @@ def test_the_encoder_is_told_the_noise_level():
     assert not any(p.requires_grad for p in frozen.patch_embed.parameters())
     with pytest.raises(TypeError, match="Linear lacks patch_embed"):
         NoiseConditionedEncoder(nn.Linear(2, 2))
+
+
+def test_layers_of_a_hugging_face_transformer_are_wrapped():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    images = {"image_size": 8, "patch_size": 4, "num_channels": 1, "intermediate_size": 32}
+    vit = transformers.ViTModel(transformers.ViTConfig(**sizes, **images), add_pooling_layer=False)
+
+    class Blocks(nn.Module):
+        def __init__(self, layers):
+            super().__init__()
+            self.layers = layers
+
+        def forward(self, tokens):
+            for layer in self.layers:
+                out = layer(tokens)
+                tokens = out[0] if isinstance(out, tuple) else out
+            return tokens
+
+    layers = next(m for m in vit.modules() if isinstance(m, nn.ModuleList) and len(m) == 2)
+    parts = types.SimpleNamespace(
+        patch_embed=vit.embeddings.patch_embeddings,
+        cls_token=vit.embeddings.cls_token,
+        pos_embed=vit.embeddings.position_embeddings,
+        blocks=Blocks(layers),
+        norm=vit.layernorm,
+        embed_dim=16,
+    )
+    encoder = NoiseConditionedEncoder(parts, projection=(32, 8))
+    x = torch.rand(6, 1, 8, 8) * 2 - 1
+    state = trainer(encoder)
+    weights = [p for p in layers.parameters() if p.dim() > 1]
+    before = [p.detach().clone() for p in weights]
+    state.step(x, x.roll(1, 2), x.roll(1, 3))
+    assert all(not torch.equal(p, b) for p, b in zip(weights, before, strict=True))
+    assert encoder(x, 0.5)[1].shape == (6, 16)
 
 
 def test_the_consistency_loss_follows_its_formula():
