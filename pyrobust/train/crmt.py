@@ -174,7 +174,7 @@ def fit_crmt(
         Losses, radii and accuracies.
 
     Raises:
-        ValueError: an argument is out of range, or the loader is empty.
+        ValueError: an argument is out of range, the loader is empty, or a batch has no labels.
         FloatingPointError: the loss is no longer finite.
     """
     subject = "fit_crmt"
@@ -193,7 +193,8 @@ def fit_crmt(
     history = CRMTHistory()
     for epoch in tqdm(range(epochs), desc=subject, disable=not progress):
         losses: list[float] = []
-        for inputs, labels in loader:
+        for batch in loader:
+            inputs, labels = _checked(subject, batch)
             model.train()
             loss = objective(inputs, labels)
             if not bool(torch.isfinite(loss)):
@@ -226,6 +227,14 @@ def fit_crmt(
         history.radius, history.accuracy = second.radius, second.accuracy
         history.stopped = second.stopped
     return history
+
+
+def _checked(subject: str, batch: Batch) -> Batch:
+    """The batch, where it is a pair with labels."""
+    if len(batch) != 2 or not isinstance(batch[1], Tensor):
+        got = ", ".join(type(part).__name__ for part in batch)
+        raise ValueError(f"{subject}: a batch must be (inputs, labels); got ({got}).")
+    return batch
 
 
 class _Features:

@@ -141,6 +141,18 @@ def test_each_modality_alone_gains():
     assert abs(float(margin[0]) - float(plain[0])) <= 0.01
 
 
+@pytest.mark.slow
+def test_the_second_step_keeps_what_the_first_gained():
+    """Mean of three seeds: rho 2, then 10 epochs on the scales, guarded by training accuracy."""
+    x, y, _, _ = halves()
+    step = {"integration_epochs": 10, "integration_lr": 1e-3, "validation": (x, y)}
+    plain = torch.stack([train(s, 0.0, 60, integration_epochs=0) for s in range(3)]).mean(0)
+    both = torch.stack([train(s, 2.0, 60, **step) for s in range(3)]).mean(0)
+    assert float(both[1]) >= float(plain[1]) + 0.25
+    assert float(both[2]) >= float(plain[2]) + 0.25
+    assert float(both[0]) >= float(plain[0]) - 0.01
+
+
 @pytest.mark.parametrize("base", ["joint", "adversarial", "mixup"])
 def test_every_base_trains_and_is_reproducible(base):
     x, y, _, _ = halves()
@@ -157,6 +169,8 @@ def test_refusals():
         fit_crmt(model, batches, base="other")
     with pytest.raises(ValueError, match="loader must give at least one batch"):
         fit_crmt(model, [], epochs=1)
+    with pytest.raises(ValueError, match=r"must be \(inputs, labels\); got \(list, NoneType\)"):
+        fit_crmt(model, [([torch.zeros(1, 8)] * 2, None)], epochs=1)
     with pytest.raises(ValueError, match="rho must be finite and at least"):
         MultimodalMarginLoss(-1.0)
     with pytest.raises(ValueError, match="positive constants"):
