@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -229,12 +230,12 @@ def fit_crmt(
     return history
 
 
-def _checked(subject: str, batch: Batch) -> Batch:
+def _checked(subject: str, batch: Any) -> Batch:
     """The batch, where it is a pair with labels."""
     if len(batch) != 2 or not isinstance(batch[1], Tensor):
         got = ", ".join(type(part).__name__ for part in batch)
         raise ValueError(f"{subject}: a batch must be (inputs, labels); got ({got}).")
-    return batch
+    return batch[0], batch[1]
 
 
 class _Features:
