@@ -18,8 +18,6 @@ from pyrobust.interval import Interval
 
 __all__ = ["Verdict", "decide_property"]
 
-_ORDER = ("ibp", "crown-ibp", "crown", "alpha-crown")
-
 
 @dataclass(frozen=True)
 class Verdict:
@@ -93,7 +91,7 @@ def decide_property(
             return Verdict("sat", found, "attack", 0)
     remaining = list(question.cases)
     used = method
-    for used in _ORDER[: _ORDER.index(method) + 1]:
+    for used in METHODS[: METHODS.index(method) + 1]:
         remaining = [case for case in remaining if not _refuted(model, case, size, used)]
         if not remaining:
             return Verdict("unsat", None, used, 0)

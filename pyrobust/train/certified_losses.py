@@ -31,7 +31,7 @@ from pyrobust._checks import check_at_least, check_integer, check_open_unit, che
 from pyrobust.certify.bound import bound, margin_specification
 from pyrobust.evaluate.pgd import pgd
 from pyrobust.interval import Interval
-from pyrobust.train.ibp import interval_loss
+from pyrobust.train.ibp import interval_loss, worst_logits
 
 __all__ = ["crown_ibp_loss", "mtl_ibp_loss", "sabr_loss", "taps_loss"]
 
@@ -217,8 +217,7 @@ def taps_loss(
     wrong = ~F.one_hot(labels, classes).bool()
     attacked = _margin_loss(margins[wrong].reshape(len(x), classes - 1))
     output = classifier(latent)
-    spec = margin_specification(labels, classes).to(x)
-    whole = _margin_loss(_interval_margins(output, spec))
+    whole = F.cross_entropy(worst_logits(output.lower, output.upper, labels), labels)
     value = attacked.detach() * whole.detach()
     first = 2 * weight * whole.detach() * (attacked - attacked.detach())
     second = 2 * (1 - weight) * attacked.detach() * (whole - whole.detach())
@@ -290,10 +289,3 @@ def _linked(low: Tensor, high: Tensor, place: Tensor, link: float) -> Tensor:
         to_low = (1 - place / link).clamp(min=0)
         to_high = (1 - (1 - place) / link).clamp(min=0)
     return points + to_low * (low - low.detach()) + to_high * (high - high.detach())
-
-
-def _interval_margins(output: Interval, spec: Tensor) -> Tensor:
-    """Lower ends of ``spec @ output`` for margins: one coefficient 1, one -1."""
-    up, down = spec.clamp(min=0), spec.clamp(max=0)
-    lower = up @ output.lower.unsqueeze(-1) + down @ output.upper.unsqueeze(-1)
-    return lower.squeeze(-1)

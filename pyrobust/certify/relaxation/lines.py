@@ -24,12 +24,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyrobust.interval.outward import UNIT
 from pyrobust.interval.type import Interval
 
 __all__ = ["Bend", "Lines", "best_lines", "lines_for"]
 
 _HALVINGS = 48
-_UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def _shifts(
     for point in points:
         below, above = _values(bend, point, sound)
         reach = slope * point
-        error = 4 * _UNIT[low.dtype] * (reach.abs() + below.abs()) if sound else 0.0
+        error = 4 * UNIT[low.dtype] * (reach.abs() + below.abs()) if sound else 0.0
         lowest.append(below - reach - error)
         highest.append(above - reach + error)
     stacked = torch.stack(torch.broadcast_tensors(*lowest))
@@ -159,8 +159,8 @@ def _shifts(
 def _missed(bend: Bend, low: Tensor, high: Tensor) -> Tensor:
     """What bisection may miss: its last width, and the rounding of ``f'`` over the box."""
     width = (high - low).detach()
-    last = width * 2.0**-_HALVINGS + 4 * _UNIT[low.dtype] * torch.maximum(low.abs(), high.abs())
-    rounding = 32 * _UNIT[low.dtype] * width if bend.curvature > 0 else 0.0 * width
+    last = width * 2.0**-_HALVINGS + 4 * UNIT[low.dtype] * torch.maximum(low.abs(), high.abs())
+    rounding = 32 * UNIT[low.dtype] * width if bend.curvature > 0 else 0.0 * width
     return bend.curvature * last * last + rounding + bend.slack + 1e-300
 
 
