@@ -16,7 +16,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from pyrobust._checks import (
     check_eval_mode,
@@ -29,7 +28,7 @@ from pyrobust.certify.certificates import ABSTAIN, SmoothingCertificate
 from pyrobust.certify.mixture_radius import smoothed_mixture_radius
 from pyrobust.certify.noise import GaussianNoise
 from pyrobust.certify.statistics import clopper_pearson_lower, union_bound
-from pyrobust.certify.voting import check_voting, count_noisy_votes, device_of
+from pyrobust.certify.voting import check_voting, count_parts, device_of
 
 __all__ = ["SmoothedMixture"]
 
@@ -247,21 +246,15 @@ class SmoothedMixture(nn.Module):
         progress: bool,
     ) -> list[Tensor]:
         """``(B, K)`` counts for each (first sample, number of samples)."""
-        total = x.shape[0] * sum(n for _, n in parts)
-        with tqdm(total=total, disable=not progress, unit="sample", desc=subject) as bar:
-            return [
-                count_noisy_votes(
-                    self.base,
-                    x,
-                    GaussianNoise(self.sigma),
-                    n,
-                    num_classes=self.num_classes,
-                    seed=seed,
-                    first_sample=first,
-                    first_index=first_index,
-                    batch_size=batch_size,
-                    subject=subject,
-                    bar=bar,
-                )
-                for first, n in parts
-            ]
+        return count_parts(
+            self.base,
+            x,
+            GaussianNoise(self.sigma),
+            parts,
+            num_classes=self.num_classes,
+            seed=seed,
+            first_index=first_index,
+            batch_size=batch_size,
+            subject=subject,
+            progress=progress,
+        )

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from pyrobust import _native
 from pyrobust._checks import check_eval_mode, check_float_tensor, check_integer
 from pyrobust.certify.noise import GridGaussianNoise, Noise
 
-__all__ = ["check_voting", "classify", "count_noisy_votes", "device_of"]
+__all__ = ["check_voting", "classify", "count_noisy_votes", "count_parts", "device_of"]
 
 
 def check_voting(
@@ -130,3 +131,41 @@ def count_noisy_votes(
             if bar is not None:
                 bar.update(size)
     return counts
+
+
+def count_parts(
+    base: nn.Module,
+    x: Tensor,
+    noise: Noise,
+    parts: list[tuple[int, int]],
+    *,
+    num_classes: int,
+    seed: int,
+    first_index: int,
+    batch_size: int,
+    subject: str,
+    progress: bool,
+) -> list[Tensor]:
+    """:func:`count_noisy_votes` for each (first sample, number of samples), under one bar.
+
+    Returns:
+        ``(B, K)`` int64 counts for each part; parts that do not overlap are independent.
+    """
+    total = x.shape[0] * sum(n for _, n in parts)
+    with tqdm(total=total, disable=not progress, unit="sample", desc=subject) as bar:
+        return [
+            count_noisy_votes(
+                base,
+                x,
+                noise,
+                n,
+                num_classes=num_classes,
+                seed=seed,
+                first_sample=first,
+                first_index=first_index,
+                batch_size=batch_size,
+                subject=subject,
+                bar=bar,
+            )
+            for first, n in parts
+        ]

@@ -31,7 +31,7 @@ from pyrobust.certify.noise import AfterLinearNoise, GaussianNoise, GridGaussian
 from pyrobust.certify.planning import PRICE, plan_for
 from pyrobust.certify.sequential import table_designs
 from pyrobust.certify.statistics import class_bounds, clopper_pearson_lower
-from pyrobust.certify.voting import check_voting, count_noisy_votes, device_of
+from pyrobust.certify.voting import check_voting, count_parts, device_of
 
 __all__ = ["SmoothedClassifier"]
 
@@ -342,24 +342,18 @@ class SmoothedClassifier(nn.Module):
         progress: bool,
     ) -> list[Tensor]:
         """``(B, K)`` counts for each (first sample, number of samples)."""
-        total = x.shape[0] * sum(n for _, n in parts)
-        with tqdm(total=total, disable=not progress, unit="sample", desc=subject) as bar:
-            return [
-                count_noisy_votes(
-                    self._voter(),
-                    x,
-                    self.noise,
-                    n,
-                    num_classes=self.num_classes,
-                    seed=seed,
-                    first_sample=first,
-                    first_index=first_index,
-                    batch_size=batch_size,
-                    subject=subject,
-                    bar=bar,
-                )
-                for first, n in parts
-            ]
+        return count_parts(
+            self._voter(),
+            x,
+            self.noise,
+            parts,
+            num_classes=self.num_classes,
+            seed=seed,
+            first_index=first_index,
+            batch_size=batch_size,
+            subject=subject,
+            progress=progress,
+        )
 
     def _planned_counts(
         self,
