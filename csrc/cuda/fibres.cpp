@@ -1,0 +1,364 @@
+#include "cuda/fibres.h"
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstring>
+#include <deque>
+#include <exception>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+pyrobust::cuda::Dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace pyrobust {
+namespace cuda {
+namespace fibres {
+namespace {
+
+constexpr size_t kStackBytes = 192 * 1024;
+constexpr int64_t kResidentThreads = 8192;
+constexpr int64_t kIdlePasses = 64;  // over fibres that only spin, before that counts as a deadlock
+
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+  size_t zero_bytes;
+};
+
+// One warp-wide operation in progress.
+struct Warp {
+  const char* name = nullptr;
+  int arrived = 0;
+  uint64_t generation = 0;
+  alignas(16) uint8_t input[kWarp][kSlot];
+  alignas(16) uint8_t output[kWarp][kSlot];
+};
+
+struct Block {
+  Dim3 index;
+  std::unique_ptr<uint8_t[]> storage;
+  uint8_t* shared = nullptr;
+  std::vector<Warp> warps;
+  unsigned arrived = 0;
+  uint64_t generation = 0;
+};
+
+struct Fibre {
+  ucontext_t context;
+  void* stack_pointer = nullptr;
+  std::unique_ptr<uint8_t[]> stack;
+  Block* block = nullptr;
+  unsigned thread = 0;
+  bool done = false;
+  bool spinning = false;
+  const uint64_t* waits_on = nullptr;  // runnable once *waits_on differs from `seen`
+  uint64_t seen = 0;
+  const char* waits_for = "";
+  std::vector<Copy> open;
+  std::deque<std::vector<Copy>> committed;
+};
+
+struct Scheduler {
+  const std::function<void()>* body = nullptr;
+  Fibre* current = nullptr;
+  ucontext_t main;
+  void* main_stack_pointer = nullptr;
+  size_t shared_bytes = 0;
+  bool progress = false;
+  std::exception_ptr error;
+};
+
+Scheduler scheduler;
+Options chosen;
+Counters counted;
+std::vector<std::unique_ptr<uint8_t[]>> spare_stacks;
+
+// --- switching stacks ---------------------------------------------------------------------------
+// swapcontext makes two system calls a switch, which is most of its time; on x86-64 the eight
+// registers that a function must keep are moved by hand instead.
+#if defined(__x86_64__)
+extern "C" void pyrobust_switch_stack(void** from, void* to);
+asm(R"(
+.text
+.local pyrobust_switch_stack
+.type pyrobust_switch_stack, @function
+pyrobust_switch_stack:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size pyrobust_switch_stack, .-pyrobust_switch_stack
+)");
+#endif
+
+void leave_fibre() {
+#if defined(__x86_64__)
+  pyrobust_switch_stack(&scheduler.current->stack_pointer, scheduler.main_stack_pointer);
+#else
+  swapcontext(&scheduler.current->context, &scheduler.main);
+#endif
+}
+
+void run_thread() {
+  Fibre& fibre = *scheduler.current;
+  try {
+    (*scheduler.body)();
+    if (!fibre.open.empty() || !fibre.committed.empty()) {
+      fault("a thread ended before its asynchronous copies were waited for");
+    }
+  } catch (...) {
+    if (!scheduler.error) scheduler.error = std::current_exception();
+  }
+  fibre.done = true;
+  scheduler.progress = true;
+  leave_fibre();
+}
+
+void prepare_stack(Fibre& fibre) {
+  if (spare_stacks.empty()) {
+    fibre.stack.reset(new uint8_t[kStackBytes]);
+  } else {
+    fibre.stack = std::move(spare_stacks.back());
+    spare_stacks.pop_back();
+  }
+#if defined(__x86_64__)
+  auto top = reinterpret_cast<uintptr_t>(fibre.stack.get() + kStackBytes) & ~uintptr_t{15};
+  auto* slot = reinterpret_cast<void**>(top);
+  *--slot = nullptr;  // where run_thread's return address would be; keeps the stack aligned
+  *--slot = reinterpret_cast<void*>(&run_thread);
+  for (int saved = 0; saved < 6; ++saved) *--slot = nullptr;
+  fibre.stack_pointer = slot;
+#else
+  getcontext(&fibre.context);
+  fibre.context.uc_stack.ss_sp = fibre.stack.get();
+  fibre.context.uc_stack.ss_size = kStackBytes;
+  fibre.context.uc_link = nullptr;
+  makecontext(&fibre.context, &run_thread, 0);
+#endif
+}
+
+void resume(Fibre& fibre) {
+  scheduler.current = &fibre;
+  threadIdx = {fibre.thread, 0, 0};
+  blockIdx = fibre.block->index;
+  ++counted.switches;
+#if defined(__x86_64__)
+  pyrobust_switch_stack(&scheduler.main_stack_pointer, fibre.stack_pointer);
+#else
+  swapcontext(&scheduler.main, &fibre.context);
+#endif
+  scheduler.current = nullptr;
+}
+
+void wait_for(const uint64_t* generation, const char* what) {
+  Fibre& fibre = *scheduler.current;
+  fibre.waits_on = generation;
+  fibre.seen = *generation;
+  fibre.waits_for = what;
+  leave_fibre();
+}
+
+bool runnable(Fibre& fibre) {
+  if (fibre.done) return false;
+  if (fibre.waits_on == nullptr) return true;
+  if (*fibre.waits_on == fibre.seen) return false;
+  fibre.waits_on = nullptr;
+  return true;
+}
+
+[[noreturn]] void report_deadlock(const std::vector<Fibre>& fibres) {
+  std::string text = "cuda fibres: deadlock;";
+  int named = 0;
+  for (const Fibre& fibre : fibres) {
+    if (fibre.done || ++named > 4) continue;
+    text += " block " + std::to_string(fibre.block->index.x) + " thread " +
+            std::to_string(fibre.thread) + " waits for " +
+            (fibre.spinning ? "another block" : fibre.waits_for) + ";";
+  }
+  const auto ended =
+      std::count_if(fibres.begin(), fibres.end(), [](const Fibre& f) { return f.done; });
+  throw std::logic_error(text + " " + std::to_string(ended) + " of " +
+                         std::to_string(fibres.size()) + " threads have ended");
+}
+
+void run_until_done(std::vector<Fibre>& fibres) {
+  const auto count = static_cast<int64_t>(fibres.size());
+  const bool ascending = chosen.order == Order::kAscending;
+  int64_t idle = 0;
+  for (int64_t done = 0; done < count;) {
+    scheduler.progress = false;
+    bool any = false;
+    done = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      Fibre& fibre = fibres[static_cast<size_t>(ascending ? i : count - 1 - i)];
+      if (runnable(fibre)) {
+        any = true;
+        const bool spun = fibre.spinning;
+        fibre.spinning = false;
+        resume(fibre);
+        if (!(spun && fibre.spinning)) scheduler.progress = true;
+      }
+      if (scheduler.error) std::rethrow_exception(scheduler.error);
+      done += fibre.done;
+    }
+    idle = scheduler.progress ? 0 : idle + 1;
+    if (done < count && (!any || idle > kIdlePasses)) report_deadlock(fibres);
+  }
+}
+
+void run_blocks(const Grid& grid, int64_t first, int64_t last) {
+  std::vector<Block> blocks(static_cast<size_t>(last - first));
+  std::vector<Fibre> fibres(blocks.size() * grid.threads.x);
+  for (size_t b = 0; b < blocks.size(); ++b) {
+    const auto index = static_cast<unsigned>(first + static_cast<int64_t>(b));
+    Block& block = blocks[b];
+    block.index = {index % grid.blocks.x, index / grid.blocks.x, 0};
+    block.storage.reset(new uint8_t[grid.shared_bytes + 128]);
+    const auto address = (reinterpret_cast<uintptr_t>(block.storage.get()) + 127) & ~uintptr_t{127};
+    block.shared = reinterpret_cast<uint8_t*>(address);
+    std::memset(block.shared, 0xff, grid.shared_bytes);
+    block.warps = std::vector<Warp>(grid.threads.x / kWarp);
+    for (unsigned t = 0; t < grid.threads.x; ++t) {
+      Fibre& fibre = fibres[b * grid.threads.x + t];
+      fibre.block = &block;
+      fibre.thread = t;
+      prepare_stack(fibre);
+    }
+  }
+  run_until_done(fibres);
+  for (Fibre& fibre : fibres) spare_stacks.push_back(std::move(fibre.stack));
+}
+
+void land(const std::vector<Copy>& group) {
+  for (const Copy& copy : group) {
+    std::memcpy(copy.to, copy.from, copy.bytes);
+    std::memset(static_cast<uint8_t*>(copy.to) + copy.bytes, 0, copy.zero_bytes);
+  }
+}
+
+}  // namespace
+
+void set_options(const Options& options) { chosen = options; }
+const Options& options() { return chosen; }
+Counters& counters() { return counted; }
+
+void fault(const char* what) {
+  throw std::logic_error("cuda fibres: block " + std::to_string(blockIdx.x) + " thread " +
+                         std::to_string(threadIdx.x) + ": " + what);
+}
+
+void run_grid(const Grid& grid, const std::function<void()>& thread) {
+  if (grid.threads.x == 0 || grid.threads.x % kWarp != 0 || grid.threads.x > 1024 ||
+      grid.threads.y != 1 || grid.threads.z != 1 || grid.blocks.z != 1) {
+    throw std::logic_error("cuda fibres: a block must be 32 to 1024 threads, whole warps, along x");
+  }
+  scheduler = Scheduler();
+  scheduler.body = &thread;
+  scheduler.shared_bytes = grid.shared_bytes;
+  blockDim = grid.threads;
+  gridDim = grid.blocks;
+  const int64_t blocks = static_cast<int64_t>(grid.blocks.x) * grid.blocks.y;
+  const int64_t wave = std::max<int64_t>(1, kResidentThreads / grid.threads.x);
+  for (int64_t first = 0; first < blocks; first += wave) {
+    run_blocks(grid, first, std::min(blocks, first + wave));
+  }
+}
+
+uint8_t* shared_memory() { return scheduler.current->block->shared; }
+
+void check_shared(const void* address, size_t bytes, const char* operation) {
+  const auto* at = static_cast<const uint8_t*>(address);
+  const uint8_t* shared = shared_memory();
+  if (at < shared || at + bytes > shared + scheduler.shared_bytes) {
+    fault((std::string(operation) + " outside of shared memory").c_str());
+  }
+  if (reinterpret_cast<uintptr_t>(address) % bytes != 0) {
+    fault((std::string(operation) + " at a misaligned address").c_str());
+  }
+}
+
+int lane_index() { return static_cast<int>(threadIdx.x % kWarp); }
+
+void block_barrier() {
+  Block& block = *scheduler.current->block;
+  scheduler.progress = true;
+  if (++block.arrived == blockDim.x) {
+    block.arrived = 0;
+    ++block.generation;
+    return;
+  }
+  wait_for(&block.generation, "a barrier");
+}
+
+void yield_while_spinning() {
+  scheduler.current->spinning = true;
+  leave_fibre();
+}
+
+void rendezvous(const char* name, const void* input, size_t input_bytes, void* output,
+                size_t output_bytes, WarpOperation operation) {
+  Fibre& fibre = *scheduler.current;
+  Warp& warp = fibre.block->warps[fibre.thread / kWarp];
+  const size_t lane = fibre.thread % kWarp;
+  scheduler.progress = true;
+  if (warp.arrived == 0) warp.name = name;
+  if (std::strcmp(warp.name, name) != 0) {
+    fault((std::string("lanes of one warp are in ") + warp.name + " and in " + name).c_str());
+  }
+  std::memcpy(warp.input[lane], input, input_bytes);
+  if (++warp.arrived < kWarp) {
+    wait_for(&warp.generation, name);
+  } else {
+    operation(warp.input, warp.output);
+    warp.arrived = 0;
+    ++warp.generation;
+  }
+  std::memcpy(output, warp.output[lane], output_bytes);
+}
+
+void start_copy(void* shared, const void* global, size_t bytes, size_t zero_bytes) {
+  ++counted.async_copies;
+  check_shared(shared, bytes + zero_bytes, "an asynchronous copy");
+  if (bytes != 0 && reinterpret_cast<uintptr_t>(global) % bytes != 0) {
+    fault("an asynchronous copy from a misaligned address");
+  }
+  const Copy copy = {shared, global, bytes, zero_bytes};
+  if (chosen.copies_land_at_once) {
+    land({copy});
+  } else {
+    scheduler.current->open.push_back(copy);
+  }
+}
+
+void commit_copies() {
+  Fibre& fibre = *scheduler.current;
+  fibre.committed.push_back(std::move(fibre.open));
+  fibre.open.clear();
+}
+
+void wait_copies(int groups_left) {
+  auto& committed = scheduler.current->committed;
+  while (static_cast<int>(committed.size()) > groups_left) {
+    land(committed.front());
+    committed.pop_front();
+  }
+}
+
+}  // namespace fibres
+}  // namespace cuda
+}  // namespace pyrobust

@@ -1,0 +1,57 @@
+// Starts a kernel: on the caller's stream without waiting, or on fibres in the emulation.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "cuda/primitives.h"
+
+namespace pyrobust {
+namespace cuda {
+
+struct LaunchShape {
+  unsigned blocks_x = 1;
+  unsigned blocks_y = 1;
+  unsigned threads = 128;
+  size_t shared_bytes = 0;
+};
+
+// A cudaStream_t, as an integer so that callers need no CUDA header; the emulation ignores it.
+using Stream = uintptr_t;
+
+// 0, or a cudaError_t (cuda/status.h words it).
+using Status = int;
+
+#if defined(__CUDACC__)
+
+constexpr size_t kSharedByDefault = 48 * 1024;
+
+template <typename... Parameters, typename... Arguments>
+Status launch(void (*kernel)(Parameters...), const LaunchShape& shape, Stream stream,
+              const Arguments&... arguments) {
+  if (shape.shared_bytes > kSharedByDefault) {
+    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(shape.shared_bytes));
+    if (error != cudaSuccess) return static_cast<Status>(error);
+  }
+  kernel<<<dim3(shape.blocks_x, shape.blocks_y), shape.threads, shape.shared_bytes,
+           reinterpret_cast<cudaStream_t>(stream)>>>(arguments...);
+  return static_cast<Status>(cudaGetLastError());
+}
+
+#else
+
+template <typename... Parameters, typename... Arguments>
+Status launch(void (*kernel)(Parameters...), const LaunchShape& shape, Stream,
+              const Arguments&... arguments) {
+  const fibres::Grid grid = {
+      {shape.blocks_x, shape.blocks_y, 1}, {shape.threads, 1, 1}, shape.shared_bytes};
+  fibres::run_grid(grid, [&] { kernel(arguments...); });
+  return 0;
+}
+
+#endif
+
+}  // namespace cuda
+}  // namespace pyrobust

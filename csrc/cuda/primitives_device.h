@@ -1,0 +1,269 @@
+// The device bodies of cuda/primitives.h: inline PTX for compute capability 8.0 and above.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#define PYROBUST_DEVICE static __device__ __forceinline__
+#define PYROBUST_KERNEL(threads) static __global__ void __launch_bounds__(threads)
+#define PYROBUST_KERNEL_OF(threads, blocks) \
+  static __global__ void __launch_bounds__(threads, blocks)
+
+namespace pyrobust {
+namespace cuda {
+
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+PYROBUST_DEVICE uint8_t* shared_memory() {
+  extern __shared__ __align__(128) uint8_t pyrobust_shared[];
+  return pyrobust_shared;
+}
+
+PYROBUST_DEVICE uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// --- asynchronous copies ------------------------------------------------------------------------
+
+// Past L1; the line is the first that L2 gives up where `once` (weights are read once).
+PYROBUST_DEVICE void copy16_async(void* shared, const void* global, bool once = false) {
+  if (once) {
+    asm volatile(
+        "{\n.reg .b64 policy;\n"
+        "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+        "cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, policy;\n}\n" ::"r"(
+            shared_address(shared)),
+        "l"(global)
+        : "memory");
+  } else {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(shared_address(shared)),
+                 "l"(global)
+                 : "memory");
+  }
+}
+
+// Sixteen zeros where not `valid`; the address is not read then, but must be aligned.
+PYROBUST_DEVICE void copy16_async_or_zero(void* shared, const void* global, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)),
+               "l"(global), "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+PYROBUST_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+
+// Waits until at most `Left` of this thread's committed groups are under way.
+template <int Left>
+PYROBUST_DEVICE void wait_copies() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(Left) : "memory");
+}
+
+// --- matrices -----------------------------------------------------------------------------------
+
+PYROBUST_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+PYROBUST_DEVICE void ldmatrix_x2(uint32_t (&r)[2], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];\n"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+PYROBUST_DEVICE void ldmatrix_x4_transposed(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// d += a b
+PYROBUST_DEVICE void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4],
+                                      const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+PYROBUST_DEVICE void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4],
+                                       const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+PYROBUST_DEVICE void mma_m16n8k32_s8(int32_t (&d)[4], const uint32_t (&a)[4],
+                                     const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};\n"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// --- words --------------------------------------------------------------------------------------
+
+template <uint32_t Table>
+PYROBUST_DEVICE uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, %4;\n" : "=r"(d) : "r"(a), "r"(b), "r"(c), "n"(Table));
+  return d;
+}
+
+// Byte i of the result is byte (selector >> 4i) & 7 of the eight bytes b:a.
+PYROBUST_DEVICE uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t d;
+  asm("prmt.b32 %0, %1, %2, %3;\n" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
+  return d;
+}
+
+PYROBUST_DEVICE uint32_t fma_f16x2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;\n" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
+PYROBUST_DEVICE uint32_t mul_f16x2(uint32_t a, uint32_t b) {
+  uint32_t d;
+  asm("mul.rn.f16x2 %0, %1, %2;\n" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+
+PYROBUST_DEVICE uint32_t sub_f16x2(uint32_t a, uint32_t b) {
+  uint32_t d;
+  asm("sub.rn.f16x2 %0, %1, %2;\n" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+
+PYROBUST_DEVICE uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;\n" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
+// --- conversions: to nearest even; of a NaN, any NaN --------------------------------------------
+
+PYROBUST_DEVICE uint32_t pack_f16x2(float low, float high) {
+  uint32_t d;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(d) : "f"(high), "f"(low));
+  return d;
+}
+
+PYROBUST_DEVICE uint32_t pack_bf16x2(float low, float high) {
+  uint32_t d;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(d) : "f"(high), "f"(low));
+  return d;
+}
+
+PYROBUST_DEVICE float low_f16(uint32_t pair) {
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(pair)));
+}
+
+PYROBUST_DEVICE float high_f16(uint32_t pair) {
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(pair >> 16)));
+}
+
+PYROBUST_DEVICE float low_bf16(uint32_t pair) { return __uint_as_float(pair << 16); }
+PYROBUST_DEVICE float high_bf16(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
+
+// --- warps --------------------------------------------------------------------------------------
+
+template <typename T>
+PYROBUST_DEVICE T shuffle(T value, int lane) {
+  return __shfl_sync(kFullWarp, value, lane);
+}
+
+template <typename T>
+PYROBUST_DEVICE T shuffle_xor(T value, int mask) {
+  return __shfl_xor_sync(kFullWarp, value, mask);
+}
+
+// The value of lane + delta; a lane without such a neighbour gets its own.
+template <typename T>
+PYROBUST_DEVICE T shuffle_down(T value, int delta) {
+  return __shfl_down_sync(kFullWarp, value, static_cast<unsigned>(delta));
+}
+
+PYROBUST_DEVICE uint32_t ballot(bool vote) { return __ballot_sync(kFullWarp, vote); }
+PYROBUST_DEVICE void sync_warp() { __syncwarp(); }
+
+// --- blocks and grids ---------------------------------------------------------------------------
+
+PYROBUST_DEVICE void sync_threads() { __syncthreads(); }
+
+// Waits until *lock == value, for the whole block; writes of whoever released it are then visible.
+// All blocks of the grid must be resident, or the awaited ones have lower indices.
+PYROBUST_DEVICE void lock_acquire(int32_t* lock, int32_t value) {
+  if (threadIdx.x == 0) {
+    int32_t seen;
+    do {
+      asm volatile("ld.global.acquire.gpu.b32 %0, [%1];\n" : "=r"(seen) : "l"(lock) : "memory");
+    } while (seen != value);
+  }
+  __syncthreads();
+}
+
+// After all writes of the block: *lock = value for the next to see.
+PYROBUST_DEVICE void lock_release(int32_t* lock, int32_t value) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    asm volatile("fence.acq_rel.gpu;\nst.global.release.gpu.b32 [%0], %1;\n" ::"l"(lock), "r"(value)
+                 : "memory");
+  }
+}
+
+PYROBUST_DEVICE void atomic_add(int64_t* to, int64_t value) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(value));
+}
+
+PYROBUST_DEVICE int32_t atomic_add(int32_t* to, int32_t value) { return atomicAdd(to, value); }
+PYROBUST_DEVICE void atomic_add(float* to, float value) { atomicAdd(to, value); }
+
+PYROBUST_DEVICE void atomic_min(int64_t* to, int64_t value) {
+  atomicMin(reinterpret_cast<long long*>(to), static_cast<long long>(value));
+}
+
+// Maximum of floats >= 0, whose bits are ordered like integers.
+PYROBUST_DEVICE void atomic_max_magnitude(float* to, float value) {
+  atomicMax(reinterpret_cast<int*>(to), __float_as_int(value));
+}
+
+// --- memory -------------------------------------------------------------------------------------
+
+PYROBUST_DEVICE Words4 load16(const void* from) {
+  const uint4 v = *static_cast<const uint4*>(from);
+  return {{v.x, v.y, v.z, v.w}};
+}
+
+// Of global memory that nobody reads again: past L1, first out of L2.
+PYROBUST_DEVICE Words4 load16_once(const void* from) {
+  const uint4 v = __ldcs(static_cast<const uint4*>(from));
+  return {{v.x, v.y, v.z, v.w}};
+}
+
+PYROBUST_DEVICE void store16(void* to, const Words4& value) {
+  *static_cast<uint4*>(to) = make_uint4(value.word[0], value.word[1], value.word[2], value.word[3]);
+}
+
+PYROBUST_DEVICE void store8(void* to, const Words2& value) {
+  *static_cast<uint2*>(to) = make_uint2(value.word[0], value.word[1]);
+}
+
+// --- directed rounding of float32 ---------------------------------------------------------------
+
+PYROBUST_DEVICE float add_up(float a, float b) { return __fadd_ru(a, b); }
+PYROBUST_DEVICE float add_down(float a, float b) { return __fadd_rd(a, b); }
+PYROBUST_DEVICE float mul_up(float a, float b) { return __fmul_ru(a, b); }
+PYROBUST_DEVICE float fma_up(float a, float b, float c) { return __fmaf_ru(a, b, c); }
+PYROBUST_DEVICE float fma_down(float a, float b, float c) { return __fmaf_rd(a, b, c); }
+
+}  // namespace cuda
+}  // namespace pyrobust

@@ -1,0 +1,43 @@
+// The test module pyrobust._cuda_shim: the CUDA kernels' source, built by the host compiler and run
+// on fibres (cuda/fibres.h).
+#include <string>
+
+#include "cuda/fibres.h"
+#include "shim.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using pyrobust::cuda::fibres::Counters;
+using pyrobust::cuda::fibres::counters;
+using pyrobust::cuda::fibres::Options;
+
+void set_options(bool descending, bool truncating, bool copies_land_at_once) {
+  Options options;
+  if (descending) options.order = pyrobust::cuda::fibres::Order::kDescending;
+  if (truncating) options.tensor_sum = pyrobust::cuda::fibres::TensorSum::kTruncating;
+  options.copies_land_at_once = copies_land_at_once;
+  pyrobust::cuda::fibres::set_options(options);
+}
+
+py::dict take_counters() {
+  const Counters seen = counters();
+  counters() = Counters();
+  py::dict result;
+  result["switches"] = seen.switches;
+  result["matrix_conflicts"] = seen.matrix_conflicts;
+  result["async_copies"] = seen.async_copies;
+  result["matrix_products"] = seen.matrix_products;
+  return result;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda_shim, m) {
+  m.doc() = "CUDA kernels of pyrobust on the CPU, for tests.";
+  m.def("set_options", &set_options, py::arg("descending") = false, py::arg("truncating") = false,
+        py::arg("copies_land_at_once") = false);
+  m.def("take_counters", &take_counters);
+  pyrobust::bind_probes(m);
+}

@@ -1,0 +1,187 @@
+// Small kernels that use every primitive once, right or with a planted fault.
+#pragma once
+
+#include "cuda/launch.h"
+#include "cuda/primitives.h"
+
+namespace pyrobust {
+namespace probes {
+
+constexpr int kThreads = 64;
+
+// out[i] = sum over tiles of in[tile][i], 4 int32 a thread, through a ring of three shared tiles.
+// Right with Left = 1: two tiles are under way, the older must have landed.
+template <int Left>
+PYROBUST_KERNEL(kThreads)
+ring_sum(const int32_t* in, int tiles, int32_t* out) {
+  constexpr int kStages = 3, kTile = 4 * kThreads;
+  auto* ring = reinterpret_cast<int32_t*>(cuda::shared_memory());
+  const int at = static_cast<int>(threadIdx.x) * 4;
+  const auto start = [&](int tile) {
+    if (tile < tiles) {
+      cuda::copy16_async(ring + tile % kStages * kTile + at, in + tile * kTile + at, true);
+    }
+    cuda::commit_copies();
+  };
+  start(0);
+  start(1);
+  int32_t sum[4] = {};
+  for (int tile = 0; tile < tiles; ++tile) {
+    cuda::wait_copies<Left>();
+    cuda::sync_threads();
+    start(tile + 2);
+    // The neighbour's quarter, so that a missing barrier shows as well.
+    const int from = (at + 4) % kTile;
+    for (int i = 0; i < 4; ++i) sum[i] += ring[tile % kStages * kTile + from + i];
+  }
+  cuda::wait_copies<0>();
+  for (int i = 0; i < 4; ++i) out[(at + 4) % kTile + i] = sum[i];
+}
+
+// out = in reversed within a block of kThreads, by way of shared memory.
+template <bool Barrier>
+PYROBUST_KERNEL(kThreads)
+reversed(const int32_t* in, int32_t* out) {
+  auto* tile = reinterpret_cast<int32_t*>(cuda::shared_memory());
+  const int thread = static_cast<int>(threadIdx.x);
+  const int64_t base = static_cast<int64_t>(blockIdx.x) * kThreads;
+  tile[thread] = in[base + thread];
+  if (Barrier) cuda::sync_threads();
+  out[base + thread] = tile[kThreads - 1 - thread];
+}
+
+// A barrier that the second warp never reaches.
+PYROBUST_KERNEL(kThreads) diverged(int32_t* out) {
+  if (threadIdx.x < 32) cuda::sync_threads();
+  out[threadIdx.x] = 1;
+}
+
+// ldmatrix past the end of shared memory, unless `rows` is at most 16.
+PYROBUST_KERNEL(32) read_rows(int rows, uint32_t* out) {
+  uint32_t r[4];
+  cuda::ldmatrix_x4(r, cuda::shared_memory() + 16 * (static_cast<int>(threadIdx.x) % rows));
+  out[threadIdx.x] = r[0];
+}
+
+// d (16, 8) = a (16, 16) b^T + d, a and b (8, 16) of half floats; one warp.
+template <bool IsF16>
+PYROBUST_KERNEL(32)
+multiply(const uint16_t* a, const uint16_t* b, float* d) {
+  uint8_t* shared = cuda::shared_memory();
+  const int lane = static_cast<int>(threadIdx.x), g = lane / 4, t = lane % 4;
+  uint8_t *tile_a = shared, *tile_b = shared + 512;  // rows of 32 bytes
+  cuda::copy16_async(tile_a + lane * 16, a + lane * 8);
+  cuda::copy16_async_or_zero(tile_b + lane % 16 * 16, b + lane % 16 * 8, true);
+  cuda::commit_copies();
+  cuda::wait_copies<0>();
+  cuda::sync_warp();
+  uint32_t of_a[4], of_b[2];
+  cuda::ldmatrix_x4(of_a, tile_a + lane % 16 * 32 + lane / 16 * 16);
+  cuda::ldmatrix_x2(of_b, tile_b + lane % 8 * 32 + lane / 8 % 2 * 16);
+  float sums[4];
+  for (int i = 0; i < 4; ++i) sums[i] = d[(g + i / 2 * 8) * 8 + 2 * t + i % 2];
+  if (IsF16) {
+    cuda::mma_m16n8k16_f16(sums, of_a, of_b);
+  } else {
+    cuda::mma_m16n8k16_bf16(sums, of_a, of_b);
+  }
+  for (int i = 0; i < 4; ++i) d[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sums[i];
+}
+
+// The same for bytes: a (16, 32), b (8, 32).
+PYROBUST_KERNEL(32) multiply_s8(const int8_t* a, const int8_t* b, int32_t* d) {
+  const int lane = static_cast<int>(threadIdx.x), g = lane / 4, t = lane % 4;
+  const auto word = [&](const int8_t* from, int row, int k) {
+    uint32_t value = 0;
+    for (int i = 0; i < 4; ++i) {
+      value |= static_cast<uint32_t>(static_cast<uint8_t>(from[row * 32 + k + i])) << (8 * i);
+    }
+    return value;
+  };
+  const uint32_t of_a[4] = {word(a, g, 4 * t), word(a, g + 8, 4 * t), word(a, g, 4 * t + 16),
+                            word(a, g + 8, 4 * t + 16)};
+  const uint32_t of_b[2] = {word(b, g, 4 * t), word(b, g, 4 * t + 16)};
+  int32_t sums[4] = {};
+  cuda::mma_m16n8k32_s8(sums, of_a, of_b);
+  for (int i = 0; i < 4; ++i) d[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sums[i];
+}
+
+// out (16, 16) = in transposed, of 16-bit values.
+PYROBUST_KERNEL(32) transposed(const uint16_t* in, uint16_t* out) {
+  auto* tile = reinterpret_cast<uint16_t*>(cuda::shared_memory());
+  const int lane = static_cast<int>(threadIdx.x), g = lane / 4, t = lane % 4;
+  for (int i = lane; i < 256; i += 32) tile[i] = in[i];
+  cuda::sync_warp();
+  uint32_t r[4];
+  cuda::ldmatrix_x4_transposed(r, tile + lane % 8 * 16 + lane / 8 % 2 * 128 + lane / 16 * 8);
+  for (int m = 0; m < 4; ++m) {  // matrix m: rows 8 (m % 2), columns 8 (m / 2) of `in`
+    const int row = m / 2 * 8 + g, column = m % 2 * 8 + 2 * t;
+    out[row * 16 + column] = static_cast<uint16_t>(r[m]);
+    out[row * 16 + column + 1] = static_cast<uint16_t>(r[m] >> 16);
+  }
+}
+
+// Blocks add one after the other, the last first: order[i] is the block that was i-th.
+PYROBUST_KERNEL(32) in_turn(int32_t* lock, int32_t* place, int32_t* order) {
+  const int32_t turn = static_cast<int32_t>(gridDim.x - 1 - blockIdx.x);
+  cuda::lock_acquire(lock, turn);
+  if (threadIdx.x == 0) {
+    order[*place] = static_cast<int32_t>(blockIdx.x);
+    *place += 1;
+  }
+  cuda::lock_release(lock, turn + 1);
+}
+
+// Word operations on a[i], b[i], c[i]; kResults values each.
+constexpr int kResults = 16;
+PYROBUST_KERNEL(32)
+words(const uint32_t* a, const uint32_t* b, const uint32_t* c, const float* x, const float* y,
+      uint32_t* out) {
+  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  uint32_t* to = out + i * kResults;
+  to[0] = cuda::lop3<(cuda::kLopA & cuda::kLopB) | cuda::kLopC>(a[i], b[i], c[i]);
+  to[1] = cuda::lop3<(~cuda::kLopA & 0xff) ^ (cuda::kLopB & cuda::kLopC)>(a[i], b[i], c[i]);
+  to[2] = cuda::prmt(a[i], b[i], c[i] & 0x7777u);
+  to[3] = cuda::fma_f16x2(a[i], b[i], c[i]);
+  to[4] = cuda::mul_f16x2(a[i], b[i]);
+  to[5] = cuda::sub_f16x2(a[i], b[i]);
+  to[6] = cuda::fma_bf16x2(a[i], b[i], c[i]);
+  to[7] = cuda::pack_f16x2(x[i], y[i]);
+  to[8] = cuda::pack_bf16x2(x[i], y[i]);
+  to[9] = cuda::shuffle(a[i], 7);
+  to[10] = cuda::shuffle_xor(a[i], 5);
+  to[11] = cuda::shuffle_down(a[i], 3);
+  to[12] = cuda::ballot((a[i] & 1u) != 0);
+  const float ends[3] = {cuda::add_up(x[i], y[i]), cuda::add_down(x[i], y[i]),
+                         cuda::mul_up(x[i], y[i])};
+  for (int k = 0; k < 3; ++k) to[13 + k] = bits_of_float(ends[k]);
+}
+
+// sums[0] += sum of x, sums[1] = max of x over each warp; a histogram of bytes.
+PYROBUST_KERNEL(32) reduced(const float* x, float* sums, int64_t* histogram, int64_t* least) {
+  const float value = x[threadIdx.x];
+  const float sum = cuda::warp_sum(value), most = cuda::warp_max(value);
+  if (threadIdx.x == 0) {
+    cuda::atomic_add(sums, sum);
+    cuda::atomic_max_magnitude(sums + 1, most);
+    sums[2] = cuda::fma_up(sum, most, 1e-30f);
+    sums[3] = cuda::fma_down(sum, most, -1e-30f);
+  }
+  cuda::atomic_add(histogram + static_cast<int>(value) % 4, int64_t{1});
+  cuda::atomic_min(least, static_cast<int64_t>(value));
+}
+
+// out = in by vectors of 16 and 8 bytes; `in` off by `shift` bytes must fault.
+PYROBUST_KERNEL(32) copied(const uint8_t* in, int shift, uint8_t* out) {
+  const cuda::Words4 value = cuda::load16(in + shift + 16 * threadIdx.x);
+  const cuda::Words4 again = cuda::load16_once(in + 16 * threadIdx.x);
+  if (threadIdx.x % 2 == 0) {
+    cuda::store16(out + 16 * threadIdx.x, value);
+  } else {
+    cuda::store8(out + 16 * threadIdx.x, {{again.word[0], again.word[1]}});
+    cuda::store8(out + 16 * threadIdx.x + 8, {{again.word[2], again.word[3]}});
+  }
+}
+
+}  // namespace probes
+}  // namespace pyrobust

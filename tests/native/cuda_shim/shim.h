@@ -1,0 +1,10 @@
+// One registration function per subject; module.cpp calls each.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace pyrobust {
+
+void bind_probes(pybind11::module_& m);
+
+}  // namespace pyrobust
