@@ -35,7 +35,11 @@ Quantizer = Callable[..., QTensor]
 
 
 class LayerQuantizer(Protocol):
-    """What ``pack`` asks of an object that quantizes all layers in one call."""
+    """What ``pack`` asks of an object that quantizes all layers in one call.
+
+    One with an attribute ``resumable`` that is true is also given ``blocks``, ``resume`` and
+    ``progress`` by keyword.
+    """
 
     def quantize_layers(
         self,
@@ -101,10 +105,10 @@ def pack(
         calibration: batches of inputs for the two kinds of objects; functions accept none. A batch
             is a tensor, a mapping of keyword arguments, or a tuple whose first element is the
             input. Weights of ``Embedding`` have no inputs and are rounded to nearest.
-        blocks: for a block-wise quantizer: the name of the module that holds the blocks, or their
-            names in order; found by running one batch if None.
-        resume: for a block-wise quantizer: a folder for finished blocks. A conversion that was
-            killed goes on from there and ends in the same bits.
+        blocks: for a quantizer that takes calibration: the name of the module that holds the
+            blocks, or their names in order; found by running one batch if None.
+        resume: for a quantizer that takes calibration: a folder for finished blocks. A conversion
+            that was killed goes on from there and ends in the same bits.
 
     Returns:
         The packed model, with its report (:func:`pyrobust.pack_report`).
@@ -169,7 +173,8 @@ def _resolve(
         raise ValueError(f"pack: calibration must be None; {name} uses no calibration data.")
     if calibration is None and blockwise:
         raise ValueError(f"pack: calibration must be batches of inputs for {name}; got None.")
-    if not blockwise and not (blocks is None and resume is None):
+    walks = blockwise or getattr(quantizer, "resumable", False)
+    if not walks and not (blocks is None and resume is None):
         option = "resume" if blocks is None else "blocks"
         raise ValueError(f"pack: {option} must be None; {name} does not go block by block.")
     return quantizer
@@ -210,7 +215,8 @@ def _quantized(
     if hasattr(quantizer, "quantize_block"):
         ready = quantize_blockwise(model, layers, formats, calibration, quantizer, **extra)
     else:
-        ready = quantizer.quantize_layers(model, layers, formats, calibration)
+        options = extra if getattr(quantizer, "resumable", False) else {}
+        ready = quantizer.quantize_layers(model, layers, formats, calibration, **options)
     return lambda name: _result(ready[name])
 
 

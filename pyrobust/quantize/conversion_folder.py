@@ -159,7 +159,19 @@ def describe_conversion(
 
 
 def _describe_object(quantizer: Any) -> dict[str, str]:
-    """Class and options; options are the public attributes, as they print."""
-    options = {key: repr(value) for key, value in sorted(vars(quantizer).items()) if key[0] != "_"}
-    kind = type(quantizer)
-    return {"class": f"{kind.__module__}.{kind.__qualname__}", **options}
+    """Class and options; options are the public attributes, as they print.
+
+    Functions count by their names: how they print differs from process to process. A progress bar
+    changes no result.
+    """
+    public = {k: v for k, v in sorted(vars(quantizer).items()) if k[0] != "_" and k != "progress"}
+    options = {key: _described(value) for key, value in public.items()}
+    return {"class": _qualified(type(quantizer)), **options}
+
+
+def _described(value: Any) -> str:
+    return _qualified(value) if hasattr(value, "__qualname__") else repr(value)
+
+
+def _qualified(value: Any) -> str:
+    return f"{value.__module__}.{value.__qualname__}"

@@ -15,7 +15,8 @@ outliers, these columns are kept whole, which stores one index a column instead 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from pyrobust._checks import check_choice, check_finite, check_integer, check_unit
+from pyrobust.quantize.calibration import Call
+from pyrobust.quantize.calibration_block import Quantized
+from pyrobust.quantize.conversion_folder import ConversionFolder, describe_conversion
+from pyrobust.quantize.layer_groups import group_layers, longest_list
 from pyrobust.quantize.outliers import (
     OUTLIER_BITS,
     largest,
@@ -83,27 +88,66 @@ class GWQ:
         if self.layers_at_once is not None:
             check_integer("GWQ", "layers_at_once", self.layers_at_once, 1)
 
+    resumable = True
+
     def quantize_layers(
         self,
         model: nn.Module,
         layers: Mapping[str, nn.Module],
         formats: Mapping[str, Mapping[str, Any]],
         calibration: Iterable[Any] | Tensor | None,
-    ) -> dict[str, QTensor]:
-        """Packed weights by the names of the layers; see ``pyrobust.pack``."""
+        *,
+        blocks: str | Sequence[str] | None = None,
+        resume: str | os.PathLike[str] | None = None,
+        progress: bool = False,
+    ) -> dict[str, Quantized]:
+        """Packed weights by the names of the layers; see ``pyrobust.pack``.
+
+        With ``blocks`` or ``resume`` the layers are scored block by block, each in a sweep of its
+        own over the data: scores of one block are in memory, and finished blocks are kept in the
+        folder. With ``ranking="global"`` the folder is filled once all layers are scored.
+        """
         for name in layers:
             check_choice(f"GWQ: '{name}'", "bits", formats[name]["bits"], OUTLIER_BITS)
+        own = replace(self, progress=self.progress or progress)
+        batches = _batches(calibration)
+        together = self.ranking == "global" or (blocks is None and resume is None)
+        groups = [list(layers)] if together else group_layers("pack", model, layers, blocks)
+        folder = None
+        if resume is not None:
+            described = describe_conversion(self, layers, formats, _as_calls(batches))
+            folder = ConversionFolder("pack", resume, described)
+        results: dict[str, Quantized] = {}
+        for index, names in enumerate(groups):
+            made = None if folder is None else folder.load(index)
+            if made is None:
+                made = own._one_group(model, {n: layers[n] for n in names}, formats, batches)
+                if folder is not None:
+                    folder.save(index, made)
+            results |= made
+        return results
+
+    def _one_group(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        formats: Mapping[str, Mapping[str, Any]],
+        batches: list[Any] | None,
+    ) -> dict[str, Quantized]:
         weights = {name: _weight(layer) for name, layer in layers.items()}
         scored = {n: w for n, w in weights.items() if not isinstance(layers[n], nn.Embedding)}
-        kept = self._outliers(model, scored, formats, calibration)
-        return {name: self._pack(w, kept.get(name), formats[name]) for name, w in weights.items()}
+        kept = self._outliers(model, scored, formats, batches)
+        return {
+            name: Quantized(self._pack(weight, kept.get(name), formats[name]))
+            for name, weight in weights.items()
+        }
 
     def _outliers(
         self,
         model: nn.Module,
         weights: Mapping[str, Tensor],
         formats: Mapping[str, Mapping[str, Any]],
-        calibration: Iterable[Any] | Tensor | None,
+        batches: list[Any] | None,
     ) -> dict[str, Tensor]:
         """Flat positions of the weights to keep, by layer; no score outlives its layer."""
         if self.outlier_fraction == 0 or not weights:
@@ -125,7 +169,7 @@ class GWQ:
 
         best: dict[str, tuple[Tensor, Tensor]] = sensitivity(
             model,
-            calibration,
+            batches,
             self.score,
             layers=list(weights),
             loss=self.loss,
@@ -164,6 +208,8 @@ def gwq_quantize(
     activations: str | None = None,
     layers: Iterable[str] | None = None,
     loss: Callable[[nn.Module, Any], Tensor] = prediction_loss,
+    blocks: str | Sequence[str] | None = None,
+    resume: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> nn.Module:
     """GWQ as published: the linear layers of the blocks packed, embeddings and head in float.
@@ -182,6 +228,8 @@ def gwq_quantize(
         layers: names of the ``torch.nn.Linear`` layers to pack; None takes those inside the longest
             ``ModuleList`` of the model that holds any, or all of them where there is none.
         loss: ``loss(model, batch)`` is a scalar.
+        blocks: as for :func:`pyrobust.pack`: scores are collected block by block.
+        resume: as for :func:`pyrobust.pack`.
         progress: show progress bars.
 
     Returns:
@@ -206,6 +254,8 @@ def gwq_quantize(
         bits_for=lambda name, _: bits if name in chosen else None,
         quantizer=quantizer,
         calibration=calibration,
+        blocks=blocks,
+        resume=resume,
         progress=progress,
     )
     _store_compactly(packed, quantizer.made)
@@ -242,19 +292,16 @@ def _store_compactly(packed: nn.Module, made: Mapping[str, QTensor]) -> None:
 class _Recording:
     """A quantizer that remembers what it made."""
 
+    resumable = True
+
     def __init__(self, quantizer: GWQ) -> None:
         self.quantizer = quantizer
         self.made: dict[str, QTensor] = {}
 
-    def quantize_layers(
-        self,
-        model: nn.Module,
-        layers: Mapping[str, nn.Module],
-        formats: Mapping[str, Mapping[str, Any]],
-        calibration: Any,
-    ) -> dict[str, QTensor]:
-        self.made = self.quantizer.quantize_layers(model, layers, formats, calibration)
-        return self.made
+    def quantize_layers(self, *args: Any, **options: Any) -> dict[str, Quantized]:
+        results = self.quantizer.quantize_layers(*args, **options)
+        self.made = {name: result.qtensor for name, result in results.items()}
+        return results
 
 
 def _chosen_layers(model: nn.Module, layers: Iterable[str] | None) -> set[str]:
@@ -269,12 +316,28 @@ def _chosen_layers(model: nn.Module, layers: Iterable[str] | None) -> set[str]:
                 f"{unknown[0]!r}."
             )
         return chosen
-    lists = {name: len(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
-    for block in sorted(lists, key=lambda name: -lists[name]):
-        inside = {name for name in linear if name.startswith(f"{block}.")}
-        if inside:
-            return inside
-    return set(linear)
+    inside = longest_list(model, linear)
+    return set(linear) if inside is None else {n for n in linear if n.startswith(f"{inside}.")}
+
+
+def _batches(calibration: Iterable[Any] | Tensor | None) -> list[Any] | None:
+    """The data as a list that can be gone over again; a tensor row by row."""
+    if calibration is None:
+        return None
+    if isinstance(calibration, Tensor):
+        return list(calibration.split(1)) if calibration.numel() else []
+    return list(calibration)
+
+
+def _as_calls(batches: list[Any] | None) -> list[Call]:
+    """The same for checksums."""
+    calls = []
+    for batch in batches or []:
+        if isinstance(batch, Mapping):
+            calls.append(Call((), dict(batch)))
+        else:
+            calls.append(Call(tuple(batch) if isinstance(batch, (tuple, list)) else (batch,), {}))
+    return calls
 
 
 def _weight(layer: nn.Module) -> Tensor:

@@ -11,6 +11,7 @@ layer-wise Hessians, LeCun et al., "Optimal Brain Damage", NeurIPS 1989.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -125,11 +126,7 @@ def sensitivity(
     if kind == "magnitude":
         results = {name: finish(name, w.detach().float().abs()) for name, w in weights.items()}
     elif kind == "random":
-        generator = torch.Generator().manual_seed(seed)
-        results = {
-            name: finish(name, torch.rand(w.shape, generator=generator).to(w.device))
-            for name, w in weights.items()
-        }
+        results = {name: finish(name, _random(name, w, seed)) for name, w in weights.items()}
     else:
         check_eval_mode("sensitivity", model)
         items = _as_list(batches)
@@ -187,6 +184,12 @@ def _finite_loss(model: nn.Module, batch: Any, loss: Loss, number: int) -> Tenso
             f"sensitivity: loss must be finite; it is {float(value.detach())} on batch {number}."
         )
     return value
+
+
+def _random(name: str, weight: Tensor, seed: int) -> Tensor:
+    """Of each layer by itself, so that it does not matter which others are scored with it."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
+    return torch.rand(weight.shape, generator=generator).to(weight.device)
 
 
 def _missing(names: list[str]) -> ValueError:
