@@ -1,9 +1,13 @@
 """Passes over the weights: task vectors, plain and packed, against a copy; spectra in batches.
 
 python -m pytest bench/test_weight_passes.py --benchmark-only
+python -m pytest bench/test_weight_passes.py -s -k ratios
 """
 
 from __future__ import annotations
+
+import time
+from functools import partial
 
 import pytest
 import torch
@@ -42,16 +46,61 @@ def test_apply(benchmark, model, vector):
     benchmark(vector.apply_to, model, 1e-6)
 
 
+PACKED = [("linear", bits) for bits in (1, 1.58, 2, 3, 4, 8)]
+PACKED += [(scheme, bits) for scheme in ("log", "tanh") for bits in (4, 8)]
+
+
 @pytest.mark.benchmark(group="16.8 million weights")
-@pytest.mark.parametrize("scheme", ["linear", "tanh"])
-@pytest.mark.parametrize("bits", [4, 8])
-def test_patch_packed(benchmark, model, vector, bits, scheme):
-    """Put on only; taking off is outside the clock."""
-    packed = quantize_delta(vector, bits, scheme)
-    patcher = Patcher(model)
+@pytest.mark.parametrize(("scheme", "bits"), PACKED)
+def test_apply_packed(benchmark, model, vector, scheme, bits):
+    """Codes decoded and added in one pass."""
+    benchmark(quantize_delta(vector, bits, scheme).apply_to, model, 1e-6)
+
+
+@pytest.mark.benchmark(group="16.8 million weights")
+def test_patch_packed(benchmark, model, vector):
+    """Put on by a patcher, which saves the originals first; taking off is outside the clock."""
+    packed, patcher = quantize_delta(vector, 4), Patcher(model)
     benchmark.pedantic(
-        patcher.apply, (packed, 1.0, "one"), teardown=lambda *_: patcher.clear(), rounds=5
+        patcher.apply,
+        (packed, 1e-6, "one"),
+        teardown=lambda *_: patcher.remove("one"),
+        rounds=9,
+        warmup_rounds=1,
     )
+
+
+def test_ratios_to_a_copy(model, vector):
+    """Least times of interleaved runs over that of a copy of the same weights, printed."""
+    targets = [value.detach() for value in model.parameters()]
+    sources = [value.clone() for value in targets]
+
+    def copy():
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)
+
+    def patch(patcher, packed):
+        patcher.apply(packed, 1e-6, "one")
+
+    jobs = {"float": lambda: vector.apply_to(model, 1e-6)}
+    for scheme, bits in PACKED:
+        packed = quantize_delta(vector, bits, scheme)
+        jobs[f"{scheme}, {bits} bits"] = partial(packed.apply_to, model, 1e-6)
+    patcher, four = Patcher(model), quantize_delta(vector, 4)
+    jobs["patcher, linear, 4 bits"] = partial(patch, patcher, four)
+    times = {name: [] for name in ("copy", *jobs)}
+    for _ in range(9):
+        for name, job in jobs.items():
+            for label, timed in (("copy", copy), (name, job)):
+                start = time.perf_counter()
+                timed()
+                times[label].append(time.perf_counter() - start)
+            if patcher.active:
+                patcher.remove("one")
+    least = min(times["copy"])
+    print(f"\ncopy of {sum(t.numel() for t in targets)} weights: {1e3 * least:.1f} ms")
+    for name in jobs:
+        print(f"{name:24} {min(times[name]) / least:5.2f} copies")
 
 
 @pytest.mark.benchmark(group="spectra of 512 x 2048, 100 windows")

@@ -93,6 +93,22 @@ def dequantize(
     first_row: int,
     num_threads: int,
 ) -> None: ...
+def add_dequantized(
+    target: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    alpha: float,
+    in_features: int,
+    levels: int,
+    group_size: int,
+    group_dim: int,
+    extras: tuple[Tensor | None, ...] | None,
+    num_threads: int,
+) -> None: ...
+def add_levels(
+    target: Tensor, codes: Tensor, levels: Tensor, alpha: float, num_threads: int
+) -> None: ...
 def gather_rows(
     indices: Tensor,
     codes: Tensor,

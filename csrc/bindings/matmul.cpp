@@ -66,6 +66,35 @@ void gather_rows(py::handle indices_, py::handle codes, py::handle scale, py::ha
                       num_threads);
 }
 
+void add_dequantized(py::handle target_, py::handle codes, py::handle scale, py::handle zero,
+                     float alpha, int64_t in_features, int levels, int64_t group_size,
+                     int group_dim, py::handle extras, int num_threads) {
+  const matmul::PackedMatrix weight =
+      packed_matrix(view(codes, "codes"), view(scale, "scale"), view_optional(zero, "zero"),
+                    in_features, levels, group_size, group_dim, extras);
+  const TensorView target = view(target_, "target");
+  target.require_dtype(DType::kFloat32).require_ndim(2);
+  target.require_size(0, weight.rows).require_size(1, in_features);
+  py::gil_scoped_release release;
+  matmul::add_dequantized(weight, alpha, target.as<float>(), num_threads);
+}
+
+void add_levels(py::handle target_, py::handle codes_, py::handle table_, float alpha,
+                int num_threads) {
+  const TensorView target = view(target_, "target"), codes = view(codes_, "codes");
+  const TensorView table = view(table_, "levels");
+  target.require_dtype(DType::kFloat32).require_ndim(2);
+  table.require_dtype(DType::kFloat32).require_ndim(1);
+  const auto levels = static_cast<int>(table.shape[0]);
+  check(code_bits(levels) >= 0, "levels must hold 2, 3, 4, 8, 16 or 256 values; got ", levels, ".");
+  codes.require_dtype(DType::kUInt8).require_ndim(2).require_size(0, target.shape[0]);
+  codes.require_size(1, packed_row_bytes(target.shape[1], levels));
+  const matmul::LevelCodes packed{codes.as<const uint8_t>(), target.shape[0], target.shape[1],
+                                  levels};
+  py::gil_scoped_release release;
+  matmul::add_levels(packed, table.as<const float>(), alpha, target.as<float>(), num_threads);
+}
+
 struct ComplexViews {
   TensorView real, imag, codes;
   matmul::ComplexProblem problem;
@@ -149,6 +178,8 @@ void bind_matmul(py::module_& m) {
   m.def("packed_linear", &packed_linear);
   m.def("dequantize", &dequantize);
   m.def("gather_rows", &gather_rows);
+  m.def("add_dequantized", &add_dequantized);
+  m.def("add_levels", &add_levels);
   m.def("complex_sums", &complex_sums);
   m.def("complex_linear", &complex_linear);
   m.def("unpack_codes", &unpack_codes);

@@ -3,6 +3,7 @@
 // code of avx2_paths.h, compiled with these wider flags.
 #include "matmul/avx2_paths.h"
 #include "matmul/avx512_int8.h"
+#include "matmul/avx512_rows.h"
 
 namespace pyrobust::matmul {
 namespace {
@@ -90,9 +91,18 @@ void wide_multiply(const PackedMatrix& w, Mode mode, const Block& block, int64_t
   }
 }
 
-constexpr MatmulKernels kKernels = {
-    wide_prepared_bytes, wide_scratch_bytes, wide_prepare,  wide_multiply,    nullptr,
-    sparse_prepare,      sparse_multiply,    complex_order, complex_multiply, kWideTiles * kLanes};
+constexpr MatmulKernels kKernels = {wide_prepared_bytes,
+                                    wide_scratch_bytes,
+                                    wide_prepare,
+                                    wide_multiply,
+                                    decode_span<Avx512Codes>,
+                                    add_span<Avx512Codes>,
+                                    add_levels_span<Avx512Codes>,
+                                    sparse_prepare,
+                                    sparse_multiply,
+                                    complex_order,
+                                    complex_multiply,
+                                    kWideTiles * kLanes};
 
 }  // namespace
 

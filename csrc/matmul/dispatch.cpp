@@ -136,19 +136,61 @@ void packed_linear(const Activations& x, const PackedMatrix& weight, RowRange ra
   }
 }
 
+namespace {
+
+// Calls body(n, begin, end) for the spans of rows [first, first + count), split over threads; a
+// thread's share may begin inside a row.
+template <typename Body>
+void for_spans(int64_t first, int64_t count, int64_t cols, int num_threads, const Body& body) {
+  const int64_t spans = ceil_div(cols, kSpan);
+  const int64_t work = 8 * std::min(cols, kSpan);
+  parallel_for(count * spans, grain_rows(work), 1, num_threads, [&](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; ++i) {
+      const int64_t begin = i % spans * kSpan;
+      body(first + i / spans, begin, std::min(cols, begin + kSpan));
+    }
+  });
+}
+
+}  // namespace
+
 void dequantize(const PackedMatrix& weight, RowRange range, float* out, int num_threads) {
   check_weight(weight);
   check_range(weight, range);
-  parallel_for(range.end - range.begin, grain_rows(8 * weight.cols), 1, num_threads,
-               [&](int64_t begin, int64_t end) {
-                 dequantize_rows(weight, range.begin + begin, range.begin + end,
-                                 out + begin * weight.cols);
-               });
+  const MatmulKernels& kernels = kernels_with(&MatmulKernels::decode);
+  for_spans(range.begin, range.end - range.begin, weight.cols, num_threads,
+            [&](int64_t n, int64_t begin, int64_t end) {
+              kernels.decode(weight, n, begin, end, out + (n - range.begin) * weight.cols + begin);
+            });
+}
+
+void add_dequantized(const PackedMatrix& weight, float alpha, float* target, int num_threads) {
+  check_weight(weight);
+  const MatmulKernels& kernels = kernels_with(&MatmulKernels::add);
+  for_spans(0, weight.rows, weight.cols, num_threads, [&](int64_t n, int64_t begin, int64_t end) {
+    kernels.add(weight, n, begin, end, alpha, target + n * weight.cols + begin);
+  });
+}
+
+void add_levels(const LevelCodes& codes, const float* table, float alpha, float* target,
+                int num_threads) {
+  check_format(codes.levels, codes.rows, codes.cols);
+  float scaled[256];
+  for (int i = 0; i < codes.levels; ++i) scaled[i] = alpha * table[i];
+  const MatmulKernels& kernels = kernels_with(&MatmulKernels::add_levels);
+  for_spans(0, codes.rows, codes.cols, num_threads, [&](int64_t n, int64_t begin, int64_t end) {
+    kernels.add_levels(codes, scaled, n, begin, end, target + n * codes.cols + begin);
+  });
 }
 
 void dequantize_rows(const PackedMatrix& weight, int64_t begin, int64_t end, float* out) {
-  kernels_with(&MatmulKernels::dequantize)
-      .dequantize(weight, begin, end, out - begin * weight.cols);
+  const MatmulKernels& kernels = kernels_with(&MatmulKernels::decode);
+  for (int64_t n = begin; n < end; ++n) {
+    for (int64_t k = 0; k < weight.cols; k += kSpan) {
+      const int64_t stop = std::min(weight.cols, k + kSpan);
+      kernels.decode(weight, n, k, stop, out + (n - begin) * weight.cols + k);
+    }
+  }
 }
 
 void gather_rows(const PackedMatrix& weight, const int64_t* indices, int64_t count, float* out,
@@ -158,11 +200,9 @@ void gather_rows(const PackedMatrix& weight, const int64_t* indices, int64_t cou
     check(indices[i] >= 0 && indices[i] < weight.rows, "indices must lie in [0, ", weight.rows,
           "); got ", indices[i], ".");
   }
-  const MatmulKernels& kernels = kernels_with(&MatmulKernels::dequantize);
   parallel_for(count, grain_rows(8 * weight.cols), 1, num_threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t n = indices[i];
-      kernels.dequantize(weight, n, n + 1, out + (i - n) * weight.cols);
+      dequantize_rows(weight, indices[i], indices[i] + 1, out + i * weight.cols);
     }
   });
 }

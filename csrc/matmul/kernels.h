@@ -18,6 +18,10 @@ constexpr int64_t kMaxBlockRows = 256;
 // Longest int32 sum: 65536 * 127 * 255 < 2^31.
 constexpr int64_t kMaxIntegerRun = 65536;
 
+// Columns decoded at once: codes of every format then begin on a byte border, and codes and floats
+// stay in the first-level cache.
+constexpr int64_t kSpan = 1280;
+
 // One block of prepared activations. `data` is laid out by the same set's `prepare`.
 struct Block {
   const void* data = nullptr;
@@ -50,8 +54,15 @@ struct MatmulKernels {
   // Writes columns [begin, end) of the output (rows of W) for one block.
   void (*multiply)(const PackedMatrix& weight, Mode mode, const Block& block, int64_t begin,
                    int64_t end, const Output& out, void* scratch);
-  // Writes rows [begin, end) of the exact float weight to out + begin * cols.
-  void (*dequantize)(const PackedMatrix& weight, int64_t begin, int64_t end, float* out);
+  // Columns [begin, end) of row n of the exact float weight: written to `out`, or added to
+  // `target` times `alpha` (the product and the sum each rounded). `begin` is a multiple of kSpan,
+  // `end` at most kSpan further.
+  void (*decode)(const PackedMatrix& weight, int64_t n, int64_t begin, int64_t end, float* out);
+  void (*add)(const PackedMatrix& weight, int64_t n, int64_t begin, int64_t end, float alpha,
+              float* target);
+  // target[k] += table[code of column begin + k], in the same spans.
+  void (*add_levels)(const LevelCodes& codes, const float* table, int64_t n, int64_t begin,
+                     int64_t end, float* target);
   // The block as the remainder wants it: floats (cols, rows), rounded values in int8 mode. One row
   // of scratch.
   void (*sparse_prepare)(Mode mode, const Activations& x, int64_t cols, int64_t first, int64_t rows,

@@ -120,7 +120,23 @@ void packed_linear(const Activations& x, const PackedMatrix& weight, RowRange ro
 // out: (rows.end - rows.begin, cols), those rows of the exact weight.
 void dequantize(const PackedMatrix& weight, RowRange rows, float* out, int num_threads);
 
-// The same on the calling thread and without checks: for kernels that decode block by block.
+// target (rows, cols) += alpha * weight, the product and the sum each rounded to float32, in one
+// pass over `target`; the decoded weight never lies in memory. Equal bits on every instruction set.
+void add_dequantized(const PackedMatrix& weight, float alpha, float* target, int num_threads);
+
+// Codes that index a table of floats instead of standing for integers.
+struct LevelCodes {
+  const uint8_t* codes = nullptr;  // (rows, packed_row_bytes(cols)), the canonical layout
+  int64_t rows = 0;
+  int64_t cols = 0;
+  int levels = 16;
+};
+
+// target (rows, cols) += alpha * table[code], table (levels), rounded as add_dequantized.
+void add_levels(const LevelCodes& codes, const float* table, float alpha, float* target,
+                int num_threads);
+
+// dequantize on the calling thread and without checks: for kernels that decode block by block.
 void dequantize_rows(const PackedMatrix& weight, int64_t begin, int64_t end, float* out);
 
 // Rows `indices` of it, each in [0, rows): out (count, cols).

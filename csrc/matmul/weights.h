@@ -87,20 +87,6 @@ PYROBUST_HD void remainder_range(const PackedMatrix& w, int64_t n, int64_t* begi
   *end = s.offsets[n + 1] > s.count ? s.count : s.offsets[n + 1];
 }
 
-// The rest of the exact weight, onto float_row().
-PYROBUST_HD void complete_row(const PackedMatrix& w, int64_t n, float* out) {
-  if (w.row_scale != nullptr) {
-    for (int64_t k = 0; k < w.cols; ++k) out[k] *= w.row_scale[n];
-  }
-  if (w.remainder.offsets == nullptr) return;
-  int64_t begin, end;
-  remainder_range(w, n, &begin, &end);
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t k = w.remainder.columns[i];
-    if (k >= 0 && k < w.cols) out[k] += load_float(w.remainder.values, i, w.remainder.type);
-  }
-}
-
 // Writes one result: `total` is the dense sum without the row scale.
 PYROBUST_HD void store_result(const Output& out, int64_t m, int64_t n, double total, double step) {
   if (out.row_scale != nullptr) total *= out.row_scale[n];

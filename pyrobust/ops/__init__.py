@@ -1,5 +1,6 @@
 """The three kernel families as torch operators."""
 
+from pyrobust.ops.add_packed import add_dequantized_, add_levels_
 from pyrobust.ops.complex_matmul import complex_2bit_matmul, complex_2bit_sums
 from pyrobust.ops.grid import grid_samples
 from pyrobust.ops.interval import (
@@ -18,6 +19,8 @@ from pyrobust.ops.votes import count_votes
 
 __all__ = [
     "WeightExtras",
+    "add_dequantized_",
+    "add_levels_",
     "complex_2bit_matmul",
     "complex_2bit_sums",
     "count_votes",

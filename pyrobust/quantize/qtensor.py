@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyrobust._checks import check_choice, check_finite, check_integer, check_shape
+from pyrobust.ops.add_packed import add_dequantized_
 from pyrobust.ops.formats import (
     check_bits,
     code_multiplier,
@@ -282,6 +283,30 @@ class QTensor:
             group_dim=self.group_dim,
             extras=self.extras,
         ).to(dtype)
+
+    def add_to_(self, target: Tensor, alpha: float = 1.0) -> Tensor:
+        """``target += alpha * weight`` in place and in one pass.
+
+        Args:
+            target: ``(rows, cols)`` float32, contiguous, on the CPU.
+            alpha: finite factor.
+
+        Raises:
+            TypeError: ``target`` is not float32.
+            ValueError: it has another shape, is not contiguous or not on the CPU.
+        """
+        return add_dequantized_(
+            target,
+            self.codes,
+            self.scale,
+            self.zero,
+            in_features=self.shape[1],
+            bits=self.bits,
+            group_size=self.group_size,
+            group_dim=self.group_dim,
+            extras=self.extras,
+            alpha=alpha,
+        )
 
     @property
     def dim(self) -> str:

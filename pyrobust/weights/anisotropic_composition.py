@@ -289,7 +289,7 @@ def _blocks(
     for vector in task_vectors[1:]:
         check_names(_SUBJECT, first, vector)
     for vector in task_vectors:
-        find_targets(_SUBJECT, base, vector)
+        find_targets(_SUBJECT, base, vector.shapes)
         check_state_finite(_SUBJECT, vector)
     check_no_ties(_SUBJECT, base)
     state = base.state_dict()

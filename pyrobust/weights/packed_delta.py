@@ -18,14 +18,15 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
-from pyrobust._checks import check_choice, check_integer
+from pyrobust._checks import check_choice, check_finite, check_integer, check_shape
 from pyrobust._safetensors import write_safetensors
+from pyrobust.ops.add_packed import add_levels_, can_add_in_place
 from pyrobust.ops.matmul import pack_codes, unpack_codes
 from pyrobust.quantize.qtensor import QTensor
 from pyrobust.quantize.round_to_nearest import round_to_nearest
-from pyrobust.weights.task_vector import TaskVector
+from pyrobust.weights.task_vector import TaskVector, check_base, find_targets
 
 __all__ = ["PackedDelta", "quantize_delta"]
 
@@ -45,6 +46,13 @@ class _Codebook:
         codes = unpack_codes(self.codes, in_features=self.length, bits=self.bits)
         return self.levels[codes.long()]
 
+    def add_to_(self, target: Tensor, alpha: float) -> Tensor:
+        return add_levels_(target, self.codes, self.levels, bits=self.bits, alpha=alpha)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return 1, self.length
+
     @property
     def nbytes(self) -> int:
         return self.codes.numel() + self.levels.numel() * self.levels.element_size()
@@ -53,8 +61,8 @@ class _Codebook:
 class PackedDelta(Mapping[str, Tensor]):
     """A packed task vector; ``packed[name]`` unpacks one tensor to float32.
 
-    Made by :func:`quantize_delta`; :class:`Patcher` applies it tensor by tensor, so that no more
-    than one tensor is unpacked at a time.
+    Made by :func:`quantize_delta`. It is added to float32 weights on the CPU in one pass over them,
+    decoded on the way; elsewhere one tensor at a time is unpacked first.
     """
 
     def __init__(
@@ -75,6 +83,41 @@ class PackedDelta(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._parts)
+
+    def add_to_(self, name: str, target: Tensor, scale: float = 1.0) -> None:
+        """Add ``scale`` times the tensor ``name`` to ``target`` in place.
+
+        Raises:
+            KeyError: there is no such tensor.
+            ValueError: ``target`` has another shape.
+        """
+        part = self._parts[name]
+        check_shape("PackedDelta.add_to_", "target", target, self.shapes[name])
+        if can_add_in_place(target):
+            part.add_to_(target.detach().view(part.shape), scale)
+        else:
+            target.add_(self[name].to(target.device, target.dtype), alpha=scale)
+
+    def apply_to(self, module: nn.Module, scale: float = 1.0) -> nn.Module:
+        """Add ``scale`` times the vector to ``module`` in place, as :meth:`TaskVector.apply_to`.
+
+        Use :class:`Patcher` where the change must be undone exactly.
+
+        Raises:
+            TypeError: a tensor of the model is not floating point.
+            ValueError: a tensor is missing or has another shape, weights are tied, or ``scale`` is
+                not finite.
+        """
+        subject = "PackedDelta.apply_to"
+        check_finite(subject, "scale", torch.tensor(float(scale)))
+        with torch.no_grad():
+            for name, target in find_targets(subject, module, self.shapes).items():
+                self.add_to_(name, target, scale)
+        return module
+
+    def check_base(self, state: Mapping[str, Tensor]) -> None:
+        """Raise ValueError unless ``state`` is, to the bit, the base of this vector."""
+        check_base("PackedDelta", self, self.base_checksum, state)
 
     @property
     def nbytes(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from types import TracebackType
 
 import torch
@@ -24,6 +24,9 @@ class Patcher:
     patches remain are added to the saved values again, in the order they were applied. Leaving the
     ``with`` block takes all patches off, after an exception too.
 
+    Memory for the originals is kept from :meth:`remove` to the next :meth:`apply`, since getting it
+    from the system costs several times as much as filling it; :meth:`clear` gives it back.
+
     Args:
         model: patched in place; do not train it while patches are on.
 
@@ -40,6 +43,7 @@ class Patcher:
         self.model = model
         self._patches: dict[str, tuple[Delta, float]] = {}
         self._originals: dict[str, Tensor] = {}
+        self._spare: dict[str, Tensor] = {}
 
     @property
     def active(self) -> tuple[str, ...]:
@@ -55,6 +59,7 @@ class Patcher:
             name: for :meth:`remove`; None numbers the patch.
 
         Raises:
+            TypeError: a tensor of the model is not floating point.
             ValueError: the name is taken, a tensor is missing or has another shape, weights are
                 tied, or a value is not finite.
         """
@@ -62,19 +67,18 @@ class Patcher:
         if name in self._patches:
             raise ValueError(f"Patcher.apply: name must be new; '{name}' is on already.")
         check_finite("Patcher.apply", "scale", torch.tensor(float(scale)))
-        shapes = delta.shapes if isinstance(delta, PackedDelta) else None
-        stand_ins = delta if shapes is None else {n: torch.empty(s) for n, s in shapes.items()}
-        targets = find_targets("Patcher.apply", self.model, stand_ins)
-        new = [n for n in targets if n not in self._originals]
-        for n in new:
-            self._originals[n] = targets[n].detach().clone()
+        targets = find_targets("Patcher.apply", self.model, delta.shapes)
+        saved: list[str] = []
         try:
             with torch.no_grad():
-                for tensor, target in targets.items():
-                    _add(target, delta[tensor], scale)
+                for tensor, target in targets.items():  # tensor by tensor: it is still in the cache
+                    if tensor not in self._originals:
+                        self._originals[tensor] = self._copy(tensor, target.detach())
+                        saved.append(tensor)
+                    _add(delta, tensor, target, scale)
         except BaseException:
-            self._rebuild(targets)
-            for n in new:
+            self._rebuild([n for n in targets if n in self._originals])
+            for n in saved:
                 del self._originals[n]
             raise
         self._patches[name] = (delta, scale)
@@ -92,14 +96,14 @@ class Patcher:
         kept = {n for other, _ in self._patches.values() for n in other}
         for tensor in delta:
             if tensor not in kept:
-                del self._originals[tensor]
+                self._spare[tensor] = self._originals.pop(tensor)
 
     def clear(self) -> None:
-        """Take all patches off."""
-        touched = dict(self._originals)
+        """Take all patches off, and give the memory of the originals back."""
         self._patches.clear()
-        self._rebuild(touched)
+        self._rebuild(self._originals)
         self._originals.clear()
+        self._spare.clear()
 
     def __enter__(self) -> Patcher:
         return self
@@ -112,14 +116,20 @@ class Patcher:
     ) -> None:
         self.clear()
 
-    def _rebuild(self, tensors: Mapping[str, Tensor]) -> None:
+    def _copy(self, name: str, value: Tensor) -> Tensor:
+        spare = self._spare.pop(name, None)
+        if spare is None or (spare.dtype, spare.device) != (value.dtype, value.device):
+            return value.clone()
+        return spare.copy_(value)
+
+    def _rebuild(self, tensors: Iterable[str]) -> None:
         state = self.model.state_dict(keep_vars=True)
         with torch.no_grad():
             for tensor in tensors:
                 state[tensor].copy_(self._originals[tensor])
                 for delta, scale in self._patches.values():
                     if tensor in delta:
-                        _add(state[tensor], delta[tensor], scale)
+                        _add(delta, tensor, state[tensor], scale)
 
     def _free_name(self) -> str:
         number = len(self._patches)
@@ -128,6 +138,10 @@ class Patcher:
         return f"patch{number}"
 
 
-def _add(target: Tensor, value: Tensor, scale: float) -> None:
-    if scale != 0:
-        target.add_(value.to(target.device, target.dtype), alpha=scale)
+def _add(delta: Delta, name: str, target: Tensor, scale: float) -> None:
+    if scale == 0:
+        return
+    if isinstance(delta, PackedDelta):
+        delta.add_to_(name, target, scale)
+    else:
+        target.add_(delta[name].to(target.device, target.dtype), alpha=scale)

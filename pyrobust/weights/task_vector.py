@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pyrobust._safetensors import write_safetensors
 from pyrobust.weights._state import check_names, check_no_ties, check_same_state, check_state_finite
 from pyrobust.weights._state import shorten as _shorten
 
@@ -145,6 +145,11 @@ class TaskVector(Mapping[str, Tensor]):
     def __neg__(self) -> TaskVector:
         return self._map(lambda _, value: -value)
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors by name."""
+        return {name: tuple(value.shape) for name, value in self._deltas.items()}
+
     def select(self, names: Iterable[str]) -> TaskVector:
         """Only the named tensors.
 
@@ -199,9 +204,10 @@ class TaskVector(Mapping[str, Tensor]):
             ``module``.
 
         Raises:
+            TypeError: a tensor of the model is not floating point.
             ValueError: a tensor is missing or has another shape, or weights are tied.
         """
-        targets = find_targets("TaskVector.apply_to", module, self)
+        targets = find_targets("TaskVector.apply_to", module, self.shapes)
         if isinstance(scale, Mapping):
             check_names("TaskVector.apply_to", self, scale)
         with torch.no_grad():
@@ -213,18 +219,12 @@ class TaskVector(Mapping[str, Tensor]):
 
     def check_base(self, state: Mapping[str, Tensor]) -> None:
         """Raise ValueError unless ``state`` is, to the bit, the base of this vector."""
-        missing = [name for name in self if name not in state]
-        if missing:
-            raise ValueError(
-                f"TaskVector: the base must hold all names; missing {_shorten(missing)}."
-            )
-        if self.base_checksum is not None and state_checksum(state, self) != self.base_checksum:
-            raise ValueError("TaskVector: the state is not the base of this vector; bytes differ.")
+        check_base("TaskVector", self, self.base_checksum, state)
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file, with the checksum of the base."""
+        """Write a safetensors file, whole or not at all, with the checksum of the base."""
         metadata = {"format": _FORMAT, "base_checksum": self.base_checksum or ""}
-        save_file({n: v.contiguous() for n, v in self.items()}, str(path), metadata)
+        write_safetensors(path, dict(self.items()), metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> TaskVector:
@@ -239,19 +239,40 @@ WeightDelta = TaskVector
 """The same type under the name that robust weight signatures use."""
 
 
-def find_targets(subject: str, module: nn.Module, names: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def check_base(
+    subject: str, names: Iterable[str], base_checksum: str | None, state: Mapping[str, Tensor]
+) -> None:
+    """Raise ValueError unless the named tensors of ``state`` have the checksum, where there is one.
+
+    Wrong bases are not refused on every application: a signature is made for descendants of its
+    base, whose bytes differ.
+    """
+    missing = [name for name in names if name not in state]
+    if missing:
+        raise ValueError(f"{subject}: the base must hold all names; missing {_shorten(missing)}.")
+    if base_checksum is not None and state_checksum(state, names) != base_checksum:
+        raise ValueError(f"{subject}: the state is not the base of this vector; bytes differ.")
+
+
+def find_targets(
+    subject: str, module: nn.Module, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Tensor]:
     """The tensors of ``module`` that a vector changes; raises where one is missing or differs."""
     check_no_ties(subject, module)
     state = module.state_dict(keep_vars=True)
-    missing = [name for name in names if name not in state]
+    missing = [name for name in shapes if name not in state]
     if missing:
         raise ValueError(
             f"{subject}: the model must hold every tensor; missing {_shorten(missing)}."
         )
-    for name, value in names.items():
-        if state[name].shape != value.shape:
+    for name, shape in shapes.items():
+        if tuple(state[name].shape) != shape:
             raise ValueError(
                 f"{subject}: '{name}' must have one shape on both sides; got "
-                f"{tuple(state[name].shape)} and {tuple(value.shape)}."
+                f"{tuple(state[name].shape)} and {shape}."
             )
-    return {name: state[name] for name in names}
+        if not state[name].is_floating_point():
+            raise TypeError(
+                f"{subject}: '{name}' must be floating point in the model; got {state[name].dtype}."
+            )
+    return {name: state[name] for name in shapes}

@@ -135,6 +135,17 @@ def test_dequantize_and_exact_mode(isa, bits, parts, group_dim, shape):
 
 @pytest.mark.parametrize(("bits", "parts"), CASES)
 @pytest.mark.parametrize("group_dim", [0, 1])
+def test_decoding_and_adding_across_spans(isa, bits, parts, group_dim):
+    for cols in (1280, 1281, 2944):  # columns are decoded 1280 at a time
+        packed = random_weight(3, cols, bits, 100, group_dim, parts)
+        weight, target = sum(plain_weight(packed)).float(), torch.randn(3, cols)
+        assert torch.equal(packed.dequantize(), weight)
+        expected = target + torch.tensor(0.37) * weight
+        assert torch.equal(packed.add_to_(target.clone(), 0.37), expected)
+
+
+@pytest.mark.parametrize(("bits", "parts"), CASES)
+@pytest.mark.parametrize("group_dim", [0, 1])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_int8_mode_equals_the_stated_order(isa, bits, parts, group_dim, shape):
     packed = random_weight(*shape[:2], bits, shape[2], group_dim, parts)

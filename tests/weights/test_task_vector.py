@@ -143,6 +143,45 @@ def test_removal_is_exact_in_any_order():
     assert same(before, base.state_dict())
 
 
+@pytest.mark.parametrize("scheme", ["linear", "tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_vector_is_added_in_place(scheme, dtype):
+    base, tuned = pair()
+    packed = quantize_delta(TaskVector.from_modules(base, tuned), 4, scheme)
+    base.to(dtype)[0].weight.data = base[0].weight.to(memory_format=torch.channels_last)
+    before, floats = snapshot(base), packed.unpack()
+    address = base[3].weight.data_ptr()
+    assert packed.apply_to(base, 0.5) is base
+    assert base[3].weight.data_ptr() == address
+    for name, value in base.state_dict().items():
+        if name in packed:
+            expected = before[name] + 0.5 * floats[name].to(dtype)
+            tolerance = 1e-6 if dtype == torch.float32 else 4e-3
+            torch.testing.assert_close(value, expected, rtol=0, atol=tolerance)
+            assert not torch.equal(value, before[name]) or not floats[name].any()
+        else:
+            assert torch.equal(value, before[name])
+
+
+def test_memory_of_originals_is_kept_between_patches_but_not_their_values():
+    base, tuned = pair()
+    vector = TaskVector.from_modules(base, tuned)
+    patcher = Patcher(base)
+    patcher.apply(vector, name="one")
+    patcher.remove("one")
+    with torch.no_grad():
+        base[0].weight.add_(1.0)  # trained in between
+    before = snapshot(base)
+    patcher.apply(vector, name="one")
+    patcher.remove("one")
+    assert same(before, base.state_dict())
+    base.double()
+    before = snapshot(base)
+    patcher.apply(vector, name="one")
+    patcher.clear()
+    assert same(before, base.state_dict())
+
+
 def test_strength_is_linear_and_zero_is_nothing():
     base, tuned = pair()
     vector, before = TaskVector.from_modules(base, tuned), snapshot(base)
@@ -184,6 +223,35 @@ def test_an_exception_in_the_middle_changes_nothing():
     assert same(before, base.state_dict())
 
 
+@pytest.mark.parametrize("place", ["_copy", "add"])
+def test_an_exception_while_saving_or_adding_a_packed_patch_changes_nothing(place, monkeypatch):
+    base, tuned = pair()
+    packed, before = quantize_delta(TaskVector.from_modules(base, tuned), 8), snapshot(base)
+    first = TaskVector.from_modules(base, network())
+    owner, attribute = (Patcher, "_copy") if place == "_copy" else (PackedDelta, "add_to_")
+    whole, calls = getattr(owner, attribute), []
+
+    def failing(self, name, *rest):
+        calls.append(name)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return whole(self, name, *rest)
+
+    patcher = Patcher(base)
+    if place == "add":  # beneath another patch that stays on
+        patcher.apply(first, 0.5, "first")
+    patched = snapshot(base)
+    monkeypatch.setattr(owner, attribute, failing)
+    with pytest.raises(KeyboardInterrupt):
+        patcher.apply(packed)
+    assert len(calls) == 3
+    assert same(patched, base.state_dict())
+    monkeypatch.undo()
+    patcher.apply(packed)
+    patcher.clear()
+    assert same(before, base.state_dict())
+
+
 def _fail_while_patched(model, vector):
     with Patcher(model) as patcher:
         patcher.apply(vector)
@@ -212,6 +280,27 @@ def test_refusals():
         TaskVector.from_modules(tied, tied)
     with pytest.raises(ValueError, match="must not be tied"):
         Patcher(tied).apply(TaskVector.from_deltas({"0.bias": torch.ones(2)}))
+    for delta in (vector, quantize_delta(vector)):
+        delta.check_base(states[0])
+        with pytest.raises(ValueError, match="is not the base"):
+            delta.check_base(states[1])
+        with pytest.raises(ValueError, match=r"missing 0\.bias"):
+            delta.check_base({k: v for k, v in states[0].items() if k != "0.bias"})
+    with pytest.raises(ValueError, match="must hold every tensor"):
+        quantize_delta(vector).apply_to(nn.Linear(64, 3))
+    with pytest.raises(ValueError, match="scale must be finite"):
+        quantize_delta(vector).apply_to(base, float("inf"))
+    wide = nn.Sequential(nn.Conv2d(1, 5, 3), nn.BatchNorm2d(5), nn.Flatten(), nn.Linear(64, 3))
+    for apply in (vector.apply_to, Patcher(wide).apply):
+        with pytest.raises(ValueError, match=r"'0\.weight' must have one shape"):
+            apply(*([wide] if apply == vector.apply_to else [vector]))
+    counted = copy.deepcopy(base)
+    counted[1].running_mean = torch.zeros(4, dtype=torch.int64)
+    step = TaskVector.from_deltas({"1.running_mean": torch.ones(4)})
+    with pytest.raises(TypeError, match=r"'1\.running_mean' must be floating point"):
+        step.apply_to(counted)
+    with pytest.raises(TypeError, match=r"'1\.running_mean' must be floating point"):
+        Patcher(counted).apply(quantize_delta(step))
     patcher = Patcher(base)
     patcher.apply(vector, name="one")
     with pytest.raises(ValueError, match="must be new"):

@@ -1,0 +1,142 @@
+"""A packed vector added to a tensor in place, in one pass: decoded weights never lie in memory.
+
+The contract is ``csrc/matmul/matmul.h``: ``target += alpha * weight`` with the product and the sum
+each rounded to float32, so that the result has the same bits on every instruction set.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyrobust import _native
+from pyrobust._checks import check_finite, check_shape
+from pyrobust.ops.formats import check_bits, levels_of, row_bytes
+from pyrobust.ops.packed_weight import (
+    NO_EXTRAS,
+    WeightExtras,
+    check_bytes,
+    check_weight,
+    native_extras,
+)
+
+__all__ = ["add_dequantized_", "add_levels_", "can_add_in_place"]
+
+
+def can_add_in_place(target: Tensor) -> bool:
+    """Whether the operators below take ``target``: plain float32, contiguous, on the CPU."""
+    plain = type(target) in (Tensor, torch.nn.Parameter) and target.device.type == "cpu"
+    return plain and target.dtype == torch.float32 and target.is_contiguous()
+
+
+def add_dequantized_(
+    target: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None = None,
+    *,
+    in_features: int,
+    bits: float,
+    group_size: int,
+    group_dim: int = 1,
+    extras: WeightExtras | None = None,
+    alpha: float = 1.0,
+) -> Tensor:
+    """``target += alpha * W`` for the weight W that packed codes stand for.
+
+    Args:
+        target: ``(out_features, in_features)`` float32, contiguous, on the CPU; changed in place.
+        codes: as for :func:`packed_linear`, as are the parts that follow.
+        scale: scales of the groups.
+        zero: zero-points or None.
+        in_features: columns of the weight.
+        bits: 1, 1.58, 2, 3, 4 or 8.
+        group_size: weights that share a scale.
+        group_dim: 1 or 0.
+        extras: row scales, codebook and sparse remainder, where the weight has them.
+        alpha: finite factor, rounded to float32.
+
+    Returns:
+        ``target``.
+
+    Raises:
+        TypeError: a dtype is not accepted.
+        ValueError: a shape or option is wrong, ``target`` is not contiguous or not on the CPU, or
+            it requires a gradient where gradients are recorded.
+
+    Example:
+        >>> codes = pack_codes(torch.tensor([[7, 8, 9]], dtype=torch.uint8), bits=4)
+        >>> form = {"in_features": 3, "bits": 4, "group_size": 3}
+        >>> add_dequantized_(torch.ones(1, 3), codes, torch.ones(1, 1), alpha=0.5, **form)
+        tensor([[0.5000, 1.0000, 1.5000]])
+    """
+    subject = "add_dequantized_"
+    extras = extras or NO_EXTRAS
+    check_weight(subject, codes, scale, zero, in_features, bits, group_size, group_dim, extras)
+    _check_target(subject, target, alpha, (codes.shape[0], in_features))
+    _native.add_dequantized(
+        target.detach(), codes.contiguous(), scale.contiguous(),
+        None if zero is None else zero.contiguous(), alpha, in_features, levels_of(bits),
+        group_size, group_dim, native_extras(extras), torch.get_num_threads(),
+    )  # fmt: skip
+    torch.autograd.graph.increment_version(target)
+    return target
+
+
+def add_levels_(
+    target: Tensor, codes: Tensor, levels: Tensor, *, bits: float, alpha: float = 1.0
+) -> Tensor:
+    """``target += alpha * levels[codes]``: codes that index any floats, not a grid.
+
+    Args:
+        target: ``(rows, columns)`` float32, contiguous, on the CPU; changed in place.
+        codes: ``(rows, row_bytes)`` uint8, packed along the columns (:func:`pack_codes`).
+        levels: float32, one value a code.
+        bits: 1, 1.58, 2, 3, 4 or 8.
+        alpha: finite factor, rounded to float32.
+
+    Returns:
+        ``target``.
+
+    Raises:
+        TypeError: a dtype is not accepted.
+        ValueError: a shape is wrong, or ``target`` as for :func:`add_dequantized_`.
+
+    Example:
+        >>> codes = pack_codes(torch.tensor([[0, 3, 1]], dtype=torch.uint8), bits=2)
+        >>> add_levels_(torch.zeros(1, 3), codes, torch.tensor([0.5, 1, 2, 4]), bits=2)
+        tensor([[0.5000, 4.0000, 1.0000]])
+    """
+    subject = "add_levels_"
+    check_bits(subject, bits)
+    check_bytes(subject, "codes", codes)
+    if levels.dtype != torch.float32:
+        raise TypeError(f"{subject}: levels must have dtype torch.float32; got {levels.dtype}.")
+    check_shape(subject, "levels", levels, (levels_of(bits),))
+    check_shape(subject, "codes", codes, (None, None))
+    _check_target(subject, target, alpha, (codes.shape[0], None))
+    check_shape(subject, "codes", codes, (None, row_bytes(target.shape[1], bits)))
+    _native.add_levels(
+        target.detach(), codes.contiguous(), levels.contiguous(), alpha, torch.get_num_threads()
+    )
+    torch.autograd.graph.increment_version(target)
+    return target
+
+
+def _check_target(
+    subject: str, target: Tensor, alpha: float, shape: tuple[int | None, int | None]
+) -> None:
+    check_finite(subject, "alpha", torch.tensor(float(alpha)))
+    if target.dtype != torch.float32:
+        raise TypeError(f"{subject}: target must have dtype torch.float32; got {target.dtype}.")
+    check_shape(subject, "target", target, shape)
+    if not can_add_in_place(target):
+        raise ValueError(
+            f"{subject}: target must be a contiguous tensor on the CPU; got strides "
+            f"{target.stride()} on {target.device}."
+        )
+    if torch.is_grad_enabled() and target.requires_grad:
+        raise ValueError(
+            f"{subject}: target must not require a gradient while gradients are recorded; "
+            "call it under torch.no_grad()."
+        )
