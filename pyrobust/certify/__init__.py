@@ -56,6 +56,7 @@ from pyrobust.certify.propagation_tightness import (
 from pyrobust.certify.property import Verdict, decide_property
 from pyrobust.certify.radii import ablation_radius, laplace_radius, uniform_radius
 from pyrobust.certify.ranking_job import RankingJob, load_synonyms
+from pyrobust.certify.sentence_models import sentence_bi_encoder, sentence_cross_encoder
 from pyrobust.certify.sequential import (
     SequentialDesign,
     fixed_design,
@@ -158,6 +159,8 @@ __all__ = [
     "optimal_design",
     "propagation_tightness",
     "radius_plan",
+    "sentence_bi_encoder",
+    "sentence_cross_encoder",
     "sequential_design",
     "smoothed_great_score",
     "spending_design",

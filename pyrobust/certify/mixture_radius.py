@@ -15,6 +15,7 @@ at sampled points are lower bounds of the constant and certify nothing.
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,12 @@ from pyrobust._checks import (
 from pyrobust.certify.statistics import gaussian_radius
 
 __all__ = ["lipschitz_radius", "smoothed_lipschitz", "smoothed_mixture_radius"]
+
+NO_RADIUS = (
+    "a weight below 1/2 certifies no radius, because the standard part alone can outvote the "
+    "robust one"
+)
+"""Why radii are 0 for low weights; certificates repeat it in their assumption."""
 
 _STEPS = 200  # bisections; the interval is far below one unit in the last place after them
 
@@ -73,7 +80,8 @@ def lipschitz_radius(
         y: ``(N,)`` int64 classes to keep.
 
     Returns:
-        ``(N,)`` float64, ``>= 0``; ``inf`` where the margin holds and the constants are 0.
+        ``(N,)`` float64, ``>= 0``; ``inf`` where the margin holds and the constants are 0. For
+        weights below 1/2 it is 0, and a warning says why.
 
     Raises:
         ValueError: a value out of range or shapes that disagree.
@@ -128,8 +136,8 @@ def smoothed_mixture_radius(
         bound: ``"tight"`` or ``"scaled"``.
 
     Returns:
-        float64 tensor, ``>= 0``, rounded down; 0 where nothing is certified, as for any weight
-        below 1/2.
+        float64 tensor, ``>= 0``, rounded down; 0 where nothing is certified. For weights below
+        1/2 it is always 0, and a warning says why.
 
     Raises:
         ValueError: a probability outside [0, 1], ``alpha`` outside [0, 1], ``sigma`` not positive.
@@ -189,4 +197,6 @@ def _weights(subject: str, alpha: float | Tensor, like: Tensor) -> Tensor:
     weight = torch.as_tensor(alpha, dtype=torch.float64, device=like.device)
     if not bool(((weight >= 0) & (weight <= 1)).all()):
         raise ValueError(f"{subject}: alpha must lie in [0, 1]; got {alpha}.")
+    if bool((weight < 0.5).any()):
+        warnings.warn(f"{subject}: {NO_RADIUS}; got {float(weight.min()):g}.", stacklevel=3)
     return weight.expand(len(like)) if like.ndim == 2 else weight

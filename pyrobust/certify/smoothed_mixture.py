@@ -25,7 +25,7 @@ from pyrobust._checks import (
     check_unit,
 )
 from pyrobust.certify.certificates import ABSTAIN, SmoothingCertificate
-from pyrobust.certify.mixture_radius import smoothed_mixture_radius
+from pyrobust.certify.mixture_radius import NO_RADIUS, smoothed_mixture_radius
 from pyrobust.certify.noise import GaussianNoise
 from pyrobust.certify.statistics import clopper_pearson_lower, union_bound
 from pyrobust.certify.voting import check_voting, count_parts, device_of
@@ -169,7 +169,8 @@ class SmoothedMixture(nn.Module):
 
         Returns:
             The certificate, on the device of ``x``. ``prediction`` is the mixture's class where it
-            is certain at ``x`` itself, and then ``radius`` may be 0; -1 elsewhere.
+            is certain at ``x`` itself, and then ``radius`` may be 0; -1 elsewhere. With a lowest
+            weight below 1/2 every radius is 0; ``assumption`` and a warning say why.
 
         Raises:
             TypeError: ``x`` is not floating-point.
@@ -192,7 +193,7 @@ class SmoothedMixture(nn.Module):
             prediction=torch.where(certain, top, ABSTAIN).to(x.device),
             radius=torch.where(certain, radius, 0.0).to(x.device),
             alpha=alpha,
-            assumption=_ASSUMPTION,
+            assumption=_ASSUMPTION if self.alpha_range[0] >= 0.5 else f"{_ASSUMPTION}; {NO_RADIUS}",
             p_lower=p_lower.to(x.device),
             counts=counts.to(x.device),
             selection_counts=selection.to(x.device),

@@ -31,6 +31,7 @@ from pyrobust._checks import (
 )
 from pyrobust.certify.bound import bound, margin_specification
 from pyrobust.certify.certificates import ABSTAIN, Certificate
+from pyrobust.certify.mixture_radius import NO_RADIUS
 from pyrobust.interval import Interval
 from pyrobust.nn.feature_tap import FeatureTap
 
@@ -120,7 +121,8 @@ class MixedClassifier(nn.Module):
             clamp: range of valid inputs, cut from the box; None for any.
 
         Returns:
-            A deterministic certificate; with a weight below 1/2 it abstains everywhere.
+            A deterministic certificate; with a weight below 1/2 it abstains everywhere, and its
+            ``assumption`` says why.
 
         Raises:
             TypeError: ``x`` is not floating-point.
@@ -141,13 +143,14 @@ class MixedClassifier(nn.Module):
         weight = self.lowest_alpha
         needed = (1 - weight) / weight if weight >= 0.5 else math.inf
         proven = gap * (1 - 1e-12) > needed
+        reason = "" if weight >= 0.5 else f"; {NO_RADIUS}"
         return Certificate(
             prediction=torch.where(proven, answer, ABSTAIN),
             radius=proven.double() * eps,
             alpha=0.0,
             assumption=(
                 "real arithmetic on the robust part's stored weights; its share is at least "
-                f"{weight:g}; the standard part may answer anything"
+                f"{weight:g}; the standard part may answer anything{reason}"
             ),
             norm="linf",
         )

@@ -1,10 +1,12 @@
-"""One process, two processes and runs killed ten times write the same log, byte for byte.
+"""One process, two processes and runs killed many times write the same log, byte for byte.
 
-    python killed_job.py MODEL.safetensors
+    python killed_job.py KILLS METHOD...
 
-The parts are forks of this process, which has imported torch and started no thread.
+The parts are forks of this process, which has imported torch and started no thread. The networks
+are named ``killed_job:...``, since a job builds them anew in every process.
 """
 
+import contextlib
 import multiprocessing
 import os
 import random
@@ -14,31 +16,151 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from pyrobust.certify import CertificationJob, SmoothingJob, certify_to_log
+import torch
+from torch import nn
+
+import pyrobust
+from pyrobust.certify import CertificationJob, certify_to_log
+from pyrobust.certify.job_data import ImageData, ModalityData, load_job_data
+from pyrobust.certify.job_methods import method_of
+from pyrobust.certify.log import LogWriter
 from pyrobust.data import load_digits
+from pyrobust.demo import convolutional_network
+from pyrobust.nn import LateFusion, OrthogonalFusion
 
-DATA = load_digits().head(10, 40)
-METHODS = {
-    "fixed": SmoothingJob(samples=50, selection=10),
-    "table": SmoothingJob(samples=300, selection=20, radii=(0.0, 0.1, 0.2), block=8),
-}
 FORK = multiprocessing.get_context("fork")
-KILLS = 10
+SAMPLED = {"samples": 100, "selection": 10}
 
 
-def run_shard(job, out, rank, world, port):
+def small_network(shape, classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, classes))
+
+
+def deep_network(shape, classes):
+    blocks = [nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in range(6)]
+    return nn.Sequential(nn.Flatten(), *blocks, nn.Linear(64, classes))
+
+
+def two_halves(shape, classes):
+    return nn.ModuleDict({name: small_network(shape, classes) for name in ("left", "right")})
+
+
+def standard_and_base(shape, classes):
+    return nn.ModuleDict({name: small_network(shape, classes) for name in ("standard", "base")})
+
+
+def standard_and_robust(shape, classes):
+    return nn.ModuleDict({name: deep_network(shape, classes) for name in ("standard", "robust")})
+
+
+def late_fusion(shapes, classes):
+    sizes = [torch.Size(shape).numel() for shape in shapes]
+    encoders = [nn.Sequential(nn.Flatten(), nn.Linear(d, 16), nn.ReLU()) for d in sizes]
+    return LateFusion(encoders, OrthogonalFusion([16] * len(shapes), classes))
+
+
+def shared_words(texts):
+    """A scorer without a network: the share of the query's words that a document holds."""
+
+    def score(query, documents):
+        wanted = set(query.split())
+        return torch.tensor([len(wanted & set(d)) / len(wanted) for d in documents])
+
+    return score
+
+
+def small_texts():
+    topics = [f"wing{i} lift{i} drag{i}" for i in range(30)]
+    documents = [f"a big note on {t} and large flows" for t in topics]
+    return topics, documents, [[i] for i in range(30)]
+
+
+class Case(NamedTuple):
+    """A job in its smallest form."""
+
+    method: str
+    options: dict[str, Any]
+    network: Any = small_network
+    architecture: str = "killed_job:small_network"
+
+
+CASES = {
+    "ibp": Case("ibp", {"eps": 0.001}, deep_network, "killed_job:deep_network"),
+    "smoothing": Case(
+        "smoothing", SAMPLED, convolutional_network, "pyrobust.demo:convolutional_network"
+    ),
+    "table": Case(
+        "smoothing",
+        {"samples": 300, "selection": 20, "radii": (0.0, 0.1, 0.2), "block": 8},
+        convolutional_network,
+        "pyrobust.demo:convolutional_network",
+    ),
+    "dual": Case("dual", {"sigma": 0.2, **SAMPLED}, two_halves, "killed_job:two_halves"),
+    "adaptive": Case(
+        "adaptive",
+        {"sigma": 0.2, "weight": 0.9, **SAMPLED},
+        standard_and_base,
+        "killed_job:standard_and_base",
+    ),
+    "mixture": Case(
+        "mixture",
+        {"eps": 0.001, "weight": 0.8, "robust_scale": 30.0},
+        standard_and_robust,
+        "killed_job:standard_and_robust",
+    ),
+    "great": Case("great", {"sigma": 0.05, "samples": 200}),
+    "ranking": Case("ranking", {"top": 1, "held_out": 2, "samples": 200}, None),
+    "multimodal": Case("multimodal", {}, late_fusion, "killed_job:late_fusion"),
+    "tightness": Case("tightness", {"eps": 0.01}, deep_network, "killed_job:deep_network"),
+}
+
+
+def data_of(method):
+    if method == "ranking":
+        return load_job_data("ranking", "killed_job:small_texts")
+    images = load_digits().head(10, 40)
+    return ModalityData.of_halves(images) if method == "multimodal" else ImageData(images)
+
+
+def prepared(name, folder):
+    """The data and the job of a case; its model and other files are written to ``folder``."""
+    case = CASES[name]
+    data, options = data_of(case.method), dict(case.options)
+    if case.method == "ranking":
+        (folder / "synonyms.txt").write_text("big large\nnote words\n")
+        options["synonyms"] = str(folder / "synonyms.txt")
+        model = "killed_job:shared_words"
+    else:
+        torch.manual_seed(3)
+        network = case.network(*data.made_from())
+        model = str(folder / "model.safetensors")
+        pyrobust.save(pyrobust.pack(network, bits=4, group_size=2).eval(), model)
+    method = method_of(case.method, options)
+    return data, CertificationJob(model, architecture=case.architecture, method=method)
+
+
+def run_shard(job, data, out, rank, world, port):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
     os.environ["MASTER_PORT"] = str(port)
-    certify_to_log(job, DATA, out, resume=True)
+    append = LogWriter.append
+
+    def append_slowly(log, row):  # these networks are so small that no kill would come in time
+        append(log, row)
+        time.sleep(0.004)
+
+    LogWriter.append = append_slowly
+    certify_to_log(job, data, out, resume=True)
 
 
-def start(job, out, world):
+def start(job, data, out, world):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shards = [
-        FORK.Process(target=run_shard, args=(job, out, rank, world, port)) for rank in range(world)
+        FORK.Process(target=run_shard, args=(job, data, out, rank, world, port))
+        for rank in range(world)
     ]
     for shard in shards:
         shard.start()
@@ -51,37 +173,47 @@ def finish(shards):
         assert shard.exitcode == 0, shard.exitcode
 
 
-def kill_until_done(job, out, whole, generator):
+def rows_in(out):
+    """Whole lines of the log and its parts, without their heads."""
+    found = 0
+    for path in (out, *(Path(f"{out}.part{rank}") for rank in (0, 1))):
+        with contextlib.suppress(FileNotFoundError):
+            found += max(0, path.read_bytes().count(b"\n") - 1)
+    return found
+
+
+def kill_until_done(job, data, out, kills, generator):
     """Start, wait a random moment, kill; by turns one process and two, so that parts are taken
-    over by another number of processes.
+    over by another number of processes. A moment is drawn as a number of new lines.
     """
-    stopped = 0
-    for attempt in range(KILLS):
-        shards = start(job, out, 1 + attempt % 2)
-        time.sleep(generator.uniform(0.05, 0.3) * whole)
+    total, stopped = job.images(data), 0
+    for attempt in range(kills):
+        goal = min(rows_in(out) + generator.randint(0, total // kills), total - 1)
+        shards = start(job, data, out, 1 + attempt % 2)
+        while rows_in(out) < goal and any(shard.is_alive() for shard in shards):
+            time.sleep(0.001)
+        time.sleep(generator.uniform(0, 0.006))
         for shard in shards:
             shard.kill()
             shard.join()
             stopped += shard.exitcode == -signal.SIGKILL
-    finish(start(job, out, 1))
-    assert stopped >= KILLS // 2, stopped
+    finish(start(job, data, out, 1))
+    assert stopped >= kills // 2, stopped
 
 
-def check(name, model, folder):
-    job = CertificationJob(model, method=METHODS[name])
-    one, two, killed = (folder / f"{name}-{kind}.tsv" for kind in ("one", "two", "killed"))
-    began = time.monotonic()
-    finish(start(job, one, 1))
-    whole = time.monotonic() - began
-    finish(start(job, two, 2))
-    kill_until_done(job, killed, whole, random.Random(0))
-    assert len(one.read_bytes().splitlines()) == 41
+def check(name, kills, folder):
+    data, job = prepared(name, folder)
+    one, two, killed = (folder / f"{kind}.tsv" for kind in ("one", "two", "killed"))
+    finish(start(job, data, one, 1))
+    finish(start(job, data, two, 2))
+    kill_until_done(job, data, killed, kills, random.Random(0))
+    assert len(one.read_bytes().splitlines()) == job.images(data) + 1
     assert two.read_bytes() == one.read_bytes()
     assert killed.read_bytes() == one.read_bytes()
     assert not list(folder.glob("*.part*"))
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as temporary:
-        for method in METHODS:
-            check(method, sys.argv[1], Path(temporary))
+    for case in sys.argv[2:]:
+        with tempfile.TemporaryDirectory() as temporary:
+            check(case, int(sys.argv[1]), Path(temporary))

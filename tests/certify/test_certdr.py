@@ -236,6 +236,87 @@ def test_the_toy_collection():
     assert attacked > 0
 
 
+class AttentionScore(torch.nn.Module):
+    """A small ranker whose scores bend: attention of the query's mean over a document's words."""
+
+    def __init__(self, toy):
+        super().__init__()
+        self.toy = toy
+        self.key = torch.nn.Linear(8, 16)
+        self.out = torch.nn.Sequential(
+            torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 1)
+        )
+
+    def forward(self, query, documents):
+        embed = lambda d: self.toy.vectors[[self.toy.position[w] for w in d]]  # noqa: E731
+        wanted = embed(query).mean(0)
+        longest = max(map(len, documents))  # the attack leaves words out
+        seen = torch.stack([embed([*d, *[d[0]] * (longest - len(d))]) for d in documents])
+        share = (self.key(seen) @ self.key(wanted) / 4).softmax(1)
+        pooled = (share[..., None] * seen).sum(1)
+        return self.out(torch.cat([pooled, wanted.expand_as(pooled)], 1))[:, 0]
+
+
+def test_greedy_edits_beat_an_unsmoothed_attention_ranker():
+    """The attack has strength: it lifts the eleventh document over the tenth for every query."""
+    torch.manual_seed(0)
+    toy = Toy()
+    table = toy.table(8)
+    ranker = AttentionScore(toy)
+    optimizer = torch.optim.AdamW(ranker.parameters(), lr=3e-3)
+    for _ in range(150):
+        query, docs = toy.query()
+        scores = ranker(query, docs)
+        loss = (1 - scores[:10, None] + scores[None, 10:]).clamp(min=0).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    beaten = 0
+    for _ in range(12):
+        query, docs = toy.query()
+        with torch.no_grad():
+            ranked = ranker(query, docs).sort(descending=True)
+        kth, lower = float(ranked.values[9]), docs[ranked.indices[10]]
+        beaten += word_substitution_attack(ranker, table, query, lower).score > kth
+    assert beaten >= 11
+
+
+@pytest.mark.slow
+def test_twelve_queries_of_the_toy_collection():
+    """The greedy attack on the smoothed ranker succeeds on none of the certified queries."""
+    toy = Toy()
+    toy.train(toy.table(8))
+    queries, held_out = [toy.query() for _ in range(12)], [toy.query() for _ in range(12)]
+    counts = {}
+    for cap in (5, 7, 8):
+        table = toy.table(cap)
+        for name, options in {
+            "one": {"max_edits": 1},
+            "all": {},
+            "paper": {"max_edits": 1, "criterion": "paper"},
+        }.items():
+            ranker, results = certified(toy, table, queries, held_out, **options)
+            counts[cap, name] = sum(r.certified for r in results)
+            if name == "paper":
+                continue
+            for (query, docs), result in zip(queries, results, strict=True):
+                if not result.certified:
+                    continue
+                kth = float(result.scores[result.order[9]])
+                for i in result.order[10:13].tolist():
+                    found = word_substitution_attack(
+                        ranker.scores, table, query, docs[i], max_edits=options.get("max_edits", 3)
+                    )
+                    assert found.score < kth
+    print(counts)
+    assert counts[8, "one"] == counts[8, "all"] == 12
+    assert counts[5, "one"] <= counts[7, "one"] <= 12
+    assert counts[7, "one"] >= 6
+    assert counts[7, "paper"] <= counts[7, "one"]
+    for cap in (5, 7):
+        assert counts[cap, "all"] <= counts[cap, "one"]
+
+
 # Real text: Cranfield abstracts, scores by latent semantic analysis, hand-listed synonyms.
 
 GROUPS = """

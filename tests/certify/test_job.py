@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -58,32 +60,84 @@ def test_a_cut_log_is_completed_to_the_same_bytes(model, tmp_path, method, kept)
     assert len(text.splitlines()) == 1 + 20
 
 
-def test_one_process_two_processes_and_ten_kills_write_the_same_bytes(model):
+KILLED = Path(__file__).with_name("killed_job.py")
+CASES = ["ibp", "smoothing", "table", "dual", "adaptive", "mixture", "great"]
+CASES += ["ranking", "multimodal", "tightness"]
+
+
+def run_killed(kills, *cases):
     # In a process of its own: it forks, which is safe only before any team of threads exists.
-    script = Path(__file__).with_name("killed_job.py")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(script), model[0]], env=environment, capture_output=True, text=True
-    )
+    words = [sys.executable, str(KILLED), str(kills), *cases]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
+def test_one_process_two_processes_and_killed_ones_write_the_same_bytes():
+    run_killed(2, *CASES)
+
+
 @pytest.mark.slow
-def test_torchrun_makes_the_log_of_one_process(model, tmp_path):
+@pytest.mark.parametrize("case", CASES)
+def test_twelve_kills_at_random_moments_leave_the_same_bytes(case):
+    run_killed(12, case)
+
+
+def test_every_method_is_killed():
+    assert {*CASES} - {"table"} == {*METHODS}
+
+
+def descendants(process):
+    """Ids of all processes below ``process``, which torchrun puts into sessions of their own."""
+    found, open_ids = [], [process]
+    while open_ids:
+        for children in Path(f"/proc/{open_ids.pop()}/task").glob("*/children"):
+            ids = [int(word) for word in children.read_text().split()]
+            found += ids
+            open_ids += ids
+    return found
+
+
+def lines_of(log):
+    return sum(path.read_bytes().count(b"\n") for path in log.parent.glob(f"{log.name}.part*"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds processes in /proc")
+@pytest.mark.parametrize("case", ["smoothing", "dual", "ranking"])
+def test_torchrun_that_is_killed_makes_the_log_of_one_process(case, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(KILLED.parent))
+    import killed_job
+
+    data, job = killed_job.prepared(case, tmp_path)
+    options = dict(killed_job.CASES[case].options)
+    if case == "ranking":
+        options["synonyms"] = str(tmp_path / "synonyms.txt")
+    else:
+        options["samples"] = 4000  # so that there is time to kill
+        job = dataclasses.replace(job, method=dataclasses.replace(job.method, samples=4000))
     one, two = tmp_path / "one.tsv", tmp_path / "two.tsv"
-    words = ["certify", model[0], "--method", "smoothing", "--samples", "40", "--limit", "9"]
-    words += ["--selection", "10", "--json", "--out"]
-    method = SmoothingJob(samples=40, selection=10)
-    certify_to_log(CertificationJob(model[0], method=method, limit=9), load_digits(), one)
+    result = certify_to_log(job, data, one)
+    words = ["certify", job.model, "--method", case, "--json", "--out", str(two), "--resume"]
+    words += [w for k, v in options.items() for w in (f"--{k.replace('_', '-')}", str(v))]
+    words += ["--architecture", job.architecture]
+    if case == "ranking":
+        words += ["--data", "killed_job:small_texts"]
+    else:
+        words += ["--limit", str(len(data.labels))]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*torchrun, "-m", "pyrobust_cli", *words, str(two)],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
+    torchrun += ["-m", "pyrobust_cli", *words]
+    environment = os.environ | {"PYTHONPATH": str(KILLED.parent), "OMP_NUM_THREADS": "1"}
+    running = subprocess.Popen(torchrun, env=environment, stderr=subprocess.DEVNULL)
+    while lines_of(two) < 2 + 5 and running.poll() is None:
+        time.sleep(0.001)
+    for process in [running.pid, *descendants(running.pid)]:
+        os.kill(process, signal.SIGKILL)
+    running.wait()
+    assert 0 < lines_of(two) < 2 + len(one.read_bytes().splitlines()) - 1  # cut in the middle
+    done = subprocess.run(torchrun, env=environment, check=True, capture_output=True, text=True)
     assert two.read_bytes() == one.read_bytes()
-    assert json.loads(done.stdout)["images"] == 9
+    assert json.loads(done.stdout)["images"] == result["images"]
 
 
 @pytest.mark.parametrize("bound", ["ibp", "crown"])

@@ -34,7 +34,8 @@ def test_two_classes_with_an_adversarial_standard_part(z, alpha):
 
 def test_weights_below_one_half_give_nothing_and_one_gives_plain_smoothing():
     p = torch.linspace(0.01, 0.9999, 200, dtype=torch.float64)
-    assert not bool(smoothed_mixture_radius(p, None, 0.499, 0.5).any())
+    with pytest.warns(UserWarning, match=r"below 1/2 certifies no radius.*; got 0.499"):
+        assert not bool(smoothed_mixture_radius(p, None, 0.499, 0.5).any())
     assert not bool(smoothed_mixture_radius(p, None, 0.5, 0.5).any())  # needs h_y = 1, h_i = 0
     other = (1 - p) / 2
     for bound in ("tight", "scaled"):
@@ -91,7 +92,8 @@ def test_the_lipschitz_radius_is_sound_with_the_constant_of_smoothing():
         assert float(radius.max()) > 0
         per_class = lipschitz_radius(h, alpha, torch.tensor([slope, 2 * slope]), y)
         assert bool((per_class <= radius).all())
-    assert not bool(lipschitz_radius(h, 0.4, slope, y).any())
+    with pytest.warns(UserWarning, match="lipschitz_radius: a weight below 1/2"):
+        assert not bool(lipschitz_radius(h, 0.4, slope, y).any())
 
 
 def test_a_lipschitz_constant_estimated_from_samples_overclaims():

@@ -57,11 +57,16 @@ def broken(model, inputs, top, radius, modalities=None):
 
 
 @pytest.mark.parametrize("kind", ["class", "pair"])
-def test_no_attack_inside_flips_and_some_outside_does(attacked, kind):
+def test_no_attack_inside_flips(attacked, kind):
     model, inputs, top, radii = attacked
-    radius = radii[kind].clamp(min=1e-6)
-    assert broken(model, inputs, top, 0.999 * radius) == 0
-    assert broken(model, inputs, top, 6 * radius) > 50  # the attack has power
+    assert broken(model, inputs, top, 0.999 * radii[kind].clamp(min=1e-6)) == 0
+
+
+def test_the_attack_has_power(attacked):
+    model, inputs, top, radii = attacked
+    flipped = broken(model, inputs, top, 4 * radii["pair"].clamp(min=1e-6))
+    print(flipped, "of 500 flip at four times the pairwise radius")
+    assert flipped > 250
 
 
 def test_the_pairwise_bound_is_the_tighter(attacked):

@@ -65,6 +65,55 @@ def test_it_is_the_ratio_of_explicit_products():
     assert bool(((ratio > 0) & (ratio <= 1 + 1e-12)).all())
 
 
+@pytest.mark.parametrize("make", [lambda: mlp(6, 9, 8, 4), convnet])
+def test_signs_and_forward_passes_give_the_same_range(make):
+    """The other way to the true range: the corner that the gradient's signs choose, evaluated."""
+    model = make()
+    x = torch.rand(3, 6) if len(model) == 5 else torch.rand(3, 2, 8, 8)
+    linear = linearised_at(model, x)
+    low, high = (x - 0.1).clamp(0, 1), (x + 0.1).clamp(0, 1)
+    slopes = torch.autograd.functional.jacobian(lambda v: linear(v).sum(0), x)
+    for k, slope in enumerate(slopes):
+        best, worst = torch.where(slope > 0, high, low), torch.where(slope > 0, low, high)
+        true = (linear(best) - linear(worst))[:, k] / 2
+        ratio = propagation_tightness(model, x, 0.1)[:, k]
+        torch.testing.assert_close(ratio * interval_radius(model, x, 0.1)[:, k], true, **CLOSE)
+
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-6}
+
+
+def masks_at(model, x):
+    masks, value = [], x
+    for layer in model:
+        masks.append((value > 0).float() if isinstance(layer, nn.ReLU) else None)
+        value = layer(value)
+    return masks
+
+
+def linearised_at(model, x):
+    """The network with each ReLU replaced by the mask of its activation at ``x``."""
+    masks = masks_at(model, x)
+
+    def forward(value):
+        for layer, mask in zip(model, masks, strict=True):
+            value = layer(value) if mask is None else value * mask
+        return value
+
+    return forward
+
+
+def interval_radius(model, x, eps):
+    """The interval radius of the linearised network by the Interval rules, layer by layer."""
+    low, high = (x - eps).clamp(0, 1), (x + eps).clamp(0, 1)
+    for layer, mask in zip(model, masks_at(model, x), strict=True):
+        if mask is None:
+            low, high = interval_bounds(layer, low, high)
+        else:
+            low, high = low * mask, high * mask
+    return (high - low) / 2
+
+
 @pytest.mark.parametrize("relu", ["local", "center", "identity"])
 def test_convolutions_agree_with_their_matrices(relu):
     model = convnet()
@@ -112,25 +161,34 @@ def test_the_collapsed_matrix_gives_the_numerator():
     torch.testing.assert_close(ratio * wide, narrow, rtol=1e-4, atol=0)
 
 
+def has_no_negative_minor(product):
+    """What invariance implies: ``W_ij W_ij' W_i'j W_i'j' >= 0`` for all rows and columns."""
+    pairs = product[:, :, None] * product[:, None]
+    return bool((pairs[:, None] * pairs[None] >= 0).all())
+
+
 def test_tight_networks_measure_one():
+    def measures_one(network):
+        ratio = propagation_tightness(network, x, 0.1)
+        torch.testing.assert_close(ratio, torch.ones_like(ratio), atol=1e-6, rtol=0)
+
     x = torch.rand(4, 6)
-    torch.testing.assert_close(
-        propagation_tightness(nn.Sequential(nn.Linear(6, 3)).eval(), x, 0.1), torch.ones(4, 3)
-    )
+    measures_one(nn.Sequential(nn.Linear(6, 3)).eval())
     model = mlp(6, 7, 5, 3, relu=False)
     for layer in model:
         layer.weight.data.abs_()
-    torch.testing.assert_close(propagation_tightness(model, x, 0.1), torch.ones(4, 3))
+    measures_one(model)
     flips = torch.randint(0, 2, (7,)) * 2.0 - 1
     model[0].weight.data.mul_(flips[:, None])
     model[1].weight.data.mul_(flips)
-    torch.testing.assert_close(propagation_tightness(model, x, 0.1), torch.ones(4, 3))
+    measures_one(model)
     assert is_propagation_invariant(model[1].weight, model[0].weight)
+    assert has_no_negative_minor(model[1].weight @ model[0].weight)
     model[0].weight.data[0, 0].neg_()
     assert not is_propagation_invariant(model[1].weight, model[0].weight)
 
 
-@pytest.mark.parametrize("widths", [[4], [16], [64], [256], [64, 64], [64, 64, 64]])
+@pytest.mark.parametrize("widths", [[4], [16], [64], [256], [64] * 2, [64] * 3, [64] * 4])
 def test_the_lemma_of_initialisation(widths):
     true = wide = 0.0
     for _ in range(200 if widths[0] < 64 else 40):

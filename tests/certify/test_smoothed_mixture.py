@@ -83,10 +83,14 @@ def test_full_weight_is_plain_smoothing():
 
 
 def test_low_weights_certify_a_class_at_the_input_but_no_radius():
-    result = mixture(Fixed(0.1, 0.9), 0.4).certify(torch.ones(5, 1), n=500)
+    with pytest.warns(UserWarning, match="below 1/2 certifies no radius"):
+        result = mixture(Fixed(0.1, 0.9), 0.4).certify(torch.ones(5, 1), n=500)
     assert not bool(result.radius.any())
+    assert "below 1/2 certifies no radius" in result.assumption
+    assert "1/2" not in mixture(Fixed(0.1, 0.9), 0.5).certify(torch.ones(1, 1), n=5).assumption
     assert result.prediction.tolist() == [1] * 5
-    again = mixture(Fixed(0.5, 0.5), 0.4).certify(torch.zeros(5, 1), n=500)
+    with pytest.warns(UserWarning, match="got 0.4"):
+        again = mixture(Fixed(0.5, 0.5), 0.4).certify(torch.zeros(5, 1), n=500)
     assert bool(again.abstained.all())
 
 
@@ -133,8 +137,21 @@ def digits():
     return data, *models
 
 
-def test_no_attack_flips_a_certified_digit(digits):
+class AgainstBase(nn.Module):
+    """Sure of the class after the base's: the standard part at its worst."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def forward(self, x):
+        return 30.0 * nn.functional.one_hot((self.base(x).argmax(1) + 1) % 10, 10).float()
+
+
+@pytest.mark.parametrize("hostile", [False, True])
+def test_no_attack_flips_a_certified_digit(digits, hostile):
     data, standard, base = digits
+    standard = AgainstBase(base).eval() if hostile else standard
     mixed = SmoothedMixture(standard, base, 0.25, 10, 0.85).eval()
     x, y = data.test_images[:60], data.test_labels[:60]
     result = mixed.certify(x, n=2000, batch_size=2000)
@@ -148,7 +165,7 @@ def test_no_attack_flips_a_certified_digit(digits):
         return ((1 - 0.85) * g + 0.85 * h).log()
 
     points = pgd(
-        soft, x, y, eps=radius * (1 - 1e-5), norm="l2", steps=12, clamp=None, objective="margin"
+        soft, x, y, eps=radius * (1 - 1e-5), norm="l2", steps=50, clamp=None, objective="margin"
     )
     size = (points - x).flatten(1).norm(dim=1)
     assert float((size / radius).mean()) > 0.5  # the attack went to the border

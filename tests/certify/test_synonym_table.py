@@ -53,12 +53,14 @@ def test_the_bound_holds_in_every_case_and_the_published_one_does_not():
         for _ in range(25):
             document = tuple(rng.choice(WORDS, size=3).tolist())
             bound = Fraction(table.document_bound(document))
-            swaps = itertools.product(*(table.substitutes(w) for w in document))
-            worst = max(abs(cache[swap] - cache[document]) for swap in swaps)
-            assert worst <= bound
-            violations += float(worst) > published_bound(table, sets, document) + 1e-9
-            cases += 1
-    assert cases == 300
+            published = published_bound(table, sets, document)
+            for swap in itertools.product(*(table.substitutes(w) for w in document)):
+                change = abs(cache[swap] - cache[document])
+                assert change <= bound
+                violations += float(change) > published + 1e-9
+                cases += 1
+    print(violations, "of", cases, "exceed the published bound")
+    assert cases > 3000
     assert violations > 0  # the published denominator is refuted
 
 

@@ -68,9 +68,42 @@ def test_radius_of_a_halfspace_never_exceeds_its_margin_beyond_alpha():
 def test_boundary_input_is_rarely_certified():
     base = Halfspace(4).eval()
     certificate = SmoothedClassifier(base, 1.0, 2).certify(
-        base.inputs([0.0] * 1000), n0=10, n=100, alpha=0.05, batch_size=100
+        base.inputs([0.0] * 2000), n0=10, n=100, alpha=0.05, batch_size=100
     )
-    assert int((~certificate.abstained).sum()) <= stats.binom.isf(1e-4, 1000, 0.05)
+    assert int((~certificate.abstained).sum()) <= stats.binom.isf(1e-4, 2000, 0.05)
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.001])
+def test_radius_of_a_linear_classifier_tends_to_its_distance(alpha):
+    torch.manual_seed(0)
+    linear, sigma, n = nn.Linear(9, 2).eval(), 0.25, 40_000
+    x = torch.randn(12, 9) * 0.3
+    w = (linear.weight[1] - linear.weight[0]).detach().double()
+    b = (linear.bias[1] - linear.bias[0]).detach().double()
+    distance = (x.double() @ w + b).abs() / w.norm()
+    certificate = SmoothedClassifier(linear, sigma, 2).certify(
+        x, n0=1000, n=n, alpha=alpha, batch_size=8000
+    )
+    votes = certificate.counts.amax(1)
+    clear = (distance > 0.1) & (distance < 2.5 * sigma)
+    assert int(clear.sum()) >= 5
+    # pA is the textbook bound of Clopper and Pearson
+    textbook = stats.beta.ppf(alpha, votes.numpy(), n - votes.numpy() + 1)
+    torch.testing.assert_close(
+        certificate.p_lower[clear], torch.from_numpy(textbook)[clear], atol=1e-9, rtol=0
+    )
+    # without the bound the radius is the distance to within the error of sampling
+    p = torch.special.ndtr(distance / sigma)
+    density = torch.exp(-((distance / sigma) ** 2) / 2) / math.sqrt(2 * math.pi)
+    error = sigma * (p * (1 - p) / n).sqrt() / density
+    plain = sigma * torch.special.ndtri(votes / n)
+    assert bool(((plain - distance).abs() < 4 * error)[clear].all())
+    # with it, it lies below by the width of the bound
+    width = error * -special.ndtri(alpha)
+    gap = distance - certificate.radius
+    assert bool((gap > -error)[clear].all())
+    assert bool((gap < 4 * error + 1.5 * width)[clear].all())
+    assert torch.equal(certificate.prediction[clear], linear(x).argmax(1)[clear])
 
 
 def test_certificate_follows_from_its_counts():
