@@ -4,7 +4,8 @@
 
 Writes OUT.md (the table), OUT.json (every run) and OUT.svg (the plot). Bits per weight count all
 that stands for the quantized weights: codes, scales, zero-points, outliers, tables. The models are
-made by `quality_models.py`; embeddings and heads stay in float. With `llmcompressor` installed its
+made by `quality_models.py`; embeddings and heads stay in float. OFQ trains on the images, all
+others see some inputs or none. With `llmcompressor` installed its
 GPTQ runs beside ours on the same calibration data.
 """
 
@@ -34,7 +35,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import pyrobust
-from pyrobust.quantize import GPTQ, QUANTIZERS, AdaDim, LearnedRounding
+from pyrobust.quantize import (
+    GPTQ,
+    QUANTIZERS,
+    AdaDim,
+    LearnedRounding,
+    quantize_vit,
+    train_ofq,
+)
 from pyrobust.quantize.names import quantizer_named
 
 GROUP = {"language": 128, "vision": 64}
@@ -43,6 +51,7 @@ SKIP = {
     "vision": ("*embeddings", "*classifier"),
 }
 LIBRARY = "llmcompressor GPTQ"
+OFQ = "ofq (trained)"
 
 
 def quantizers(names: list[str] | None) -> dict[str, Callable[[], Any]]:
@@ -53,6 +62,7 @@ def quantizers(names: list[str] | None) -> dict[str, Callable[[], Any]]:
         "gptq": GPTQ,
         "adadim (gptq)": lambda: AdaDim("gptq", propagate="quantized"),
         "learned_rounding": lambda: LearnedRounding(iterations=200, batch_size=4),
+        "learned_rounding (gptq)": lambda: LearnedRounding(start="gptq", iterations=0),
     }
     for name in QUANTIZERS:
         if name != "adadim" and name not in found:
@@ -60,9 +70,9 @@ def quantizers(names: list[str] | None) -> dict[str, Callable[[], Any]]:
     return found if names is None else {label: found[label] for label in names}
 
 
-def fits(label: str, kind: str, bits: float) -> bool:
-    """Whether a quantizer takes this: nf4 has 16 levels, gwq a loss of the next token."""
-    return not ((label == "nf4" and bits != 4) or (label == "gwq" and kind != "language"))
+def fits(label: str, bits: float) -> bool:
+    """Whether a quantizer takes this: nf4 has 16 levels."""
+    return label != "nf4" or bits == 4
 
 
 def convert(model: nn.Module, kind: str, make: Callable[[], Any], bits: float, data: Any) -> Any:
@@ -129,7 +139,7 @@ def language_runs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield _run("language", "float", seed, 32, 32.0, perplexity(model, test), 0.0)
         for bits in args.bits:
             for label, make in quantizers(args.quantizers).items():
-                if not fits(label, "language", bits):
+                if not fits(label, bits):
                     continue
                 packed, stored, seconds = convert(model, "language", make, bits, data)
                 figure = perplexity(packed, test)
@@ -146,21 +156,41 @@ def vision_runs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for seed in args.seeds:
         vision = trained_vit(seed, cache=args.cache)
         yield _run("vision", "float", seed, 32, 32.0, accuracy(vision.model, vision), 0.0)
+        images = vision.train_images[:256].split(64)
+        pairs = list(zip(images, vision.train_labels[:256].split(64), strict=True))
         for bits in args.bits:
             for label, make in quantizers(args.quantizers).items():
-                if not fits(label, "vision", bits):
+                if not fits(label, bits):
                     continue
-                data = list(vision.calibration.split(64))
+                data = pairs if label == "gwq" else list(images)  # a loss needs labels
                 packed, stored, seconds = convert(vision.model, "vision", make, bits, data)
-                yield _run(
-                    "vision",
-                    label,
-                    seed,
-                    bits,
-                    stored,
-                    accuracy(packed, vision),
-                    seconds,
-                )
+                figure = accuracy(packed, vision)
+                yield _run("vision", label, seed, bits, stored, figure, seconds)
+            if args.train:
+                packed, stored, seconds = trained_in_low_bits(vision, bits, seed)
+                yield _run("vision", OFQ, seed, bits, stored, accuracy(packed, vision), seconds)
+
+
+def trained_in_low_bits(vision: Vision, bits: int, seed: int) -> tuple[nn.Module, float, float]:
+    """OFQ from the float model: 10 epochs and 3 of annealing, activations in float."""
+    began = time.perf_counter()
+    model = quantize_vit(vision.model, bits, None, SKIP["vision"])
+    train_ofq(
+        model,
+        vision.train_images,
+        vision.train_labels,
+        epochs=10,
+        annealing_epochs=3,
+        teacher=vision.model,
+        seed=seed,
+    )
+    packed = pyrobust.pack(model, skip=SKIP["vision"])
+    seconds = time.perf_counter() - began
+    stored = sum(row.bytes_after for row in pyrobust.pack_report(packed).packed)
+    blocks = (m for m in vision.model.modules() if isinstance(m, nn.ModuleList))
+    layers = (m for block in blocks for m in block.modules() if isinstance(m, nn.Linear))
+    weights = sum(layer.weight.numel() for layer in layers)
+    return packed, 8 * stored / weights, seconds
 
 
 @torch.no_grad()
@@ -220,7 +250,8 @@ def _cell(runs: list[dict[str, Any]]) -> str:
 
 def page(runs: list[dict[str, Any]]) -> str:
     seeds = len({run["seed"] for run in runs})
-    library = " --library" if any(run["quantizer"] == LIBRARY for run in runs) else ""
+    seen = {run["quantizer"] for run in runs}
+    library = (" --library" if LIBRARY in seen else "") + (" --train" if OFQ in seen else "")
     parts = [
         "# Quality against bits",
         "",
@@ -284,6 +315,7 @@ def main() -> None:
     parser.add_argument("--calibration-sequences", type=int, default=64)
     parser.add_argument("--test-sequences", type=int, default=128)
     parser.add_argument("--library", action="store_true", help="run llmcompressor's GPTQ too")
+    parser.add_argument("--train", action="store_true", help="train OFQ on the images too")
     parser.add_argument(
         "--keep", type=Path, nargs="*", default=[], help="JSON files of earlier runs"
     )

@@ -132,7 +132,8 @@ class Vision:
     """A trained vision transformer and its data."""
 
     model: nn.Module
-    calibration: Tensor
+    train_images: Tensor
+    train_labels: Tensor
     images: Tensor
     labels: Tensor
 
@@ -183,7 +184,9 @@ def trained_vit(seed: int, *, epochs: int = 12, cache: Path | None = None) -> Vi
             generator=generator,
         )
         _save(model, file)
-    return Vision(model.eval(), data.train_images[:256], data.test_images, data.test_labels)
+    return Vision(
+        model.eval(), data.train_images, data.train_labels, data.test_images, data.test_labels
+    )
 
 
 def _load(model: nn.Module, file: Path | None) -> bool:

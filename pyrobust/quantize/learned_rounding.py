@@ -10,7 +10,8 @@ Hessian method of that name); mechanics of Nagel et al., AdaRound, ICML 2020, ar
 Li et al., BRECQ, ICLR 2021, arXiv 2102.05426 (blocks), and Wei et al., QDrop, ICLR 2022,
 arXiv 2203.05740 (mixed inputs). There is no public code of the first paper.
 Departures: nearest rounding stays wherever learning did not improve the loss on all calibration
-data; the form of two degrees of freedom is ours.
+data; the form of two degrees of freedom is ours; under the mean squared error a coordinate descent
+(:mod:`pyrobust.quantize.code_descent`) follows the gradient steps, and GPTQ may come before them.
 """
 
 from __future__ import annotations
@@ -62,11 +63,20 @@ class LearnedRounding:
         input: ``"quantized"``: layers learn on inputs from the quantized layers before them;
             ``"float"``: on those of the float model; ``"mix"``: each element from either.
         iterations: steps per layer or block; 400 to 1000 for small networks, 20,000 for large ones.
+            0 leaves all to ``start`` and ``descent``, which takes seconds.
         batch_size: inputs (images, sequences) a step.
         learning_rate: of the rounding variables; None takes 0.01, 0.1 for SGD.
         scale_rate: of the logarithms of the scales.
         regularization: weight of the penalty that drives offsets to integers.
         warmup: share of the steps before it starts.
+        start: ``"nearest"``, offsets at which the soft weight is the float weight; ``"gptq"``, the
+            codes of GPTQ for the weight that serves the layer's inputs best, free to move to any
+            level in the descent (``scope="layer"``, ``loss="mse"``, no ``scheme``).
+        descent: sweeps of coordinate descent after the steps, at most; single codes move, within
+            what ``freedom`` allows, and scales are fitted while that lowers the error. Layers under
+            ``"mse"`` only.
+        damp: for ``start`` and ``descent``: adds to the second moments of the inputs this share of
+            their mean, which keeps weights that few data determine near their float values.
         seed: of the choice of minibatches and of mixed inputs.
 
     Raises:
@@ -89,6 +99,9 @@ class LearnedRounding:
     scale_rate: float = 1e-3
     regularization: float = 0.01
     warmup: float = 0.2
+    start: str = "nearest"
+    descent: int = 20
+    damp: float = 0.01
     seed: int = 0
 
     propagate = "quantized"
@@ -102,7 +115,10 @@ class LearnedRounding:
         check_choice(subject, "freedom", self.freedom, (1, 2))
         check_choice(subject, "optimizer", self.optimizer, OPTIMIZERS)
         check_choice(subject, "input", self.input, ("quantized", "float", "mix"))
-        check_integer(subject, "iterations", self.iterations, 1)
+        check_integer(subject, "iterations", self.iterations, 0)
+        check_choice(subject, "start", self.start, ("nearest", "gptq"))
+        check_integer(subject, "descent", self.descent, 0)
+        check_at_least(subject, "damp", self.damp, 0.0)
         check_integer(subject, "batch_size", self.batch_size, 1)
         check_positive(subject, "weight_fraction", self.weight_fraction)
         check_unit(subject, "weight_fraction", self.weight_fraction)
@@ -113,6 +129,16 @@ class LearnedRounding:
             check_positive(subject, "learning_rate", self.learning_rate)
         if self.scheme is not None:
             check_instance(subject, "scheme", self.scheme, PowerQuantizer)
+        if self.start == "gptq":
+            self._check_gptq()
+
+    def _check_gptq(self) -> None:
+        asked = (self.scope, self.loss, self.scheme, self.weight_fraction)
+        if asked != ("layer", "mse", None, 1.0):
+            raise ValueError(
+                "LearnedRounding: start 'gptq' needs scope 'layer', loss 'mse', no scheme and a "
+                f"weight_fraction of 1; got {asked}."
+            )
 
     @property
     def schedule(self) -> Schedule:
@@ -149,6 +175,9 @@ class LearnedRounding:
             input=self.input,
             batch_size=self.batch_size,
             seed=self.seed,
+            start=self.start,
+            descent=self.descent,
+            damp=self.damp,
         )
         (round_layers if self.scope == "layer" else round_block)(block, options)
 

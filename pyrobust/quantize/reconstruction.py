@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,7 +22,15 @@ from pyrobust.quantize.qtensor import QTensor
 from pyrobust.quantize.rounding_grid import RoundingGrid
 from pyrobust.quantize.rounding_variable import RoundingVariable
 
-__all__ = ["LOSSES", "OPTIMIZERS", "LearnedWeight", "Schedule", "output_loss", "reconstruct"]
+__all__ = [
+    "LOSSES",
+    "OPTIMIZERS",
+    "LearnedWeight",
+    "Rounded",
+    "Schedule",
+    "output_loss",
+    "reconstruct",
+]
 
 LOSSES = ("mse", "l1", "cosine", "kl")
 OPTIMIZERS = ("adam", "sgd", "sign")
@@ -58,6 +66,23 @@ class Schedule:
         return low + (high - low) * (1 + math.cos(math.pi * share)) / 2
 
 
+@dataclass(frozen=True)
+class Rounded:
+    """Integer steps on a grid.
+
+    Attributes:
+        grid: with its scales.
+        steps: ``(rows, cols)``.
+    """
+
+    grid: RoundingGrid
+    steps: Tensor
+
+    def qtensor(self) -> QTensor:
+        """As packed codes."""
+        return self.grid.qtensor(self.steps)
+
+
 class LearnedWeight:
     """The weight of one layer while its rounding is learned.
 
@@ -89,17 +114,14 @@ class LearnedWeight:
         steps = self.variable.floor + self.variable.offsets()
         return self.grid.values(self._inside(steps), self.scale)
 
-    def hard_steps(self) -> Tensor:
-        """The integer steps it ends at."""
-        return self._inside(self.variable.floor + self.variable.hard())
+    def hard(self) -> Rounded:
+        """Where it ends, with the learned scales."""
+        grid = replace(self.grid, scale=self.scale.detach())
+        return Rounded(grid, self._inside(self.variable.floor + self.variable.hard()))
 
-    def hard_qtensor(self) -> QTensor:
-        """The codes it ends at, with the learned scales."""
-        return self.grid.qtensor(self.hard_steps(), self.scale)
-
-    def nearest_qtensor(self) -> QTensor:
-        """The codes of rounding to nearest, with the scales it started from."""
-        return self.grid.qtensor(self.grid.nearest(self.weight))
+    def nearest(self) -> Rounded:
+        """Rounding to nearest, with the scales it started from."""
+        return Rounded(self.grid, self.grid.nearest(self.weight))
 
     def _inside(self, steps: Tensor) -> Tensor:
         return torch.minimum(torch.maximum(steps, self.grid.low), self.grid.high)

@@ -11,13 +11,15 @@ Bailly, "PowerQuant", ICLR 2023, arXiv 2301.09858.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyrobust._checks import check_choice
+from pyrobust.quantize.grid import store_scale
 from pyrobust.quantize.power_levels import power_codebook, power_unit
-from pyrobust.quantize.qtensor import QTensor, round_scale
+from pyrobust.quantize.qtensor import QTensor
 
 __all__ = ["GRID_BITS", "RoundingGrid", "search_grid"]
 
@@ -76,11 +78,14 @@ class RoundingGrid:
             steps: ``(rows, cols)``.
             scale: in place of the grid's own.
         """
-        spread = self.spread(self.scale if scale is None else scale)
+        return self.spread(self.scale if scale is None else scale) * self.unit_values(steps)
+
+    def unit_values(self, steps: Tensor) -> Tensor:
+        """The values at a scale of 1."""
         if self.power == 1.0:
-            return spread * steps
+            return steps
         # |u|^(1/power) has no second derivative trouble: 1/power >= 1.
-        return spread * steps.sign() * steps.abs() ** (1 / self.power)
+        return steps.sign() * steps.abs() ** (1 / self.power)
 
     def nearest(self, weight: Tensor) -> Tensor:
         """The integer steps whose value is closest."""
@@ -89,34 +94,35 @@ class RoundingGrid:
         errors = [(self.values(each) - weight).abs() for each in candidates]
         return torch.where(errors[1] < errors[0], candidates[1], candidates[0])
 
-    def qtensor(self, steps: Tensor, scale: Tensor | None = None) -> QTensor:
-        """Integer steps as packed codes.
+    def as_stored(self) -> RoundingGrid:
+        """The grid whose scales are those that :meth:`qtensor` stores."""
+        if self.power != 1.0:
+            unit = power_unit(self.bits, self.power)
+            return replace(self, scale=(_stored(self.scale * unit) / unit).to(self.scale))
+        return replace(self, scale=_stored(self.scale).to(self.scale))
+
+    def qtensor(self, steps: Tensor) -> QTensor:
+        """Integer steps as packed codes; scales are rounded to what a packed weight stores.
 
         Args:
             steps: ``(rows, cols)`` integers between :attr:`low` and :attr:`high`.
-            scale: in place of the grid's own; rounded to what a packed weight stores.
         """
-        scale = (self.scale if scale is None else scale).detach().float()
         codes = (steps - self.low).to(torch.uint8).cpu()
+        layout: dict[str, Any] = {
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "group_dim": self.group_dim,
+        }
         if self.power != 1.0:
-            unit = power_unit(self.bits, self.power)
-            return QTensor.from_codes(
-                codes,
-                round_scale((scale * unit).cpu()),
-                bits=self.bits,
-                group_size=self.group_size,
-                group_dim=self.group_dim,
-                codebook=power_codebook(self.bits, self.power),
-            )
+            scale = _stored(self.scale * power_unit(self.bits, self.power))
+            book = power_codebook(self.bits, self.power)
+            return QTensor.from_codes(codes, scale, **layout, codebook=book)
         zero = None if self.zero is None else self.zero.to(torch.uint8).cpu()
-        return QTensor.from_codes(
-            codes,
-            round_scale(scale.cpu()),
-            zero,
-            bits=self.bits,
-            group_size=self.group_size,
-            group_dim=self.group_dim,
-        )
+        return QTensor.from_codes(codes, _stored(self.scale), zero, **layout)
+
+
+def _stored(scale: Tensor) -> Tensor:
+    return store_scale(scale.detach().float().cpu(), up=False)
 
 
 def search_grid(
@@ -197,7 +203,7 @@ def _covering(
         low = flat.amin(1, keepdim=True).clamp(max=0) * factor
         high = flat.amax(1, keepdim=True).clamp(min=0) * factor
         scale = high / (levels - 1) - low / (levels - 1)
-    scale = round_scale(torch.where(scale > 0, scale, 1.0).float().cpu()).to(flat.device)
+    scale = _stored(torch.where(scale > 0, scale, 1.0)).float().to(flat.device)
     if not symmetric:
         zero = torch.round(-low / scale).clamp(0, levels - 1)
     return RoundingGrid(scale, zero, bits, shape, shape[1], 1, power)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,15 +15,25 @@ from pyrobust.quantize.block_layout import first_output
 from pyrobust.quantize.calibration import Call
 from pyrobust.quantize.calibration_block import CalibrationBlock
 from pyrobust.quantize.call_rows import batch_size, mixed_call, rows_of
+from pyrobust.quantize.code_descent import descend_codes, fit_scales
+from pyrobust.quantize.gptq import gptq_weight
 from pyrobust.quantize.power_quantizer import PowerQuantizer
 from pyrobust.quantize.qtensor import QTensor
-from pyrobust.quantize.reconstruction import LearnedWeight, Schedule, output_loss, reconstruct
+from pyrobust.quantize.quadratic_loss import QuadraticLoss
+from pyrobust.quantize.reconstruction import (
+    LearnedWeight,
+    Rounded,
+    Schedule,
+    output_loss,
+    reconstruct,
+)
 from pyrobust.quantize.rounding_grid import RoundingGrid, search_grid
 from pyrobust.quantize.rounding_variable import RoundingVariable
 
 __all__ = ["RoundingOptions", "round_block", "round_layers"]
 
 _ROWS = 1 << 14  # rows of outputs compared at a time
+_NEAR = 0.49  # how far from its code a real step may start, so that it still rounds there
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,9 @@ class RoundingOptions:
     input: str
     batch_size: int
     seed: int
+    start: str
+    descent: int
+    damp: float
 
     def generator(self, index: int, position: int = 0) -> torch.Generator:
         """Randomness of one block and layer alone, so that a resumed conversion repeats it."""
@@ -51,9 +64,17 @@ class RoundingOptions:
 def round_layers(block: CalibrationBlock, options: RoundingOptions) -> None:
     """Layer by layer: each learns on inputs that come through the layers before it as they are."""
     for position, name in enumerate(block.layers):
-        hessian = block.hessians((name,))[name]
+        quadratic = None
         data = _LayerData(block, name, options)
-        learned = _learned_weight(block, name, options, hessian)
+        if options.loss == "mse" and (options.descent or options.start == "gptq"):
+            stream = "float" if options.input == "float" else "calls"
+            moments = block.hessians((name,), stream=stream)[name]
+            quadratic = data.quadratic(block.weight(name), moments, options.damp)
+        hessian = block.hessians((name,))[name]
+        if options.start == "gptq":
+            learned = _start_from_gptq(block, name, options, hessian, quadratic)
+        else:
+            learned = _learned_weight(block, name, options, hessian)
         generator = options.generator(block.index, position)
 
         def loss(
@@ -66,8 +87,9 @@ def round_layers(block: CalibrationBlock, options: RoundingOptions) -> None:
             x, y = data.minibatch(generator)
             return output_loss(data.rows(data.forward(x, weights[each])), y, options.loss)
 
+        candidates = [learned.nearest(), learned.hard()]
         reconstruct({name: learned}, loss, options.schedule)
-        qtensor, bias = _best(data, learned, options)
+        qtensor, bias = _best(data, learned, [*candidates, learned.hard()], options, quadratic)
         block.install(name, qtensor, bias)
 
 
@@ -86,8 +108,8 @@ def round_block(block: CalibrationBlock, options: RoundingOptions) -> None:
         return output_loss(data.run(call, weights, names), y, options.loss)
 
     reconstruct(learned, loss, options.schedule)
-    nearest = {name: each.nearest_qtensor() for name, each in learned.items()}
-    trained = {name: each.hard_qtensor() for name, each in learned.items()}
+    nearest = {name: each.nearest().qtensor() for name, each in learned.items()}
+    trained = {name: each.hard().qtensor() for name, each in learned.items()}
     better = data.total(trained, names) <= data.total(nearest, names)
     for name, qtensor in (trained if better else nearest).items():
         block.hessians((name,))
@@ -162,13 +184,25 @@ class _LayerData:
         """Outputs as ``(rows, channels)``."""
         return y.movedim(1, -1).flatten(0, 2) if self.is_conv else y
 
-    def parts(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def parts(self, inputs: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """All inputs as the quantized model gives them, and float outputs as rows, in pieces."""
+        inputs = self.x if inputs is None else inputs
         places = self.y[0].numel() // self.y.shape[1] if self.is_conv and len(self.y) else 1
         step = max(1, _ROWS // max(1, places))
         for begin in range(0, len(self.x), step):
             piece = slice(begin, begin + step)
-            yield self.x[piece], self.rows(self.y[piece])
+            yield inputs[piece], self.rows(self.y[piece])
+
+    def quadratic(self, weight: Tensor, hessian: Tensor, damp: float) -> QuadraticLoss:
+        """The mean squared error as a function of the weight, on inputs as the options say."""
+        base = weight.detach().float().clone().requires_grad_()
+        count = len(self.y) * (self.y[0].numel() // self.y.shape[1] if self.is_conv else 1)
+        with torch.enable_grad():
+            for x, y in self.parts(self.x_float if self.options.input == "float" else self.x):
+                loss = output_loss(self.rows(self.forward(x, base)), y, "mse")
+                (loss * (len(y) / count)).backward()
+        gradient = torch.zeros_like(base) if base.grad is None else base.grad
+        return QuadraticLoss(base.detach(), gradient, hessian, damp)
 
     @torch.no_grad()
     def total(self, weight: Tensor, shift: Tensor | None = None) -> float:
@@ -192,12 +226,24 @@ class _LayerData:
 
 
 def _best(
-    data: _LayerData, learned: LearnedWeight, options: RoundingOptions
+    data: _LayerData,
+    learned: LearnedWeight,
+    candidates: list[Rounded],
+    options: RoundingOptions,
+    quadratic: QuadraticLoss | None,
 ) -> tuple[QTensor, Tensor | None]:
-    """The better of nearest and learned codes, with a corrected bias where that helps."""
-    best: tuple[QTensor, Tensor | None] = (learned.nearest_qtensor(), None)
+    """The best of the candidates, gone further down, with a corrected bias where that helps."""
+    best, least = candidates[0], float("inf")
+    for candidate in candidates:
+        loss = data.total(candidate.qtensor().dequantize().to(data.y.device))
+        if loss < least:
+            best, least = candidate, loss
+    finals = [best.qtensor()]
+    if quadratic is not None and options.descent:
+        finals.append(_descended(learned, best, options, quadratic).qtensor())
+    result: tuple[QTensor, Tensor | None] = (finals[0], None)
     least = float("inf")
-    for qtensor in (best[0], learned.hard_qtensor()):
+    for qtensor in finals:
         value = qtensor.dequantize().to(data.y.device)
         shifts: list[Tensor | None] = [None]
         if options.learn_bias and data.layer.bias is not None:
@@ -206,8 +252,53 @@ def _best(
             loss = data.total(value, shift)
             if loss < least:
                 bias = None if shift is None else data.layer.bias.detach().float() + shift
-                best, least = (qtensor, bias), loss
-    return best
+                result, least = (qtensor, bias), loss
+    return result
+
+
+def _descended(
+    learned: LearnedWeight, start: Rounded, options: RoundingOptions, loss: QuadraticLoss
+) -> Rounded:
+    """Codes, then scales, then codes again for the scales as they are stored."""
+    low = high = None
+    if options.start != "gptq":
+        least, most = learned.variable.bounds()
+        low = torch.minimum(torch.maximum(least, start.grid.low), start.steps)
+        high = torch.maximum(torch.minimum(most, start.grid.high), start.steps)
+    grid, steps = start.grid.as_stored(), start.steps
+    steps = descend_codes(loss, grid, steps, low=low, high=high, sweeps=options.descent)
+    if options.learn_scale:
+        grid = replace(grid, scale=fit_scales(loss, grid, steps)).as_stored()
+        steps = descend_codes(loss, grid, steps, low=low, high=high, sweeps=options.descent)
+    return Rounded(grid, steps)
+
+
+def _start_from_gptq(
+    block: CalibrationBlock,
+    name: str,
+    options: RoundingOptions,
+    hessian: Tensor,
+    quadratic: QuadraticLoss | None,
+) -> LearnedWeight:
+    """Codes of GPTQ for the real weight that serves these inputs best."""
+    weight = block.weight(name).detach().float()
+    target = weight if quadratic is None else quadratic.minimizer()
+    form = dict(block.formats[name])
+    length = weight.shape[1] if form["group_dim"] == 1 else weight.shape[0]
+    form["group_size"] = min(form["group_size"], max(1, length))
+    packed = gptq_weight(target, hessian, **form, damp=options.damp)
+    grid = RoundingGrid(
+        torch.where(packed.scale > 0, packed.scale, 1.0).float().to(weight.device),
+        None if packed.zero is None else packed.zero.float().to(weight.device),
+        int(packed.bits),
+        packed.shape,
+        packed.group_size,
+        packed.group_dim,
+    )
+    codes = packed.unpack_codes().to(weight) + grid.low
+    latent = torch.minimum(torch.maximum(grid.steps(target), codes - _NEAR), codes + _NEAR)
+    variable = RoundingVariable(latent, options.variable, options.freedom)
+    return LearnedWeight(weight, grid, variable, options.learn_scale)
 
 
 def _learned_weight(

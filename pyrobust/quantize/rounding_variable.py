@@ -90,6 +90,15 @@ class RoundingVariable:
                 h = likeliest if self.chosen is None else torch.where(self.chosen, likeliest, h)
             return torch.floor(h + 0.5)
 
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """The lowest and the highest integer steps that it may end at."""
+        low, high = _RANGE[self.freedom]
+        lowest, highest = self.floor + low, self.floor + high
+        if self.chosen is None:
+            return lowest, highest
+        kept = self.floor + self._kept
+        return torch.where(self.chosen, lowest, kept), torch.where(self.chosen, highest, kept)
+
     def penalty(self, beta: float) -> Tensor:
         """``sum (1 - |2 f - 1|^beta)`` over the fractions ``f`` of ``h``: zero at integers.
 

@@ -59,7 +59,7 @@ def test_hard_codes_stay_within_their_degrees_of_freedom(kind, freedom):
     variable = RoundingVariable(steps, kind, freedom)
     with torch.no_grad():
         variable.parameter.add_(3 * randn(*variable.parameter.shape, seed=5))
-    offsets = LearnedWeight(weight, grid, variable, False).hard_steps() - torch.floor(steps)
+    offsets = LearnedWeight(weight, grid, variable, False).hard().steps - torch.floor(steps)
     inside = (torch.floor(steps) - 1 >= grid.low) & (torch.floor(steps) + 2 <= grid.high)
     seen = set(offsets[inside].tolist())
     assert seen == ({0, 1} if freedom == 1 else {-1, 0, 1, 2})
@@ -136,7 +136,7 @@ def test_learned_rounding_comes_close_to_the_best_of_all_patterns():
         learned_ratio.append(error(packed[0].dequantize()) / best)
         nearest_ratio.append(error(grid.values(grid.nearest(weight))) / best)
     learned, nearest = (torch.tensor(each).median() for each in (learned_ratio, nearest_ratio))
-    assert learned <= 1.5  # measured 1.39 against 2.16
+    assert learned <= 1.3  # measured 1.10 against 2.16
     assert nearest >= 2
     assert all(a <= b * (1 + 1e-5) for a, b in zip(learned_ratio, nearest_ratio, strict=True))
     assert min(learned_ratio) >= 1 - 1e-5
@@ -368,7 +368,8 @@ def test_power_levels_have_the_formula_and_their_codes_come_back(bits, power):
     assert torch.equal(qtensor.unpack_codes(), (steps + half).to(torch.uint8))
     exact = grid.spread(grid.scale) * steps.sign() * steps.abs() ** (1 / power)
     top = grid.spread(grid.scale) * half ** (1 / power)
-    assert ((qtensor.dequantize() - exact).abs() <= top / 254 * 1.001).all()
+    rounded_scale = top / 2**11  # float16
+    assert ((qtensor.dequantize() - exact).abs() <= top / 254 * 1.001 + rounded_scale).all()
     layer = rnn.PackedLinear.from_qtensor(qtensor)
     x = randn(5, 40, seed=3)
     expected = x @ qtensor.dequantize().t()
@@ -397,7 +398,7 @@ def test_power_grids_fit_peaked_weights_better():
         ({"freedom": 3}, "freedom must be one of 1, 2"),
         ({"optimizer": "lbfgs"}, "optimizer must be one of"),
         ({"input": "noise"}, "input must be one of"),
-        ({"iterations": 0}, "iterations must be at least 1"),
+        ({"iterations": -1}, "iterations must be at least 0"),
         ({"weight_fraction": 0.0}, "weight_fraction must be finite and positive"),
         ({"weight_fraction": 1.5}, "weight_fraction must lie in"),
         ({"learning_rate": -1.0}, "learning_rate must be"),
@@ -489,13 +490,16 @@ def test_two_bit_digits_recover_most_of_the_accuracy():
         name: measured(learned_rounding(net, [x], 2, iterations=400, **options), data)
         for name, options in {
             "learned": {},
-            "float inputs": {"input": "float"},
-            "half of the weights": {"weight_fraction": 0.5},
+            "by gradients alone": {"descent": 0},
+            "float inputs": {"descent": 0, "input": "float"},
+            "half of the weights": {"descent": 0, "weight_fraction": 0.5},
         }.items()
     }
-    half = measured(learned_rounding(net, [x[:128]], 2, iterations=400), data)
-    assert results["learned"][0] >= accuracy + 0.015
-    assert results["learned"][1] <= 0.85 * loss
-    assert results["learned"][1] < results["float inputs"][1]
-    assert results["half of the weights"][0] >= results["learned"][0] - 0.01
-    assert half[0] >= results["learned"][0] - 0.01
+    plain = results["by gradients alone"]
+    half = measured(learned_rounding(net, [x[:128]], 2, iterations=400, descent=0), data)
+    for name in ("learned", "by gradients alone"):
+        assert results[name][0] >= accuracy + 0.015
+        assert results[name][1] <= 0.85 * loss
+    assert plain[1] < results["float inputs"][1]
+    assert results["half of the weights"][0] >= plain[0] - 0.01
+    assert half[0] >= plain[0] - 0.01
