@@ -49,7 +49,7 @@ class _LowRank(Adapter):
         check_choice(subject, "init", init, ["zero", "pissa"])
         rows, columns = base.weight.shape[0], base.weight[0].numel()
         _check_rank(subject, r, rows // groups, columns)
-        self.r, self.alpha, self.groups = r, alpha, groups
+        self.r, self.alpha, self.groups, self.init = r, alpha, groups, init
         self.lora_A = _uniform_factor(groups * r, columns, base.weight)
         self.lora_B = nn.Parameter(base.weight.new_zeros(rows, r))
         if init == "pissa":

@@ -136,6 +136,10 @@ class _SVFit(Adapter):
         wide = self.u.float() * self._difference().float()
         return (wide @ self.vh.float()).reshape(self.base.weight.shape)
 
+    def low_rank_factors(self) -> tuple[Tensor, Tensor]:
+        """``A`` (r, columns) and ``B`` (rows, r) whose product ``B A`` is the update."""
+        return self.vh.detach(), (self.u.float() * self._difference()).to(self.u).detach()
+
     def _through(self, x: Tensor, scale: Tensor) -> Tensor:
         if isinstance(self.base, nn.Conv2d):
             kernel = self.vh.reshape(-1, *self.base.weight.shape[1:])

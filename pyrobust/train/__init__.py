@@ -8,10 +8,8 @@ from pyrobust.train.adapters import (
     adapters_disabled,
     apply_adapter,
     load_adapter,
-    load_peft_lora,
     merge_adapters,
     save_adapter,
-    save_peft_lora,
     unmerge_adapters,
 )
 from pyrobust.train.certified_losses import (
@@ -54,6 +52,7 @@ from pyrobust.train.multimodal_margin import (
     multimodal_margin,
 )
 from pyrobust.train.noise_levels import KarrasSchedule, improved_consistency_scales, sigmoid_ema
+from pyrobust.train.peft_format import load_peft_lora, save_peft_lora
 from pyrobust.train.pseudo_labels import pseudo_label_consistency, softmax_entropy
 from pyrobust.train.ranking_noise import noise_augmented_ranking_loss
 from pyrobust.train.rift import (

@@ -1,25 +1,21 @@
 """Put adapters into a model by layer name, train, merge, save and load them.
 
 A configuration (:class:`SVFit`, :class:`LoRA`) names the layers by the end of their names, as the
-usual tools do ("q_proj" matches "model.layers.0.self_attn.q_proj"). LoRA adapters are written and
-read in the format of the ``peft`` package as well.
+usual tools do ("q_proj" matches "model.layers.0.self_attn.q_proj"). Interchange with the ``peft``
+package is in :mod:`pyrobust.train.peft_format`.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from pyrobust._files import write_text
 from pyrobust._safetensors import write_safetensors
 from pyrobust.nn.adapter import Adapter
 from pyrobust.nn.lora import ConvLoRA2d, LoRALinear
@@ -33,14 +29,10 @@ __all__ = [
     "adapters_disabled",
     "apply_adapter",
     "load_adapter",
-    "load_peft_lora",
     "merge_adapters",
     "save_adapter",
-    "save_peft_lora",
     "unmerge_adapters",
 ]
-
-_PEFT_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -237,7 +229,8 @@ def unmerge_adapters(model: nn.Module) -> nn.Module:
     return model
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file."""
     with safe_open(path, framework="pt") as file:
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
@@ -265,7 +258,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     Raises:
         ValueError: not such a file, other layers are adapted, or another base weight.
     """
-    tensors, metadata = _read(path)
+    tensors, metadata = read_tensors(path)
     if metadata.get("format") != "pyrobust-adapter" or metadata.get("version") != "1":
         raise ValueError(f"load_adapter: {path} is not a pyrobust adapter file of version 1.")
     found = adapters(model)
@@ -277,82 +270,4 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         states[name][own] = value
     for name, adapter in found.items():
         adapter.load_adapter_state_dict(states[name])
-    return model
-
-
-def _lora_adapters(model: nn.Module, subject: str) -> dict[str, LoRALinear | ConvLoRA2d]:
-    found: dict[str, LoRALinear | ConvLoRA2d] = {}
-    for name, adapter in adapters(model).items():
-        if not isinstance(adapter, LoRALinear | ConvLoRA2d):
-            raise ValueError(f"{subject}: {name!r} is a {type(adapter).__name__}, not LoRA.")
-        if adapter.groups != 1:
-            raise ValueError(f"{subject}: {name!r} adapts a grouped convolution.")
-        found[name] = adapter
-    if not found:
-        raise ValueError(f"{subject}: the model has no LoRA adapter.")
-    return found
-
-
-def save_peft_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Write LoRA adapters as the ``peft`` package does: adapter_config.json and safetensors.
-
-    Raises:
-        ValueError: no LoRA adapter, another kind of adapter, or unequal ranks.
-    """
-    found = _lora_adapters(model, "save_peft_lora")
-    settings = {(a.r, a.alpha) for a in found.values()}
-    if len(settings) > 1:
-        raise ValueError("save_peft_lora: the adapters differ in r or alpha.")
-    (r, alpha), *_ = settings
-    tensors = {}
-    for name, adapter in found.items():
-        shape = adapter.base.weight.shape[1:]
-        tensors[f"{_PEFT_PREFIX}{name}.lora_A.weight"] = adapter.lora_A.detach().reshape(r, *shape)
-        tail = [1] * (len(shape) - 1)
-        tensors[f"{_PEFT_PREFIX}{name}.lora_B.weight"] = adapter.lora_B.detach().reshape(
-            -1, r, *tail
-        )
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    config = {
-        "peft_type": "LORA",
-        "r": r,
-        "lora_alpha": alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": sorted(found),
-    }
-    write_safetensors(target / "adapter_model.safetensors", tensors, {"format": "pt"})
-    write_text(target / "adapter_config.json", json.dumps(config, indent=2))
-
-
-@torch.no_grad()
-def load_peft_lora(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
-    """Apply a LoRA checkpoint of the ``peft`` package to a plain model, in place.
-
-    Args:
-        model: the base model without adapters.
-        folder: holds adapter_config.json and adapter_model.safetensors.
-
-    Returns:
-        ``model`` with :class:`LoRALinear` / :class:`ConvLoRA2d` over the adapted layers.
-
-    Raises:
-        ValueError: not a plain LoRA checkpoint, or its layers are not in the model.
-    """
-    source = Path(folder)
-    config = json.loads((source / "adapter_config.json").read_text())
-    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("use_rslora"):
-        raise ValueError(f"load_peft_lora: {folder} is not a plain LoRA checkpoint.")
-    tensors, _ = _read(source / "adapter_model.safetensors")
-    names = sorted({k.removeprefix(_PEFT_PREFIX).split(".lora_")[0] for k in tensors})
-    missing = [name for name in names if name not in dict(model.named_modules())]
-    if missing:
-        raise ValueError(f"load_peft_lora: the model has no module {', '.join(missing)}.")
-    apply_adapter(model, LoRA(tuple(names), r=config["r"], alpha=config["lora_alpha"]))
-    for name, adapter in _lora_adapters(model, "load_peft_lora").items():
-        for factor in ("lora_A", "lora_B"):
-            value = tensors[f"{_PEFT_PREFIX}{name}.{factor}.weight"]
-            own = adapter.get_parameter(factor)
-            own.copy_(value.reshape(own.shape))
     return model

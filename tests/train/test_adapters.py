@@ -5,6 +5,8 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
@@ -126,6 +128,66 @@ def test_peft_itself_reads_and_writes_the_same_model(tmp_path):
     ours = load_peft_lora(copy.deepcopy(plain), tmp_path / "theirs")
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
 
+    peft_weights = theirs.merge_and_unload().state_dict()
+    for name, value in merge_adapters(ours).state_dict().items():
+        plain_name = name.replace(".base.", ".")
+        if plain_name in peft_weights:
+            torch.testing.assert_close(value, peft_weights[plain_name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SVFit(("q_proj", "v_proj", "conv"), rank=3),
+        SVFit(("q_proj", "conv"), energy=0.6, mode="split"),  # a rank for each layer
+        SVFit(("q_proj",), rank=16, positive=True),
+    ],
+)
+def test_svfit_loads_as_lora_in_peft_and_here(config, tmp_path):
+    peft = pytest.importorskip("peft")
+    plain, x = Block(), torch.randn(3, 16)
+    ours = apply_adapter(copy.deepcopy(plain), config)
+    fit(ours, x)
+    assert not torch.allclose(ours(x), plain(x), atol=1e-3)
+    save_peft_lora(ours, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), str(tmp_path))
+    torch.testing.assert_close(theirs(x), ours(x), rtol=1e-5, atol=1e-5)
+    weights = theirs.merge_and_unload().state_dict()
+    for name, adapter in adapters(merge_adapters(ours)).items():
+        torch.testing.assert_close(
+            adapter.base.weight, weights[f"{name}.weight"], rtol=1e-5, atol=1e-6
+        )
+    if config.positive:  # all singular values: more than LoRA's largest rank here
+        with pytest.raises(ValueError, match="r must be below"):
+            load_peft_lora(copy.deepcopy(plain), tmp_path)
+        return
+    again = load_peft_lora(copy.deepcopy(plain), tmp_path)
+    torch.testing.assert_close(again(x), ours(x), rtol=1e-5, atol=1e-5)
+    assert all(p.requires_grad for a in adapters(again).values() for p in a.trainable_parameters())
+
+
+def test_peft_files_that_do_not_fit_are_refused(tmp_path):
+    plain = Block()
+    model = apply_adapter(copy.deepcopy(plain), LoRA(("q_proj",), r=2))
+    save_peft_lora(model, tmp_path)
+    with pytest.raises(ValueError, match="has adapters already"):
+        load_peft_lora(model, tmp_path)
+    other = nn.Module()
+    other.q_proj = nn.Linear(5, 7)
+    with pytest.raises(ValueError, match=r"'q_proj' has a weight of shape \(7, 5\)"):
+        load_peft_lora(other, tmp_path)
+    with pytest.raises(ValueError, match="has no module q_proj"):
+        load_peft_lora(nn.Linear(3, 3), tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    with safe_open(path, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    save_file({key: value for key, value in tensors.items() if "lora_A" in key}, path)
+    with pytest.raises(ValueError, match=r"differing keys: .*lora_B"):
+        load_peft_lora(copy.deepcopy(plain), tmp_path)
+    pissa = apply_adapter(copy.deepcopy(plain), LoRA(("q_proj",), r=2, init="pissa"))
+    with pytest.raises(ValueError, match="started from singular triples"):
+        save_peft_lora(pissa, tmp_path)
+
 
 def test_adapters_can_be_left_out_for_a_while():
     plain, x = Block(), torch.randn(3, 16)
@@ -156,8 +218,8 @@ def test_refusals(tmp_path):
         apply_adapter(tied, SVFit(("q_proj",), 2))
     with pytest.raises(ValueError, match="has no adapter"):
         save_adapter(Block(), tmp_path / "x")
-    with pytest.raises(ValueError, match="is a SVFitLinear, not LoRA"):
-        save_peft_lora(apply_adapter(Block(), SVFit(("q_proj",), 2)), tmp_path)
+    with pytest.raises(ValueError, match="has no LoRA adapter"):
+        save_peft_lora(Block(), tmp_path)
 
 
 def rotated_digits(degrees):
