@@ -147,6 +147,20 @@ def test_bounds_are_sound_and_exact_at_radius_zero():
     torch.testing.assert_close(upper, model(x), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("make", [lambda: mlp(6, 20, 20, 4), convnet])
+def test_thousands_of_points_of_random_networks_lie_within_their_bounds(make):
+    for _ in range(20):
+        model = make()
+        shape = (1, 6) if len(model) == 5 else (1, 2, 8, 8)
+        x, eps = torch.rand(shape), float(10 ** (-3 * torch.rand(())))
+        lower, upper = interval_bounds(model, x - eps, x + eps)
+        moves = 2 * torch.rand(1000, *shape[1:]) - 1
+        moves[500:] = moves[500:].sign()  # corners
+        with torch.no_grad():
+            out = model((x + eps * moves).clamp(x - eps, x + eps))
+        assert bool(((out >= lower - 1e-5) & (out <= upper + 1e-5)).all())
+
+
 def test_the_collapsed_matrix_gives_the_numerator():
     model = mlp(6, 9, 8, 4, relu=False)
     x = torch.rand(1, 6)

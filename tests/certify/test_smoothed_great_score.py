@@ -28,10 +28,10 @@ class Steep(nn.Module):
 @pytest.mark.parametrize("k", [1.0, 10.0, 100.0, 1000.0])
 def test_never_beyond_the_true_distance(k):
     """The smoothed classifier of a symmetric score has the base's boundary: w.x = 0."""
-    x = torch.randn(100, 64) * 0.1
+    x = torch.randn(1000, 64) * 0.1
     distance = (x.sum(1) / 8).abs().double()
     labels = (x.sum(1) < 0).long()
-    score = smoothed_great_score(Steep(k).eval(), x, labels, sigma=0.1, n=500, alpha=1e-3)
+    score = smoothed_great_score(Steep(k).eval(), x, labels, sigma=0.1, n=200, alpha=1e-6)
     assert bool((score.certificate.radius <= distance).all())
     assert score.lower <= score.value <= float(distance.mean())
     assert score.certified
@@ -52,6 +52,37 @@ def test_margin_bound_covers_the_known_margin():
     missed = float((score.margin > exact).double().mean())
     assert missed <= alpha + 3 * (alpha * (1 - alpha) / 2000) ** 0.5
     assert float(score.margin.mean()) > 0.2  # and has power
+
+
+class Thirds(nn.Module):
+    """Three classes on a line, cut at -0.2 and 0.4, sure of each."""
+
+    def forward(self, x):
+        place = (x > -0.2).long() + (x > 0.4).long()
+        return 40.0 * nn.functional.one_hot(place[:, 0], 3).float()
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+def test_margin_bound_covers_the_least_of_several_margins(activation):
+    """2,000 repetitions with three classes: the union over the other two is enough."""
+    alpha, sigma, x = 0.05, 0.5, 0.1
+    score = smoothed_great_score(
+        Thirds().eval(),
+        torch.full((2000, 1), x),
+        torch.ones(2000, dtype=torch.int64),
+        sigma=sigma,
+        n=400,
+        alpha=alpha,
+        activation=activation,
+        seed=4,
+    )
+    low, high = special.ndtr((-0.2 - x) / sigma), special.ndtr((0.4 - x) / sigma)
+    span = 0.5 if activation == "sigmoid" else 1.0  # sigmoid(40) - sigmoid(0)
+    exact = span * min(high - low - low, high - low - (1 - high))
+    missed = float((score.margin > exact).double().mean())
+    assert missed <= alpha + 3 * (alpha * (1 - alpha) / 2000) ** 0.5
+    assert abs(exact) < 0.2
+    assert float(score.margin.mean()) > exact - 0.3  # and has power
 
 
 def test_lower_covers_the_expected_radius():

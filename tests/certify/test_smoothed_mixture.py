@@ -60,6 +60,27 @@ def test_radii_exceed_the_true_distance_no_more_often_than_alpha():
     assert int(missed.sum()) <= stats.binom.isf(1e-4, runs, level)
 
 
+def test_radii_of_an_adaptive_mixture_exceed_the_true_distance_no_more_often_than_alpha():
+    # The weight depends on the input; inside a radius it may fall to the lowest one, and the
+    # standard part may be wholly wrong there: that worst mixture flips at the true distance.
+    shift, low, level, runs, n = 0.5, 0.8, 0.05, 2000, 120
+
+    def weights(x):
+        return low + (0.99 - low) * (x[:, 0] >= shift).float()
+
+    mixed = SmoothedMixture(
+        Fixed(0.3, 0.7), Halfspace(), SIGMA, 2, weights, alpha_range=(low, 0.99)
+    ).eval()
+    x = torch.full((runs, 1), shift)
+    result = mixed.certify(x, n0=40, n=n, alpha=level, batch_size=n, seed=6)
+    true = shift - SIGMA * special.ndtri(1 / (2 * low))
+    wrong = ((result.radius > true) & (result.prediction == 1)) | (
+        (result.radius > shift) & (result.prediction == 0)
+    )
+    assert int(wrong.sum()) <= stats.binom.isf(1e-4, runs, level)
+    assert float((result.radius > 0).double().mean()) > 0.3
+
+
 def test_a_tie_is_answered_no_more_often_than_alpha():
     # alpha h_1 + (1 - alpha) g_1 = 1/2 exactly: every certain class is an error half of the time.
     level, runs, alpha = 0.05, 2000, 0.8

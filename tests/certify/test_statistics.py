@@ -79,6 +79,22 @@ def test_hoeffding_is_symmetric_and_covers():
     assert total.item() == pytest.approx(0.6)
 
 
+@pytest.mark.parametrize("draw", ["coins", "uniform"])
+def test_hoeffding_bounds_of_many_means_hold_together(draw):
+    """2,000 repetitions of five means, each bounded on both sides at a tenth of alpha."""
+    n, alpha, mean = 50, 0.1, 0.5
+    shape = (2000, 5, n)
+    values = torch.rand(shape, dtype=torch.float64)
+    values = (values < mean).double() if draw == "coins" else values
+    level = union_bound(alpha, 10)
+    means = values.mean(2)
+    wrong = (hoeffding_lower(means, n, level) > mean) | (hoeffding_upper(means, n, level) < mean)
+    assert int(wrong.any(1).sum()) <= 0.1 * 2000 + 3 * (2000 * 0.09) ** 0.5
+    # one side at the same level errs less than half as often as two at alpha
+    loose = hoeffding_lower(means, n, 0.5) > mean
+    assert float(loose.double().mean()) > (0.05 if draw == "coins" else 0.0)
+
+
 def test_union_bound_never_exceeds_alpha():
     for count in range(1, 200):
         assert Fraction(union_bound(0.001, count)) * count <= Fraction(0.001)

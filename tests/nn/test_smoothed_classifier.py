@@ -158,6 +158,14 @@ def test_prediction_abstains_when_two_classes_are_close():
     assert smoothed.predict(x, n=200, alpha=0.001).tolist() == [1, 0, -1]
 
 
+def test_a_tie_is_answered_no_more_often_than_alpha():
+    base = Halfspace(4).eval()
+    smoothed = SmoothedClassifier(base, 1.0, 2)
+    tied = base.inputs([0.0] * 2000)
+    answers = smoothed.predict(tied, n=60, alpha=0.05, batch_size=60, seed=4)
+    assert int((answers != -1).sum()) <= stats.binom.isf(1e-4, 2000, 0.05)
+
+
 def test_probabilities_are_differentiable_and_seeded():
     base = convolutional().double().float()
     smoothed = SmoothedClassifier(base, 0.25, 10)
