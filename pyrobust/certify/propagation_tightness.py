@@ -9,7 +9,8 @@ Source: Mao, Mueller, Fischer, Vechev, "Understanding Certified Training with In
 Propagation", ICLR 2024, arXiv 2306.10426, sections 3 and 4 (definitions, theorems on invariance
 and on initialisation).
 Departures: networks with branches (residual ones) are measured too, by interval propagation through
-the network with its ReLUs fixed; each of them must be an ``nn.ReLU`` module.
+the network with its ReLUs fixed; each of them must be an ``nn.ReLU`` module. Bounds need no network
+of special layers: any module is called on an :class:`~pyrobust.Interval`, rounded outward.
 """
 
 from __future__ import annotations

@@ -203,8 +203,20 @@ class RRCMPretrainer:
 
         Returns:
             The two losses, scalars with gradients for the encoder alone.
+
+        Raises:
+            TypeError: ``x`` is not floating-point.
+            ValueError: shapes that disagree, a single image, an index out of range, or processes
+                with different indices: images at other noise levels are trivial negatives.
         """
         self._check(x, view1, view2)
+        if not 0 <= index < levels - 1:
+            raise ValueError(
+                f"RRCMPretrainer: index must lie in [0, {levels - 2}]; got {index} of {levels} "
+                "levels."
+            )
+        if self.gather and _world() > 1:
+            _check_one_level(index, levels, x.device)
         sigmas = self.schedule.sigmas(levels).tolist()
         low, here, after = sigmas[-1], sigmas[index], sigmas[index + 1]
         first, second = view1 + low * noise, view2 + low * noise
@@ -280,6 +292,17 @@ def _world() -> int:
 
 def _rank() -> int:
     return int(distributed.get_rank()) if _world() > 1 else 0
+
+
+def _check_one_level(index: int, levels: int, device: torch.device) -> None:
+    mine = torch.tensor([index, levels], device=device)
+    every = [torch.empty_like(mine) for _ in range(_world())]
+    distributed.all_gather(every, mine)
+    if any(not torch.equal(one, mine) for one in every):
+        raise ValueError(
+            "RRCMPretrainer: all processes must use one noise level; got index and levels "
+            f"{[tuple(one.tolist()) for one in every]}."
+        )
 
 
 def _gathered(local: Tensor) -> Tensor:

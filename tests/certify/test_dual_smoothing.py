@@ -132,6 +132,19 @@ def test_without_the_union_bound_the_error_exceeds_alpha():
     assert errors[1] <= alpha
 
 
+def test_counts_scaled_to_more_samples_are_wrong_about_half_of_the_time():
+    # One published script multiplies the counts of n samples by 100,000 / n before the bound.
+    alpha, n, scale, p = 0.001, 100, 1000, 0.8
+    k = torch.arange(n + 1)
+    mass = stats.binom.pmf(k.numpy(), n, p)
+    errors = [
+        mass[(clopper_pearson_lower(k * times, n * times, alpha) > p).numpy()].sum()
+        for times in (1, scale)
+    ]
+    assert errors[0] <= alpha
+    assert errors[1] > 0.3
+
+
 def test_linear_classifier_split_evenly_gives_the_radius_of_plain_smoothing():
     z = torch.linspace(0.01, 5.0, 200, dtype=torch.float64)
     each = phi(z / 2**0.5)

@@ -28,8 +28,9 @@ def test_columns_and_own_scheme():
 
 @pytest.mark.parametrize(("fill", "reduce"), FILLS)
 @pytest.mark.parametrize("half", [0, 1])
-def test_the_other_half_never_leaks(fill, reduce, half):
-    masks = checkerboard_masks((3, 6, 8))
+@pytest.mark.parametrize("scheme", ["checkerboard", "columns"])
+def test_the_other_half_never_leaks(fill, reduce, half, scheme):
+    masks = partition_masks((3, 6, 8), scheme=scheme)
     part = SubImage(masks[half], fill=fill, reduce=reduce)
     x = torch.randn(2, 3, 6, 8)
     other = torch.where(masks[half], x, torch.full_like(x, float("nan")))

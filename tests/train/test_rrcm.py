@@ -113,6 +113,8 @@ def _two_processes(rank, address, results):
     state = trainer(model, seed=3)
     x = torch.rand(4, 1, 8, 8) * 2 - 1
     steps = [state.step(x, x.roll(1, 2), x.roll(1, 3)) for _ in range(3)]
+    with pytest.raises(ValueError, match=r"one noise level; got .* \[\(5, 21\), \(6, 21\)\]"):
+        state.losses(x, x, x, 5 + rank, 21, torch.zeros_like(x))
     weights = torch.cat([p.detach().flatten() for p in model.parameters()])
     target = torch.cat([p.flatten() for p in state.target.parameters()])
     loader = [(torch.rand(6, 1, 8, 8), torch.arange(6) % 3)] * 2
@@ -319,6 +321,8 @@ def test_bad_input_is_refused():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         state.step(x, x, x)
+    with pytest.raises(ValueError, match=r"index must lie in \[0, 19\]; got 20 of 21"):
+        state.losses(x, x, x, 20, 21, torch.zeros_like(x))
     with pytest.raises(ValueError, match="at least 2 rows"):
         info_nce(torch.rand(1, 3), torch.rand(1, 3))
     options = {"features": 16, "num_classes": 3}
