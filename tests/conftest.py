@@ -53,3 +53,19 @@ def isa(request):
     _native.set_isa(request.param)
     yield request.param
     _native.set_isa(before)
+
+
+@pytest.fixture(params=[False, True], ids=["ascending", "descending"])
+def emulated_cuda(request, monkeypatch):
+    """The CUDA kernels on fibres in place of ``pyrobust._cuda``, in both orders of threads.
+
+    The functions of ``pyrobust/ops/_cuda_*.py`` then run on CPU tensors.
+    """
+    shim = pytest.importorskip("pyrobust._cuda_shim", reason="not built (PYROBUST_CUDA_SHIM=ON)")
+    from pyrobust.ops import _cuda_module
+
+    shim.set_options(descending=request.param)
+    shim.take_counters()
+    monkeypatch.setattr(_cuda_module, "_load", lambda: shim)
+    yield shim
+    shim.set_options()

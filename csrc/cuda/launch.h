@@ -5,6 +5,7 @@
 #include <stdint.h>
 
 #include "cuda/primitives.h"
+#include "cuda/queue.h"
 
 namespace pyrobust {
 namespace cuda {
@@ -15,12 +16,6 @@ struct LaunchShape {
   unsigned threads = 128;
   size_t shared_bytes = 0;
 };
-
-// A cudaStream_t, as an integer so that callers need no CUDA header; the emulation ignores it.
-using Stream = uintptr_t;
-
-// 0, or a cudaError_t (cuda/status.h words it).
-using Status = int;
 
 #if defined(__CUDACC__)
 

@@ -12,6 +12,7 @@
 #define __global__
 #define __device__
 #define __forceinline__ inline
+#define __grid_constant__
 #define PYROBUST_DEVICE static inline
 #define PYROBUST_KERNEL(threads) static void
 #define PYROBUST_KERNEL_OF(threads, blocks) static void

@@ -73,7 +73,7 @@ struct Gaussian {
     return _mm256_add_ps(x, _mm256_mul_ps(_mm256_set1_ps(scale), normal(bits, open)));
   }
   float mend(const Stream& stream, Place place, float x, uint32_t bits) const {
-    return x + scale * normal_at(stream, place, bits);
+    return x + scale * normal_at(kNormalTable, stream, place, bits);
   }
 };
 
@@ -97,7 +97,7 @@ struct Laplace {
     return _mm256_add_ps(x, _mm256_mul_ps(_mm256_set1_ps(scale), with_sign_of(z, bits)));
   }
   float mend(const Stream& stream, Place place, float x, uint32_t bits) const {
-    return x + scale * laplace_at(stream, place, bits);
+    return x + scale * laplace_at(kLaplaceTable, stream, place, bits);
   }
 };
 
@@ -236,7 +236,7 @@ void grid_row(const GridRow& row) {
     const int64_t begin = tile * kTile;
     for (uint64_t open = round_tile(normal, row, random, k); open != 0; open &= open - 1) {
       const int i = __builtin_ctzll(open);
-      k[i] = grid_at(tiles.stream, place_of(begin + i), row.table, random.bits[i]);
+      k[i] = grid_at(kNormalTable, tiles.stream, place_of(begin + i), row.table, random.bits[i]);
     }
     const int64_t count = tiles.elements - begin < kTile ? tiles.elements - begin : kTile;
     for (int64_t i = 0; i < count; ++i) store_grid(row, begin + i, row.x[begin + i] + k[i]);

@@ -79,7 +79,7 @@ struct Gaussian {
     return _mm512_add_ps(x, _mm512_mul_ps(scale, normal(bits)));
   }
   float mend(const Stream& stream, Place place, float x, uint32_t bits) const {
-    return x + scale_alone * normal_at(stream, place, bits);
+    return x + scale_alone * normal_at(kNormalTable, stream, place, bits);
   }
 };
 
@@ -105,7 +105,7 @@ struct Laplace {
     return _mm512_add_ps(x, _mm512_mul_ps(scale, with_sign_of(z, bits)));
   }
   float mend(const Stream& stream, Place place, float x, uint32_t bits) const {
-    return x + scale_alone * laplace_at(stream, place, bits);
+    return x + scale_alone * laplace_at(kLaplaceTable, stream, place, bits);
   }
 };
 
@@ -331,7 +331,7 @@ inline void grid_tiles(const Grid& grid, const RowKeys& keys, const GridRow& row
     for (uint32_t rest = open[v]; rest != 0; rest &= rest - 1) {
       const int64_t i = v * kLanes + __builtin_ctz(rest);
       const Place place = place_of(tile * kTile + i);
-      store_grid(at, i, x[i] + grid_at(row.tiles.stream, place, row.table, words[i]));
+      store_grid(at, i, x[i] + grid_at(kNormalTable, row.tiles.stream, place, row.table, words[i]));
     }
   }
 }

@@ -3,7 +3,6 @@
 #include <atomic>
 #include <cmath>
 
-#include "core/choice.h"
 #include "runtime/check.h"
 #include "runtime/cpu_features.h"
 #include "runtime/parallel.h"
@@ -183,12 +182,7 @@ void choice_samples(const ChoiceCall& call, int num_threads) {
           out[e] = token;
           continue;
         }
-        const uint32_t word = bits[e % kTile];
-        const uint32_t chosen =
-            choice_needs_more(count, word)
-                ? choice_refined(count, word,
-                                 word_at(tiles.stream, place_of(e), kPurposeChoiceRefinement))
-                : choice_from_bits(count, word);
+        const uint32_t chosen = choice_at(tiles.stream, place_of(e), count, bits[e % kTile]);
         out[e] = call.candidates[first + chosen];
       }
     }

@@ -31,13 +31,13 @@ void store_noise(const NoiseRow& row, int64_t index, float z) {
 
 void gaussian_row(const NoiseRow& row) {
   for_each_element(row.tiles, kPurposeNormal, [&](int64_t index, Place place, uint32_t bits) {
-    store_noise(row, index, normal_at(row.tiles.stream, place, bits));
+    store_noise(row, index, normal_at(kNormalTable, row.tiles.stream, place, bits));
   });
 }
 
 void laplace_row(const NoiseRow& row) {
   for_each_element(row.tiles, kPurposeLaplace, [&](int64_t index, Place place, uint32_t bits) {
-    store_noise(row, index, laplace_at(row.tiles.stream, place, bits));
+    store_noise(row, index, laplace_at(kLaplaceTable, row.tiles.stream, place, bits));
   });
 }
 
@@ -56,7 +56,8 @@ void keep_row(const KeepRow& row) {
 
 void grid_row(const GridRow& row) {
   for_each_element(row.tiles, kPurposeNormal, [&](int64_t index, Place place, uint32_t bits) {
-    store_grid(row, index, row.x[index] + grid_at(row.tiles.stream, place, row.table, bits));
+    store_grid(row, index,
+               row.x[index] + grid_at(kNormalTable, row.tiles.stream, place, row.table, bits));
   });
 }
 

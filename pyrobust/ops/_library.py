@@ -32,14 +32,17 @@ def define(
     setup_context: Callable[..., None] | None = None,
     vmap: Callable[..., Any] | None = None,
     fallback: Callable[..., Any] | None = None,
+    cuda: Callable[..., Any] | None = None,
 ) -> None:
     """Register one operator: ``schema`` without namespace, CPU kernel, fake kernel, gradients.
 
-    ``fallback``, written in torch operations, serves every other device.
+    ``cuda`` serves CUDA tensors; ``fallback``, written in torch operations, every other device.
     """
     name = schema[: schema.index("(")]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, kernel, "CPU")
+    if cuda is not None:
+        _LIBRARY.impl(name, cuda, "CUDA")
     if fallback is not None:
         _LIBRARY.impl(name, fallback, "CompositeExplicitAutograd")
     torch.library.register_fake(f"pyrobust::{name}", fake, lib=_LIBRARY)

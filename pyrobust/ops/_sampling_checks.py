@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pyrobust._checks import check_integer, check_positive
+from pyrobust.ops._cuda_module import cuda_module
 
 __all__ = ["FLOATS", "check_place", "check_positions", "per_input", "rows_of"]
 
@@ -13,12 +14,16 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_place(subject: str, name: str, value: Tensor) -> None:
-    """Raise NotImplementedError unless ``value`` is on the CPU (or a meta tensor)."""
-    if value.device.type not in ("cpu", "meta"):
-        raise NotImplementedError(
-            f"{subject}: {name} is on {value.device}; the kernel runs on the CPU, "
-            "so pass .cpu() tensors."
-        )
+    """Raise unless ``value`` is on the CPU, on a CUDA device with kernels, or a meta tensor."""
+    if value.device.type in ("cpu", "meta"):
+        return
+    if value.device.type == "cuda":
+        cuda_module(subject)
+        return
+    raise NotImplementedError(
+        f"{subject}: {name} is on {value.device}; the kernels run on CPU and CUDA, "
+        "so pass .cpu() tensors."
+    )
 
 
 def check_positions(

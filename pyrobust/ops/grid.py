@@ -17,6 +17,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from pyrobust import _native
 from pyrobust._checks import check_integer, check_positive
+from pyrobust.ops import _cuda_sampling
 from pyrobust.ops._grid_thresholds import grid_thresholds
 from pyrobust.ops._library import define, dispatcher_needed
 from pyrobust.ops._sampling_checks import FLOATS, check_positions, rows_of
@@ -44,7 +45,7 @@ def grid_samples(
     same on every machine; it rounds the very noise of :func:`gaussian_samples`. Nothing is clamped.
 
     Args:
-        x: ``(B, ...)`` uint8 inputs on the CPU, in grid steps.
+        x: ``(B, ...)`` uint8 inputs on the CPU or a CUDA device, in grid steps.
         sigma: standard deviation in units of ``grid`` steps, ``> 0``: with ``grid=255`` that of
             images scaled to [0, 1]. At most ``2400 / grid``.
         n: number of samples per input, ``>= 0``.
@@ -61,7 +62,7 @@ def grid_samples(
     Raises:
         TypeError: ``x`` is not uint8, or another ``dtype``.
         ValueError: ``sigma`` or ``grid`` out of range, or ``n``, ``seed`` or an index.
-        NotImplementedError: ``x`` is not on the CPU.
+        NotImplementedError: ``x`` is on a device without kernels.
 
     Example:
         >>> image = torch.full((1, 2), 128, dtype=torch.uint8)
@@ -143,4 +144,5 @@ define(
     " int first_index, ScalarType dtype) -> Tensor",
     _grid_cpu,
     _grid_fake,
+    cuda=_cuda_sampling.grid,
 )

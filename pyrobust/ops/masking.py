@@ -15,6 +15,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from pyrobust import _native
 from pyrobust._checks import check_choice, check_float_tensor, check_open_unit, check_positive
+from pyrobust.ops import _cuda_sampling
 from pyrobust.ops._library import define, dispatcher_needed, refuse_forward_mode
 from pyrobust.ops._sampling_checks import FLOATS, check_positions, rows_of
 
@@ -40,7 +41,7 @@ def masked_samples(
     with them. A mask alone is ``masked_samples(torch.ones_like(x), ...)``.
 
     Args:
-        x: ``(B, ...)`` float32, bfloat16 or float16 inputs on the CPU.
+        x: ``(B, ...)`` float32, bfloat16 or float16 inputs on the CPU or a CUDA device.
         keep: probability that a position is kept, in the open interval (0, 1).
         n: number of samples per input, ``>= 0``.
         seed: key of the coins, in ``[0, 2**63)``.
@@ -58,7 +59,7 @@ def masked_samples(
         TypeError: ``x`` or ``dtype`` is not one of the three floating-point types.
         ValueError: ``keep`` outside (0, 1), an unknown ``per``, no channel axis, or ``n``,
             ``seed`` or an index out of range.
-        NotImplementedError: ``x`` is not on the CPU.
+        NotImplementedError: ``x`` is on a device without kernels.
 
     Example:
         >>> masked = masked_samples(torch.ones(1, 3, 4, 4), 0.25, 5, seed=0, per="pixel")
@@ -115,7 +116,7 @@ def split_gaussian_samples(
     bit; since the parts share no element, their noise is independent.
 
     Args:
-        x: ``(B, ...)`` float32 inputs on the CPU.
+        x: ``(B, ...)`` float32 inputs on the CPU or a CUDA device.
         mask: bool, broadcastable to the shape of one input.
         sigma: standard deviation, ``> 0``, of both parts or of each.
         n: number of samples per input, ``>= 0``.
@@ -130,7 +131,7 @@ def split_gaussian_samples(
         TypeError: ``x`` is not float32, or ``mask`` is not a bool tensor.
         ValueError: a ``sigma`` not positive, a mask of another shape, or ``n``, ``seed`` or an
             index out of range.
-        NotImplementedError: ``x`` is not on the CPU.
+        NotImplementedError: ``x`` is on a device without kernels.
 
     Example:
         >>> mask = torch.tensor([True, False])
@@ -285,6 +286,7 @@ define(
     _masked_fake,
     backward=_masked_backward,
     setup_context=_masked_save,
+    cuda=_cuda_sampling.masked,
 )
 define(
     "split_gaussian_samples(Tensor x, Tensor mask, float sigma_left, float sigma_right, int n,"
@@ -293,4 +295,5 @@ define(
     _split_fake,
     backward=_split_backward,
     setup_context=_split_save,
+    cuda=_cuda_sampling.split,
 )

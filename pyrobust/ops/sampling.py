@@ -9,6 +9,7 @@ is Philox4x32-10; the transforms are inverse distribution functions with the err
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from pyrobust import _native
 from pyrobust._checks import check_float_tensor
+from pyrobust.ops import _cuda_sampling
 from pyrobust.ops._library import define, dispatcher_needed, refuse_forward_mode
 from pyrobust.ops._sampling_checks import FLOATS, check_positions, per_input, rows_of
 
@@ -41,7 +43,7 @@ def gaussian_samples(
     deviations.
 
     Args:
-        x: ``(B, ...)`` float32, bfloat16 or float16 inputs on the CPU.
+        x: ``(B, ...)`` float32, bfloat16 or float16 inputs on the CPU or a CUDA device.
         sigma: standard deviation, ``> 0``; one number, or a tensor ``(B,)`` of them.
         n: number of samples per input, ``>= 0``.
         seed: key of the noise, in ``[0, 2**63)``.
@@ -55,7 +57,7 @@ def gaussian_samples(
     Raises:
         TypeError: ``x`` or ``dtype`` is not one of the three floating-point types.
         ValueError: ``sigma`` not positive, or ``n``, ``seed`` or an index out of range.
-        NotImplementedError: ``x`` is not on the CPU.
+        NotImplementedError: ``x`` is on a device without kernels.
 
     Example:
         >>> x = torch.zeros(2, 3)
@@ -89,7 +91,7 @@ def uniform_samples(
     error of ``u`` is at most 2**-25 + 2**-31. Smoothing with it certifies l1 radii.
 
     Args:
-        x: ``(B, ...)`` float32, bfloat16 or float16 inputs on the CPU.
+        x: ``(B, ...)`` float32, bfloat16 or float16 inputs on the CPU or a CUDA device.
         half_width: half the width of the interval, ``> 0``; a number, or a tensor ``(B,)``. The
             standard deviation is ``half_width / sqrt(3)``.
         n: number of samples per input, ``>= 0``.
@@ -104,7 +106,7 @@ def uniform_samples(
     Raises:
         TypeError: ``x`` or ``dtype`` is not one of the three floating-point types.
         ValueError: ``half_width`` not positive, or ``n``, ``seed`` or an index out of range.
-        NotImplementedError: ``x`` is not on the CPU.
+        NotImplementedError: ``x`` is on a device without kernels.
 
     Example:
         >>> noisy = uniform_samples(torch.zeros(1, 1000), 0.5, 4, seed=0)
@@ -139,7 +141,7 @@ def laplace_samples(
     standard deviation is ``sqrt(2) * scale``. Smoothing with it certifies l1 radii.
 
     Args:
-        x: ``(B, ...)`` float32, bfloat16 or float16 inputs on the CPU.
+        x: ``(B, ...)`` float32, bfloat16 or float16 inputs on the CPU or a CUDA device.
         scale: mean of ``|z|``, ``> 0``; one number, or a tensor ``(B,)`` of them.
         n: number of samples per input, ``>= 0``.
         seed: key of the noise, in ``[0, 2**63)``.
@@ -153,7 +155,7 @@ def laplace_samples(
     Raises:
         TypeError: ``x`` or ``dtype`` is not one of the three floating-point types.
         ValueError: ``scale`` not positive, or ``n``, ``seed`` or an index out of range.
-        NotImplementedError: ``x`` is not on the CPU.
+        NotImplementedError: ``x`` is on a device without kernels.
 
     Example:
         >>> laplace_samples(torch.zeros(1, 2), 1.0, 3, seed=0).shape
@@ -260,4 +262,5 @@ for _name, _function in _KERNELS.items():
         _fake,
         backward=_backward(_name),
         setup_context=_save_position,
+        cuda=partial(_cuda_sampling.noise, _name),
     )

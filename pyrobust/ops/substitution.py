@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from pyrobust import _native
+from pyrobust.ops import _cuda_sampling
 from pyrobust.ops._library import define, dispatcher_needed
 from pyrobust.ops._sampling_checks import check_positions, rows_of
 
@@ -34,7 +35,8 @@ def substituted_tokens(
     token with an empty list stay as they are.
 
     Args:
-        tokens: ``(B, ...)`` int64 on the CPU.
+        tokens: ``(B, ...)`` int64 on the CPU or a CUDA device. There lists are not checked: one
+            that does not lie within ``candidates`` counts as empty.
         offsets: ``(V + 1,)`` int64, from 0 on, not falling, up to ``len(candidates)``.
         candidates: ``(M,)`` int64.
         n: number of samples per text, ``>= 0``.
@@ -48,7 +50,7 @@ def substituted_tokens(
     Raises:
         TypeError: a tensor is not int64.
         ValueError: offsets that do not describe lists, or ``n``, ``seed`` or an index out of range.
-        NotImplementedError: ``tokens`` is not on the CPU.
+        NotImplementedError: ``tokens`` is on a device without kernels.
 
     Example:
         >>> offsets, candidates = torch.tensor([0, 1, 3]), torch.tensor([7, 8, 9])
@@ -126,4 +128,5 @@ define(
     " int first_sample, int first_index) -> Tensor",
     _substituted_cpu,
     _substituted_fake,
+    cuda=_cuda_sampling.substituted,
 )

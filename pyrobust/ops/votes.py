@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from pyrobust import _native
 from pyrobust._checks import check_float_tensor
+from pyrobust.ops import _cuda_sampling
 from pyrobust.ops._library import define, dispatcher_needed
 from pyrobust.ops._sampling_checks import FLOATS, check_place
 
@@ -18,7 +21,8 @@ def count_votes(logits: Tensor, *, num_classes: int | None = None) -> Tensor:
     """Histogram of the arg-max classes along the sample axis; ties go to the lowest class.
 
     Args:
-        logits: ``(..., n, K)`` float32, bfloat16 or float16 on the CPU.
+        logits: ``(..., n, K)`` float32, bfloat16 or float16 on the CPU or a CUDA device. While a
+            CUDA graph is captured, NaN is not reported: a sample with one votes for no class.
         num_classes: the expected ``K``; None accepts any.
 
     Returns:
@@ -28,7 +32,7 @@ def count_votes(logits: Tensor, *, num_classes: int | None = None) -> Tensor:
         TypeError: ``logits`` has another dtype.
         ValueError: ``K`` is 0 or not ``num_classes``, or a logit is NaN (the message names the
             sample).
-        NotImplementedError: ``logits`` is not on the CPU.
+        NotImplementedError: ``logits`` is on a device without kernels.
 
     Example:
         >>> count_votes(torch.tensor([[0.0, 1.0], [2.0, 2.0], [0.0, 3.0]]))
@@ -69,18 +73,33 @@ def _votes_cpu(logits: Tensor) -> Tensor:
     votes = torch.empty(rows.shape[0], dtype=torch.int64)
     nan = _native.find_votes(rows, votes, torch.get_num_threads())
     if nan >= 0:
-        where: list[int] = []
-        for size in reversed(logits.shape[:-1]):
-            nan, position = divmod(nan, size)
-            where.insert(0, position)
-        raise ValueError(f"count_votes: logits must not be NaN; sample {tuple(where)} is.")
+        _refuse_nan(logits, nan)
     counts = torch.zeros((*logits.shape[:-2], logits.shape[-1]), dtype=torch.int64)
     votes = votes.view(logits.shape[:-1])
     return counts.scatter_add_(-1, votes, torch.ones_like(votes))
+
+
+def _refuse_nan(logits: Tensor, row: int) -> NoReturn:
+    where: list[int] = []
+    for size in reversed(logits.shape[:-1]):
+        row, position = divmod(row, size)
+        where.insert(0, position)
+    raise ValueError(f"count_votes: logits must not be NaN; sample {tuple(where)} is.")
+
+
+def _votes_cuda(logits: Tensor) -> Tensor:
+    """The same by one launch; reading whether there was a NaN waits, but not within a graph."""
+    counts, first_nan = _cuda_sampling.count_votes(logits)
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return counts
+    row = int(first_nan)
+    if row < logits.shape[:-1].numel():
+        _refuse_nan(logits, row)
+    return counts
 
 
 def _votes_fake(logits: Tensor) -> Tensor:
     return logits.new_empty((*logits.shape[:-2], logits.shape[-1]), dtype=torch.int64)
 
 
-define("count_votes(Tensor logits) -> Tensor", _votes_cpu, _votes_fake)
+define("count_votes(Tensor logits) -> Tensor", _votes_cpu, _votes_fake, cuda=_votes_cuda)

@@ -2,6 +2,8 @@
 // on fibres (cuda/fibres.h).
 #include <string>
 
+#include "bindings/cuda_families.h"
+#include "bindings/cuda_queue.h"
 #include "cuda/fibres.h"
 #include "shim.h"
 
@@ -39,5 +41,8 @@ PYBIND11_MODULE(_cuda_shim, m) {
   m.def("set_options", &set_options, py::arg("descending") = false, py::arg("truncating") = false,
         py::arg("copies_land_at_once") = false);
   m.def("take_counters", &take_counters);
+  m.def("check_device", [](int device) { pyrobust::usable_device(device); });
   pyrobust::bind_probes(m);
+  pyrobust::bind_sampling_places(m);
+  pyrobust::bind_cuda_sampling(m);
 }

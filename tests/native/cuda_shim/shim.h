@@ -6,5 +6,6 @@
 namespace pyrobust {
 
 void bind_probes(pybind11::module_& m);
+void bind_sampling_places(pybind11::module_& m);
 
 }  // namespace pyrobust

@@ -1,0 +1,97 @@
+// Launches of the sampling kernels.
+#include "cuda/launch.h"
+#include "sampling/cuda.h"
+#include "sampling/cuda_noise.cuh"
+#include "sampling/cuda_rows.cuh"
+#include "sampling/cuda_votes.cuh"
+
+namespace pyrobust {
+namespace sampling {
+namespace gpu {
+namespace {
+
+constexpr int kBlocksPerMultiprocessor = 8;  // of 256 threads: what a multiprocessor can hold
+constexpr int64_t kVoteRowsAtLeast = 256;    // of a stretch, so that a histogram is worth its flush
+
+// A grid over `items`, one a thread, that loops where they are more than fit at once.
+cuda::LaunchShape shape_for(int64_t items, int threads, size_t shared, const cuda::Queue& queue) {
+  const int64_t most = static_cast<int64_t>(queue.multiprocessors) * kBlocksPerMultiprocessor;
+  const int64_t blocks = (items + threads - 1) / threads;
+  return {static_cast<unsigned>(blocks < most ? blocks : most), 1, static_cast<unsigned>(threads),
+          shared};
+}
+
+template <class Distribution>
+cuda::Status launch_rows(const Distribution& distribution, int64_t channels,
+                         const cuda::Queue& queue) {
+  const Positions& at = distribution.call.at;
+  const int64_t items = at.images * at.samples * channels * tiles_of(at.elements) * kLanes;
+  if (items == 0) return 0;
+  const size_t shared = Distribution::kPurpose == kPurposeNormal ? kNormalShared : 0;
+  return cuda::launch(rows_kernel<Distribution>, shape_for(items, kRowThreads, shared, queue),
+                      queue.stream, distribution, channels, Tables{kNormalTable, kLaplaceTable});
+}
+
+template <Noise kNoise>
+cuda::Status launch_noise(const NoiseCall& call, const cuda::Queue& queue) {
+  if (call.at.elements % 4 != 0) return launch_rows(OddNoise<kNoise>{call}, 1, queue);
+  const int64_t wanted =
+      int64_t{2} * queue.multiprocessors * kBlocksPerMultiprocessor * kNoiseThreads;
+  const NoiseItems items = noise_items(call.at.images, call.at.samples, call.at.elements, wanted);
+  if (count_of(items) == 0) return 0;
+  const NoiseWork work = {items, call.at, call.x, call.scale, call.out, philox_keys(call.at.seed)};
+  const Tables tables = {kNormalTable, kLaplaceTable};
+  const cuda::LaunchShape shape = shape_for(count_of(items), kNoiseThreads,
+                                            kNoise == Noise::kGaussian ? kNormalShared : 0, queue);
+  const auto kernel =
+      call.out_type == FloatType::kFloat32   ? noise_kernel<kNoise, FloatType::kFloat32>
+      : call.out_type == FloatType::kFloat16 ? noise_kernel<kNoise, FloatType::kFloat16>
+                                             : noise_kernel<kNoise, FloatType::kBFloat16>;
+  return cuda::launch(kernel, shape, queue.stream, work, tables);
+}
+
+}  // namespace
+
+cuda::Status noise_samples(const NoiseCall& call, const cuda::Queue& queue) {
+  switch (call.noise) {
+    case Noise::kGaussian:
+      return launch_noise<Noise::kGaussian>(call, queue);
+    case Noise::kUniform:
+      return launch_noise<Noise::kUniform>(call, queue);
+    default:
+      return launch_noise<Noise::kLaplace>(call, queue);
+  }
+}
+
+cuda::Status split_samples(const SplitCall& call, const cuda::Queue& queue) {
+  return launch_rows(Split{call}, 1, queue);
+}
+
+cuda::Status keep_samples(const KeepCall& call, const cuda::Queue& queue) {
+  return launch_rows(Keep{call}, call.channels, queue);
+}
+
+cuda::Status grid_samples(const GridCall& call, const cuda::Queue& queue) {
+  GridCall own = call;
+  own.table.scale = static_cast<float>(call.scale);
+  return launch_rows(Grid{own}, 1, queue);
+}
+
+cuda::Status choice_samples(const ChoiceCall& call, int64_t candidates, const cuda::Queue& queue) {
+  return launch_rows(Choice{call, candidates}, 1, queue);
+}
+
+cuda::Status count_votes(const CountCall& call, const cuda::Queue& queue) {
+  const int64_t wanted = static_cast<int64_t>(queue.multiprocessors) * kBlocksPerMultiprocessor;
+  const VoteStretches stretches = vote_stretches(call.rows, call.samples, kVoteRowsAtLeast, wanted);
+  const int64_t blocks = stretches.histograms * stretches.stretches;
+  if (blocks == 0) return 0;
+  const size_t shared =
+      call.classes <= kSharedClasses ? static_cast<size_t>(call.classes) * sizeof(int32_t) : 0;
+  return cuda::launch(vote_kernel, {static_cast<unsigned>(blocks), 1, kVoteThreads, shared},
+                      queue.stream, VoteWork{call, stretches});
+}
+
+}  // namespace gpu
+}  // namespace sampling
+}  // namespace pyrobust

@@ -1,0 +1,170 @@
+"""The CUDA sampling kernels on fibres: the bits of the CPU, and index arithmetic beyond 2^31."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyrobust import ops
+from pyrobust.ops import _cuda_module, _cuda_sampling
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+NOISES = ["gaussian_samples", "uniform_samples", "laplace_samples"]
+POSITION = {"seed": 7, "first_sample": 2**40 - 40, "first_index": 2**48 - 9}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NOISES)
+@pytest.mark.parametrize("shape", [(2, 196), (3, 67), (1, 4), (1, 1)])
+def test_noise_has_the_bits_of_the_cpu(emulated_cuda, name, dtype, shape):
+    x, scale = torch.randn(shape), torch.rand(shape[0]) + 0.1
+    seen = _cuda_sampling.noise(name, x, scale, 5, *POSITION.values(), dtype)
+    assert torch.equal(seen, getattr(ops, name)(x, scale, 5, dtype=dtype, **POSITION))
+
+
+def test_many_samples_make_runs_and_meet_refined_words(emulated_cuda):
+    """Enough values that some words are refined (one in 2^13), and items of several samples."""
+    x, scale = torch.zeros(1, 512), torch.ones(1)
+    for name in ("gaussian_samples", "laplace_samples"):
+        seen = _cuda_sampling.noise(name, x, scale, 600, 3, 0, 0, torch.float32)
+        expected = getattr(ops, name)(x, scale, 600, seed=3)
+        assert (expected.abs() > 3.9).any()
+        assert torch.equal(seen, expected)
+
+
+def test_split_masked_grid_and_tokens_have_the_bits_of_the_cpu(emulated_cuda):
+    x = torch.randn(2, 3, 5, 7)
+    mask = torch.rand(3 * 5 * 7) < 0.5
+    halves = _cuda_sampling.split(x, mask, 0.5, 0.25, 4, *POSITION.values())
+    expected = ops.split_gaussian_samples(x, mask.view(3, 5, 7), (0.5, 0.25), 4, **POSITION)
+    assert all(torch.equal(a, b) for a, b in zip(halves, expected, strict=True))
+    for pixels, per in ((True, "pixel"), (False, "element")):
+        for dtype in DTYPES:
+            seen = _cuda_sampling.masked(x, 0.3, 2.0, pixels, 4, *POSITION.values(), dtype)
+            expected = ops.masked_samples(x, 0.3, 4, fill=2.0, per=per, dtype=dtype, **POSITION)
+            assert torch.equal(seen, expected)
+    images = torch.randint(0, 256, (2, 67), dtype=torch.uint8)
+    for dtype in (torch.int16, *DTYPES):
+        seen = _cuda_sampling.grid(images, 0.25, 255, 4, *POSITION.values(), dtype)
+        assert torch.equal(seen, ops.grid_samples(images, 0.25, 4, dtype=dtype, **POSITION))
+
+
+def test_rounding_borders_of_the_grid_are_decided_alike(emulated_cuda):
+    """One step a standard deviation and many values: words that do not decide alone occur."""
+    images = torch.zeros(1, 4096, dtype=torch.uint8)
+    seen = _cuda_sampling.grid(images, 2000.0 / 255, 255, 20, 1, 0, 0, torch.int16)
+    assert torch.equal(seen, ops.grid_samples(images, 2000.0 / 255, 20, seed=1))
+
+
+def test_tokens(emulated_cuda):
+    offsets, candidates = torch.tensor([0, 1, 1, 4]), torch.tensor([9, 8, 7, 6])
+    tokens = torch.tensor([[0, 1, 2, -1, 3, 2] * 12])
+    position = (3, 7, 0, 0)
+    seen = _cuda_sampling.substituted(tokens, offsets, candidates, *position)
+    assert torch.equal(seen, ops.substituted_tokens(tokens, offsets, candidates, 3, seed=7))
+    beyond = torch.tensor([0, 1, -5, 400])  # no lists: the tokens stay, nothing is read
+    seen = _cuda_sampling.substituted(tokens, beyond, candidates, *position)
+    assert torch.equal(seen[:, :, 1::6], tokens[:, None, 1::6].expand(-1, 3, -1))
+    assert torch.equal(seen[:, :, 2::6], tokens[:, None, 2::6].expand(-1, 3, -1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 41, 10), (300, 1), (2, 600, 3), (1, 5, 1000), (9, 33)])
+def test_votes_match_the_cpu(emulated_cuda, dtype, shape):
+    logits = torch.randint(-3, 4, shape).to(dtype)  # many ties
+    counts, first_nan = _cuda_sampling.count_votes(logits)
+    assert torch.equal(counts, ops.count_votes(logits))
+    assert first_nan.item() == 2**63 - 1
+
+
+def test_histograms_too_large_for_shared_memory(emulated_cuda):
+    logits = torch.randn(4, 9000)
+    assert torch.equal(_cuda_sampling.count_votes(logits)[0], ops.count_votes(logits))
+
+
+def test_infinite_logits_vote_and_nan_is_reported_with_its_place(emulated_cuda):
+    logits = torch.full((2, 40, 5), float("-inf"))
+    logits[1, 3, 2] = float("inf")
+    counts, _ = _cuda_sampling.count_votes(logits)
+    assert torch.equal(counts, ops.count_votes(logits))
+    logits[1, 7, 4] = logits[1, 30, 0] = float("nan")
+    counts, first_nan = _cuda_sampling.count_votes(logits)
+    assert first_nan.item() == 40 + 7
+    assert counts.sum(1).tolist() == [40, 38]
+    from pyrobust.ops.votes import _votes_cuda
+
+    with pytest.raises(ValueError, match=r"sample \(1, 7\)"):
+        _votes_cuda(logits)
+
+
+def test_nothing_to_do(emulated_cuda):
+    empty = torch.zeros(0, 8)
+    args = (torch.zeros(0), 4, 0, 0, 0, torch.float32)
+    assert _cuda_sampling.noise("gaussian_samples", empty, *args).shape == (0, 4, 8)
+    assert _cuda_sampling.count_votes(torch.zeros(2, 0, 5))[0].tolist() == [[0] * 5] * 2
+
+
+def test_old_devices_and_missing_modules_are_refused(emulated_cuda, monkeypatch):
+    emulated_cuda.check_device(0)
+    with pytest.raises(RuntimeError, match=r"compute capability 8.0 or above; device 1 .* has 7.0"):
+        emulated_cuda.check_device(1)
+    monkeypatch.setattr(_cuda_module, "_load", lambda: None)
+    with pytest.raises(RuntimeError, match="_cuda is not built here"):
+        _cuda_module.cuda_module("gaussian_samples")
+
+
+# --- index arithmetic ---------------------------------------------------------------------------
+
+LARGE = st.integers(1, 2**33)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 2**20), st.integers(1, 2**24), LARGE, st.integers(1, 2**22), st.data())
+def test_items_of_noise_cover_everything_once(images, samples, elements, wanted, data):
+    shim = pytest.importorskip("pyrobust._cuda_shim")
+    quads = -(-elements // 64) * 4
+    if images * samples * quads >= 2**62:
+        samples = 1
+    count = shim.noise_place(images, samples, elements, wanted, 0)[0]
+    index = data.draw(st.integers(0, count - 1))
+    _, image, first, last, quad, block, element = shim.noise_place(
+        images, samples, elements, wanted, index
+    )
+    length = shim.noise_place(images, samples, elements, wanted, 0)[3]
+    runs = -(-samples // length)
+    assert count == images * runs * quads
+    assert index == (image * runs + first // length) * quads + quad
+    assert last == min(samples, first + length)
+    assert shim.element_place(element) == (block, 0)
+    for word in range(4):
+        for i in range(4):
+            assert shim.element_place(element + 16 * word + i) == (block + i, word)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 2**20), st.integers(1, 64), LARGE, st.integers(0, 2**61), st.integers(0, 3))
+def test_rows_split_into_image_sample_channel_and_block(samples, channels, elements, index, word):
+    shim = pytest.importorskip("pyrobust._cuda_shim")
+    blocks = -(-elements // 64) * 16
+    image, sample, channel, block, row, element = shim.row_place(
+        index, samples, channels, blocks, word
+    )
+    assert row == (image * samples + sample) * channels + channel
+    assert index == row * blocks + block
+    assert shim.element_place(element) == (block, word)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 2**20), st.integers(1, 2**30), st.integers(1, 4096), st.data())
+def test_stretches_of_votes_tile_every_histogram(histograms, samples, wanted, data):
+    shim = pytest.importorskip("pyrobust._cuda_shim")
+    rows = histograms * samples
+    stretches = shim.vote_place(rows, samples, 256, wanted, 0)[0]
+    index = data.draw(st.integers(0, stretches - 1))
+    _, histogram, begin, end = shim.vote_place(rows, samples, 256, wanted, index)
+    assert begin < end <= (histogram + 1) * samples
+    assert begin // samples == histogram
+    if index + 1 < stretches:
+        assert shim.vote_place(rows, samples, 256, wanted, index + 1)[2] == end
+    else:
+        assert end == rows
