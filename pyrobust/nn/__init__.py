@@ -27,15 +27,14 @@ from pyrobust.nn.packed_linear import PackedLinear, QuantizedLinear
 from pyrobust.nn.packed_qk_attention import PackedQKAttention
 from pyrobust.nn.patch_transformer import PatchTransformer
 from pyrobust.nn.rounded_input import RoundedInput
+from pyrobust.nn.siren_fit import activation_spectrum, empirical_ntk, fit_signal, ntk_spectrum
 from pyrobust.nn.siren_square import (
     SIREN,
     Sine,
-    activation_spectrum,
-    empirical_ntk,
-    fit_signal,
-    ntk_spectrum,
+    siren_uniform_,
     spectral_centroid,
     winner_init_,
+    winner_normal_,
     winner_scales,
 )
 from pyrobust.nn.smoothed_classifier import SmoothedClassifier
@@ -91,8 +90,10 @@ __all__ = [
     "empirical_ntk",
     "fit_signal",
     "ntk_spectrum",
+    "siren_uniform_",
     "spectral_centroid",
     "winner_init_",
+    "winner_normal_",
     "winner_scales",
     "WeightCompander",
     "apply_weight_compander",

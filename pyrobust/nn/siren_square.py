@@ -15,28 +15,22 @@ audio constants assume about 150,000 samples on [-1, 1]; the default is the pape
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import warnings
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from pyrobust._checks import check_at_least, check_choice, check_integer, check_positive
 
 __all__ = [
     "SIREN",
     "Sine",
-    "activation_spectrum",
-    "empirical_ntk",
-    "fit_signal",
-    "ntk_spectrum",
+    "siren_uniform_",
     "spectral_centroid",
     "winner_init_",
+    "winner_normal_",
     "winner_scales",
 ]
 
@@ -110,8 +104,7 @@ class SIREN(nn.Module):
         for i, layer in enumerate([*self.linears, self.output]):
             assert isinstance(layer, nn.Linear)
             fan_in = layer.in_features
-            bound = 1 / fan_in if i == 0 else math.sqrt(6 / fan_in) / self.omega
-            layer.weight.uniform_(-bound, bound, generator=generator)
+            siren_uniform_(layer.weight, self.omega, first=i == 0, generator=generator)
             layer.bias.uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=generator)
         self.winner_applied: Tensor = torch.zeros_like(self.get_buffer("winner_applied"))
 
@@ -276,6 +269,70 @@ def winner_scales(
 
 
 @torch.no_grad()
+def siren_uniform_(
+    tensor: Tensor,
+    omega: float = 30.0,
+    *,
+    first: bool = False,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Fill a weight as a layer of a sine network, as the functions of ``torch.nn.init`` do.
+
+    Args:
+        tensor: ``(out, in)`` weight of a linear layer, changed in place.
+        omega: angular frequency of the sine behind the layer, ``> 0``.
+        first: the layer takes coordinates; bounds are then ``1 / in``, not ``sqrt(6 / in) / omega``.
+        generator: source of the values.
+
+    Returns:
+        ``tensor``.
+
+    Raises:
+        ValueError: not two axes, or ``omega`` out of range.
+    """
+    _check_matrix("siren_uniform_", tensor, omega)
+    fan_in = tensor.shape[1]
+    bound = 1 / fan_in if first else math.sqrt(6 / fan_in) / omega
+    return tensor.uniform_(-bound, bound, generator=generator)
+
+
+@torch.no_grad()
+def winner_normal_(
+    tensor: Tensor, scale: float, omega: float = 30.0, *, generator: torch.Generator | None = None
+) -> Tensor:
+    """Add the WINNER noise ``N(0, (scale / omega)^2)`` to one weight of any sine network.
+
+    Args:
+        tensor: ``(out, in)`` weight after its base initialisation, changed in place.
+        scale: ``s0`` for the first layer, ``s1`` for the second (:func:`winner_scales`), ``>= 0``.
+        omega: angular frequency of the sine behind the layer, ``> 0``.
+        generator: source of the noise.
+
+    Returns:
+        ``tensor``.
+
+    Raises:
+        ValueError: not two axes, or ``scale`` or ``omega`` out of range.
+
+    Example:
+        >>> layers = [nn.Linear(1, 64), nn.Linear(64, 64)]
+        >>> for layer, scale in zip(layers, winner_scales(0.6, in_features=1), strict=True):
+        ...     _ = siren_uniform_(layer.weight, first=layer is layers[0])
+        ...     _ = winner_normal_(layer.weight, scale)
+    """
+    _check_matrix("winner_normal_", tensor, omega)
+    check_at_least("winner_normal_", "scale", scale, 0.0)
+    noise = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype, device=tensor.device)
+    return tensor.add_(noise, alpha=scale / omega)
+
+
+def _check_matrix(subject: str, tensor: Tensor, omega: float) -> None:
+    check_positive(subject, "omega", omega)
+    if tensor.ndim != 2:
+        raise ValueError(f"{subject}: tensor must have two axes; got shape {tuple(tensor.shape)}.")
+
+
+@torch.no_grad()
 def winner_init_(
     siren: SIREN, s0: float, s1: float, *, generator: torch.Generator | None = None
 ) -> SIREN:
@@ -300,138 +357,6 @@ def winner_init_(
     if bool(siren.winner_applied):
         raise ValueError("winner_init_: this network has its noise already; reset_parameters().")
     for layer, scale in zip(siren.linears[:2], (s0, s1), strict=True):
-        weight = layer.get_parameter("weight")
-        noise = torch.randn(
-            weight.shape, generator=generator, dtype=weight.dtype, device=weight.device
-        )
-        weight.add_(noise, alpha=scale / siren.omega)
+        winner_normal_(layer.get_parameter("weight"), scale, siren.omega, generator=generator)
     siren.winner_applied.fill_(True)
     return siren
-
-
-@torch.no_grad()
-def activation_spectrum(model: SIREN, coords: Tensor, *, layer: int = 1) -> Tensor:
-    """Mean magnitude spectrum of the activations after a sine layer.
-
-    Args:
-        model: the network.
-        coords: ``(N, 1)`` equidistant coordinates.
-        layer: 1-based sine layer.
-
-    Returns:
-        ``(N // 2 + 1,)`` magnitudes from frequency 0 to Nyquist, mean over the units, each unit
-        taken without its mean.
-    """
-    h = model.hidden(coords, layer)
-    magnitude: Tensor = torch.fft.rfft(h - h.mean(0, keepdim=True), dim=0).abs().mean(-1)
-    return magnitude
-
-
-def empirical_ntk(model: nn.Module, coords: Tensor) -> Tensor:
-    """Neural tangent kernel ``J J^T / n^2`` of a scalar-output network on ``n`` coordinates.
-
-    Args:
-        model: maps ``(n, d)`` to ``(n, 1)``.
-        coords: ``(n, d)``.
-
-    Returns:
-        ``(n, n)`` symmetric positive semi-definite matrix.
-
-    Raises:
-        ValueError: more than one output channel.
-    """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    output = model(coords)
-    if output.shape != (len(coords), 1):
-        raise ValueError(
-            f"empirical_ntk: the model must give shape ({len(coords)}, 1); got "
-            f"{tuple(output.shape)}."
-        )
-    rows = []
-    for value in output.flatten():
-        grads = torch.autograd.grad(value, parameters, retain_graph=True)
-        rows.append(torch.cat([g.flatten() for g in grads]))
-    jacobian = torch.stack(rows)
-    return jacobian @ jacobian.T / len(coords) ** 2
-
-
-def ntk_spectrum(model: nn.Module, coords: Tensor) -> Tensor:
-    """Frequency content of the tangent kernel: ``sum_i lambda_i |FFT(v_i)|^2 / n``.
-
-    Args:
-        model: as in :func:`empirical_ntk`.
-        coords: ``(n, 1)`` equidistant coordinates.
-
-    Returns:
-        ``(n // 2 + 1,)`` non-negative numbers from frequency 0 to Nyquist.
-    """
-    eigenvalues, vectors = torch.linalg.eigh(empirical_ntk(model, coords))
-    power = torch.fft.rfft(vectors, dim=0).abs().square()
-    weighted: Tensor = power @ eigenvalues.clamp_min(0)
-    return weighted / len(coords)
-
-
-def fit_signal(
-    model: nn.Module,
-    coords: Tensor,
-    target: Tensor,
-    *,
-    steps: int = 1000,
-    lr: float = 1e-4,
-    decay: float = 0.99,
-    decay_every: int = 20,
-    max_points: int = 2**18,
-    generator: torch.Generator | None = None,
-    progress: bool = False,
-    callback: Callable[[int, float], Any] | None = None,
-) -> list[float]:
-    """Fit ``model(coords)`` to ``target`` with Adam; the best state by PSNR is kept.
-
-    Args:
-        model: maps ``(N, d)`` to ``(N, C)``; trained in place and left in its best state.
-        coords: ``(N, d)``.
-        target: ``(N, C)``, scaled to [-1, 1].
-        steps: optimizer steps, ``>= 1``.
-        lr: initial learning rate.
-        decay: factor of the learning rate every ``decay_every`` steps.
-        decay_every: steps between decays.
-        max_points: above this many points a step sees a random subset of that size.
-        generator: source of the subsets.
-        progress: show a bar.
-        callback: called with ``(step, psnr)``.
-
-    Returns:
-        PSNR in dB (``-10 log10 MSE``) seen before each step.
-
-    Raises:
-        ValueError: shapes disagree, or an argument is out of range.
-    """
-    check_integer("fit_signal", "steps", steps, 1)
-    check_positive("fit_signal", "lr", lr)
-    if len(coords) != len(target):
-        raise ValueError(
-            f"fit_signal: coords and target must agree on axis 0; got {tuple(coords.shape)} and "
-            f"{tuple(target.shape)}."
-        )
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, decay_every, decay)
-    history: list[float] = []
-    best, best_state = -math.inf, copy.deepcopy(model.state_dict())
-    for step in tqdm(range(steps), disable=not progress, desc="fit_signal"):
-        x, y = coords, target
-        if len(coords) > max_points:
-            chosen = torch.randint(len(coords), (max_points,), generator=generator)
-            x, y = coords[chosen.to(coords.device)], target[chosen.to(target.device)]
-        optimizer.zero_grad()
-        loss = (model(x) - y).square().mean()
-        psnr = -10 * math.log10(max(loss.item(), 1e-30))
-        if psnr > best:
-            best, best_state = psnr, copy.deepcopy(model.state_dict())
-        history.append(psnr)
-        if callback is not None:
-            callback(step, psnr)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    model.load_state_dict(best_state)
-    return history

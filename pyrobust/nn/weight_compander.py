@@ -41,20 +41,33 @@ _DEFAULT_DEVIATIONS = 4.0
 class WeightCompander(nn.Module):
     """Parametrization ``Psi(v) = a * arctan(v / b)`` with learnable positive ``a`` and ``b``.
 
-    Register it with :func:`weight_compander`. ``|Psi(v)| < a * pi / 2`` for every finite ``v``. The
-    map is computed in float32 when ``v`` has a lower precision.
+    Register it with :func:`weight_compander`, or as any other parametrization with
+    ``torch.nn.utils.parametrize.register_parametrization``. ``|Psi(v)| < a * pi / 2`` for every
+    finite ``v``. The map is computed in float32 when ``v`` has a lower precision.
 
     Args:
-        a: output scale, ``> 0``, in units of the weight.
-        b: input scale, ``> 0``, in units of ``v``. ``a / b`` is the slope at zero.
+        a: output scale, ``> 0``, in units of the weight; None: ``b``, or four standard deviations
+            of the weight that it is registered over.
+        b: input scale, ``> 0``, in units of ``v``; None: ``a``. ``a / b`` is the slope at zero.
         learnable: train ``a`` and ``b`` (through their logarithms).
 
     Raises:
         ValueError: ``a`` or ``b`` is not positive and finite.
+
+    Example:
+        >>> layer = nn.Linear(4, 2)
+        >>> _ = parametrize.register_parametrization(layer, "weight", WeightCompander())
+        >>> type(parametrize.remove_parametrizations(layer, "weight").weight).__name__
+        'Parameter'
     """
 
-    def __init__(self, a: float = 1.0, b: float = 1.0, *, learnable: bool = True) -> None:
+    def __init__(
+        self, a: float | None = None, b: float | None = None, *, learnable: bool = True
+    ) -> None:
         super().__init__()
+        self._scale_by_weight = a is None and b is None
+        a, b = (first if first is not None else second for first, second in ((a, b), (b, a)))
+        a, b = 1.0 if a is None else a, 1.0 if b is None else b
         check_positive("WeightCompander", "a", a)
         check_positive("WeightCompander", "b", b)
         if not 0.5 <= a / b <= 2.0:
@@ -89,7 +102,13 @@ class WeightCompander(nn.Module):
             return (self.a.to(wide) * torch.atan(wide / self.b.to(wide))).to(v.dtype)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """``v = b * tan(w / a)``; weights beyond ``1.5 * a`` are clamped, with a warning."""
+        """``v = b * tan(w / a)``; weights beyond ``1.5 * a`` are clamped, with a warning.
+
+        Raises:
+            ValueError: the scales are to come from the weight and it has no spread.
+        """
+        if self._scale_by_weight:
+            self._take_scale(weight)
         a, b = self.a.detach().to(weight), self.b.detach().to(weight)
         angle = weight / a
         clamped = int((angle.abs() > _LARGEST_ANGLE).sum())
@@ -100,6 +119,19 @@ class WeightCompander(nn.Module):
                 stacklevel=2,
             )
         return b * torch.tan(angle.clamp(-_LARGEST_ANGLE, _LARGEST_ANGLE))
+
+    @torch.no_grad()
+    def _take_scale(self, weight: Tensor) -> None:
+        """Both scales from the first weight seen; later assignments keep them."""
+        spread = float(weight.detach().float().std(unbiased=False))
+        if not 0 < spread < math.inf:
+            raise ValueError(
+                f"WeightCompander: the weight has no spread (standard deviation {spread}); "
+                "give a and b."
+            )
+        self.log_a.fill_(math.log(_DEFAULT_DEVIATIONS * spread))
+        self.log_b.copy_(self.log_a)
+        self._scale_by_weight = False
 
     def extra_repr(self) -> str:
         """Current values of both scales."""
@@ -158,15 +190,7 @@ def weight_compander(
         torch.Size([2, 4])
     """
     weight = _check_target(module, name)
-    if a is None:
-        spread = float(weight.detach().float().std(unbiased=False))
-        a = b if b is not None else _DEFAULT_DEVIATIONS * spread
-        if not a > 0:
-            raise ValueError(
-                f"weight_compander: {name!r} has no spread (standard deviation {spread}); "
-                "give a and b."
-            )
-    compander = WeightCompander(a, a if b is None else b, learnable=learnable)
+    compander = WeightCompander(a, b, learnable=learnable)
     parametrize.register_parametrization(module, name, compander.to(weight.device))
     return module
 

@@ -15,8 +15,10 @@ from pyrobust.nn import (
     empirical_ntk,
     fit_signal,
     ntk_spectrum,
+    siren_uniform_,
     spectral_centroid,
     winner_init_,
+    winner_normal_,
     winner_scales,
 )
 
@@ -69,6 +71,32 @@ def test_zero_scales_change_nothing_and_a_second_call_is_refused():
         winner_init_(net, 1.0, 1.0)
     net.reset_parameters()
     winner_init_(net, 1.0, 1.0)
+
+
+def test_initialisers_of_tensors_make_the_same_network_of_plain_layers():
+    net = SIREN(2, 32, 1, hidden_layers=3)
+    net.reset_parameters(generator())
+    winner_init_(net, 20.0, 0.5, generator=generator(1))
+    source, noise, plain = generator(), generator(1), []
+    for i, layer in enumerate([*net.linears, net.output]):
+        mine = nn.Linear(layer.in_features, layer.out_features)
+        assert siren_uniform_(mine.weight, 30.0, first=i == 0, generator=source) is mine.weight
+        nn.init.uniform_(mine.bias, -(layer.in_features**-0.5), layer.in_features**-0.5, source)
+        plain.append(mine)
+    for mine, scale in zip(plain, (20.0, 0.5), strict=False):
+        winner_normal_(mine.weight, scale, generator=noise)
+    for layer, mine in zip([*net.linears, net.output], plain, strict=True):
+        assert torch.equal(layer.weight, mine.weight)
+        assert torch.equal(layer.bias, mine.bias)
+        assert mine.weight.requires_grad
+        assert mine.weight.is_leaf
+    for call in (lambda w: siren_uniform_(w), lambda w: winner_normal_(w, 1.0)):
+        with pytest.raises(ValueError, match="two axes"):
+            call(torch.ones(3))
+    with pytest.raises(ValueError, match="scale"):
+        winner_normal_(torch.ones(3, 3), -1.0)
+    with pytest.raises(ValueError, match="omega"):
+        siren_uniform_(torch.ones(3, 3), 0.0)
 
 
 @pytest.mark.parametrize("k", [3, 100, 511])

@@ -9,6 +9,7 @@ from scipy import stats
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from pyrobust.nn import (
     WeightCompander,
@@ -105,6 +106,37 @@ def test_default_scale_is_four_standard_deviations():
     spread = layer.weight.detach().std(unbiased=False).item()
     weight_compander(layer)
     assert layer.parametrizations.weight[0].a.item() == pytest.approx(4 * spread, rel=1e-5)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(30, 40), nn.Conv2d(3, 8, 3)])
+def test_it_is_a_parametrization_like_any_other(layer):
+    plain, x = (
+        copy.deepcopy(layer),
+        torch.randn(2, *([30] if layer.weight.ndim == 2 else [3, 5, 5])),
+    )
+    keys, before = set(layer.state_dict()), layer(x)
+    parametrize.register_parametrization(layer, "weight", WeightCompander())
+    scale = layer.parametrizations.weight[0].a.item()
+    assert scale == pytest.approx(4 * plain.weight.std(unbiased=False).item(), rel=1e-5)
+    torch.testing.assert_close(layer(x), before, rtol=1e-5, atol=1e-6)
+    twin = copy.deepcopy(layer)
+    with torch.no_grad():  # assigning goes through the inverse and keeps the scales
+        layer.weight = 0.5 * layer.weight
+    assert layer.parametrizations.weight[0].a.item() == scale
+    torch.testing.assert_close(layer.weight, 0.5 * plain.weight, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(twin(x), before, rtol=1e-5, atol=1e-6)
+    other = copy.deepcopy(plain)
+    parametrize.register_parametrization(other, "weight", WeightCompander(1.0, 1.0))
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other.weight, layer.weight)
+    value = layer.weight.detach().clone()
+    parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+    assert torch.equal(layer.weight, value)
+    assert type(layer) is type(plain)
+    assert set(layer.state_dict()) == keys
+    original = twin.parametrizations.weight.original.detach().clone()
+    parametrize.remove_parametrizations(twin, "weight", leave_parametrized=False)
+    assert torch.equal(twin.weight, original)
 
 
 def test_parameter_groups():
