@@ -34,6 +34,7 @@ from pyrobust._load_checks import (
 from pyrobust._pack_plan import identity
 from pyrobust._safetensors import DTYPES, checksum, write_safetensors
 from pyrobust.nn.packed_module import PackedModule
+from pyrobust.nn.transposed_linear import as_linear
 from pyrobust.nn.twins import leave_fused_paths, replace_layers
 
 __all__ = ["FORMAT_VERSION", "load", "save"]
@@ -109,27 +110,36 @@ def load(path: Path, model: nn.Module) -> nn.Module:
     check_instance("load", "model", model, nn.Module)
     with opened(path) as file:
         description = read_description(path, file)
-        twins = make_twins(path, model, description["layers"])
-        places = places_of(model, twins)
-        check_fit(path, places, description, file)
-
-        tied = description["tied"]
-        devices = {id(twin): _device_of(layer) for layer, twin in twins.items()}
-        replace_layers(model, twins)
-        values: dict[str, Tensor] = {}
-        for name in sorted(places, key=lambda key: key in tied):  # owners before their aliases
-            owner = tied.get(name, name)
-            if owner in values:
-                _share(places[name], values[owner])
-            elif places[name].leaf != EXTRA:
-                device = devices.get(id(places[name].module), _device_of(places[name].module))
-                values[owner] = _fill(places[name], file.get_tensor(owner), device)
-        for module in {id(place.module): place.module for place in places.values()}.values():
-            if isinstance(module, PackedModule):
-                module.finish_loading()
+        with as_linear(model, description["layers"]):
+            twins = _load_into(path, model, description, file)
     result: nn.Module = twins.get(model, model)
     leave_fused_paths(result)
     return result
+
+
+def _load_into(
+    path: Path, model: nn.Module, description: dict[str, Any], file: Any
+) -> dict[nn.Module, PackedModule]:
+    """Fill ``model`` from an open file; returns the packed layers by those they replaced."""
+    twins = make_twins(path, model, description["layers"])
+    places = places_of(model, twins)
+    check_fit(path, places, description, file)
+
+    tied = description["tied"]
+    devices = {id(twin): _device_of(layer) for layer, twin in twins.items()}
+    replace_layers(model, twins)
+    values: dict[str, Tensor] = {}
+    for name in sorted(places, key=lambda key: key in tied):  # owners before their aliases
+        owner = tied.get(name, name)
+        if owner in values:
+            _share(places[name], values[owner])
+        elif places[name].leaf != EXTRA:
+            device = devices.get(id(places[name].module), _device_of(places[name].module))
+            values[owner] = _fill(places[name], file.get_tensor(owner), device)
+    for module in {id(place.module): place.module for place in places.values()}.values():
+        if isinstance(module, PackedModule):
+            module.finish_loading()
+    return twins
 
 
 # -- saving ------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """pack: any torch model with the weights of its layers in 1 to 8 bits.
 
-``torch.nn.Linear``, ``Conv2d`` and ``Embedding`` become their packed twins; everything else stays.
-A weight that several layers share is packed once and stays shared. What was packed, what
-was left and why, is told by :func:`pyrobust.pack_report`.
+``torch.nn.Linear``, ``Conv2d`` and ``Embedding`` become their packed twins, and so do the
+``Conv1D`` layers of Hugging Face, which are linear; everything else stays. A weight that several
+layers share is packed once and stays shared. What was packed, what was left and why, is told by
+:func:`pyrobust.pack_report`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pyrobust._pack_plan import BitsFor, LayerPlan, check_plans, identity, plan_
 from pyrobust._pack_report import LayerReport, PackReport, attach, pack_report
 from pyrobust._pack_simulated import pack_simulated
 from pyrobust.nn.packed_module import PackedModule
+from pyrobust.nn.transposed_linear import as_linear
 from pyrobust.nn.twins import TWINS, leave_fused_paths, replace_layers
 from pyrobust.ops.formats import check_bits
 from pyrobust.quantize import QTensor
@@ -130,26 +132,28 @@ def pack(
     _check_options(bits, group_size, group_dim, activations)
     quantize = _resolve(quantizer, calibration, blocks, resume)
     skipped = (skip,) if isinstance(skip, str) else tuple(skip)
-    twins, trained_rows, settled = pack_simulated(model, skipped)
-    plans, rows = plan_layers(model, bits, skipped, bits_for, settled)
-    check_plans(model, plans, rows, inplace, settled)
-    common = {"group_size": group_size, "group_dim": group_dim, "symmetric": symmetric}
-    formats = {name: {"bits": plan.bits, **common} for name, plan in plans.items()}
-    owners = _owners(plans)
-    extra = {"blocks": blocks, "resume": resume, "progress": progress}
-    quantized = _quantized(
-        quantize, calibration, model, plans, formats, set(owners.values()), extra
-    )
+    with as_linear(model) as transposed:
+        twins, trained_rows, settled = pack_simulated(model, skipped)
+        plans, rows = plan_layers(model, bits, skipped, bits_for, settled)
+        check_plans(model, plans, rows, inplace, settled)
+        common = {"group_size": group_size, "group_dim": group_dim, "symmetric": symmetric}
+        formats = {name: {"bits": plan.bits, **common} for name, plan in plans.items()}
+        owners = _owners(plans)
+        extra = {"blocks": blocks, "resume": resume, "progress": progress}
+        quantized = _quantized(
+            quantize, calibration, model, plans, formats, set(owners.values()), extra
+        )
 
-    ready: dict[str, Quantized] = {}
-    for name, plan in tqdm(plans.items(), desc="pack", disable=not progress):
-        owner = owners[identity(plan.weight)]
-        if owner not in ready:
-            ready[owner] = quantized(owner)
-        twin = _twin(plan.layer, ready[owner], activations)
-        twins[plan.layer] = twin
-        rows[name] = _packed_row(name, plan, twin, owner, ready[owner])
-    return _assemble(model, twins, (*trained_rows.values(), *rows.values()), inplace)
+        ready: dict[str, Quantized] = {}
+        for name, plan in tqdm(plans.items(), desc="pack", disable=not progress):
+            owner = owners[identity(plan.weight)]
+            if owner not in ready:
+                ready[owner] = quantized(owner)
+            twin = _twin(plan.layer, ready[owner], activations)
+            twins[plan.layer] = twin
+            rows[name] = _packed_row(name, plan, twin, owner, ready[owner])
+        everything = (*trained_rows.values(), *rows.values())
+        return _assemble(model, twins, everything, inplace, transposed)
 
 
 # -- checks ------------------------------------------------------------------------------------
@@ -242,7 +246,9 @@ def _twin(layer: nn.Module, result: Quantized, activations: str | None) -> Packe
     twin.extend(qtensor.layout).adopt(
         qtensor, bias if result.bias is None else result.bias.to(bias)
     )
-    return twin.train(layer.training).to(cast(Tensor, layer.weight).device)
+    weight = cast(Tensor, layer.weight)
+    twin.weight_dtype = weight.dtype
+    return twin.train(layer.training).to(weight.device)
 
 
 def _packed_row(
@@ -272,13 +278,16 @@ def _assemble(
     twins: dict[nn.Module, nn.Module],
     rows: tuple[LayerReport, ...],
     inplace: bool,
+    transposed: Mapping[nn.Module, nn.Module],
 ) -> nn.Module:
     before = _total_bytes(model)
     if inplace:
         result = model
         replace_layers(model, twins)
     else:  # told that the layers are copied already, deepcopy never touches their float weights
-        result = copy.deepcopy(model, {id(layer): twin for layer, twin in twins.items()})
+        left = {new: copy.deepcopy(old) for new, old in transposed.items() if new not in twins}
+        ready = {id(layer): twin for layer, twin in {**left, **twins}.items()}
+        result = copy.deepcopy(model, ready)
     leave_fused_paths(result)
     attach(result, PackReport(rows, before, _total_bytes(result)))
     return result

@@ -96,6 +96,7 @@ class PackedModule(nn.Module):
         self.symmetric = bool(symmetric) or bits < 2
         self.activations = activations
         self.layout = WeightLayout()
+        self.weight_dtype = torch.float32
         self._register_empty()
 
     def _register_empty(self) -> None:
@@ -163,6 +164,7 @@ class PackedModule(nn.Module):
         """A twin of ``layer`` with its weight rounded to nearest."""
         twin = cls.like(layer, **weight_format)
         twin.train(layer.training)
+        twin.weight_dtype = cast(Tensor, layer.weight).dtype
         return twin.pack_weight(layer)
 
     def pack_weight(self, layer: nn.Module) -> Self:
@@ -249,8 +251,11 @@ class PackedModule(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """:meth:`dequantize`, decoded anew on each access: for foreign code that reads weights."""
-        return self.dequantize()
+        """:meth:`dequantize` in the dtype that a float layer here would have.
+
+        Decoded anew on each access: for foreign code that reads weights, or their dtype.
+        """
+        return self.dequantize().to(self.weight_dtype)
 
     @property
     def nbytes_packed(self) -> int:
@@ -265,6 +270,8 @@ class PackedModule(nn.Module):
         Buffers are moved in place where torch moves parameters in place, so that two layers that
         share a packed weight still share it on the new device.
         """
+        probe = torch.empty(0, dtype=self.weight_dtype, device=self.codes.device)
+        self.weight_dtype = fn(probe).dtype
         stored = {name: self._buffers.pop(name) for name in self.packed_buffers}
         try:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -278,6 +278,7 @@ def _store_compactly(packed: nn.Module, made: Mapping[str, QTensor]) -> None:
         twin = DenseSparseLinear.from_qtensor(
             made[owner], layer.bias, activations=layer.activations
         )
+        twin.weight_dtype = layer.weight_dtype
         by_name[row.name] = twin.train(layer.training).to(layer.codes.device)
         if owner != row.name:  # one weight in memory and in the file
             twin._buffers.update(by_name[owner]._buffers)
