@@ -281,7 +281,7 @@ def siren_uniform_(
     Args:
         tensor: ``(out, in)`` weight of a linear layer, changed in place.
         omega: angular frequency of the sine behind the layer, ``> 0``.
-        first: the layer takes coordinates; bounds are then ``1 / in``, not ``sqrt(6 / in) / omega``.
+        first: bounds of ``1 / in``, for the coordinates; else ``sqrt(6 / in) / omega``.
         generator: source of the values.
 
     Returns:
