@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from pyrobust._checks import check_choice, check_eval_mode, check_instance, check_integer
 from pyrobust.quantize.calibration import Call, read_calibration
 from pyrobust.quantize.call_rows import batch_size, rows_of
-from pyrobust.quantize.rounding_grid import search_grid
+from pyrobust.quantize.rounding_grid import GRID_BITS, search_grid
 from pyrobust.quantize.sensitivity import sensitivity
 
 __all__ = ["IMPORTANCES", "allocate_bits", "bit_costs", "knapsack"]
@@ -49,7 +49,8 @@ def allocate_bits(
         calibration: batches of inputs, as for :func:`pyrobust.pack`; not used by ``"weight-mse"``,
             which accepts None.
         budget: mean bits per weight, not exceeded.
-        choices: accepted bits, from 2 to 8 (5, 6 and 7 cannot be packed).
+        choices: bits to choose from: 2, 3, 4 and 8, which are those that can be packed
+            (:func:`bit_costs` takes 5, 6 and 7 too).
         importance: as for :func:`bit_costs`.
         skip: names of layers to leave out.
         method: ``"exact"``, or ``"greedy"`` by gain per bit.
@@ -58,7 +59,7 @@ def allocate_bits(
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: the budget is below the smallest choice, a choice is not from 2 to 8, a name in
+        ValueError: the budget is below the smallest choice, a choice cannot be packed, a name in
             ``skip`` is no layer, or calibration data are missing or bad.
 
     Example:
@@ -67,6 +68,8 @@ def allocate_bits(
         >>> sum(bits[n] * net[int(n)].weight.numel() for n in bits) <= 3.0 * 80
         True
     """
+    for bits in choices:
+        check_choice("allocate_bits", "each of choices", bits, GRID_BITS)
     costs = bit_costs(
         model, calibration, choices, importance, skip=skip, samples=samples, progress=progress
     )

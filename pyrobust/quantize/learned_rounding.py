@@ -34,8 +34,9 @@ from pyrobust.quantize.calibration_block import CalibrationBlock
 from pyrobust.quantize.fold_batch_norm import fold_batch_norm
 from pyrobust.quantize.power_quantizer import PowerQuantizer
 from pyrobust.quantize.reconstruction import LOSSES, OPTIMIZERS, Schedule
+from pyrobust.quantize.rounding_data import RoundingOptions
 from pyrobust.quantize.rounding_grid import GRID_BITS
-from pyrobust.quantize.rounding_scope import RoundingOptions, round_block, round_layers
+from pyrobust.quantize.rounding_scope import round_block, round_layers
 from pyrobust.quantize.rounding_variable import VARIABLES
 
 __all__ = ["LearnedRounding", "learned_rounding"]
@@ -49,14 +50,15 @@ class LearnedRounding:
 
     Attributes:
         scope: ``"layer"`` keeps the outputs of each layer, ``"block"`` those of each block, whose
-            layers then learn together.
+            layers then learn together; in a plain ``Sequential`` each module is a block.
         loss: ``"mse"``, ``"l1"``, ``"cosine"`` or ``"kl"``.
         variable: ``"sigmoid"``, ``"ste"`` or ``"soft"``
             (:mod:`~pyrobust.quantize.rounding_variable`).
         freedom: 1, floor or ceiling; 2, from one below the floor to one above the ceiling.
         optimizer: ``"adam"``, ``"sgd"`` or ``"sign"``.
         learn_scale: move the scales too.
-        learn_bias: add the mean error of the outputs to the bias, where a layer has one.
+        learn_bias: add the mean error of a layer's outputs to its bias, where it has one and where
+            that lowers the loss (of the block with ``scope="block"``).
         scheme: a :class:`PowerQuantizer`; None is the uniform grid.
         weight_fraction: share of the weights whose rounding is learned, those nearest to the middle
             between two levels; others are rounded to nearest. In (0, 1].

@@ -120,9 +120,12 @@ def test_bad_arguments_are_refused():
         allocate_bits(net, [x], 1.9)
     with pytest.raises(ValueError, match="budget must be"):
         allocate_bits(net, [x], float("nan"))
+    for choices in ((1, 2), (2, 9), (2.5,), (4, 6, 8)):  # 6 bits could not be packed
+        with pytest.raises(ValueError, match="each of choices must be one of 2, 3, 4, 8; got"):
+            allocate_bits(net, [x], 4.0, choices)
     for choices in ((), (1, 2), (2, 9), (2.5,)):
         with pytest.raises(ValueError, match="choices must be bits from 2 to 8"):
-            allocate_bits(net, [x], 4.0, choices)
+            bit_costs(net, [x], choices)
     with pytest.raises(ValueError, match="importance must be one of"):
         allocate_bits(net, [x], 4.0, importance="magic")
     with pytest.raises(ValueError, match="at least one batch"):

@@ -282,6 +282,45 @@ def test_block_scope_keeps_the_outputs_of_residual_blocks(given):
     assert errors[0] < 0.8 * errors[1]
 
 
+def test_block_scope_corrects_biases_where_that_helps():
+    net, x = residual_net(), correlated(96)
+    form = {"bits": 2, "group_size": 16, "symmetric": True, "skip": ["embed", "head"]}
+    form |= {"calibration": list(x.split(48)), "blocks": "blocks"}
+    errors = {}
+    for learn_bias in (False, True):
+        quantizer = LearnedRounding(
+            scope="block", iterations=20, learning_rate=0.03, learn_bias=learn_bias
+        )
+        packed = pyrobust.pack(net, quantizer=quantizer, **form)
+        moved = [
+            not torch.equal(layer.bias, net.get_submodule(name).bias)
+            for name, layer in packed.named_modules()
+            if isinstance(layer, pyrobust.nn.PackedLinear) and layer.bias is not None
+        ]
+        assert moved
+        assert any(moved) == learn_bias
+        with torch.no_grad():
+            errors[learn_bias] = float((packed(x) - net(x)).square().mean())
+    assert errors[True] < errors[False]
+
+
+def test_in_a_plain_sequential_each_module_is_a_block():
+    net = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    form = {"bits": 3, "group_size": 16, "symmetric": True, "calibration": [correlated(64)]}
+    options = {"iterations": 20, "learn_bias": False, "descent": 0, "batch_size": 64}
+    seen = []
+
+    class Watching(LearnedRounding):
+        def quantize_block(self, block):
+            seen.append((block.name, list(block.layers)))
+            super().quantize_block(block)
+
+    pyrobust.pack(net, quantizer=Watching(scope="block", **options), **form)
+    assert seen == [("0", ["0"]), ("2", ["2"])]
+    with pytest.raises(ValueError, match="scope 'block' needs a model with a list of blocks"):
+        pyrobust.pack(nn.Linear(16, 4).eval(), quantizer=LearnedRounding(scope="block"), **form)
+
+
 def test_result_is_the_same_for_equal_seeds_and_after_a_killed_conversion(tmp_path):
     net, x = residual_net(), correlated(64)
 
