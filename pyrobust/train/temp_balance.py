@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pyrobust._checks import check_choice
 from pyrobust.weights.farms import spectral_report
 
 __all__ = ["TempBalance"]
@@ -27,9 +28,12 @@ class TempBalance:
         lr_max: ratio at the largest, ``>= lr_min``.
         exclude: weight names that stay at the global rate, e.g. the first and last layer.
         estimator: ``"farms"`` or ``"full"``.
+        rule: from exponent to ratio: ``"linear"`` between ``lr_min`` and ``lr_max``; ``"rank"``,
+            equal steps between them in the order of the exponents; ``"sqrt"`` and ``"log2"`` of
+            the exponent over its mean, without the two limits.
 
     Raises:
-        ValueError: the ratios are not ``0 < lr_min <= lr_max``.
+        ValueError: the ratios are not ``0 < lr_min <= lr_max``, or an option is not accepted.
     """
 
     def __init__(
@@ -40,7 +44,9 @@ class TempBalance:
         *,
         exclude: tuple[str, ...] = (),
         estimator: str = "farms",
+        rule: str = "linear",
     ) -> None:
+        check_choice("TempBalance", "rule", rule, ["linear", "rank", "sqrt", "log2"])
         if not 0 < lr_min <= lr_max:
             raise ValueError(f"TempBalance: need 0 < lr_min <= lr_max; got {lr_min}, {lr_max}.")
         self.model = model
@@ -48,6 +54,7 @@ class TempBalance:
         self.lr_max = lr_max
         self.exclude = exclude
         self.estimator = estimator
+        self.rule = rule
 
     def ratios(self) -> dict[str, float]:
         """Ratio to the global rate for each balanced weight, from its present spectrum."""
@@ -61,6 +68,15 @@ class TempBalance:
         low, high = min(alphas.values()), max(alphas.values())
         if high == low:
             return dict.fromkeys(alphas, 1.0)
+        if self.rule in ("sqrt", "log2"):
+            scale = math.sqrt if self.rule == "sqrt" else math.log2
+            scaled = {name: scale(alpha) for name, alpha in alphas.items()}  # exponents exceed 1
+            mean = sum(scaled.values()) / len(scaled)
+            return {name: value / mean for name, value in scaled.items()}
+        if self.rule == "rank":
+            step = (self.lr_max - self.lr_min) / (len(alphas) - 1)
+            order = sorted(alphas, key=lambda name: alphas[name])
+            return {name: self.lr_min + step * i for i, name in enumerate(order)}
         slope = (self.lr_max - self.lr_min) / (high - low)
         return {name: self.lr_min + slope * (alpha - low) for name, alpha in alphas.items()}
 

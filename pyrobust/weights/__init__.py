@@ -17,8 +17,6 @@ from pyrobust.weights.farms import (
     esd,
     farms_esd,
     hill_alpha,
-    layer_sparsity,
-    prune_,
     spectral_report,
 )
 from pyrobust.weights.interpolate import interpolate
@@ -32,6 +30,7 @@ from pyrobust.weights.permutation import (
     mlp_spec,
     resnet_spec,
 )
+from pyrobust.weights.pruning import layer_sparsity, prune_
 from pyrobust.weights.robust_weight_signatures import (
     compose_signatures,
     project_out,

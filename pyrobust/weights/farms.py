@@ -36,8 +36,6 @@ __all__ = [
     "esd",
     "farms_esd",
     "hill_alpha",
-    "layer_sparsity",
-    "prune_",
     "spectral_report",
 ]
 
@@ -309,90 +307,3 @@ def _summary(name: str, pools: list[Tensor], method: str) -> LayerSpectrum:
         math.log10(total) if total > 0 else -math.inf,
         pooled.numel(),
     )
-
-
-def layer_sparsity(alphas: Tensor, numel: Tensor, target: float, epsilon: float = 0.3) -> Tensor:
-    """Pruning ratios that spare layers with small exponents and meet the target exactly.
-
-    Args:
-        alphas: ``(L,)`` exponents (for blocks, the mean over each block's layers).
-        numel: ``(L,)`` weights per layer.
-        target: share of all weights to prune, in ``(0, 1)``.
-        epsilon: spread of the ratios around the target before scaling, in ``[0, 1)``.
-
-    Returns:
-        ``(L,)`` float64 ratios in ``[0, 1)``; their weighted mean is ``target``. A ratio that had
-        to be limited is compensated by the others, with a warning: on small networks at high
-        targets such ratios starve layers.
-
-    Raises:
-        ValueError: an argument is out of range.
-    """
-    if not 0 < target < 1 or not 0 <= epsilon < 1:
-        raise ValueError(
-            f"layer_sparsity: target must lie in (0, 1) and epsilon in [0, 1); "
-            f"got {target} and {epsilon}."
-        )
-    if alphas.ndim != 1 or alphas.shape != numel.shape or not alphas.numel():
-        raise ValueError(
-            f"layer_sparsity: alphas and numel must be (L,); got {tuple(alphas.shape)} and "
-            f"{tuple(numel.shape)}."
-        )
-    check_finite("layer_sparsity", "alphas", alphas.double())
-    score, size = alphas.double(), numel.double()
-    span = score.max() - score.min()
-    shape = 1 - epsilon + 2 * epsilon * (score - score.min()) / span if span > 0 else score * 0 + 1
-    ceiling = max(0.999, (1 + target) / 2)
-    free = torch.ones_like(shape, dtype=torch.bool)
-    ratios = shape.clone()
-    for _ in range(len(shape) + 1):
-        wanted = target * size.sum() - (size * ceiling)[~free].sum()
-        ratios = torch.where(free, shape * wanted / (size * shape)[free].sum(), ceiling)
-        over = free & (ratios > ceiling)
-        if not bool(over.any()):
-            break
-        free &= ~over
-    if bool((~free).any()):
-        warnings.warn(
-            f"layer_sparsity: {int((~free).sum())} ratios were limited to {ceiling:.4f}; such "
-            "layers are pruned away almost whole.",
-            stacklevel=2,
-        )
-    return ratios
-
-
-@torch.no_grad()
-def prune_(
-    model: nn.Module,
-    ratios: Mapping[str, float],
-    method: str = "magnitude",
-    inputs: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Set the least important weights of each named layer to zero, in place.
-
-    Args:
-        model: holds the named weights.
-        ratios: weight name to the share to prune, in ``[0, 1)``.
-        method: ``"magnitude"``: the smallest of the tensor; ``"wanda"``: the smallest
-            ``|w| sqrt(mean x^2)`` of each row.
-        inputs: for ``"wanda"``: weight name to ``(N, in)`` calibration inputs of a linear layer.
-
-    Raises:
-        ValueError: a name is unknown, a ratio out of range, or inputs are missing.
-    """
-    check_choice("prune_", "method", method, ["magnitude", "wanda"])
-    state = model.state_dict(keep_vars=True)
-    for name, ratio in ratios.items():
-        if name not in state or not 0 <= ratio < 1:
-            raise ValueError(f"prune_: '{name}' at ratio {ratio} is unknown or not in [0, 1).")
-        if method == "wanda" and (inputs is None or name not in inputs):
-            raise ValueError(f"prune_: inputs must hold calibration inputs for '{name}'.")
-    for name, ratio in ratios.items():
-        weight = state[name]
-        score = weight.abs().reshape(1, -1)
-        if method == "wanda" and inputs is not None:
-            score = weight.abs() * inputs[name].square().mean(0).sqrt()
-        count = round(ratio * score.shape[1])
-        gone = score.argsort(1)[:, :count]
-        flat = weight.reshape(score.shape)
-        weight.copy_(flat.scatter(1, gone, 0.0).reshape(weight.shape))
