@@ -20,7 +20,17 @@ from torch import Tensor, nn
 
 from pyrobust._checks import check_eval_mode, check_integer, check_open_unit
 
-__all__ = ["Ownership", "bit_accuracy", "check_message", "ownership_threshold", "verify_ownership"]
+__all__ = [
+    "Ownership",
+    "bit_accuracy",
+    "check_image_range",
+    "check_message",
+    "ownership_threshold",
+    "verify_ownership",
+]
+
+# Decoders overshoot their range a little; other conventions ([0, 255], [-1, 1]) leave it far.
+_OVERSHOOT = 0.25
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,24 @@ def check_message(subject: str, message: Tensor) -> None:
         )
     if not bool(((message == 0) | (message == 1)).all()):
         raise ValueError(f"{subject}: message must hold zeros and ones only.")
+
+
+def check_image_range(
+    subject: str, name: str, images: Tensor, image_range: tuple[float, float] | None
+) -> None:
+    """Raise ValueError where images leave a declared range by more than a quarter of its width."""
+    if image_range is None or not images.numel():
+        return
+    low, high = image_range
+    if not low < high:
+        raise ValueError(f"{subject}: image_range must be (low, high); got {image_range}.")
+    least, most = (float(value) for value in images.detach().aminmax())
+    slack = _OVERSHOOT * (high - low)
+    if not (low - slack <= least and most <= high + slack):
+        raise ValueError(
+            f"{subject}: {name} must lie in [{low:g}, {high:g}]; got values from {least:.4g} to "
+            f"{most:.4g}."
+        )
 
 
 def bit_accuracy(logits: Tensor, message: Tensor) -> float:
@@ -105,7 +133,12 @@ def ownership_threshold(n_bits: int, fpr: float) -> int:
 
 @torch.no_grad()
 def verify_ownership(
-    images: Tensor, extractor: nn.Module, message: Tensor, *, fpr: float = 0.005
+    images: Tensor,
+    extractor: nn.Module,
+    message: Tensor,
+    *,
+    fpr: float = 0.005,
+    image_range: tuple[float, float] | None = None,
 ) -> Ownership:
     """Exact binomial test over a batch of images.
 
@@ -114,14 +147,17 @@ def verify_ownership(
         extractor: images to ``(m, n)`` logits, in evaluation mode.
         message: ``(n,)`` zeros and ones.
         fpr: accepted false-positive rate of the whole statement, in ``(0, 1)``.
+        image_range: the range that the extractor takes; images beyond it by more than a quarter of
+            its width are refused. None checks nothing.
 
     Returns:
         The decision with its figures.
 
     Raises:
         ValueError: the extractor is in training mode, the message is not binary or of another
-            length, or ``fpr`` is out of range.
+            length, ``fpr`` is out of range, or the images leave the declared range.
     """
+    check_image_range("verify_ownership", "images", images, image_range)
     check_eval_mode("verify_ownership", extractor)
     check_open_unit("verify_ownership", "fpr", fpr)
     logits = extractor(images)

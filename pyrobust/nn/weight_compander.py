@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from pyrobust._checks import check_positive
+from pyrobust._checks import check_choice, check_positive
 
 __all__ = [
     "WeightCompander",
@@ -50,9 +50,11 @@ class WeightCompander(nn.Module):
             of the weight that it is registered over.
         b: input scale, ``> 0``, in units of ``v``; None: ``a``. ``a / b`` is the slope at zero.
         learnable: train ``a`` and ``b`` (through their logarithms).
+        granularity: "layer", one pair of scales, as published; "channel", a pair for each entry
+            of the weight's first axis, made when it is registered.
 
     Raises:
-        ValueError: ``a`` or ``b`` is not positive and finite.
+        ValueError: ``a`` or ``b`` is not positive and finite, or an option is not accepted.
 
     Example:
         >>> layer = nn.Linear(4, 2)
@@ -62,9 +64,16 @@ class WeightCompander(nn.Module):
     """
 
     def __init__(
-        self, a: float | None = None, b: float | None = None, *, learnable: bool = True
+        self,
+        a: float | None = None,
+        b: float | None = None,
+        *,
+        learnable: bool = True,
+        granularity: str = "layer",
     ) -> None:
         super().__init__()
+        check_choice("WeightCompander", "granularity", granularity, ["layer", "channel"])
+        self.granularity = granularity
         self._scale_by_weight = a is None and b is None
         a, b = (first if first is not None else second for first, second in ((a, b), (b, a)))
         a, b = 1.0 if a is None else a, 1.0 if b is None else b
@@ -87,12 +96,12 @@ class WeightCompander(nn.Module):
 
     @property
     def a(self) -> Tensor:
-        """Output scale, a positive scalar tensor."""
+        """Output scale: a positive scalar, or one for each channel."""
         return self.log_a.exp()
 
     @property
     def b(self) -> Tensor:
-        """Input scale, a positive scalar tensor."""
+        """Input scale: a positive scalar, or one for each channel."""
         return self.log_b.exp()
 
     def forward(self, v: Tensor) -> Tensor:
@@ -107,6 +116,8 @@ class WeightCompander(nn.Module):
         Raises:
             ValueError: the scales are to come from the weight and it has no spread.
         """
+        if self.granularity == "channel" and self.log_a.ndim == 0:
+            self._spread(weight)
         if self._scale_by_weight:
             self._take_scale(weight)
         a, b = self.a.detach().to(weight), self.b.detach().to(weight)
@@ -115,26 +126,39 @@ class WeightCompander(nn.Module):
         if clamped:
             warnings.warn(
                 f"WeightCompander: {clamped} of {weight.numel()} weights lie beyond "
-                f"{_LARGEST_ANGLE} * a = {_LARGEST_ANGLE * float(a):.3g} and were clamped.",
+                f"{_LARGEST_ANGLE} * a = {_LARGEST_ANGLE * float(a.min()):.3g} and were clamped.",
                 stacklevel=2,
             )
         return b * torch.tan(angle.clamp(-_LARGEST_ANGLE, _LARGEST_ANGLE))
 
     @torch.no_grad()
+    def _spread(self, weight: Tensor) -> None:
+        """One pair of scales to one for each channel; a weight with one axis has one channel."""
+        shape = (weight.shape[0] if weight.ndim > 1 else 1, *[1] * (weight.ndim - 1))
+        for name in ("log_a", "log_b"):
+            value = getattr(self, name)
+            wide = value.detach().expand(shape).clone()
+            setattr(self, name, nn.Parameter(wide) if isinstance(value, nn.Parameter) else wide)
+
+    @torch.no_grad()
     def _take_scale(self, weight: Tensor) -> None:
         """Both scales from the first weight seen; later assignments keep them."""
-        spread = float(weight.detach().float().std(unbiased=False))
-        if not 0 < spread < math.inf:
+        wide = weight.detach().float()
+        rows = wide.reshape(max(1, self.log_a.numel()), -1)
+        spread = rows.std(dim=1, unbiased=False)
+        if not bool(((spread > 0) & (spread < math.inf)).all()):
             raise ValueError(
-                f"WeightCompander: the weight has no spread (standard deviation {spread}); "
-                "give a and b."
+                f"WeightCompander: the weight has no spread (standard deviation "
+                f"{float(spread.min())}); give a and b."
             )
-        self.log_a.fill_(math.log(_DEFAULT_DEVIATIONS * spread))
+        self.log_a.copy_((_DEFAULT_DEVIATIONS * spread).log().reshape(self.log_a.shape))
         self.log_b.copy_(self.log_a)
         self._scale_by_weight = False
 
     def extra_repr(self) -> str:
         """Current values of both scales."""
+        if self.granularity == "channel":
+            return f"granularity=channel, {self.log_a.numel()} pairs"
         return f"a={float(self.a):.4g}, b={float(self.b):.4g}"
 
 
@@ -167,6 +191,7 @@ def weight_compander(
     a: float | None = None,
     b: float | None = None,
     learnable: bool = True,
+    granularity: str = "layer",
 ) -> nn.Module:
     """Compand one weight of ``module`` in place, keeping the function it computes.
 
@@ -176,6 +201,7 @@ def weight_compander(
         a: output scale; default four standard deviations of the present weight.
         b: input scale; default ``a``.
         learnable: train both scales.
+        granularity: see :class:`WeightCompander`.
 
     Returns:
         ``module`` itself.
@@ -190,7 +216,7 @@ def weight_compander(
         torch.Size([2, 4])
     """
     weight = _check_target(module, name)
-    compander = WeightCompander(a, b, learnable=learnable)
+    compander = WeightCompander(a, b, learnable=learnable, granularity=granularity)
     parametrize.register_parametrization(module, name, compander.to(weight.device))
     return module
 
@@ -203,6 +229,7 @@ def apply_weight_compander(
     a: float | None = None,
     b: float | None = None,
     learnable: bool = True,
+    granularity: str = "layer",
 ) -> nn.Module:
     """Compand the weight of every module of the listed types, in place.
 
@@ -216,6 +243,7 @@ def apply_weight_compander(
         a: see :func:`weight_compander`.
         b: see :func:`weight_compander`.
         learnable: train the scales.
+        granularity: see :class:`WeightCompander`.
 
     Returns:
         ``model`` itself.
@@ -238,7 +266,7 @@ def apply_weight_compander(
                 f"apply_weight_compander: {first!r} and {name!r} share one weight; skip one."
             )
     for module in chosen.values():
-        weight_compander(module, a=a, b=b, learnable=learnable)
+        weight_compander(module, a=a, b=b, learnable=learnable, granularity=granularity)
     return model
 
 

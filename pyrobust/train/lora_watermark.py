@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from pyrobust._checks import check_at_least, check_eval_mode, check_integer, check_positive
-from pyrobust.evaluate.ownership import bit_accuracy, check_message
+from pyrobust.evaluate.ownership import bit_accuracy, check_image_range, check_message
 from pyrobust.train.adapters import (
     LoRA,
     adapter_param_groups,
@@ -138,6 +138,8 @@ class LoRAWatermark:
         alpha: LoRA scale.
         lr: AdamW learning rate.
         decode: how to call the decoder, ``(decoder, latents) -> images``; default plain call.
+        image_range: the range that the extractor takes: a clean image beyond it by more than a
+            quarter of its width is refused at the first step. None checks nothing.
 
     Raises:
         ValueError: message not binary, layers not found (the candidates are listed), or a model in
@@ -157,6 +159,7 @@ class LoRAWatermark:
         alpha: float = 32.0,
         lr: float = 5e-4,
         decode: Callable[[nn.Module, Tensor], Tensor] | None = None,
+        image_range: tuple[float, float] | None = None,
     ) -> None:
         check_message("LoRAWatermark", message)
         check_eval_mode("LoRAWatermark", extractor)
@@ -165,6 +168,7 @@ class LoRAWatermark:
         self.decoder = apply_adapter(decoder, LoRA(tuple(layers), r=r, alpha=alpha)).eval()
         self.extractor = extractor.requires_grad_(False)
         self.message, self.image_loss = message, image_loss
+        self.image_range = image_range
         self.scheduler = DynamicLossWeights() if scheduler is None else scheduler
         self._decode = decode if decode is not None else lambda model, z: model(z)
         self.optimizer = torch.optim.AdamW(adapter_param_groups(self.decoder, lr=lr))
@@ -182,9 +186,11 @@ class LoRAWatermark:
         """One optimizer step on a batch of latents.
 
         Raises:
-            ValueError: the extractor's bits and the message differ in number.
+            ValueError: the extractor's bits and the message differ in number, or the decoder's
+                images leave the declared range.
         """
         clean = self.clean(latents)
+        check_image_range("LoRAWatermark", "images of the decoder", clean, self.image_range)
         marked = self.marked(latents)
         logits = self.extractor(marked)
         measured = bit_accuracy(logits.detach(), self.message)

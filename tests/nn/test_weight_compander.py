@@ -140,6 +140,36 @@ def test_it_is_a_parametrization_like_any_other(layer):
     assert torch.equal(plain.weight, original)
 
 
+def test_scales_for_each_channel():
+    layer = nn.Conv2d(3, 8, 3)
+    with torch.no_grad():
+        layer.weight.mul_(torch.logspace(-1, 1, 8).reshape(8, 1, 1, 1))
+    spread, x = layer.weight.detach().flatten(1).std(1, unbiased=False), torch.randn(2, 3, 5, 5)
+    before, saved = layer(x), copy.deepcopy(layer)
+    weight_compander(layer, granularity="channel")
+    compander = layer.parametrizations.weight[0]
+    torch.testing.assert_close(compander.a.flatten(), 4 * spread)
+    assert compander.log_a.shape == (8, 1, 1, 1)
+    torch.testing.assert_close(layer(x), before, rtol=1e-4, atol=1e-5)
+    layer(x).square().sum().backward()
+    assert compander.log_b.grad.abs().min() > 0
+    weight_compander(saved, a=3.0, granularity="channel")
+    saved.load_state_dict(layer.state_dict())
+    assert torch.equal(saved.weight, layer.weight)
+    scales = compander_param_groups(layer, lr=0.1, weight_decay=0.1)[1]["params"]
+    assert sum(p.numel() for p in scales) == 16
+    fixed = weight_compander(nn.Linear(4, 3), learnable=False, granularity="channel")
+    assert fixed.parametrizations.weight[0].log_a.shape == (3, 1)
+    assert len(list(fixed.parameters())) == 2
+    with pytest.raises(ValueError, match="granularity must be one of"):
+        WeightCompander(granularity="group")
+    flat = nn.Linear(4, 3)
+    with torch.no_grad():
+        flat.weight[1] = 0.5
+    with pytest.raises(ValueError, match="no spread"):
+        weight_compander(flat, granularity="channel")
+
+
 def test_parameter_groups():
     model = apply_weight_compander(small_cnn())
     weights, scales = compander_param_groups(model, lr=0.1, weight_decay=5e-4)

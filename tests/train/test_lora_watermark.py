@@ -307,6 +307,7 @@ def test_refusals(trained):
         k.get("extractor", extractor),
         r=k.get("r", 4),
         alpha=k.get("alpha", 32.0),
+        image_range=k.get("image_range"),
     )
     with pytest.raises(ValueError, match="match no module; linear and convolution layers are 0, 3"):
         make(layers=["up.conv"])
@@ -318,6 +319,11 @@ def test_refusals(trained):
         make(r=24)
     with pytest.raises(ValueError, match="alpha must be finite and positive"):
         make(alpha=0.0)
+    make(image_range=(0.0, 1.0)).step(latents[:2])
+    with pytest.raises(ValueError, match=r"images of the decoder must lie in \[0, 0\.1\]; got"):
+        make(image_range=(0.0, 0.1)).step(latents[:2])
+    with pytest.raises(ValueError, match=r"image_range must be \(low, high\)"):
+        make(image_range=(1.0, 0.0)).step(latents[:2])
     with pytest.raises(ValueError, match="gives 8 bits, the message has 4"):
         make(message=MESSAGE[:4]).step(latents[:2])
     with pytest.raises(ValueError, match="more than 8; got 8"):

@@ -85,6 +85,15 @@ def test_hill_on_pareto_samples_and_its_scale():
     assert hill_alpha(7 * samples).alpha == pytest.approx(fit.alpha, rel=1e-9)
 
 
+def test_hill_agrees_with_the_powerlaw_package():
+    powerlaw = pytest.importorskip("powerlaw")
+    samples = torch.from_numpy(np.sort(np.random.default_rng(1).pareto(1.5, 400) + 1))
+    ours = hill_alpha(samples)
+    theirs = powerlaw.Fit(samples.numpy(), xmin=ours.xmin, verbose=False).power_law
+    assert ours.alpha == pytest.approx(theirs.alpha, rel=1e-6)
+    assert ours.ks == pytest.approx(theirs.D, abs=0.01)
+
+
 @pytest.mark.parametrize("method", ["ks", "peak"])
 def test_searched_thresholds_find_where_the_tail_begins(method):
     generator = np.random.default_rng(0)
