@@ -7,7 +7,7 @@ from pyrobust.data.class_generator import (
     DiffusersGenerator,
     draw_labelled,
 )
-from pyrobust.data.corruptions import CORRUPTIONS, corrupt
+from pyrobust.data.corruptions import CORRUPTIONS, KORNIA_CORRUPTIONS, corrupt
 from pyrobust.data.digits import load_digits
 from pyrobust.data.idx import load_idx
 from pyrobust.data.image_folder import load_image_folder
@@ -17,6 +17,7 @@ from pyrobust.data.text_collection import TextCollection, load_texts
 
 __all__ = [
     "CORRUPTIONS",
+    "KORNIA_CORRUPTIONS",
     "ClassGaussian",
     "ClassGenerator",
     "DiffusersGenerator",

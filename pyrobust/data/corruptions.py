@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyrobust._checks import check_choice, check_float_tensor, check_integer, check_shape
+from pyrobust.data.kornia_corruptions import KORNIA_CORRUPTIONS, corrupt_with_kornia
 
-__all__ = ["CORRUPTIONS", "corrupt"]
+__all__ = ["CORRUPTIONS", "KORNIA_CORRUPTIONS", "corrupt"]
 
 CORRUPTIONS = ("gaussian_noise", "impulse_noise", "box_blur", "contrast", "brightness", "fog")
 
@@ -34,22 +35,26 @@ def corrupt(
 
     Args:
         images: ``(N, C, H, W)`` float in [0, 1].
-        kind: one of :data:`CORRUPTIONS`.
+        kind: one of :data:`CORRUPTIONS`, or of :data:`KORNIA_CORRUPTIONS` where the ``kornia``
+            package is installed.
         severity: 1 to 5.
-        generator: randomness of noise and fog; None uses torch's default generator.
+        generator: randomness of noise, fog and directions; None uses torch's default generator.
 
     Returns:
         The same shape, in [0, 1].
 
     Raises:
+        ImportError: the kind needs kornia, which is not installed.
         TypeError: ``images`` is not floating point.
         ValueError: the shape, kind or severity is not accepted.
     """
     check_float_tensor("corrupt", "images", images)
     check_shape("corrupt", "images", images, (None, None, None, None))
-    check_choice("corrupt", "kind", kind, CORRUPTIONS)
+    check_choice("corrupt", "kind", kind, CORRUPTIONS + KORNIA_CORRUPTIONS)
     check_integer("corrupt", "severity", severity, 1)
     check_choice("corrupt", "severity", severity, range(1, 6))
+    if kind in KORNIA_CORRUPTIONS:
+        return corrupt_with_kornia(images, kind, severity, generator)
     amount = _STRENGTH[kind][severity - 1]
     if kind == "gaussian_noise":
         changed = images + amount * torch.randn(images.shape, generator=generator).to(images)

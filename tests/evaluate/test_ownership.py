@@ -68,6 +68,6 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"fpr must lie in the open interval \(0, 1\)"):
         ownership_threshold(48, 1.0)
     bright = torch.full((1, 1, 2, 2), 200.0)
-    with pytest.raises(ValueError, match="images must lie in .*; got values from 200 to 200"):
+    with pytest.raises(ValueError, match=r"images must lie in .*; got values from 200 to 200"):
         verify_ownership(bright, extractor, torch.tensor([1, 0, 1]), image_range=(0, 1))
     verify_ownership(bright / 180, extractor, torch.tensor([1, 0, 1]), image_range=(0, 1))
