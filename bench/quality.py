@@ -61,6 +61,7 @@ def quantizers(names: list[str] | None) -> dict[str, Callable[[], Any]]:
         "adadim (rtn)": lambda: AdaDim("rtn"),
         "gptq": GPTQ,
         "adadim (gptq)": lambda: AdaDim("gptq", propagate="quantized"),
+        "adadim (gptq, judged so)": lambda: AdaDim("gptq", judge="method"),
         "learned_rounding": lambda: LearnedRounding(iterations=200, batch_size=4),
         "learned_rounding (gptq)": lambda: LearnedRounding(start="gptq", iterations=0),
     }
