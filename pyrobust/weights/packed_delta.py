@@ -20,13 +20,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from pyrobust._checks import check_choice, check_finite, check_integer, check_shape
+from pyrobust._checks import check_choice, check_integer, check_shape
 from pyrobust._safetensors import write_safetensors
 from pyrobust.ops.add_packed import add_levels_, can_add_in_place
 from pyrobust.ops.matmul import pack_codes, unpack_codes
 from pyrobust.quantize.qtensor import QTensor
 from pyrobust.quantize.round_to_nearest import round_to_nearest
-from pyrobust.weights.task_vector import TaskVector, check_base, find_targets
+from pyrobust.weights.task_vector import TaskVector, check_base, check_scales, find_targets
 
 __all__ = ["PackedDelta", "quantize_delta"]
 
@@ -98,21 +98,28 @@ class PackedDelta(Mapping[str, Tensor]):
         else:
             target.add_(self[name].to(target.device, target.dtype), alpha=scale)
 
-    def apply_to(self, module: nn.Module, scale: float = 1.0) -> nn.Module:
+    def apply_to(self, module: nn.Module, scale: float | Mapping[str, float] = 1.0) -> nn.Module:
         """Add ``scale`` times the vector to ``module`` in place, as :meth:`TaskVector.apply_to`.
 
         Use :class:`Patcher` where the change must be undone exactly.
 
+        Args:
+            module: holds every tensor of the vector, in the same shape.
+            scale: one number, or one for each tensor by name.
+
+        Returns:
+            ``module``.
+
         Raises:
             TypeError: a tensor of the model is not floating point.
-            ValueError: a tensor is missing or has another shape, weights are tied, or ``scale`` is
-                not finite.
+            ValueError: a tensor is missing or has another shape, weights are tied, or a scale is
+                missing or not finite.
         """
         subject = "PackedDelta.apply_to"
-        check_finite(subject, "scale", torch.tensor(float(scale)))
+        factors = check_scales(subject, self.shapes, scale)
         with torch.no_grad():
             for name, target in find_targets(subject, module, self.shapes).items():
-                self.add_to_(name, target, scale)
+                self.add_to_(name, target, factors[name])
         return module
 
     def check_base(self, state: Mapping[str, Tensor]) -> None:

@@ -205,16 +205,15 @@ class TaskVector(Mapping[str, Tensor]):
 
         Raises:
             TypeError: a tensor of the model is not floating point.
-            ValueError: a tensor is missing or has another shape, or weights are tied.
+            ValueError: a tensor is missing or has another shape, weights are tied, or a scale is
+                missing or not finite.
         """
         targets = find_targets("TaskVector.apply_to", module, self.shapes)
-        if isinstance(scale, Mapping):
-            check_names("TaskVector.apply_to", self, scale)
+        factors = check_scales("TaskVector.apply_to", self.shapes, scale)
         with torch.no_grad():
             for name, value in self.items():
-                factor = scale[name] if isinstance(scale, Mapping) else scale
                 target = targets[name]
-                target.add_(value.to(target.device, target.dtype), alpha=factor)
+                target.add_(value.to(target.device, target.dtype), alpha=factors[name])
         return module
 
     def check_base(self, state: Mapping[str, Tensor]) -> None:
@@ -252,6 +251,20 @@ def check_base(
         raise ValueError(f"{subject}: the base must hold all names; missing {_shorten(missing)}.")
     if base_checksum is not None and state_checksum(state, names) != base_checksum:
         raise ValueError(f"{subject}: the state is not the base of this vector; bytes differ.")
+
+
+def check_scales(
+    subject: str, names: Iterable[str], scale: float | Mapping[str, float]
+) -> dict[str, float]:
+    """One finite factor for each name; raises ValueError where one is missing or not finite."""
+    wanted = list(names)
+    if isinstance(scale, Mapping):
+        check_names(subject, wanted, scale)
+    factors = {n: float(scale[n] if isinstance(scale, Mapping) else scale) for n in wanted}
+    for name, factor in factors.items():
+        if not math.isfinite(factor):
+            raise ValueError(f"{subject}: scale must be finite; got {factor} for '{name}'.")
+    return factors
 
 
 def find_targets(

@@ -66,6 +66,26 @@ def test_scale_per_tensor():
     for i, name in enumerate(vector):
         expected = before[name] + i * vector[name]
         torch.testing.assert_close(base.state_dict()[name], expected)
+    packed, before = quantize_delta(vector, 8), snapshot(base)
+    packed.apply_to(base, {name: float(i) for i, name in enumerate(vector)})
+    for i, name in enumerate(vector):
+        expected = before[name] + i * packed[name]
+        torch.testing.assert_close(base.state_dict()[name], expected)
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path, (base, tuned) = tmp_path / "v.safetensors", pair()
+    TaskVector.from_modules(base, tuned).save(path)
+    before = path.read_bytes()
+
+    def full(_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("pyrobust._safetensors.os.fsync", full)
+    with pytest.raises(OSError, match="no space left"):
+        TaskVector.from_modules(tuned, base).save(path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 def test_files_keep_every_bit_and_the_base(tmp_path):
@@ -288,8 +308,11 @@ def test_refusals():
             delta.check_base({k: v for k, v in states[0].items() if k != "0.bias"})
     with pytest.raises(ValueError, match="must hold every tensor"):
         quantize_delta(vector).apply_to(nn.Linear(64, 3))
-    with pytest.raises(ValueError, match="scale must be finite"):
-        quantize_delta(vector).apply_to(base, float("inf"))
+    for delta in (vector, quantize_delta(vector)):
+        with pytest.raises(ValueError, match=r"scale must be finite; got inf for '0\.weight'"):
+            delta.apply_to(base, float("inf"))
+        with pytest.raises(ValueError, match=r"missing 0\.bias"):
+            delta.apply_to(base, {n: 1.0 for n in vector if n != "0.bias"})
     wide = nn.Sequential(nn.Conv2d(1, 5, 3), nn.BatchNorm2d(5), nn.Flatten(), nn.Linear(64, 3))
     for apply in (vector.apply_to, Patcher(wide).apply):
         with pytest.raises(ValueError, match=r"'0\.weight' must have one shape"):
