@@ -1,12 +1,11 @@
 // The reference: plain loops, round to nearest, bounds as proven in interval.h.
 #include "core/rounding.h"
+#include "interval/ends.h"
 #include "interval/kernels.h"
 
 namespace pyrobust {
 namespace interval {
 namespace {
-
-constexpr float kSlack = 1.0f + 8.0f / 16777216.0f;  // 1 + 8u: covers the roundings of one line
 
 float prepare(const Ends& ends, const Constants& constants, float* centre, float* radius) {
   float largest = 0.0f;
@@ -118,21 +117,6 @@ void tiles(const Tiles& work) {
                 work.sums + n * kPanelWidth);
     }
   }
-}
-
-void finish_one(float centre, float radius, float shift, float offset, const Constants& constants,
-                float* out_lower, float* out_upper) {
-  centre += shift;
-  float low = centre - radius, high = centre + radius;
-  if (constants.outward) {
-    radius =
-        (radius * constants.inflate + std::fabs(shift) * constants.bias_gain + offset) * kSlack;
-    low = rounding::below(rounding::below(centre) - radius);
-    high = rounding::above(rounding::above(centre) + radius);
-  }
-  const bool bounded = rounding::is_finite(centre) && radius < constants.limit;
-  *out_lower = bounded ? low : -rounding::infinity();
-  *out_upper = bounded ? high : rounding::infinity();
 }
 
 void finish_row(const FinishRow& work, const Constants& constants) {

@@ -13,6 +13,8 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from pyrobust import _native
 from pyrobust._checks import check_choice, check_integer
+from pyrobust.ops import _cuda_interval
+from pyrobust.ops._cuda_module import has_cuda_module
 from pyrobust.ops._interval_checks import (
     Ends,
     check_bias,
@@ -229,6 +231,30 @@ def _conv_fallback(
     return outward_image(lower, upper, weight, shift, product, terms=terms, rounding=rounding)
 
 
+def _conv_cuda(
+    lower: Tensor,
+    upper: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    pad: list[int],
+    dilation: list[int],
+    groups: int,
+    rounding: str,
+) -> Ends:
+    if lower.dtype != torch.float32 or not has_cuda_module() or lower.shape[0] == 0:
+        return _conv_fallback(lower, upper, weight, bias, stride, pad, dilation, groups, rounding)
+    size = output_size(_SUBJECT, lower.shape, weight.shape[2:], stride, pad, dilation)
+    matrices = dense(weight).flatten(1).chunk(groups)
+    shifts = [None] * groups if bias is None else dense(bias).chunk(groups)
+
+    def product(low: Tensor, high: Tensor, group: int) -> Ends:
+        return _cuda_interval.linear(low, high, matrices[group], shifts[group], rounding)
+
+    window = (weight.shape[2:], stride, dilation, groups, size)
+    return _cuda_interval.convolve(padded(lower, pad), padded(upper, pad), *window, product)
+
+
 def _conv_fake(
     lower: Tensor,
     upper: Tensor,
@@ -315,4 +341,5 @@ define(
     setup_context=_conv_context,
     vmap=_conv_vmap,
     fallback=_conv_fallback,
+    cuda=_conv_cuda,
 )

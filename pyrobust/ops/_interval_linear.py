@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from pyrobust import _native
+from pyrobust.ops import _cuda_interval
+from pyrobust.ops._cuda_module import has_cuda_module
 from pyrobust.ops._interval_checks import (
     Ends,
     check_bias,
@@ -110,6 +112,17 @@ def _linear_cpu(
     return out_low.reshape(*shape, weight.shape[0]), out_high.reshape(*shape, weight.shape[0])
 
 
+def _linear_cuda(
+    lower: Tensor, upper: Tensor, weight: Tensor, bias: Tensor | None, rounding: str
+) -> Ends:
+    if lower.dtype != torch.float32 or not has_cuda_module():
+        return _linear_fallback(lower, upper, weight, bias, rounding)
+    shape, low, high = flat_ends(lower, upper)
+    shift = None if bias is None else dense(bias)
+    ends = _cuda_interval.linear(low, high, dense(weight), shift, rounding)
+    return ends[0].reshape(*shape, weight.shape[0]), ends[1].reshape(*shape, weight.shape[0])
+
+
 def flat_ends(lower: Tensor, upper: Tensor) -> tuple[torch.Size, Tensor, Tensor]:
     """Leading axes, and both ends as dense matrices."""
     leading, terms = lower.shape[:-1], lower.shape[-1]
@@ -195,4 +208,5 @@ define(
     setup_context=_linear_context,
     vmap=_linear_vmap,
     fallback=_linear_fallback,
+    cuda=_linear_cuda,
 )

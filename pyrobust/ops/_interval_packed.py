@@ -16,6 +16,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from pyrobust import _native
 from pyrobust._checks import check_choice, check_integer
+from pyrobust.ops import _cuda_interval
 from pyrobust.ops import _interval_conv as conv
 from pyrobust.ops import _interval_linear as linear
 from pyrobust.ops._interval_checks import (
@@ -272,6 +273,96 @@ def _linear_cpu(
     return out_low.reshape(*shape, codes.shape[0]), out_high.reshape(*shape, codes.shape[0])
 
 
+def _linear_cuda(
+    lower: Tensor,
+    upper: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    terms: int,
+    bits: float,
+    group_size: int,
+    group_dim: int,
+    activations: str | None,
+    rounding: str,
+    *extras: Tensor | None,
+) -> Ends:
+    """Codes go to the kernel as stored where it takes the format, else decoded."""
+    packed = (codes, scale, zero, bias, terms, bits, group_size, group_dim, activations)
+    if lower.dtype != torch.float32:
+        return _linear_cpu(lower, upper, *packed, rounding, *extras)
+    shape, low, high = linear.flat_ends(lower, upper)
+    ends = _packed_product(low, high, *packed, rounding, extras)
+    return ends[0].reshape(*shape, codes.shape[0]), ends[1].reshape(*shape, codes.shape[0])
+
+
+def _packed_product(
+    low: Tensor,
+    high: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    terms: int,
+    bits: float,
+    group_size: int,
+    group_dim: int,
+    activations: str | None,
+    rounding: str,
+    extras: tuple[Tensor | None, ...],
+) -> Ends:
+    has_extras = any(part is not None for part in extras)
+    codes, shift = dense(codes), _optional(bias)
+    if _cuda_interval.packed_fits(codes, terms, bits, group_size, group_dim, has_extras):
+        parts = (codes, dense(scale), _optional(zero), shift, terms, bits, group_size)
+        return _cuda_interval.packed_linear(low, high, *parts, activations == "int8", rounding)
+    weight = _weight(codes, scale, zero, terms, bits, group_size, group_dim, extras)
+    return _cuda_interval.linear(
+        low, high, weight, shift, rounding, int8=activations == "int8", packed=True
+    )
+
+
+def _conv_cuda(
+    lower: Tensor,
+    upper: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    terms: int,
+    bits: float,
+    group_size: int,
+    group_dim: int,
+    activations: str | None,
+    kernel: list[int],
+    stride: list[int],
+    pad: list[int],
+    dilation: list[int],
+    groups: int,
+    rounding: str,
+    *extras: Tensor | None,
+) -> Ends:
+    """Convolutions decode the weight: its rows rarely suit the kernel, and patches are many."""
+    packed = (codes, scale, zero, bias, terms, bits, group_size, group_dim, activations)
+    window = (kernel, stride, pad, dilation, groups)
+    if lower.dtype != torch.float32 or lower.shape[0] == 0:
+        return _conv_cpu(lower, upper, *packed, *window, rounding, *extras)
+    size = conv.output_size("interval_packed_conv2d", lower.shape, kernel, stride, pad, dilation)
+    weight = _weight(codes, scale, zero, terms, bits, group_size, group_dim, extras)
+    matrices = weight.chunk(groups)
+    shifts = [None] * groups if bias is None else dense(bias).chunk(groups)
+    int8 = activations == "int8"
+
+    def product(low: Tensor, high: Tensor, group: int) -> Ends:
+        return _cuda_interval.linear(
+            low, high, matrices[group], shifts[group], rounding, int8=int8, packed=True
+        )
+
+    ends = (conv.padded(lower, pad), conv.padded(upper, pad))
+    return _cuda_interval.convolve(*ends, kernel, stride, dilation, groups, size, product)
+
+
 def _weight(
     codes: Tensor,
     scale: Tensor,
@@ -423,6 +514,7 @@ define(
     backward=_linear_backward,
     setup_context=_context,
     vmap=_linear_vmap,
+    cuda=_linear_cuda,
 )
 define(
     f"interval_packed_conv2d({_INPUTS}, int[] kernel, int[] stride, int[] pad, int[] dilation,"
@@ -432,4 +524,5 @@ define(
     backward=_conv_backward,
     setup_context=_context,
     vmap=_conv_vmap,
+    cuda=_conv_cuda,
 )

@@ -44,5 +44,7 @@ PYBIND11_MODULE(_cuda_shim, m) {
   m.def("check_device", [](int device) { pyrobust::usable_device(device); });
   pyrobust::bind_probes(m);
   pyrobust::bind_sampling_places(m);
+  pyrobust::bind_cuda_interval(m);
   pyrobust::bind_cuda_sampling(m);
+  pyrobust::bind_interval_layout(m);
 }

@@ -1,0 +1,149 @@
+// Launches of the interval kernels, and the constants of their proof.
+#include "core/bit_layout.h"
+#include "cuda/launch.h"
+#include "interval/cuda.h"
+#include "interval/cuda_prepare.cuh"
+#include "interval/cuda_product.cuh"
+
+namespace pyrobust {
+namespace interval {
+namespace gpu {
+namespace {
+
+constexpr double kInputFloor = 7.888609052210118e-31;  // 2^-100
+constexpr double kPackedError = 1.1e-6;                // of matmul/matmul.h, exact mode
+constexpr double kLimit = 8.507059173023462e37;        // 2^126
+constexpr double kTensorUnit = 1.0 / 4194304.0;        // 2^-22
+constexpr double kMagnitudes = 1.02;                   // of all products, over |W| |x|
+
+// What float32 weights leave out, relative: their rest and W2 c_lo, W2 r_lo (cuda.h).
+constexpr double kLeftOut = 3.2 / 65536.0;
+
+Constants constants_for(const LinearCall& call) {
+  using rounding::gamma_bound;
+  using rounding::to_float_up;
+  Constants out{};
+  out.outward = call.rounding != Rounding::kNearest;
+  out.radius_gain = out.inflate = 1.0f;
+  out.limit = rounding::infinity();
+  if (!out.outward) return out;
+  const double delta = 3.0 * static_cast<double>(kStep) * kTensorUnit;
+  const double gamma = gamma_bound(static_cast<double>(gpu_depth(call.terms)));
+  double own = kMagnitudes * ((1.0 + delta) * (1.0 + gamma) - 1.0);
+  if (call.kind == WeightKind::kFloat32) own += kLeftOut;
+  const bool deployed = call.rounding == Rounding::kDeployed;
+  double any = gamma_bound(static_cast<double>(call.terms + 2));
+  const bool packed = call.kind == WeightKind::kPacked || call.decoded;
+  if (packed && any < kPackedError) any = kPackedError;
+  out.centre_gain = to_float_up(deployed ? own + any : own);
+  out.radius_gain = to_float_up(deployed ? 1.0 + any : 1.0);
+  out.input_floor = to_float_up(kInputFloor);
+  out.inflate = to_float_up((1.0 + 8.0 * rounding::kUnit) / (1.0 - own));
+  out.bias_gain = deployed ? to_float_up(any) : 0.0f;
+  if (deployed) out.limit = rounding::to_float_down(any * kLimit);
+  return out;
+}
+
+template <class Source, int kTiles>
+cuda::Status launch_tiles(const ProductWork<Source>& work, const cuda::Queue& queue) {
+  const int64_t rows = 16 * kRowTiles<kTiles>;
+  const int64_t groups = operand_shape(work.batch, work.terms).batch / kColumns / kTiles;
+  const cuda::LaunchShape shape = {static_cast<unsigned>((work.rows + rows - 1) / rows * groups), 1,
+                                   kProductThreads, product_shared_bytes<kTiles>()};
+  return cuda::launch(product_kernel<Source, kTiles>, shape, queue.stream, work);
+}
+
+template <class Source>
+cuda::Status launch_product(const Source& source, const LinearCall& call,
+                            const Constants& constants, const uint16_t* operands,
+                            const float* offsets, const cuda::Queue& queue) {
+  const ProductWork<Source> work = {source,         operands,      offsets,    call.bias,
+                                    call.batch,     call.rows,     call.terms, constants,
+                                    call.out_lower, call.out_upper};
+  switch (tiles_for(call.batch)) {
+    case 1:
+      return launch_tiles<Source, 1>(work, queue);
+    case 2:
+      return launch_tiles<Source, 2>(work, queue);
+    default:
+      return launch_tiles<Source, 4>(work, queue);
+  }
+}
+
+template <int kBits>
+PackedSource<kBits> packed_source(const matmul::PackedMatrix& weight) {
+  const bool whole_rows = weight.group_size >= weight.cols;
+  return {weight.codes,
+          packed_row_bytes(weight.cols, weight.levels),
+          weight.scale,
+          weight.scale_type,
+          weight.zero,
+          whole_rows ? 1 : weight.cols / weight.group_size + (weight.cols % weight.group_size != 0),
+          whole_rows ? weight.cols / kStep : weight.group_size / kStep};
+}
+
+bool aligned(const void* pointer, int64_t row_bytes) {
+  return (reinterpret_cast<uintptr_t>(pointer) | static_cast<uintptr_t>(row_bytes)) % 16 == 0;
+}
+
+cuda::Status launch_any(const LinearCall& call, const Constants& constants,
+                        const uint16_t* operands, const float* offsets, const cuda::Queue& queue) {
+  const auto with = [&](const auto& source) {
+    return launch_product(source, call, constants, operands, offsets, queue);
+  };
+  if (call.kind == WeightKind::kFloat32) {
+    return with(Float32Source{static_cast<const float*>(call.dense), call.terms,
+                              aligned(call.dense, call.terms * 4)});
+  }
+  if (call.kind == WeightKind::kBFloat16) {
+    return with(BFloat16Source{static_cast<const uint16_t*>(call.dense), call.terms,
+                               aligned(call.dense, call.terms * 2)});
+  }
+  switch (code_bits(call.packed.levels)) {
+    case 1:
+      return with(packed_source<1>(call.packed));
+    case 2:
+      return with(packed_source<2>(call.packed));
+    case 3:
+      return with(packed_source<3>(call.packed));
+    case 4:
+      return with(packed_source<4>(call.packed));
+    default:
+      return with(packed_source<8>(call.packed));
+  }
+}
+
+}  // namespace
+
+bool packed_fits(const matmul::PackedMatrix& weight) {
+  const bool groups_fit = weight.group_size % kStep == 0 || weight.group_size >= weight.cols;
+  return weight.group_dim == 1 && weight.cols > 0 && weight.cols % kStep == 0 && groups_fit &&
+         code_bits(weight.levels) > 0 && weight.codebook == nullptr &&
+         weight.row_scale == nullptr && weight.remainder.offsets == nullptr &&
+         reinterpret_cast<uintptr_t>(weight.codes) % 16 == 0;
+}
+
+int64_t scratch_bytes(int64_t batch, int64_t terms) {
+  const Shape shape = operand_shape(batch, terms);
+  return shape.batch * (shape.terms * kPlanes * 2 + 4);
+}
+
+cuda::Status interval_linear(const LinearCall& call, const cuda::Queue& queue) {
+  if (call.batch == 0 || call.rows == 0) return 0;
+  const Constants constants = constants_for(call);
+  const Shape shape = operand_shape(call.batch, call.terms);
+  auto* operands = static_cast<uint16_t*>(call.scratch);
+  auto* offsets = reinterpret_cast<float*>(operands + kPlanes * shape.batch * shape.terms);
+  const int bits = call.kind == WeightKind::kPacked ? code_bits(call.packed.levels) : 0;
+  const PrepareWork prepare = {call.lower, call.upper, call.batch, call.terms, bits,
+                               call.int8,  constants,  operands,   offsets};
+  const cuda::Status status =
+      cuda::launch(prepare_kernel, {static_cast<unsigned>(shape.batch), 1, kPrepareThreads, 128},
+                   queue.stream, prepare);
+  if (status != 0) return status;
+  return launch_any(call, constants, operands, offsets, queue);
+}
+
+}  // namespace gpu
+}  // namespace interval
+}  // namespace pyrobust

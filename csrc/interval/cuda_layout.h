@@ -1,0 +1,80 @@
+// Where operands of the interval product lie: index arithmetic only, tested on the CPU.
+//
+// A step is kStep = 128 terms. Lane t of the four that share a row of a fragment holds terms
+// 32 t .. 32 t + 31 of the step, in weights and in inputs alike: which four terms of 128 meet in
+// one mma does not matter to the sum, and 32 consecutive weights are one to eight whole words at
+// every width. The 32 terms of a lane form 16 pairs, and pairs 2 s and 2 s + 1 are what fragment s
+// of 8 takes (a[0], a[2] and b[0], b[1]).
+#pragma once
+
+#include <cstdint>
+
+#include "core/host_device.h"
+#include "interval/cuda.h"
+
+namespace pyrobust {
+namespace interval {
+namespace gpu {
+
+constexpr int64_t kTermsOfLane = 32;
+constexpr int kPlanes = 4;       // c_hi, c_lo, r_hi, r_lo
+constexpr int64_t kColumns = 8;  // inputs of one tile
+
+PYROBUST_HD int64_t padded(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
+
+// Tiles of inputs that one block holds: 1, 2 or 4.
+PYROBUST_HD int tiles_for(int64_t batch) { return batch <= 8 ? 1 : batch <= 16 ? 2 : 4; }
+
+// Blocks of the same rows follow one another, so that only the first reads W from memory.
+struct BlockPlace {
+  int64_t rows;    // index of a group of rows
+  int64_t inputs;  // index of a group of tiles
+};
+PYROBUST_HD BlockPlace block_place(int64_t block, int64_t input_groups) {
+  return {block / input_groups, block % input_groups};
+}
+
+// Where term i of 32 stands in its lane's pairs. Codes of `bits` bits are taken from a word with
+// one shift and one mask a pair, which pairs a code with the one half a word further; 0 (dense
+// weights) and 3 bits keep the order.
+PYROBUST_HD int64_t place_of_term(int bits, int64_t i) {
+  if (bits == 0 || bits == 3) return i;
+  const int64_t word = 32 / bits, half = word / 2;
+  return i / word * word + i % half * 2 + i % word / half;
+}
+
+struct Shape {
+  int64_t batch;  // padded to whole tiles
+  int64_t terms;  // padded to whole steps
+};
+
+PYROBUST_HD Shape operand_shape(int64_t batch, int64_t terms) {
+  return {padded(batch, tiles_for(batch) * kColumns), padded(terms, kStep)};
+}
+
+// Index of a term among bfloat16 operands. Eight terms of a lane are 16 bytes a plane; the planes
+// of eight terms lie side by side, so that one address and constant offsets reach all, and the four
+// lanes of a row side by side as well.
+//
+//   (input, step, eighth of the lane's terms 0 .. 3, lane 0 .. 3, plane, term 0 .. 7)
+constexpr int64_t kEight = 8;
+PYROBUST_HD int64_t operand_index(const Shape& shape, int plane, int64_t input, int64_t term,
+                                  int bits) {
+  const int64_t lane = term % kStep / kTermsOfLane;
+  const int64_t place = place_of_term(bits, term % kTermsOfLane);
+  const int64_t step = input * (shape.terms / kStep) + term / kStep;
+  return ((step * 4 + place / kEight) * 4 + lane) * kPlanes * kEight + plane * kEight +
+         place % kEight;
+}
+
+// How many float32 roundings a term meets on its way from an accumulator to the result: a product
+// and a sum a step of its warp, then the sums over warps.
+constexpr int kWarps = 8;
+PYROBUST_HD int64_t gpu_depth(int64_t terms) {
+  const int64_t steps = (terms + kStep - 1) / kStep;
+  return 2 * ((steps + kWarps - 1) / kWarps) + kWarps + 2;
+}
+
+}  // namespace gpu
+}  // namespace interval
+}  // namespace pyrobust

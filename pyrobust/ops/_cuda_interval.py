@@ -1,0 +1,174 @@
+"""The interval products on CUDA tensors: two launches, W read once for both sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyrobust.ops._cuda_module import FLOAT_CODES, cuda_module, where
+from pyrobust.ops.formats import levels_of
+
+__all__ = ["convolve", "linear", "packed_fits", "packed_linear"]
+
+
+def linear(
+    lower: Tensor,
+    upper: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rounding: str,
+    *,
+    int8: bool = False,
+    packed: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Image of ``(B, K)`` boxes under a dense ``(N, K)`` weight.
+
+    Args:
+        lower: ``(B, K)`` float32, dense, like ``upper``.
+        upper: upper ends.
+        weight: ``(N, K)`` float32 or bfloat16, dense. bfloat16 is exact and half the bytes.
+        bias: ``(N,)`` float32, dense, or None.
+        rounding: ``"real"``, ``"deployed"`` or ``"nearest"``.
+        int8: the layer rounds each input to 8 bits first.
+        packed: the weight is a decoded one, so ``"deployed"`` speaks of the packed product.
+    """
+    module = cuda_module("interval_linear")
+    rows, terms = weight.shape
+    pointers, ends, _scratch = _outputs(module, lower, upper, rows, bias)
+    module.interval_linear(
+        pointers,
+        weight.data_ptr(),
+        weight.dtype == torch.bfloat16,
+        int8,
+        packed,
+        lower.shape[0],
+        rows,
+        terms,
+        rounding,
+        where(lower),
+    )
+    return ends
+
+
+def packed_fits(
+    codes: Tensor, terms: int, bits: float, group_size: int, group_dim: int, has_extras: bool
+) -> bool:
+    """Whether :func:`packed_linear` takes the format as it is stored."""
+    if has_extras:
+        return False
+    module = cuda_module("interval_packed_linear")
+    weight_format = (levels_of(bits), group_size, group_dim)
+    return bool(module.interval_packed_fits(codes.data_ptr(), terms, weight_format))
+
+
+def packed_linear(
+    lower: Tensor,
+    upper: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    terms: int,
+    bits: float,
+    group_size: int,
+    int8: bool,
+    rounding: str,
+) -> tuple[Tensor, Tensor]:
+    """The same under packed codes in the canonical layout, where :func:`packed_fits` holds."""
+    module = cuda_module("interval_packed_linear")
+    rows = codes.shape[0]
+    pointers, ends, _scratch = _outputs(module, lower, upper, rows, bias)
+    module.interval_packed_linear(
+        pointers,
+        codes.data_ptr(),
+        scale.data_ptr(),
+        FLOAT_CODES[scale.dtype],
+        0 if zero is None else zero.data_ptr(),
+        (levels_of(bits), group_size, 1),
+        int8,
+        lower.shape[0],
+        rows,
+        terms,
+        rounding,
+        where(lower),
+    )
+    return ends
+
+
+def _outputs(
+    module: object, lower: Tensor, upper: Tensor, rows: int, bias: Tensor | None
+) -> tuple[tuple[int, ...], tuple[Tensor, Tensor], Tensor]:
+    """Pointers of a launch, its outputs, and its scratch, which must outlive the launch."""
+    batch, terms = lower.shape
+    out_lower = lower.new_empty((batch, rows))
+    out_upper = torch.empty_like(out_lower)
+    size = module.interval_scratch_bytes(batch, terms)  # type: ignore[attr-defined]
+    scratch = lower.new_empty((size,), dtype=torch.uint8)
+    shift = 0 if bias is None else bias.data_ptr()
+    tensors = (lower, upper, out_lower, out_upper, scratch)
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    return (*addresses[:2], shift, *addresses[2:]), (out_lower, out_upper), scratch
+
+
+# Unfolded ends of a block of images: a part of a cache that 60 MB make, not of the memory.
+_BLOCK_BYTES = 1 << 25
+
+Product = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+
+def convolve(
+    lower: Tensor,
+    upper: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    out_size: Sequence[int],
+    product: Product,
+) -> tuple[Tensor, Tensor]:
+    """Image of boxes of images under a convolution, as a product of unfolded patches.
+
+    Args:
+        lower: ``(B, C, H, W)`` float32 with the zeros of the padding; like ``upper``.
+        upper: upper ends.
+        kernel: height and width of the window; like the next two.
+        stride: steps of the window.
+        dilation: steps inside the window.
+        groups: divides ``C`` and the outputs.
+        out_size: height and width of the result.
+        product: ``(lower, upper, group) -> ends``: patches ``(P, K)`` to ``(P, O / groups)``. Each
+            patch is an input of its own, so int8 activations have a scale a patch, as the layer.
+    """
+    pixels, terms = out_size[0] * out_size[1], lower.shape[1] * kernel[0] * kernel[1]
+    images = max(1, _BLOCK_BYTES // max(1, 8 * pixels * terms))
+    parts: list[tuple[Tensor, Tensor]] = []
+    for low, high in zip(lower.split(images), upper.split(images), strict=True):
+        patches = [
+            F.unfold(end, tuple(kernel), tuple(dilation), 0, tuple(stride))[:, :, :pixels]
+            .unflatten(1, (groups, -1))
+            .permute(1, 0, 3, 2)
+            .reshape(groups, -1, terms // groups)
+            .contiguous()
+            for end in (low, high)
+        ]
+        ends = [product(patches[0][g], patches[1][g], g) for g in range(groups)]
+        parts.append(_as_images([end[0] for end in ends], [end[1] for end in ends], out_size))
+    lowers, uppers = zip(*parts, strict=True)
+    return torch.cat(lowers), torch.cat(uppers)
+
+
+def _as_images(
+    lowers: list[Tensor], uppers: list[Tensor], out_size: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Products ``(images * pixels, O / groups)`` of every group to ``(images, O, H, W)``."""
+    pixels = out_size[0] * out_size[1]
+
+    def image(ends: list[Tensor]) -> Tensor:
+        rows = torch.cat(ends, dim=1)
+        images = rows.reshape(-1, pixels, rows.shape[1]).transpose(1, 2)
+        return images.reshape(images.shape[0], rows.shape[1], *out_size)
+
+    return image(lowers), image(uppers)

@@ -1,0 +1,268 @@
+"""The CUDA interval kernels on fibres: sound against float64 and rationals, tight."""
+
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyrobust import ops
+from pyrobust.ops import _cuda_interval
+from pyrobust.quantize import round_to_nearest
+
+ROUNDINGS = ["real", "deployed", "nearest"]
+
+
+def boxes(batch, terms, width=0.1):
+    centre = torch.randn(batch, terms)
+    radius = torch.rand(batch, terms) * width
+    return centre - radius, centre + radius
+
+
+def exact_ends(lower, upper, weight, bias=None):
+    """The image in float64, whose own error is 2^-29 of what the kernels add."""
+    low, high, matrix = lower.double(), upper.double(), weight.double()
+    middle, reach = (low + high) / 2 @ matrix.T, (high - low) / 2 @ matrix.abs().T
+    shift = 0.0 if bias is None else bias.double()
+    return middle + shift - reach, middle + shift + reach
+
+
+def check_sound(ends, exact, lower, upper, weight, slack=3e-4):
+    """Contains the image, and adds at most ``slack`` of sum |w| max |x|."""
+    largest = torch.maximum(lower.abs(), upper.abs()).double()
+    magnitude = largest @ weight.double().abs().T
+    noise = 1e-13 * magnitude
+    assert (ends[0].double() <= exact[0] + noise).all()
+    assert (ends[1].double() >= exact[1] - noise).all()
+    assert (exact[0] - ends[0].double() <= slack * magnitude + 1e-30).all()
+    assert (ends[1].double() - exact[1] <= slack * magnitude + 1e-30).all()
+
+
+@pytest.fixture(params=[False, True], ids=["exact-sums", "truncating-sums"])
+def tensor_core(request, emulated_cuda):
+    """The best and the coarsest tensor core that the literature documents."""
+    emulated_cuda.set_options(truncating=request.param)
+    return emulated_cuda
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize(
+    ("batch", "rows", "terms"),
+    [(1, 16, 128), (3, 33, 200), (9, 40, 131), (17, 20, 256), (40, 18, 64), (2, 5, 1)],
+)
+def test_dense_weights(tensor_core, batch, rows, terms, rounding):
+    lower, upper = boxes(batch, terms)
+    weight, bias = torch.randn(rows, terms), torch.randn(rows)
+    for matrix in (weight, weight.bfloat16()):
+        ends = _cuda_interval.linear(lower, upper, matrix, bias, rounding)
+        exact = exact_ends(lower, upper, matrix, bias)
+        if rounding == "nearest":
+            magnitude = torch.maximum(lower.abs(), upper.abs()) @ matrix.float().abs().T + 1
+            for end, wanted in zip(ends, exact, strict=True):
+                assert ((end - wanted).abs() <= 3e-4 * magnitude).all()
+        else:
+            check_sound(ends, exact, lower, upper, matrix)
+
+
+def packed(rows, terms, bits, group_size, symmetric=False):
+    options = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+    return round_to_nearest(torch.randn(rows, terms), **options)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize(("group_size", "terms"), [(128, 384), (256, 512), (-1, 256)])
+def test_packed_weights_are_bounded_exactly(tensor_core, bits, group_size, terms):
+    size = terms if group_size == -1 else group_size
+    for symmetric in (False, True):
+        weight = packed(21, terms, bits, size, symmetric or bits == 1)
+        lower, upper = boxes(5, terms)
+        ends = _cuda_interval.packed_linear(
+            lower, upper, weight.codes, weight.scale, weight.zero, None, terms, bits, size,
+            False, "real",
+        )  # fmt: skip
+        matrix = weight.dequantize()
+        check_sound(ends, exact_ends(lower, upper, matrix), lower, upper, matrix)
+
+
+def test_the_rounding_of_activations_widens_packed_bounds(emulated_cuda):
+    weight = packed(8, 128, 4, 128)
+    lower, upper = boxes(3, 128)
+    parts = (weight.codes, weight.scale, weight.zero, None, 128, 4, 128)
+    ends = _cuda_interval.packed_linear(lower, upper, *parts, True, "real")
+    for _ in range(20):
+        x = lower + torch.rand_like(lower) * (upper - lower)
+        y = ops.packed_linear(
+            x, weight.codes, weight.scale, weight.zero, in_features=128, bits=4, group_size=128,
+            activations="int8",
+        )  # fmt: skip
+        assert (ends[0] <= y).all()
+        assert (y <= ends[1]).all()
+    cpu = ops.interval_packed_linear(
+        lower, upper, *parts[:3], in_features=128, bits=4, group_size=128, activations="int8"
+    )
+    assert ((ends[1] - ends[0]) <= (cpu[1] - cpu[0]) * 1.01).all()
+
+
+def test_corners_of_adversarial_boxes_in_rationals(tensor_core):
+    """One huge term and many just below what a truncating sum keeps, signs all one way."""
+    terms = 300
+    weight = torch.full((1, terms), 1.0)
+    centre = torch.full((1, terms), 2.0**-13 * (1 - 2.0**-7))
+    centre[0, 0] = 2.0**10
+    for sign in (1.0, -1.0):
+        point = centre * sign
+        low, high = _cuda_interval.linear(point, point, weight, None, "real")
+        exact = sum(Fraction(float(v)) for v in point[0])
+        assert Fraction(low.item()) <= exact <= Fraction(high.item())
+
+
+def test_sums_that_nearly_cancel_stay_sound(tensor_core):
+    lower, upper = boxes(4, 512, width=1e-6)
+    weight = torch.randn(16, 512)
+    weight[:, 256:] = -weight[:, :256]
+    lower[:, 256:], upper[:, 256:] = lower[:, :256], upper[:, :256]
+    ends = _cuda_interval.linear(lower, upper, weight, None, "deployed")
+    check_sound(ends, exact_ends(lower, upper, weight), lower, upper, weight)
+    y = lower @ weight.T  # a float32 evaluation
+    assert (ends[0] <= y).all()
+    assert (y <= ends[1]).all()
+
+
+def test_tiny_huge_infinite_and_nan_inputs(emulated_cuda):
+    weight = torch.randn(4, 128)
+    for size in (1e-44, 1e-38, 1e30):
+        lower, upper = (end * size for end in boxes(3, 128))
+        ends = _cuda_interval.linear(lower, upper, weight, None, "real")
+        exact = exact_ends(lower, upper, weight)
+        assert (ends[0].double() <= exact[0]).all()
+        assert (ends[1].double() >= exact[1]).all()
+    lower, upper = boxes(5, 128)
+    lower[1, 3], upper[2, 4], lower[3, 5] = float("-inf"), float("nan"), 3e38
+    upper[3, 5] = 3.2e38
+    for rounding in ROUNDINGS:
+        low, high = _cuda_interval.linear(lower, upper, weight * 100, None, rounding)
+        for image in (1, 2, 3):
+            assert (low[image] == float("-inf")).all()
+            assert (high[image] == float("inf")).all()
+        assert low[[0, 4]].isfinite().all()
+
+
+def test_point_boxes_with_exact_arithmetic_are_nearly_points(emulated_cuda):
+    x = torch.randint(-8, 9, (2, 128)).float()
+    weight = torch.randint(-8, 9, (16, 128)).float()
+    low, high = _cuda_interval.linear(x, x, weight, None, "real")
+    y = x @ weight.T
+    assert ((low <= y) & (y <= high)).all()
+    assert (high - low <= 6e-4 * (x.abs() @ weight.abs().T) + 1e-6).all()
+
+
+def test_it_is_about_as_tight_as_the_cpu(emulated_cuda):
+    lower, upper = boxes(4, 512)
+    weight = torch.randn(32, 512)
+    ends = _cuda_interval.linear(lower, upper, weight, None, "real")
+    cpu = ops.interval_linear(lower, upper, weight)
+    assert ((ends[1] - ends[0]) / (cpu[1] - cpu[0])).max() < 1.005
+
+
+# --- layout -------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 70), st.integers(1, 700), st.sampled_from([0, 1, 2, 3, 4, 8]))
+def test_operands_fill_their_scratch_once(batch, terms, bits):
+    shim = pytest.importorskip("pyrobust._cuda_shim")
+    inputs, padded = shim.operand_sizes(batch, terms)
+    assert inputs >= batch
+    assert padded >= terms
+    assert padded % 128 == 0
+    first = {shim.operand_place(batch, terms, p, 0, k, bits) for p in range(4) for k in range(128)}
+    assert first == set(range(512))
+    last = shim.operand_place(batch, terms, 3, inputs - 1, padded - 1, bits)
+    assert last < 4 * inputs * padded <= shim.interval_scratch_bytes(batch, terms) // 2
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 2**20), st.integers(1, 2**21), st.data())
+def test_operand_places_beyond_2_31(batch, terms, data):
+    shim = pytest.importorskip("pyrobust._cuda_shim")
+    inputs, padded = shim.operand_sizes(batch, terms)
+    image, term = data.draw(st.integers(0, inputs - 1)), data.draw(st.integers(0, padded - 1))
+    place = shim.operand_place(batch, terms, 2, image, term, 0)
+    assert place // (4 * padded) == image
+    step, within = place % (4 * padded) // 512, place % 512
+    eighth, lane, plane, i = within // 128, within // 32 % 4, within // 8 % 4, within % 8
+    assert plane == 2
+    assert step * 128 + lane * 32 + eighth * 8 + i == term
+
+
+# --- the operators' CUDA functions, on CPU tensors ----------------------------------------------
+
+
+def test_the_operator_takes_any_leading_shape(emulated_cuda):
+    from pyrobust.ops._interval_linear import _linear_cuda
+
+    lower, upper = (end.view(2, 3, 70) for end in boxes(6, 70))
+    weight, bias = torch.randn(5, 70), torch.randn(5)
+    low, high = _linear_cuda(lower, upper, weight, bias, "real")
+    exact = exact_ends(lower, upper, weight, bias)
+    assert low.shape == high.shape == (2, 3, 5)
+    assert ((low <= exact[0]) & (exact[1] <= high)).all()
+    low, _ = _linear_cuda(lower[0, 0], upper[0, 0], weight, bias, "real")
+    assert low.shape == (5,)
+    wide, _ = _linear_cuda(lower.double(), upper.double(), weight.double(), None, "real")
+    assert wide.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "terms"), [(4, 128, 256), (4, 32, 96), (1.58, 64, 90)]
+)
+def test_packed_formats_beside_the_kernel_are_decoded(emulated_cuda, bits, group_size, terms):
+    from pyrobust.ops._interval_packed import _linear_cuda
+
+    weight = packed(9, terms, bits, group_size, symmetric=bits == 1.58)
+    lower, upper = boxes(3, terms)
+    ends = _linear_cuda(
+        lower, upper, weight.codes, weight.scale, weight.zero, None, terms, bits, group_size, 1,
+        None, "real", *(None,) * 5,
+    )  # fmt: skip
+    matrix = weight.dequantize()
+    check_sound(ends, exact_ends(lower, upper, matrix), lower, upper, matrix)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_convolutions_contain_the_exact_image(emulated_cuda, groups):
+    from pyrobust.ops._interval_conv import _conv_cuda
+
+    lower, upper = (end.view(3, 4, 7, 6) for end in boxes(3, 4 * 7 * 6))
+    weight, bias = torch.randn(6, 4 // groups, 3, 2), torch.randn(6)
+    window = ([2, 1], [1, 0, 1, 1], [1, 2], groups)
+    ends = _conv_cuda(lower, upper, weight, bias, *window, "real")
+    exact = ops.interval_conv2d(
+        *(torch.nn.functional.pad(end, (1, 1, 1, 0)).double() for end in (lower, upper)),
+        weight.double(), bias.double(), stride=(2, 1), dilation=(1, 2), groups=groups,
+    )  # fmt: skip
+    assert ends[0].shape == exact[0].shape
+    assert (ends[0] <= exact[0]).all()
+    assert (exact[1] <= ends[1]).all()
+    assert ((ends[1] - ends[0]) <= (exact[1] - exact[0]) * 1.02 + 1e-4).all()
+
+
+def test_packed_convolutions_round_each_patch_by_itself(emulated_cuda):
+    from pyrobust.ops._interval_packed import _conv_cuda
+
+    weight = packed(4, 27, 4, 27)
+    lower, upper = (end.view(2, 3, 5, 5) for end in boxes(2, 75))
+    parts = (weight.codes, weight.scale, weight.zero, None, 27, 4, 27, 1)
+    window = ([3, 3], [1, 1], [1, 1, 1, 1], [1, 1], 1)
+    options = {"kernel_size": 3, "padding": 1, "bits": 4, "group_size": 27, "in_channels": 3}
+    for activations in (None, "int8"):
+        ends = _conv_cuda(lower, upper, *parts, activations, *window, "real", *(None,) * 5)
+        cpu = ops.interval_packed_conv2d(
+            lower, upper, *parts[:3], activations=activations, **options
+        )
+        middle = (cpu[0].double() + cpu[1]) / 2
+        assert ((ends[0] <= middle) & (middle <= ends[1])).all()
+        ratio = (ends[1] - ends[0]) / (cpu[1] - cpu[0])
+        assert ratio.min() > 0.999
+        assert ratio.max() < 1.02
