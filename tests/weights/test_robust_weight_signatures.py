@@ -268,3 +268,27 @@ def test_a_signature_moves_from_digits_to_mnist(data_folder):
     before_clean, before, after_clean, after = np.mean(rows, 0)
     assert after >= before + 0.05
     assert after_clean >= before_clean - 0.15
+
+
+def blurred(images):
+    """Gaussian blur of 1.3 pixels, as kornia computes it."""
+    return corrupt(images, "gaussian_blur", 5)
+
+
+@pytest.mark.slow
+def test_a_signature_of_blur_helps_at_home_and_on_mnist(data_folder):
+    pytest.importorskip("kornia")
+    digits, mnist, rows = load_digits(), load_idx(data_folder / "mnist"), []
+    x, y = digits.train_images, digits.train_labels
+    for seed in range(3):
+        base = pretrained_on_150(digits, seed)
+        clean, robust = tuned(base, x, y, 15, seed + 1), tuned(base, blurred(x), y, 30, seed + 2)
+        signature = robust_weight_signature(robust, clean, base, layers=TWO)
+        other = tuned(base, *mnist_at_8_pixels(mnist, 0, 1500), 15, seed + 3)
+        home = before_and_after(clean, signature, digits.test_images, digits.test_labels, blurred)
+        away = before_and_after(other, signature, *mnist_at_8_pixels(mnist, 5000, 6000), blurred)
+        rows.append(home + away)
+    print(f"\nclean, corrupted -> clean, corrupted; the same on MNIST\n{np.array(rows).round(3)}")
+    for before_clean, before, after_clean, after in np.mean(rows, 0).reshape(2, 4):
+        assert after >= before + 0.05
+        assert after_clean >= before_clean - 0.06
