@@ -1,0 +1,107 @@
+"""Compile gates: what a change of the CUDA kernels costs shows here without a GPU."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pyrobust.ops import _cuda_module
+
+sys.path.insert(0, str(Path(__file__).parent))
+import cuda_gates as gates
+
+pytestmark = pytest.mark.skipif(gates.NVCC is None, reason="nvcc is not installed: gates not run")
+needs_code = pytest.mark.skipif(
+    gates.disassembler() is None,
+    reason="no cuobjdump and nvdisasm (pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)",
+)
+ARCHITECTURES = [pytest.param(90), pytest.param(80, marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES, ids=["sm_90", "sm_80"])
+def sampling(request, tmp_path_factory):
+    return gates.compile_kernels("sampling/cuda.cu", request.param, tmp_path_factory.mktemp("s"))
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES, ids=["sm_90", "sm_80"])
+def interval(request, tmp_path_factory):
+    return gates.compile_kernels("interval/cuda.cu", request.param, tmp_path_factory.mktemp("i"))
+
+
+def matching(kernels, pattern):
+    found = [kernel for name, kernel in kernels.items() if re.search(pattern, name)]
+    assert found, pattern
+    return found
+
+
+def test_sampling_kernels_keep_their_registers(sampling):
+    """80 registers leave room for three blocks of 256 threads, 64 for four."""
+    for pattern, most in (("noise_kernel", 80), ("rows_kernel", 64), ("vote_kernel", 40)):
+        for kernel in matching(sampling, pattern):
+            assert kernel.spills == 0
+            assert kernel.registers <= most
+
+
+def test_interval_kernels_do_not_spill(interval):
+    for kernel in interval.values():
+        assert kernel.spills == 0
+    for kernel in matching(interval, "product_kernel<.*, 1>"):
+        assert kernel.registers <= 208
+
+
+@needs_code
+def test_noise_stores_vectors_and_stays_within_its_instructions(sampling):
+    """At most 37 instructions a value for the Gaussian, whose issue limit is then 0.84e12/s of an
+    H200 at 1.83 GHz; without the loop that mends one value in 2^13."""
+    for kind, most in ((0, 37), (1, 17), (2, 37)):
+        for out, store in ((0, "STG.E.128"), (1, "STG.E.64"), (2, "STG.E.64")):
+            pattern = rf"noise_kernel<\(pyrobust::sampling::Noise\){kind}, .*FloatType\){out}>"
+            (kernel,) = matching(sampling, pattern)
+            assert kernel.has(store)
+            assert kernel.has("LDG.E.*128")
+            assert not kernel.has("LDL|STL")
+            loops = kernel.loops()
+            mend = sum(kernel.counts(*loops[2]).values()) if kind != 1 else 0
+            assert (sum(kernel.counts(*loops[1]).values()) - mend) / 16 <= most
+            assert not kernel.has("LDS") or kind == 0
+
+
+@needs_code
+@pytest.mark.parametrize(
+    ("source", "tiles", "most"),
+    [
+        ("PackedSource<8>", 1, 6.2),
+        ("PackedSource<4>", 1, 5.8),
+        ("PackedSource<3>", 1, 7.4),
+        ("PackedSource<2>", 1, 5.9),
+        ("PackedSource<1>", 1, 3.9),
+        ("PackedSource<4>", 2, 6.3),
+        ("BFloat16Source", 1, 10.4),
+        ("Float32Source", 1, 13.4),
+    ],
+)
+def test_interval_products_stay_within_their_instructions(interval, source, tiles, most):
+    """Instructions a weight beside the tensor cores'. A step of a lane is 128 weights: four rows of
+    32; dense weights count both of their paths, vectors and tails."""
+    (kernel,) = matching(interval, f"product_kernel<.*{source}, {tiles}>")
+    assert kernel.has(r"HMMA.16816.F32.BF16")
+    assert kernel.has("LDG.E.*128")
+    assert not kernel.has("LDL|STL")
+    counts = kernel.counts(*kernel.loops()[0])
+    assert (sum(counts.values()) - counts["HMMA"]) / 128 <= most
+
+
+@needs_code
+@pytest.mark.skipif(not _cuda_module.has_cuda_module(), reason="pyrobust._cuda is not built here")
+def test_the_module_has_at_most_a_hundred_kernels_an_architecture():
+    path = _cuda_module.cuda_module("test").__file__
+    command = [f"{gates.disassembler()}/cuobjdump", "--dump-resource-usage", path]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    parts = re.split(r"arch = sm_(\d+)", run.stdout)
+    counts: dict[str, int] = {}
+    for architecture, text in zip(parts[1::2], parts[2::2], strict=True):
+        counts[architecture] = counts.get(architecture, 0) + len(re.findall(r"Function ", text))
+    assert set(counts) >= {"80", "90"}
+    assert max(counts.values()) <= 105, counts
