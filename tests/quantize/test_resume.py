@@ -17,7 +17,8 @@ MAKES = {
     "gptq": lambda: "gptq",
     "adadim": lambda: "adadim",
     "adadim on gptq": lambda: AdaDim("gptq", propagate="quantized"),
-    "learned_rounding": lambda: LearnedRounding(iterations=5, batch_size=2),
+    "learned_rounding": lambda: LearnedRounding(iterations=5, batch_size=2, descent=1),
+    "learned_rounding from gptq": lambda: LearnedRounding(start="gptq", iterations=0, descent=1),
     "learned_rounding of blocks": lambda: LearnedRounding(
         scope="block", iterations=5, batch_size=2, input="mix"
     ),
