@@ -180,10 +180,36 @@ def _finite_loss(model: nn.Module, batch: Any, loss: Loss, number: int) -> Tenso
     if value.numel() != 1:
         raise ValueError(f"sensitivity: loss must be a scalar; got shape {tuple(value.shape)}.")
     if not bool(torch.isfinite(value)):
+        first = _first_not_finite(model, batch, loss)
+        where = "" if first is None else f" (the input of '{first}' is the first that is not)"
         raise ValueError(
-            f"sensitivity: loss must be finite; it is {float(value.detach())} on batch {number}."
+            f"sensitivity: loss must be finite; it is {float(value.detach())} on batch {number}"
+            f"{where}."
         )
     return value
+
+
+def _first_not_finite(model: nn.Module, batch: Any, loss: Loss) -> str | None:
+    """The first layer with parameters of its own that is given NaN or infinite values."""
+    found: list[str] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def see(_: nn.Module, args: Any) -> None:
+            floats = (x for x in args if isinstance(x, Tensor) and x.is_floating_point())
+            if not all(bool(torch.isfinite(x).all()) for x in floats):
+                found.append(name)
+
+        return see
+
+    layers = {n: m for n, m in model.named_modules() if m._parameters}
+    handles = [m.register_forward_pre_hook(watch(name)) for name, m in layers.items()]
+    try:
+        with torch.no_grad():
+            loss(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
 
 
 def _random(name: str, weight: Tensor, seed: int) -> Tensor:
