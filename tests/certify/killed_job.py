@@ -11,15 +11,18 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
 import sys
 import tempfile
+import threading
 import time
+import uuid
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 import pyrobust
 from pyrobust.certify import CertificationJob, certify_to_log
@@ -30,6 +33,10 @@ from pyrobust.data import load_digits
 from pyrobust.demo import convolutional_network
 from pyrobust.nn import LateFusion, OrthogonalFusion
 
+# tqdm's own lock is shared by forks: one killed while it holds the lock would stop all that follow.
+tqdm.set_lock(threading.RLock())
+tqdm.monitor_interval = 0  # no thread of its own
+PATIENCE = timedelta(seconds=120)
 FORK = multiprocessing.get_context("fork")
 SAMPLED = {"samples": 100, "selection": 10}
 
@@ -141,9 +148,12 @@ def prepared(name, folder):
     return data, CertificationJob(model, architecture=case.architecture, method=method)
 
 
-def run_shard(job, data, out, rank, world, port):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
-    os.environ["MASTER_PORT"] = str(port)
+def run_shard(job, data, out, rank, world, meeting):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
+    if world > 1:  # they meet at a file: a free port may be taken before it is used
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=PATIENCE
+        )
     append = LogWriter.append
 
     def append_slowly(log, row):  # these networks are so small that no kill would come in time
@@ -155,11 +165,9 @@ def run_shard(job, data, out, rank, world, port):
 
 
 def start(job, data, out, world):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    meeting = out.with_name(f"meeting-{uuid.uuid4().hex}")
     shards = [
-        FORK.Process(target=run_shard, args=(job, data, out, rank, world, port))
+        FORK.Process(target=run_shard, args=(job, data, out, rank, world, meeting))
         for rank in range(world)
     ]
     for shard in shards:
@@ -190,7 +198,9 @@ def kill_until_done(job, data, out, kills, generator):
     for attempt in range(kills):
         goal = min(rows_in(out) + generator.randint(0, total // kills), total - 1)
         shards = start(job, data, out, 1 + attempt % 2)
+        latest = time.monotonic() + PATIENCE.seconds
         while rows_in(out) < goal and any(shard.is_alive() for shard in shards):
+            assert time.monotonic() < latest, f"{rows_in(out)} of {goal} rows in attempt {attempt}"
             time.sleep(0.001)
         time.sleep(generator.uniform(0, 0.006))
         for shard in shards:
