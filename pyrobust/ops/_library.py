@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["define", "dispatcher_needed", "refuse_forward_mode"]
+__all__ = [
+    "define",
+    "differentiation_transforms",
+    "dispatcher_needed",
+    "refuse_forward_mode",
+    "slice_by_slice",
+]
 
 # Library, not custom_op: 2.2 us a call against 8 (docs/design.md).
 _LIBRARY = torch.library.Library("pyrobust", "DEF")
@@ -54,6 +60,30 @@ def define(
         torch.library.register_vmap(f"pyrobust::{name}", vmap, lib=_LIBRARY)
 
 
+def slice_by_slice(name: str) -> Callable[..., Any]:
+    """Vmap rule: one call per slice of the mapped axis, so that ``vmap`` gives a loop's results.
+
+    Right where a result depends on its position in the batch, as noise does: every slice sees the
+    same positions, as every pass of a loop would.
+    """
+
+    def rule(info: Any, dims: tuple[int | None, ...], *values: Any) -> Any:
+        operator = getattr(torch.ops.pyrobust, name)
+        results = [
+            operator(
+                *(v if d is None else v.select(d, i) for v, d in zip(values, dims, strict=True))
+            )
+            for i in range(info.batch_size)
+        ]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(
+            results[0]
+        )
+
+    return rule
+
+
 def dispatcher_needed(*tensors: Tensor | None) -> bool:
     """Whether a call must go through torch's dispatcher instead of straight to the native kernel.
 
@@ -68,6 +98,17 @@ def dispatcher_needed(*tensors: Tensor | None) -> bool:
         return True
     exact = (Tensor, torch.nn.Parameter)
     return not all(t is None or (type(t) in exact and t.is_cpu) for t in tensors)
+
+
+def differentiation_transforms() -> bool:
+    """Whether a functorch transform or a forward-mode level is active.
+
+    ``torch.func.grad`` and tangents do not pass through operators of ``torch.library``; a function
+    that can be written in torch's own operations around one takes those instead.
+    """
+    if torch.compiler.is_compiling() or not _GUARD_AVAILABLE:
+        return False
+    return _forward_ad._current_level >= 0 or maybe_current_level() is not None
 
 
 def refuse_forward_mode(subject: str, *tensors: Tensor | None) -> None:

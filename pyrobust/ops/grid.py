@@ -19,7 +19,7 @@ from pyrobust import _native
 from pyrobust._checks import check_integer, check_positive
 from pyrobust.ops import _cuda_sampling
 from pyrobust.ops._grid_thresholds import grid_thresholds
-from pyrobust.ops._library import define, dispatcher_needed
+from pyrobust.ops._library import define, dispatcher_needed, slice_by_slice
 from pyrobust.ops._sampling_checks import FLOATS, check_positions, rows_of
 
 __all__ = ["grid_samples"]
@@ -145,4 +145,5 @@ define(
     _grid_cpu,
     _grid_fake,
     cuda=_cuda_sampling.grid,
+    vmap=slice_by_slice("grid_samples"),
 )

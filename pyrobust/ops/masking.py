@@ -16,8 +16,14 @@ from torch.overrides import handle_torch_function, has_torch_function
 from pyrobust import _native
 from pyrobust._checks import check_choice, check_float_tensor, check_open_unit, check_positive
 from pyrobust.ops import _cuda_sampling
-from pyrobust.ops._library import define, dispatcher_needed, refuse_forward_mode
+from pyrobust.ops._library import (
+    define,
+    differentiation_transforms,
+    dispatcher_needed,
+    slice_by_slice,
+)
 from pyrobust.ops._sampling_checks import FLOATS, check_positions, rows_of
+from pyrobust.ops.sampling import gaussian_samples
 
 __all__ = ["masked_samples", "split_gaussian_samples"]
 
@@ -92,10 +98,13 @@ def masked_samples(
     position = (n, seed, first_sample, first_index)
     if not dispatcher_needed(x):
         return _masked_cpu(x, keep, float(fill), pixels, *position, out_dtype)
-    refuse_forward_mode(subject, x)
-    samples: Tensor = torch.ops.pyrobust.masked_samples(
-        x, keep, float(fill), pixels, *position, out_dtype
-    )
+    operator = torch.ops.pyrobust.masked_samples
+    if differentiation_transforms():
+        coins = operator(
+            torch.ones(x.shape, device=x.device), keep, 0.0, pixels, *position, torch.float32
+        )
+        return torch.where(coins > 0, x[:, None], fill).to(out_dtype)
+    samples: Tensor = operator(x, keep, float(fill), pixels, *position, out_dtype)
     return samples
 
 
@@ -165,7 +174,13 @@ def split_gaussian_samples(
     position = (n, seed, first_sample, first_index)
     if not dispatcher_needed(x, flat_mask):
         return _split_cpu(x, flat_mask, *pair, *position)
-    refuse_forward_mode(subject, x)
+    if differentiation_transforms():
+        where = flat_mask.view(x.shape[1:])
+        halves = [
+            gaussian_samples(x, s, n, seed=seed, first_sample=first_sample, first_index=first_index)
+            for s in pair
+        ]
+        return torch.where(where, halves[0], 0.0), torch.where(where, 0.0, halves[1])
     left, right = torch.ops.pyrobust.split_gaussian_samples(x, flat_mask, *pair, *position)
     return left, right
 
@@ -287,6 +302,7 @@ define(
     backward=_masked_backward,
     setup_context=_masked_save,
     cuda=_cuda_sampling.masked,
+    vmap=slice_by_slice("masked_samples"),
 )
 define(
     "split_gaussian_samples(Tensor x, Tensor mask, float sigma_left, float sigma_right, int n,"
@@ -296,4 +312,5 @@ define(
     backward=_split_backward,
     setup_context=_split_save,
     cuda=_cuda_sampling.split,
+    vmap=slice_by_slice("split_gaussian_samples"),
 )

@@ -19,7 +19,12 @@ from torch.overrides import handle_torch_function, has_torch_function
 from pyrobust import _native
 from pyrobust._checks import check_float_tensor
 from pyrobust.ops import _cuda_sampling
-from pyrobust.ops._library import define, dispatcher_needed, refuse_forward_mode
+from pyrobust.ops._library import (
+    define,
+    differentiation_transforms,
+    dispatcher_needed,
+    slice_by_slice,
+)
 from pyrobust.ops._sampling_checks import FLOATS, check_positions, per_input, rows_of
 
 __all__ = ["gaussian_samples", "laplace_samples", "uniform_samples"]
@@ -189,11 +194,21 @@ def _noisy(
         raise TypeError(f"{name}: dtype must be float32, bfloat16 or float16; got {dtype}.")
     out_dtype = x.dtype if dtype is None else dtype
     scales = per_input(name, scale_name, scale, x)
+    position = (n, seed, first_sample, first_index)
     if not dispatcher_needed(x, scales):
-        return _KERNELS[name](x, scales, n, seed, first_sample, first_index, out_dtype)
-    refuse_forward_mode(name, x, scales)
+        return _KERNELS[name](x, scales, *position, out_dtype)
     operator = getattr(torch.ops.pyrobust, name)
-    samples: Tensor = operator(x, scales, n, seed, first_sample, first_index, out_dtype)
+    if differentiation_transforms():  # the same sum, of the same bits, in torch's operations
+        z = operator(
+            torch.zeros(x.shape, device=x.device),
+            torch.ones(x.shape[0], device=x.device),
+            *position,
+            torch.float32,
+        )
+        wide = scales.view(-1, *[1] * x.ndim)
+        sums: Tensor = (x.float()[:, None] + wide * z).to(out_dtype)
+        return sums
+    samples: Tensor = operator(x, scales, *position, out_dtype)
     return samples
 
 
@@ -263,4 +278,5 @@ for _name, _function in _KERNELS.items():
         backward=_backward(_name),
         setup_context=_save_position,
         cuda=partial(_cuda_sampling.noise, _name),
+        vmap=slice_by_slice(_name),
     )

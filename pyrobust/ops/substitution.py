@@ -12,7 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from pyrobust import _native
 from pyrobust.ops import _cuda_sampling
-from pyrobust.ops._library import define, dispatcher_needed
+from pyrobust.ops._library import define, dispatcher_needed, slice_by_slice
 from pyrobust.ops._sampling_checks import check_positions, rows_of
 
 __all__ = ["substituted_tokens"]
@@ -129,4 +129,5 @@ define(
     _substituted_cpu,
     _substituted_fake,
     cuda=_cuda_sampling.substituted,
+    vmap=slice_by_slice("substituted_tokens"),
 )

@@ -11,7 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from pyrobust import _native
 from pyrobust._checks import check_float_tensor
 from pyrobust.ops import _cuda_sampling
-from pyrobust.ops._library import define, dispatcher_needed
+from pyrobust.ops._library import define, dispatcher_needed, slice_by_slice
 from pyrobust.ops._sampling_checks import FLOATS, check_place
 
 __all__ = ["count_votes"]
@@ -102,4 +102,10 @@ def _votes_fake(logits: Tensor) -> Tensor:
     return logits.new_empty((*logits.shape[:-2], logits.shape[-1]), dtype=torch.int64)
 
 
-define("count_votes(Tensor logits) -> Tensor", _votes_cpu, _votes_fake, cuda=_votes_cuda)
+define(
+    "count_votes(Tensor logits) -> Tensor",
+    _votes_cpu,
+    _votes_fake,
+    cuda=_votes_cuda,
+    vmap=slice_by_slice("count_votes"),
+)
