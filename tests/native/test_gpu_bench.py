@@ -1,0 +1,75 @@
+"""The report of a GPU, run through on the CPU: its rows, targets and table, not its times."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCH = Path(__file__).resolve().parents[2] / "bench"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """The report's modules with small sizes and a clock that runs each call once."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    import gpu_ceilings
+    import gpu_interval
+    import gpu_sampling
+    import gpu_timing
+
+    def once(calls, *, graph=True):
+        for call in calls:
+            call()
+        return 1e-3
+
+    monkeypatch.setattr(gpu_timing, "_ROTATED_BYTES", 1)
+    for module in (gpu_ceilings, gpu_interval, gpu_sampling):
+        monkeypatch.setattr(module, "seconds_of", once)
+    monkeypatch.setattr(gpu_ceilings, "_BYTES", 1 << 12)
+    monkeypatch.setattr(gpu_ceilings, "_SIZE", 16)
+    monkeypatch.setattr(gpu_sampling, "_SHAPES", ((1, 3, 20),))
+    monkeypatch.setattr(gpu_sampling, "_COMPILED", (3, 20))
+    monkeypatch.setattr(gpu_sampling, "_VOTES", ((20, 3),))
+    monkeypatch.setattr(gpu_interval, "_SIZES", (128,))
+    monkeypatch.setattr(gpu_interval, "_MUST", {1: (1.5, 1.9), 9: (1.5, 1.9)})
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    return gpu_timing, (gpu_ceilings, gpu_sampling, gpu_interval)
+
+
+def test_every_part_yields_rows_with_targets(bench, emulated_cuda):
+    timing, parts = bench
+    rows = [row for part in parts for row in part.measure(timing.Clock(600))]
+    units = {row.unit for row in rows if row.must is not None}
+    assert units == {
+        "of fill_",
+        "1e12/s",
+        "x torch eager add",
+        "x torch.compile",
+        "x two bf16 products",
+        "x unsound",
+        "x torch float32 IBP",
+    }
+    text = timing.table(rows)
+    assert text.count("\n## ") == 3
+    assert "4 bits W, 128^2, M = 9" in text
+
+
+def test_verdicts(bench):
+    row = bench[0].Row
+    values = {"NO": 0.8, "yes": 0.9, "lead": 0.95}
+    for verdict, value in values.items():
+        assert row("p", "w", value, "u", 0.85, 0.95).verdict() == verdict
+    for verdict, value in {"NO": 1.6, "yes": 1.4, "lead": 1.05}.items():
+        assert row("p", "w", value, "u", 1.5, 1.1, below=True).verdict() == verdict
+    assert row("p", "w", math.nan, "u", 1.0).verdict() == "not measured"
+    assert row("p", "w", 3.0, "u").verdict() == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_without_a_gpu_it_says_so():
+    run = subprocess.run([sys.executable, BENCH / "gpu.py"], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stderr == "gpu.py: no CUDA device here, nothing measured.\n"
