@@ -75,6 +75,7 @@ from pyrobust.certify.statistics import (
     gaussian_radius,
     hoeffding_lower,
     hoeffding_upper,
+    randomised_lower,
     union_bound,
 )
 from pyrobust.certify.sub_image import SubImage, checkerboard_masks, partition_masks
@@ -83,6 +84,7 @@ from pyrobust.certify.tightness_job import TightnessJob
 from pyrobust.certify.vnnlib import Property, PropertyCase, load_vnnlib, parse_vnnlib
 
 __all__ = [
+    "randomised_lower",
     "Property",
     "PropertyCase",
     "Verdict",

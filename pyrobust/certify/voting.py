@@ -11,8 +11,16 @@ from tqdm.auto import tqdm
 from pyrobust import _native
 from pyrobust._checks import check_eval_mode, check_float_tensor, check_integer
 from pyrobust.certify.noise import GridGaussianNoise, Noise
+from pyrobust.ops.sampling import uniform_samples
 
-__all__ = ["check_voting", "classify", "count_noisy_votes", "count_parts", "device_of"]
+__all__ = [
+    "check_voting",
+    "classify",
+    "count_noisy_votes",
+    "count_parts",
+    "device_of",
+    "uniform_shares",
+]
 
 
 def check_voting(
@@ -169,3 +177,15 @@ def count_parts(
             )
             for first, n in parts
         ]
+
+
+def uniform_shares(inputs: int, seed: int, first_index: int) -> Tensor:
+    """``(B,)`` uniform numbers, one per input, from a sample index that no copy has.
+
+    Rounded up, which lowers the bounds of :func:`pyrobust.certify.randomised_lower`.
+    """
+    last = 2**40 - 1
+    drawn = uniform_samples(
+        torch.zeros(inputs, 1), 1.0, 1, seed=seed, first_sample=last, first_index=first_index
+    )
+    return ((1 + drawn.double().flatten()) / 2 + 2**-23).clamp(max=1.0)

@@ -30,8 +30,8 @@ from pyrobust.certify.first_layer_noise import split_first_linear
 from pyrobust.certify.noise import AfterLinearNoise, GaussianNoise, GridGaussianNoise, noise_of
 from pyrobust.certify.planning import PRICE, plan_for
 from pyrobust.certify.sequential import table_designs
-from pyrobust.certify.statistics import class_bounds, clopper_pearson_lower
-from pyrobust.certify.voting import check_voting, count_parts, device_of
+from pyrobust.certify.statistics import class_bounds, clopper_pearson_lower, randomised_lower
+from pyrobust.certify.voting import check_voting, count_parts, device_of, uniform_shares
 
 __all__ = ["SmoothedClassifier"]
 
@@ -167,6 +167,7 @@ class SmoothedClassifier(nn.Module):
         planned: bool = False,
         price: float = PRICE,
         runner_up: bool = False,
+        randomised: bool = False,
         first_index: int = 0,
         batch_size: int = 512,
         progress: bool = False,
@@ -187,6 +188,9 @@ class SmoothedClassifier(nn.Module):
             price: of a copy when planning, in standard deviations of radius, ``> 0``.
             runner_up: also bound the other classes from above, at half of alpha; for classes that
                 win with less than half of the votes.
+            randomised: use :func:`pyrobust.certify.randomised_lower`, with one number per input
+                drawn from the seed beforehand: longer radii at the same level. Not with
+                ``runner_up``.
             first_index: position of ``x[0]`` in the data set; with it, each input's result does
                 not depend on the batch it came in.
             batch_size: copies per forward pass; it changes the speed only (as far as the base
@@ -204,6 +208,8 @@ class SmoothedClassifier(nn.Module):
         subject = "SmoothedClassifier.certify"
         self._check(subject, x, alpha, batch_size, n0=n0, n=n)
         check_positive(subject, "price", price)
+        if randomised and runner_up:
+            raise ValueError(f"{subject}: randomised must be False with runner_up=True.")
         place = (seed, first_index, batch_size, progress)
         if planned:
             selection, counts = self._planned_counts(subject, x, n0, n, alpha, price, place)
@@ -215,7 +221,12 @@ class SmoothedClassifier(nn.Module):
             p_lower, p_upper = class_bounds(counts, top, alpha)
         else:
             votes = counts.gather(1, top[:, None])[:, 0]
-            p_lower = clopper_pearson_lower(votes, drawn.clamp_min(1), alpha)
+            if randomised:
+                share = uniform_shares(x.shape[0], seed, first_index)
+                p_lower = randomised_lower(votes, drawn.clamp_min(1), alpha, share)
+                p_lower = torch.where(drawn > 0, p_lower, 0.0)
+            else:
+                p_lower = clopper_pearson_lower(votes, drawn.clamp_min(1), alpha)
         radius = self.noise.radius(p_lower, p_upper)
         certain = radius >= 0 if self.noise.norm == "l0" else radius > 0
         return SmoothingCertificate(

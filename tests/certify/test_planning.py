@@ -126,3 +126,19 @@ def test_bad_arguments_are_refused(options, message):
     settings = {"alpha": 0.01, "budget": 100, **options}
     with pytest.raises(ValueError, match=message):
         radius_plan(unit_radius, **settings)
+
+
+def test_randomised_radii_are_longer_and_belong_to_the_input():
+    smoothed = SmoothedClassifier(Halfspace().eval(), sigma=0.5, num_classes=2)
+    x = margins([2.0, 0.4, 0.0, -0.7])
+    for options in ({"n": 2000}, {"n": 5000, "planned": True, "price": 1e-5}):
+        plain = smoothed.certify(x, n0=20, **options)
+        longer = smoothed.certify(x, n0=20, randomised=True, **options)
+        assert torch.equal(plain.counts, longer.counts)
+        certain = plain.prediction >= 0
+        assert (longer.radius[certain] > plain.radius[certain]).all()
+        assert (longer.p_lower[plain.counts.sum(1) == 0] == 0).all()
+        again = smoothed.certify(x[3:], n0=20, randomised=True, first_index=3, **options)
+        assert torch.equal(again.radius[0], longer.radius[3])
+    with pytest.raises(ValueError, match="randomised must be False with runner_up"):
+        smoothed.certify(x, runner_up=True, randomised=True)

@@ -7,6 +7,7 @@ import mpmath
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from pyrobust.certify import (
     clopper_pearson_lower,
@@ -14,6 +15,7 @@ from pyrobust.certify import (
     gaussian_radius,
     hoeffding_lower,
     hoeffding_upper,
+    randomised_lower,
     union_bound,
 )
 
@@ -141,3 +143,40 @@ def test_bad_counts_and_probabilities_are_refused():
         gaussian_radius(torch.tensor([float("nan")]), 1.0)
     with pytest.raises(ValueError, match="sigma must be finite and positive; got 0"):
         gaussian_radius(0.9, 0)
+
+
+@pytest.mark.parametrize(("p", "n", "alpha"), [(0.6, 7, 0.05), (0.97, 60, 0.01), (0.05, 9, 0.1)])
+def test_randomised_bound_uses_nearly_all_of_alpha(p, n, alpha):
+    shares = (np.arange(4000) + 0.5) / 4000
+    k = np.arange(n + 1)[:, None]
+    wrong = (randomised_lower(k, n, alpha, shares) > p).double().mean(1).numpy()
+    error = float((stats.binom.pmf(k[:, 0], n, p) * wrong).sum())
+    plain = (clopper_pearson_lower(k[:, 0], n, alpha) > p).numpy()
+    assert stats.binom.pmf(k[:, 0], n, p)[plain].sum() < 0.9 * alpha
+    step = float(stats.binom.pmf(k[:, 0], n, p).max()) / len(shares)  # of the grid of shares
+    assert 0.94 * alpha < error <= alpha + step
+
+
+def test_randomised_bound_lies_between_those_of_neighbouring_counts():
+    k, n, alpha = (
+        np.array([0, 1, 50, 99, 100, 99_990, 100_000]),
+        np.array([100] * 5 + [10**5] * 2),
+        0.001,
+    )
+    plain = clopper_pearson_lower(k, n, alpha)
+    torch.testing.assert_close(randomised_lower(k, n, alpha, 1.0), plain, rtol=1e-8, atol=1e-13)
+    shares = np.linspace(0, 1, 101)[1:, None]
+    bounds = randomised_lower(k, n, alpha, shares)
+    assert (bounds >= plain - 1e-9).all()
+    assert (bounds.diff(dim=0) <= 0).all()
+    assert (bounds < 1).all()
+    above = clopper_pearson_lower(np.minimum(k + 1, n), n, alpha)
+    assert (bounds[:, k < n] <= above[k < n] + 1e-9).all()
+    # All succeed: p^n = alpha / uniform.
+    missed = -np.expm1(np.log(alpha / shares[5:, 0]) / 100_000)
+    np.testing.assert_allclose(1 - bounds[5:, -1].numpy(), missed, rtol=1e-8)
+    assert torch.equal(bounds[0], bounds[4])  # shares up to 0.05 count as 0.05
+    assert randomised_lower(0, 5, 0.1, 0.5) == 0
+    assert randomised_lower(0, 5, 0.1, 0.0) > 0
+    with pytest.raises(ValueError, match="uniform must lie in"):
+        randomised_lower(1, 2, 0.1, 1.5)
