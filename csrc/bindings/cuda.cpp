@@ -31,5 +31,6 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("status", &status);
   m.def("check_device", [](int device) { pyrobust::usable_device(device); });
   pyrobust::bind_cuda_interval(m);
+  pyrobust::bind_cuda_matmul(m);
   pyrobust::bind_cuda_sampling(m);
 }

@@ -7,6 +7,7 @@
 namespace pyrobust {
 
 void bind_cuda_interval(pybind11::module_& m);
+void bind_cuda_matmul(pybind11::module_& m);
 void bind_cuda_sampling(pybind11::module_& m);
 
 }  // namespace pyrobust

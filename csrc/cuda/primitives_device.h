@@ -220,6 +220,23 @@ PYROBUST_DEVICE void lock_release(int32_t* lock, int32_t value) {
   }
 }
 
+// One more block has written what it has to: the count before, in all threads. What blocks that
+// arrived earlier have written is then visible. `shared` is 4 bytes of shared memory.
+PYROBUST_DEVICE int32_t arrive(int32_t* counter, int32_t* shared) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    int32_t before;
+    asm volatile(
+        "fence.acq_rel.gpu;\natom.add.acq_rel.gpu.global.s32 %0, [%1], 1;\nfence.acq_rel.gpu;\n"
+        : "=r"(before)
+        : "l"(counter)
+        : "memory");
+    *shared = before;
+  }
+  __syncthreads();
+  return *static_cast<volatile int32_t*>(shared);
+}
+
 PYROBUST_DEVICE void atomic_add(int64_t* to, int64_t value) {
   atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(value));
 }

@@ -199,6 +199,14 @@ PYROBUST_DEVICE void lock_release(int32_t* lock, int32_t value) {
   if (threadIdx.x == 0) *lock = value;
 }
 
+PYROBUST_DEVICE int32_t arrive(int32_t* counter, int32_t* shared) {
+  fibres::block_barrier();
+  fibres::check_shared(shared, sizeof(*shared), "arrive");
+  if (threadIdx.x == 0) *shared = (*counter)++;
+  fibres::block_barrier();
+  return *shared;
+}
+
 PYROBUST_DEVICE void atomic_add(int64_t* to, int64_t value) { *to += value; }
 
 PYROBUST_DEVICE int32_t atomic_add(int32_t* to, int32_t value) {

@@ -200,7 +200,7 @@ def _int8(
 ) -> tuple[Tensor, Tensor]:
     a, step_a = quantize_activation(x_real)
     b, step_b = quantize_activation(x_imag)
-    if codes.device.type == "cpu":
+    if codes.device.type in ("cpu", "cuda"):
         steps = step_a[..., 0].float(), step_b[..., 0].float()
         return complex_2bit_matmul(a, b, codes, scale, *steps, in_features=in_features)
     return _exact((a * step_a).float(), (b * step_b).float(), codes, scale, in_features)

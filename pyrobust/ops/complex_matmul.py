@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyrobust import _native
 from pyrobust._checks import check_integer, check_shape
+from pyrobust.ops import _cuda_matmul
 from pyrobust.ops._library import define, dispatcher_needed
 from pyrobust.ops.formats import row_bytes
 from pyrobust.ops.packed_weight import check_bytes
@@ -127,6 +128,9 @@ def _flat(x: Tensor, in_features: int) -> Tensor:
 
 def _sums_kernel(x_real: Tensor, x_imag: Tensor, codes: Tensor, in_features: int) -> Tensor:
     real, imag = _flat(x_real, in_features), _flat(x_imag, in_features)
+    if codes.is_cuda:
+        sums = _cuda_matmul.complex_sums(real, imag, codes, in_features)
+        return sums.reshape(4, *x_real.shape[:-1], codes.shape[0])
     out = codes.new_empty((4, real.shape[0], codes.shape[0]), dtype=torch.int32)
     threads = torch.get_num_threads()
     _native.complex_sums(real, imag, codes.contiguous(), out, in_features, threads)
@@ -146,6 +150,9 @@ def _product_kernel(
     step_imag: Tensor,
     in_features: int,
 ) -> tuple[Tensor, Tensor]:
+    if codes.is_cuda:
+        sums = _sums_kernel(x_real, x_imag, codes, in_features)
+        return complex_results(sums, scales, step_real, step_imag)
     real, imag = _flat(x_real, in_features), _flat(x_imag, in_features)
     y_real = codes.new_empty((real.shape[0], codes.shape[0]), dtype=torch.float32)
     y_imag = torch.empty_like(y_real)
@@ -166,6 +173,18 @@ def _product_kernel(
     return y_real.reshape(shape), y_imag.reshape(shape)
 
 
+def complex_results(
+    sums: Tensor, scales: Tensor, step_real: Tensor, step_imag: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Real and imaginary part from the four sums, in double and rounded once (complex.h)."""
+    a_re, b_re, a_im, b_im = sums.double()
+    real, imag = scales.double()
+    t, r = step_real.double().unsqueeze(-1), step_imag.double().unsqueeze(-1)
+    y_real = (real * t) * a_re + (imag * r) * b_re
+    y_imag = (imag * t) * a_im + (real * r) * b_im
+    return y_real.float(), y_imag.float()
+
+
 def _product_fake(x_real: Tensor, x_imag: Tensor, codes: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     out = codes.new_empty((*x_real.shape[:-1], codes.shape[0]), dtype=torch.float32)
     return out, torch.empty_like(out)
@@ -175,10 +194,12 @@ define(
     "complex_2bit_sums(Tensor x_real, Tensor x_imag, Tensor codes, int in_features) -> Tensor",
     _sums_kernel,
     _sums_fake,
+    cuda=_sums_kernel,
 )
 define(
     "complex_2bit_matmul(Tensor x_real, Tensor x_imag, Tensor codes, Tensor scales, "
     "Tensor step_real, Tensor step_imag, int in_features) -> (Tensor, Tensor)",
     _product_kernel,
     _product_fake,
+    cuda=_product_kernel,
 )

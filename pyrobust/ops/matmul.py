@@ -13,6 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from pyrobust import _native
 from pyrobust._checks import check_choice, check_integer, check_shape
+from pyrobust.ops import _cuda_matmul
 from pyrobust.ops._library import define, dispatcher_needed, refuse_forward_mode
 from pyrobust.ops.formats import check_bits, levels_of, row_bytes
 from pyrobust.ops.packed_weight import (
@@ -265,6 +266,10 @@ def linear_kernel(
     rows: slice | None = None,
 ) -> Tensor:
     """The product; of some rows of W where ``rows`` names them."""
+    if x.is_cuda or codes.is_cuda:
+        form = (in_features, bits, group_size, group_dim)
+        weight = _cuda_matmul.gpu_weight(codes, scale, zero, *form, *extras)
+        return _cuda_matmul.product(weight, x, bias, int8, rows)
     first, count = (0, codes.shape[0]) if rows is None else (rows.start, rows.stop - rows.start)
     out = x.new_empty((*x.shape[:-1], count))
     if bias is not None and bias.dtype != torch.float32:
@@ -369,6 +374,10 @@ def _dequantize_kernel(
     rows: slice | None = None,
 ) -> Tensor:
     first, stop = (0, codes.shape[0]) if rows is None else (rows.start, rows.stop)
+    if codes.is_cuda:
+        form = (in_features, bits, group_size, group_dim)
+        derived = _cuda_matmul.gpu_weight(codes, scale, zero, *form, *extras)
+        return _cuda_matmul.dequantize(derived, first, stop, torch.float32)
     out = codes.new_empty((stop - first, in_features), dtype=torch.float32)
     _native.dequantize(
         codes.contiguous(),
@@ -418,6 +427,7 @@ define(
     "-> Tensor",
     linear_kernel,
     _linear_fake,
+    cuda=linear_kernel,
     backward=_linear_backward,
     setup_context=_linear_context,
     vmap=_batched_rows("packed_linear"),
@@ -426,6 +436,7 @@ define(
     f"packed_linear_transpose(Tensor grad, {_WEIGHT}, {_OPTIONS}, {EXTRAS_SCHEMA}) -> Tensor",
     transpose_kernel,
     _transpose_fake,
+    cuda=transpose_kernel,
     backward=_transpose_backward,
     setup_context=_transpose_context,
     vmap=_batched_rows("packed_linear_transpose"),
@@ -434,4 +445,5 @@ define(
     f"dequantize_codes({_WEIGHT}, {_OPTIONS}, {EXTRAS_SCHEMA}) -> Tensor",
     _dequantize_kernel,
     _dequantize_fake,
+    cuda=_dequantize_kernel,
 )

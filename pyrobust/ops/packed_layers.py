@@ -16,6 +16,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from pyrobust import _native
 from pyrobust._checks import check_choice, check_float_tensor, check_integer
+from pyrobust.ops import _cuda_matmul
 from pyrobust.ops._library import define, dispatcher_needed, refuse_forward_mode
 from pyrobust.ops.formats import levels_of
 from pyrobust.ops.matmul import linear_kernel, transpose_kernel
@@ -487,6 +488,12 @@ def _embedding_kernel(
             f"packed_embedding: indices must lie in [0, {codes.shape[0]}); got values from "
             f"{int(flat.min())} to {int(flat.max())}."
         )
+    if codes.is_cuda:
+        form = (embedding_dim, bits, group_size, group_dim)
+        table = _cuda_matmul.gpu_weight(codes, scale, zero, *form, *extras)
+        picked = flat.long().contiguous()
+        found = _cuda_matmul.dequantize(table, 0, flat.numel(), torch.float32, picked)
+        return found.to(dtype).reshape(*indices.shape, embedding_dim)
     rows = codes.new_empty((flat.numel(), embedding_dim), dtype=torch.float32)
     _native.gather_rows(
         flat.long().contiguous(),
@@ -528,6 +535,7 @@ define(
     f"str? activations, {EXTRAS_SCHEMA}) -> Tensor",
     _conv_kernel,
     _conv_fake,
+    cuda=_conv_kernel,
     backward=_conv_backward,
     setup_context=_conv_setup,
     vmap=_conv_vmap,
@@ -537,6 +545,7 @@ define(
     f"{EXTRAS_SCHEMA}) -> Tensor",
     _input_grad_kernel,
     _input_grad_fake,
+    cuda=_input_grad_kernel,
     backward=_input_grad_backward,
     setup_context=_input_grad_setup,
 )
@@ -545,4 +554,5 @@ define(
     f"ScalarType dtype, {EXTRAS_SCHEMA}) -> Tensor",
     _embedding_kernel,
     _embedding_fake,
+    cuda=_embedding_kernel,
 )

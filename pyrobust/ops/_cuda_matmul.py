@@ -1,0 +1,427 @@
+"""The packed product on a GPU: repacked weights, workspaces, and the choice between two paths.
+
+Up to :data:`FUSED_ROWS` rows of x go through the fused kernels, 64 at a time; more rows multiply
+with W decoded in pieces that stay in the second-level cache, by torch's own matrix product. What is
+computed, and to which error, is said in ``csrc/matmul/cuda.h``. Kernels see addresses only: the
+tensors are kept here, and everything comes from torch's allocator.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from pyrobust.ops._cuda_module import FLOAT_CODES, cuda_module, where
+from pyrobust.ops.formats import levels_of
+from pyrobust.ops.packed_weight import NO_EXTRAS, WeightExtras
+
+__all__ = [
+    "FUSED_ROWS",
+    "GpuWeight",
+    "Parts",
+    "complex_sums",
+    "dequantize",
+    "gpu_weight",
+    "linear",
+    "linear_int8",
+    "product",
+]
+
+# Rows of x up to which the fused kernels serve, by bits. Not measured yet: the arithmetic of
+# instruction and memory rates puts the crossing at 128 to 192 rows on an H200 (bench/gpu.py, part
+# "switch", prints both sides).
+FUSED_ROWS: dict[float, int] = {1: 128, 1.58: 128, 2: 128, 3: 128, 4: 128, 8: 128}
+
+_CALL_ROWS = 64  # of one launch; kMaxFusedRows
+_COMPLEX_ROWS = 8  # of one launch; real and imaginary parts are 16
+_CACHE_BYTES = 24 << 20  # of decoded W at a time: half of an H200's second-level cache
+_STRIP, _BLOCK = 64, 64
+_EXACT_COMPLEX_COLUMNS = 1 << 17  # float32 sums of int8 times 2 stay exact
+
+
+class Parts(NamedTuple):
+    """A packed weight as the operators take it (:func:`pyrobust.ops.packed_linear`)."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    in_features: int
+    bits: float
+    group_size: int
+    group_dim: int
+    extras: WeightExtras = NO_EXTRAS
+
+
+_SUBJECT = "packed_linear"
+
+
+def _multiprocessors(tensor: Tensor) -> int:
+    count: int = cuda_module(_SUBJECT).multiprocessors(where(tensor)[0])
+    return count
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+@dataclass(frozen=True)
+class _Fused:
+    """The repacked weight for one type of x."""
+
+    native: Any
+    tensors: tuple[Tensor | None, ...]  # that `native` points into
+
+
+@dataclass
+class GpuWeight:
+    """What is derived from a packed weight for a device; never saved."""
+
+    parts: Parts
+    matrix: Any
+    stored: Tensor | None = None
+    fused: dict[torch.dtype, _Fused | None] = field(default_factory=dict)
+    made: tuple[int, torch.cuda.Event] | None = None  # stream of the last repacking, and its end
+
+    @classmethod
+    def of(cls, parts: Parts) -> GpuWeight:
+        """Point at the parts, made contiguous; kept alive as long as the result is."""
+        extras = WeightExtras(*(None if e is None else e.contiguous() for e in parts.extras))
+        zero = None if parts.zero is None else parts.zero.contiguous()
+        parts = parts._replace(
+            codes=parts.codes.contiguous(), scale=parts.scale.contiguous(), zero=zero, extras=extras
+        )
+        matrix = cuda_module(_SUBJECT).Matrix(
+            parts.codes.data_ptr(), parts.scale.data_ptr(), FLOAT_CODES.get(parts.scale.dtype, 0),
+            _address(zero), parts.codes.shape[0], parts.in_features, levels_of(parts.bits),
+            parts.group_size, parts.group_dim,
+        )  # fmt: skip
+        matrix.set_parts(_address(extras.row_scale), _address(extras.codebook))
+        if extras.values is not None:
+            matrix.set_remainder(
+                extras.values.data_ptr(), FLOAT_CODES[extras.values.dtype],
+                _address(extras.columns), _address(extras.offsets), extras.values.numel(),
+            )  # fmt: skip
+        return cls(parts, matrix)
+
+    @property
+    def rows(self) -> int:
+        """Output features."""
+        return self.parts.codes.shape[0]
+
+    @property
+    def where(self) -> tuple[int, int]:
+        """Device index and current stream."""
+        return where(self.parts.codes)
+
+    def fused_for(self, dtype: torch.dtype) -> _Fused | None:
+        """The repacked weight, made at the first call; None where only decoding serves."""
+        if dtype not in self.fused:
+            self.fused[dtype] = _repack(self, dtype) if _fusible(self.parts, dtype) else None
+            if self.parts.codes.is_cuda and not torch.cuda.is_current_stream_capturing():
+                event = torch.cuda.Event()
+                event.record()
+                self.made = self.where[1], event
+        return self.fused[dtype]
+
+    def wait(self) -> None:
+        """Order the current stream after the repacking, where another stream did that."""
+        if self.made is None or self.made[0] == self.where[1]:
+            return
+        if not torch.cuda.is_current_stream_capturing():  # a capture begins synchronized
+            self.made[1].wait()
+
+
+_WEIGHTS: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of the codes
+
+
+def gpu_weight(
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    in_features: int,
+    bits: float,
+    group_size: int,
+    group_dim: int,
+    *extras: Tensor | None,
+) -> GpuWeight:
+    """What is derived from these tensors, made once and forgotten with ``codes``.
+
+    While a CUDA graph is captured nothing is kept, since its memory belongs to the graph: a layer
+    that has run once before is captured without its repacking.
+
+    Raises:
+        ValueError: the tensors lie on different devices.
+    """
+    missing = (None,) * (len(NO_EXTRAS) - len(extras))
+    form = WeightExtras(*extras, *missing)
+    tensors = (codes, scale, zero, *form)
+    for tensor in tensors:
+        if tensor is not None and tensor.device != codes.device:
+            raise ValueError(
+                f"{_SUBJECT}: all parts of a weight must be on one device; got {codes.device} and "
+                f"{tensor.device}."
+            )
+    options = (in_features, bits, group_size, group_dim)
+    key = (*options, *(None if t is None else (t.data_ptr(), _version(t)) for t in tensors))
+    kept = _WEIGHTS.get(codes)
+    if kept is not None and kept[0] == key:
+        weight: GpuWeight = kept[1]
+        weight.wait()
+        return weight
+    # detach(): another object over the same memory, so that the entry does not keep its own key.
+    weight = GpuWeight.of(Parts(codes.detach(), scale, zero, *options, form))
+    if not (codes.is_cuda and torch.cuda.is_current_stream_capturing()):
+        _WEIGHTS[codes] = (key, weight)
+    return weight
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+# --- repacking --------------------------------------------------------------------------------
+
+
+def _fusible(parts: Parts, dtype: torch.dtype) -> bool:
+    rows, cols = parts.codes.shape[0], parts.in_features
+    if rows == 0 or cols == 0:
+        return False
+    extent = cols if parts.group_dim == 1 else rows
+    if parts.group_size != 32 and parts.group_size % 64 != 0 and parts.group_size < extent:
+        return False
+    plain = parts.extras.codebook is None and parts.bits < 8
+    if dtype == torch.bfloat16 and plain and parts.zero is not None:
+        return int(parts.zero.max()) <= 128  # larger ones are no exact addend (cuda_decode.cuh)
+    return True
+
+
+def _repack(weight: GpuWeight, dtype: torch.dtype) -> _Fused:
+    parts, module = weight.parts, cuda_module(_SUBJECT)
+    if weight.stored is None:
+        weight.stored = _stored_codes(weight)
+    alpha = None
+    extent = parts.in_features if parts.group_dim == 1 else weight.rows
+    pairs = parts.group_size == 32 and extent > 32
+    if parts.group_dim == 1:
+        scale, zero = _strip_order(parts.scale, pairs), parts.zero
+        zero = None if zero is None else _strip_order(zero, pairs)
+        scale = scale.half() if scale.dtype == torch.uint8 else scale
+    else:
+        scale, alpha = _column_scales(parts.scale, dtype, pairs)
+        zero = None if parts.zero is None else _whole_blocks(parts.zero, pairs)
+    native = module.Linear(
+        weight.matrix, weight.stored.data_ptr(), scale.data_ptr(), FLOAT_CODES[scale.dtype],
+        _address(zero), _address(alpha), _multiprocessors(parts.codes),
+    )  # fmt: skip
+    return _Fused(native, (scale, zero, alpha))
+
+
+def _stored_codes(weight: GpuWeight) -> Tensor:
+    parts, module = weight.parts, cuda_module(_SUBJECT)
+    form = levels_of(parts.bits), parts.extras.codebook is not None
+    sizes = weight.rows, parts.in_features
+    stored = parts.codes.new_empty(module.stored_words(*form, *sizes), dtype=torch.int32)
+    module.repack(*form, False, parts.codes.data_ptr(), *sizes, stored.data_ptr(), weight.where)
+    return stored
+
+
+def _strip_order(grouped: Tensor, pairs: bool) -> Tensor:
+    """``(rows, groups)`` -> strips, groups, and 64 rows in the order of ``scale_place``.
+
+    ``pairs``: a block of 64 columns has two groups; their number becomes even.
+    """
+    rows, groups = grouped.shape
+    padded = F.pad(grouped, (0, groups % 2 if pairs else 0, 0, -rows % _STRIP))
+    strips = padded.view(padded.shape[0] // _STRIP, 4, 2, 8, padded.shape[1])
+    return strips.permute(0, 4, 3, 1, 2).contiguous()
+
+
+def _whole_blocks(grouped: Tensor, pairs: bool) -> Tensor:
+    groups, columns = grouped.shape
+    return F.pad(grouped, (0, -columns % _BLOCK, 0, groups % 2 if pairs else 0)).contiguous()
+
+
+def _column_scales(scale: Tensor, dtype: torch.dtype, pairs: bool) -> tuple[Tensor, Tensor]:
+    """Scales in ``dtype`` under a power of two that brings the largest near 1, and that power."""
+    exact = scale.float()
+    _, exponent = torch.frexp(exact.abs().max())
+    alpha = torch.ldexp(torch.ones((), device=scale.device), exponent).reshape(1)
+    return _whole_blocks((exact / alpha).to(dtype), pairs), alpha
+
+
+# --- products ---------------------------------------------------------------------------------
+
+
+def product(
+    weight: GpuWeight, x: Tensor, bias: Tensor | None, int8: bool, rows: slice | None = None
+) -> Tensor:
+    """The operator: of some rows of W where ``rows`` names them.
+
+    Raises:
+        ValueError: ``x`` or ``bias`` is not where the weight is.
+    """
+    for name, tensor in (("x", x), ("bias", bias)):
+        if tensor is not None and tensor.device != weight.parts.codes.device:
+            raise ValueError(
+                f"{_SUBJECT}: {name} must be on the device of the weight, "
+                f"{weight.parts.codes.device}; got {tensor.device}."
+            )
+    x = x.resolve_conj().resolve_neg()
+    bias = None if bias is None else bias.float().contiguous()
+    if int8:
+        out = linear_int8(weight, x, bias)
+    elif rows is None:
+        return linear(weight, x, bias)
+    else:
+        part = None if bias is None else bias[rows].to(x.dtype)
+        return F.linear(x, dequantize(weight, rows.start, rows.stop, x.dtype), part)
+    return out if rows is None else out[..., rows]
+
+
+def linear(weight: GpuWeight, x: Tensor, bias: Tensor | None) -> Tensor:
+    """``x W^T + bias``; x ``(..., in_features)`` in one of three float types, bias float32."""
+    flat = x.reshape(x.shape[:-1].numel(), weight.parts.in_features)
+    # Weights that float32 must not see rounded: one scale a column is multiplied in before.
+    exact = flat.dtype == torch.float32 and weight.parts.group_dim == 0
+    few = 0 < flat.shape[0] <= FUSED_ROWS[weight.parts.bits]
+    kind = torch.bfloat16 if flat.dtype == torch.float32 else flat.dtype
+    fused = weight.fused_for(kind) if few and not exact else None
+    if fused is None:
+        out = _decoded_linear(weight, flat, bias)
+    elif flat.dtype == torch.float32:
+        out = _two_term_linear(weight, fused, flat, bias)
+    else:
+        out = _fused_linear(weight, fused, flat, bias, flat.dtype)
+    return out.reshape(*x.shape[:-1], weight.rows)
+
+
+def _fused_linear(
+    weight: GpuWeight, fused: _Fused, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    x = _whole_chunks(x)
+    out = x.new_empty((x.shape[0], weight.rows), dtype=out_dtype)
+    on = weight.where
+    for begin in range(0, x.shape[0], _CALL_ROWS):
+        part, to = x[begin : begin + _CALL_ROWS], out[begin : begin + _CALL_ROWS]
+        partials, arrivals = _workspace(fused.native, part)
+        fused.native.run(
+            part.data_ptr(), FLOAT_CODES[x.dtype], part.shape[0], _address(bias), to.data_ptr(),
+            FLOAT_CODES[out_dtype], _address(partials), _address(arrivals), on,
+        )  # fmt: skip
+    return out
+
+
+def _whole_chunks(x: Tensor) -> Tensor:
+    """Rows of whole 16-byte chunks at a 16-byte address, as asynchronous copies want them."""
+    if x.shape[1] % 8 != 0:
+        return F.pad(x, (0, -x.shape[1] % 8))
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def _workspace(native: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    floats, words = native.workspace(x.shape[0])
+    if floats == 0:
+        return None, None
+    return (
+        x.new_empty(floats, dtype=torch.float32),
+        x.new_zeros(words, dtype=torch.int32),
+    )
+
+
+def _two_term_linear(weight: GpuWeight, fused: _Fused, x: Tensor, bias: Tensor | None) -> Tensor:
+    """float32 x as a sum of two bfloat16 terms: within 2^-16 of it."""
+    high = x.bfloat16()
+    low = torch.where(high.isfinite(), x - high.float(), 0.0).bfloat16()
+    both = _fused_linear(weight, fused, torch.cat((high, low)), None, torch.float32)
+    out = both[: x.shape[0]] + both[x.shape[0] :]
+    return out if bias is None else out.add_(bias)
+
+
+def _decoded_linear(weight: GpuWeight, x: Tensor, bias: Tensor | None) -> Tensor:
+    out = x.new_empty((x.shape[0], weight.rows))
+    size = max(1, weight.parts.in_features) * x.element_size()
+    piece = max(_STRIP, _CACHE_BYTES // size // _STRIP * _STRIP)
+    for begin in range(0, weight.rows, piece):
+        end = min(weight.rows, begin + piece)
+        part = None if bias is None else bias[begin:end].to(x.dtype)
+        out[:, begin:end] = F.linear(x, dequantize(weight, begin, end, x.dtype), part)
+    return out
+
+
+def dequantize(
+    weight: GpuWeight, begin: int, end: int, dtype: torch.dtype, indices: Tensor | None = None
+) -> Tensor:
+    """Rows of W in ``dtype`` (float32: exact): ``begin`` to ``end``, or those of ``indices``."""
+    out = weight.parts.codes.new_empty((end - begin, weight.parts.in_features), dtype=dtype)
+    weight.matrix.dequantize(
+        begin, end, _address(indices), FLOAT_CODES[dtype], out.data_ptr(),
+        weight.where,
+    )  # fmt: skip
+    return out
+
+
+def linear_int8(weight: GpuWeight, x: Tensor, bias: Tensor | None) -> Tensor:
+    """The product with x rounded to 8 bits a row: the bits of the CPU."""
+    flat = x.reshape(x.shape[:-1].numel(), weight.parts.in_features).contiguous()
+    out = flat.new_empty((flat.shape[0], weight.rows))
+    rounded = torch.empty_like(flat, dtype=torch.int8)
+    steps = flat.new_empty(flat.shape[0], dtype=torch.float64)
+    weight.matrix.int8(
+        flat.data_ptr(), FLOAT_CODES[flat.dtype], flat.shape[0], _address(bias), rounded.data_ptr(),
+        steps.data_ptr(), out.data_ptr(), weight.where,
+    )  # fmt: skip
+    return out.reshape(*x.shape[:-1], weight.rows)
+
+
+# --- complex ----------------------------------------------------------------------------------
+
+
+def complex_sums(x_real: Tensor, x_imag: Tensor, codes: Tensor, in_features: int) -> Tensor:
+    """``(4, M, rows)`` int32 of :func:`pyrobust.ops.complex_2bit_sums`; x ``(M, in_features)``."""
+    if in_features > _EXACT_COMPLEX_COLUMNS:
+        raise ValueError(
+            f"complex_2bit_sums: in_features must be at most 2**17 on a GPU; got {in_features}."
+        )
+    rows, on = codes.shape[0], where(codes)
+    out = codes.new_zeros((4, x_real.shape[0], rows), dtype=torch.int32)
+    if out.numel() == 0 or in_features == 0:
+        return out
+    native, stored = _complex_weight(codes, in_features)  # stored: alive until the end
+    for begin in range(0, x_real.shape[0], _COMPLEX_ROWS):
+        part = slice(begin, begin + _COMPLEX_ROWS)
+        x = _whole_chunks(torch.cat((x_real[part], x_imag[part])).half())
+        sums = x.new_empty((2, x.shape[0], rows), dtype=torch.int32)
+        partials, arrivals = _workspace(native, x)
+        native.run(
+            x.data_ptr(), x.shape[0], sums.data_ptr(), _address(partials), _address(arrivals),
+            on,
+        )  # fmt: skip
+        (a_u, b_u), (a_v, b_v) = (side.chunk(2) for side in sums)
+        out[:, part] = torch.stack((a_u, b_v, a_v, -b_u))
+    del stored
+    return out
+
+
+_COMPLEX_WEIGHTS: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of the codes
+
+
+def _complex_weight(codes: Tensor, in_features: int) -> tuple[Any, Tensor]:
+    """The repacked weight and the tensor that it points into; kept as :func:`gpu_weight` is."""
+    key = codes.data_ptr(), _version(codes), in_features
+    kept = _COMPLEX_WEIGHTS.get(codes)
+    if kept is not None and kept[0] == key:
+        return kept[1]  # type: ignore[no-any-return]
+    module, rows, on = cuda_module("complex_2bit_sums"), codes.shape[0], where(codes)
+    stored = codes.new_empty(module.stored_words(4, False, rows, in_features), dtype=torch.int32)
+    plain = codes.contiguous()
+    module.repack(4, False, True, plain.data_ptr(), rows, in_features, stored.data_ptr(), on)
+    native = module.ComplexLinear(stored.data_ptr(), rows, in_features, _multiprocessors(codes))
+    if not (codes.is_cuda and torch.cuda.is_current_stream_capturing()):
+        _COMPLEX_WEIGHTS[codes] = (key, (native, stored))
+    return native, stored

@@ -1,0 +1,36 @@
+// The fused product with a planted fault: a stage is read while its copies may be under way.
+#include "bindings/cuda_matmul.h"
+#include "matmul/cuda_linear.cuh"
+#include "shim.h"
+
+namespace pyrobust {
+namespace {
+
+using namespace matmul::gpu;
+
+template <int kLate>
+void run(const LinearArguments& p) {
+  using S = Shape<Format::k4, 8>;
+  cuda::LaunchShape shape;
+  shape.blocks_x = static_cast<unsigned>(thread_blocks_of(p.schedule));
+  shape.threads = S::kThreads;
+  shape.shared_bytes = S::kSharedBytes;
+  cuda::launch(packed_linear_kernel<Format::k4, Float16, 8, 1, kLate>, shape, 0, p);
+}
+
+// At most 8 rows of float16 x, 4 bits; `late` 0 is the kernel as it is.
+void linear_4_late(const cuda_matmul::Linear& weight, uintptr_t x, int64_t count, uintptr_t out,
+                   uintptr_t partials, uintptr_t arrivals, int late) {
+  LinearArguments p = weight.for_rows(count);
+  p.x = device_pointer<const void>(x);
+  p.out = device_pointer<void>(out);
+  p.partials = device_pointer<float>(partials);
+  p.arrivals = device_pointer<int32_t>(arrivals);
+  late == 0 ? run<0>(p) : run<1>(p);
+}
+
+}  // namespace
+
+void bind_matmul_fault(pybind11::module_& m) { m.def("linear_4_late", &linear_4_late); }
+
+}  // namespace pyrobust

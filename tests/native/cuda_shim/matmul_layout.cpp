@@ -1,0 +1,108 @@
+// The index mathematics of matmul/cuda_layout.h as plain functions.
+#include <pybind11/stl.h>
+
+#include <tuple>
+#include <vector>
+
+#include "bindings/tensor_view.h"
+#include "matmul/cuda_layout.h"
+#include "shim.h"
+
+namespace pyrobust {
+namespace {
+
+namespace gpu = matmul::gpu;
+using gpu::Format;
+
+// (word, bit) of every code bit of a strip times a block, (rows, columns, bits): a flat list of
+// word * 32 + bit, the word counted within the block.
+std::vector<int64_t> all_places(int format_) {
+  const auto format = static_cast<Format>(format_);
+  std::vector<int64_t> places;
+  for (int row = 0; row < gpu::kStrip; ++row) {
+    for (int col = 0; col < gpu::kBlock; ++col) {
+      const gpu::Owner at = gpu::owner_of(row, col);
+      for (int i = 0; i < gpu::stored_bits(format); ++i) {
+        const gpu::Place place = gpu::code_place(format, at.r, at.h, at.e, i);
+        places.push_back(gpu::word_index(format, at.lane, at.step, place.word) * 32 + place.bit);
+      }
+    }
+  }
+  return places;
+}
+
+// (row, column) within a strip and block of pair (r, h), element e of a lane's step.
+std::pair<int, int> pair_at(int lane, int step, int r, int h, int e) {
+  return {gpu::pair_row(lane, r), step * gpu::kStepColumns + gpu::pair_column(lane, h) + e};
+}
+
+std::tuple<int, int, int, int, int> owner(int row, int col) {
+  const gpu::Owner at = gpu::owner_of(row, col);
+  return {at.lane, at.step, at.r, at.h, at.e};
+}
+
+void pack(int format_, py::handle codes_, int64_t cols, int levels, py::handle out_) {
+  const TensorView codes = view(codes_, "codes"), out = view(out_, "out");
+  const auto format = static_cast<Format>(format_);
+  out.require_size(0, gpu::stored_words(format, codes.shape[0], cols));
+  const gpu::Codes all = {codes.as<const uint8_t>(), codes.shape[0], cols, levels};
+  for (int64_t i = 0; i < gpu::steps_of(codes.shape[0], cols); ++i) {
+    gpu::pack_indexed_step(format, all, i, out.as<uint32_t>());
+  }
+}
+
+void read(int format, py::handle stored_, py::handle codes_) {
+  const TensorView stored = view(stored_, "stored"), codes = view(codes_, "codes");
+  const int64_t rows = codes.shape[0], cols = codes.shape[1];
+  for (int64_t i = 0; i < rows * cols; ++i) {
+    codes.as<uint8_t>()[i] = static_cast<uint8_t>(gpu::read_code(
+        static_cast<Format>(format), stored.as<uint32_t>(), cols, i / cols, i % cols));
+  }
+}
+
+// (first unit, last unit) of each thread block; (first, last worker) and the workers' slots of each
+// tile; units of a tile.
+py::dict schedule(int64_t rows, int64_t cols, int64_t thread_blocks) {
+  const gpu::Schedule s = gpu::make_schedule(rows, cols, thread_blocks);
+  std::vector<std::pair<int64_t, int64_t>> units, workers;
+  std::vector<std::vector<int64_t>> slots;
+  for (int64_t who = 0; who < gpu::thread_blocks_of(s); ++who) {
+    units.emplace_back(gpu::first_unit(s, who), gpu::last_unit(s, who));
+  }
+  for (int64_t tile = 0; tile * s.blocks < s.total; ++tile) {
+    workers.emplace_back(gpu::first_worker(s, tile), gpu::last_worker(s, tile));
+    slots.emplace_back();
+    for (int64_t who = workers.back().first; who <= workers.back().second; ++who) {
+      slots.back().push_back(gpu::slot_of(s, who, tile));
+    }
+  }
+  py::dict result;
+  result["units"] = units;
+  result["workers"] = workers;
+  result["slots"] = slots;
+  result["blocks"] = s.blocks;
+  result["total"] = s.total;
+  return result;
+}
+
+}  // namespace
+
+void bind_matmul_layout(py::module_& m) {
+  m.def("layout_places", &all_places);
+  m.def("layout_pair", &pair_at);
+  m.def("layout_owner", &owner);
+  m.def("layout_pack", &pack);
+  m.def("layout_read", &read);
+  m.def("layout_bits", [](int format) { return gpu::stored_bits(static_cast<Format>(format)); });
+  m.def("layout_format", [](int levels, bool codebook) {
+    return static_cast<int>(gpu::format_of(levels, codebook));
+  });
+  m.def("layout_stored_words", [](int format, int64_t rows, int64_t cols) {
+    return gpu::stored_words(static_cast<Format>(format), rows, cols);
+  });
+  m.def("layout_scale_place", &gpu::scale_place);
+  m.def("layout_activation_offset", &gpu::activation_offset);
+  m.def("layout_schedule", &schedule);
+}
+
+}  // namespace pyrobust
