@@ -24,12 +24,16 @@ __all__ = [
     "FUSED_ROWS",
     "GpuWeight",
     "Parts",
-    "complex_sums",
+    "address",
     "dequantize",
     "gpu_weight",
     "linear",
     "linear_int8",
+    "multiprocessors",
     "product",
+    "version",
+    "whole_chunks",
+    "workspace",
 ]
 
 # Rows of x up to which the fused kernels serve, by bits. Not measured yet: the arithmetic of
@@ -38,10 +42,8 @@ __all__ = [
 FUSED_ROWS: dict[float, int] = {1: 128, 1.58: 128, 2: 128, 3: 128, 4: 128, 8: 128}
 
 _CALL_ROWS = 64  # of one launch; kMaxFusedRows
-_COMPLEX_ROWS = 8  # of one launch; real and imaginary parts are 16
 _CACHE_BYTES = 24 << 20  # of decoded W at a time: half of an H200's second-level cache
 _STRIP, _BLOCK = 64, 64
-_EXACT_COMPLEX_COLUMNS = 1 << 17  # float32 sums of int8 times 2 stay exact
 
 
 class Parts(NamedTuple):
@@ -60,12 +62,12 @@ class Parts(NamedTuple):
 _SUBJECT = "packed_linear"
 
 
-def _multiprocessors(tensor: Tensor) -> int:
+def multiprocessors(tensor: Tensor) -> int:
     count: int = cuda_module(_SUBJECT).multiprocessors(where(tensor)[0])
     return count
 
 
-def _address(tensor: Tensor | None) -> int:
+def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
@@ -97,14 +99,14 @@ class GpuWeight:
         )
         matrix = cuda_module(_SUBJECT).Matrix(
             parts.codes.data_ptr(), parts.scale.data_ptr(), FLOAT_CODES.get(parts.scale.dtype, 0),
-            _address(zero), parts.codes.shape[0], parts.in_features, levels_of(parts.bits),
+            address(zero), parts.codes.shape[0], parts.in_features, levels_of(parts.bits),
             parts.group_size, parts.group_dim,
         )  # fmt: skip
-        matrix.set_parts(_address(extras.row_scale), _address(extras.codebook))
+        matrix.set_parts(address(extras.row_scale), address(extras.codebook))
         if extras.values is not None:
             matrix.set_remainder(
                 extras.values.data_ptr(), FLOAT_CODES[extras.values.dtype],
-                _address(extras.columns), _address(extras.offsets), extras.values.numel(),
+                address(extras.columns), address(extras.offsets), extras.values.numel(),
             )  # fmt: skip
         return cls(parts, matrix)
 
@@ -167,7 +169,7 @@ def gpu_weight(
                 f"{tensor.device}."
             )
     options = (in_features, bits, group_size, group_dim)
-    key = (*options, *(None if t is None else (t.data_ptr(), _version(t)) for t in tensors))
+    key = (*options, *(None if t is None else (t.data_ptr(), version(t)) for t in tensors))
     kept = _WEIGHTS.get(codes)
     if kept is not None and kept[0] == key:
         weight: GpuWeight = kept[1]
@@ -180,7 +182,7 @@ def gpu_weight(
     return weight
 
 
-def _version(tensor: Tensor) -> int:
+def version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
@@ -216,7 +218,7 @@ def _repack(weight: GpuWeight, dtype: torch.dtype) -> _Fused:
         zero = None if parts.zero is None else _whole_blocks(parts.zero, pairs)
     native = module.Linear(
         weight.matrix, weight.stored.data_ptr(), scale.data_ptr(), FLOAT_CODES[scale.dtype],
-        _address(zero), _address(alpha), _multiprocessors(parts.codes),
+        address(zero), address(alpha), multiprocessors(parts.codes),
     )  # fmt: skip
     return _Fused(native, (scale, zero, alpha))
 
@@ -303,20 +305,20 @@ def linear(weight: GpuWeight, x: Tensor, bias: Tensor | None) -> Tensor:
 def _fused_linear(
     weight: GpuWeight, fused: _Fused, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
-    x = _whole_chunks(x)
+    x = whole_chunks(x)
     out = x.new_empty((x.shape[0], weight.rows), dtype=out_dtype)
     on = weight.where
     for begin in range(0, x.shape[0], _CALL_ROWS):
         part, to = x[begin : begin + _CALL_ROWS], out[begin : begin + _CALL_ROWS]
-        partials, arrivals = _workspace(fused.native, part)
+        partials, arrivals = workspace(fused.native, part)
         fused.native.run(
-            part.data_ptr(), FLOAT_CODES[x.dtype], part.shape[0], _address(bias), to.data_ptr(),
-            FLOAT_CODES[out_dtype], _address(partials), _address(arrivals), on,
+            part.data_ptr(), FLOAT_CODES[x.dtype], part.shape[0], address(bias), to.data_ptr(),
+            FLOAT_CODES[out_dtype], address(partials), address(arrivals), on,
         )  # fmt: skip
     return out
 
 
-def _whole_chunks(x: Tensor) -> Tensor:
+def whole_chunks(x: Tensor) -> Tensor:
     """Rows of whole 16-byte chunks at a 16-byte address, as asynchronous copies want them."""
     if x.shape[1] % 8 != 0:
         return F.pad(x, (0, -x.shape[1] % 8))
@@ -324,7 +326,7 @@ def _whole_chunks(x: Tensor) -> Tensor:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
-def _workspace(native: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def workspace(native: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
     floats, words = native.workspace(x.shape[0])
     if floats == 0:
         return None, None
@@ -360,7 +362,7 @@ def dequantize(
     """Rows of W in ``dtype`` (float32: exact): ``begin`` to ``end``, or those of ``indices``."""
     out = weight.parts.codes.new_empty((end - begin, weight.parts.in_features), dtype=dtype)
     weight.matrix.dequantize(
-        begin, end, _address(indices), FLOAT_CODES[dtype], out.data_ptr(),
+        begin, end, address(indices), FLOAT_CODES[dtype], out.data_ptr(),
         weight.where,
     )  # fmt: skip
     return out
@@ -373,55 +375,7 @@ def linear_int8(weight: GpuWeight, x: Tensor, bias: Tensor | None) -> Tensor:
     rounded = torch.empty_like(flat, dtype=torch.int8)
     steps = flat.new_empty(flat.shape[0], dtype=torch.float64)
     weight.matrix.int8(
-        flat.data_ptr(), FLOAT_CODES[flat.dtype], flat.shape[0], _address(bias), rounded.data_ptr(),
+        flat.data_ptr(), FLOAT_CODES[flat.dtype], flat.shape[0], address(bias), rounded.data_ptr(),
         steps.data_ptr(), out.data_ptr(), weight.where,
     )  # fmt: skip
     return out.reshape(*x.shape[:-1], weight.rows)
-
-
-# --- complex ----------------------------------------------------------------------------------
-
-
-def complex_sums(x_real: Tensor, x_imag: Tensor, codes: Tensor, in_features: int) -> Tensor:
-    """``(4, M, rows)`` int32 of :func:`pyrobust.ops.complex_2bit_sums`; x ``(M, in_features)``."""
-    if in_features > _EXACT_COMPLEX_COLUMNS:
-        raise ValueError(
-            f"complex_2bit_sums: in_features must be at most 2**17 on a GPU; got {in_features}."
-        )
-    rows, on = codes.shape[0], where(codes)
-    out = codes.new_zeros((4, x_real.shape[0], rows), dtype=torch.int32)
-    if out.numel() == 0 or in_features == 0:
-        return out
-    native, stored = _complex_weight(codes, in_features)  # stored: alive until the end
-    for begin in range(0, x_real.shape[0], _COMPLEX_ROWS):
-        part = slice(begin, begin + _COMPLEX_ROWS)
-        x = _whole_chunks(torch.cat((x_real[part], x_imag[part])).half())
-        sums = x.new_empty((2, x.shape[0], rows), dtype=torch.int32)
-        partials, arrivals = _workspace(native, x)
-        native.run(
-            x.data_ptr(), x.shape[0], sums.data_ptr(), _address(partials), _address(arrivals),
-            on,
-        )  # fmt: skip
-        (a_u, b_u), (a_v, b_v) = (side.chunk(2) for side in sums)
-        out[:, part] = torch.stack((a_u, b_v, a_v, -b_u))
-    del stored
-    return out
-
-
-_COMPLEX_WEIGHTS: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of the codes
-
-
-def _complex_weight(codes: Tensor, in_features: int) -> tuple[Any, Tensor]:
-    """The repacked weight and the tensor that it points into; kept as :func:`gpu_weight` is."""
-    key = codes.data_ptr(), _version(codes), in_features
-    kept = _COMPLEX_WEIGHTS.get(codes)
-    if kept is not None and kept[0] == key:
-        return kept[1]  # type: ignore[no-any-return]
-    module, rows, on = cuda_module("complex_2bit_sums"), codes.shape[0], where(codes)
-    stored = codes.new_empty(module.stored_words(4, False, rows, in_features), dtype=torch.int32)
-    plain = codes.contiguous()
-    module.repack(4, False, True, plain.data_ptr(), rows, in_features, stored.data_ptr(), on)
-    native = module.ComplexLinear(stored.data_ptr(), rows, in_features, _multiprocessors(codes))
-    if not (codes.is_cuda and torch.cuda.is_current_stream_capturing()):
-        _COMPLEX_WEIGHTS[codes] = (key, (native, stored))
-    return native, stored

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyrobust import _native
 from pyrobust._checks import check_integer, check_shape
-from pyrobust.ops import _cuda_matmul
+from pyrobust.ops import _cuda_complex
 from pyrobust.ops._library import define, dispatcher_needed
 from pyrobust.ops.formats import row_bytes
 from pyrobust.ops.packed_weight import check_bytes
@@ -129,7 +129,7 @@ def _flat(x: Tensor, in_features: int) -> Tensor:
 def _sums_kernel(x_real: Tensor, x_imag: Tensor, codes: Tensor, in_features: int) -> Tensor:
     real, imag = _flat(x_real, in_features), _flat(x_imag, in_features)
     if codes.is_cuda:
-        sums = _cuda_matmul.complex_sums(real, imag, codes, in_features)
+        sums = _cuda_complex.complex_sums(real, imag, codes, in_features)
         return sums.reshape(4, *x_real.shape[:-1], codes.shape[0])
     out = codes.new_empty((4, real.shape[0], codes.shape[0]), dtype=torch.int32)
     threads = torch.get_num_threads()

@@ -14,6 +14,7 @@ from pyrobust.ops import (
     pack_codes,
     packed_linear,
 )
+from pyrobust.ops._cuda_complex import complex_sums
 from pyrobust.ops.complex_matmul import complex_results
 from pyrobust.quantize import BITS, QTensor
 
@@ -34,7 +35,7 @@ def emulated(monkeypatch):
     monkeypatch.setattr(_cuda_module, "_load", lambda: shim)
 
     def set_multiprocessors(count):
-        monkeypatch.setattr(gpu, "_multiprocessors", lambda _: count)
+        monkeypatch.setattr(gpu, "multiprocessors", lambda _: count)
 
     yield set_multiprocessors
     shim.set_options()
@@ -266,7 +267,7 @@ def test_int8_activations_have_the_bits_of_the_cpu(bits, group_dim, dtype):
 def test_complex_sums_are_those_of_the_cpu(count, shape):
     codes = pack_codes(torch.randint(0, 4, shape, dtype=torch.uint8), bits=2)
     real, imag = (torch.randint(-128, 128, (count, shape[1]), dtype=torch.int8) for _ in range(2))
-    sums = gpu.complex_sums(real, imag, codes, shape[1])
+    sums = complex_sums(real, imag, codes, shape[1])
     assert torch.equal(sums, complex_2bit_sums(real, imag, codes, in_features=shape[1]))
     assert shim.take_counters()["matrix_conflicts"] == 0
 
@@ -277,17 +278,17 @@ def test_complex_results_are_those_of_the_cpu():
     real, imag = (torch.randint(-128, 128, (3, 70), dtype=torch.int8) for _ in range(2))
     scales, steps = torch.rand(2), torch.rand(2, 3)
     expected = complex_2bit_matmul(real, imag, codes, scales, *steps, in_features=70)
-    found = complex_results(gpu.complex_sums(real, imag, codes, 70), scales, *steps)
+    found = complex_results(complex_sums(real, imag, codes, 70), scales, *steps)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_complex_sums_at_their_extremes():
     codes = pack_codes(torch.zeros(1, 131072, dtype=torch.uint8), bits=2)
     x = torch.full((1, 131072), -128, dtype=torch.int8)
-    sums = gpu.complex_sums(x, x, codes, 131072)
+    sums = complex_sums(x, x, codes, 131072)
     assert sums.flatten().tolist() == [-128 * 131072, 0, 0, 128 * 131072]
     with pytest.raises(ValueError, match=r"2\*\*17"):
-        gpu.complex_sums(x, x, codes, 131073)
+        complex_sums(x, x, codes, 131073)
 
 
 def derived(packed):
@@ -337,11 +338,11 @@ def test_a_missing_wait_shows():
     expected = check(drawn, x)
     native = drawn.device.fused_for(torch.float16).native
     out = torch.zeros_like(expected)
-    partials, arrivals = gpu._workspace(native, x)
-    shim.linear_4_late(native, x.data_ptr(), 4, out.data_ptr(), gpu._address(partials),
-                       gpu._address(arrivals), 1)  # fmt: skip
+    partials, arrivals = gpu.workspace(native, x)
+    shim.linear_4_late(native, x.data_ptr(), 4, out.data_ptr(), gpu.address(partials),
+                       gpu.address(arrivals), 1)  # fmt: skip
     assert not torch.equal(out, expected)
     arrivals.zero_()
-    shim.linear_4_late(native, x.data_ptr(), 4, out.data_ptr(), gpu._address(partials),
-                       gpu._address(arrivals), 0)  # fmt: skip
+    shim.linear_4_late(native, x.data_ptr(), 4, out.data_ptr(), gpu.address(partials),
+                       gpu.address(arrivals), 0)  # fmt: skip
     assert torch.equal(out, expected)
