@@ -1,91 +1,122 @@
-"""Interval propagation: ours against one plain forward and centre-radius in torch, in one run.
+"""Interval propagation: ours and other libraries' against one plain forward or step, in one run.
 
-    python -m pytest bench/test_interval.py --benchmark-only -s
+    python -m pytest bench/test_interval.py -s
+    BENCH_THREADS=1,2 BENCH_ROUNDS=20 python -m pytest bench/test_interval.py -s -k MLP
 
-prints milliseconds and the ratio to torch's plain forward for an MLP 784-1024-1024-1024-10, boxes
-of radius 2/255, on as many threads as torch uses.
+All passes of a table take turns, so that a busy moment of the machine meets all of them; the table
+gives the fastest and the median round, and the ratio of the fastest to plain torch. Peers that are
+not installed (auto_LiRPA, JAX) are left out.
 """
 
 from __future__ import annotations
 
-import itertools
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 
+import pyrobust
 from pyrobust import _native
-from pyrobust.ops.interval import interval_linear, interval_packed_linear
-from pyrobust.quantize import round_to_nearest
 
-SIZES = [784, 1024, 1024, 1024, 10]
-GENERATOR = torch.Generator().manual_seed(0)
-LAYERS = [
-    (torch.randn(o, i, generator=GENERATOR) / i**0.5, torch.randn(o, generator=GENERATOR) * 0.1)
-    for i, o in itertools.pairwise(SIZES)
-]
-PACKED = [(round_to_nearest(weight, bits=4, group_size=128), bias) for weight, bias in LAYERS]
+from . import interval_peers as peers
+
+THREADS = [int(n) for n in os.environ.get("BENCH_THREADS", "1,2").split(",")]
+ROUNDS = int(os.environ.get("BENCH_ROUNDS", "15"))
+COMPILED = os.environ.get("BENCH_COMPILED", "1") == "1"
 
 
-def plain(x):
-    for index, (weight, bias) in enumerate(LAYERS):
-        x = F.linear(x if index == 0 else x.relu(), weight, bias)
-    return x
+def forward_passes(model: Any, x: torch.Tensor) -> dict[str, Callable[[torch.Tensor], Any]]:
+    packed = pyrobust.pack(model, bits=4, group_size=128)
+    passes: dict[str, Any] = {
+        "torch, plain forward": model,
+        "pyrobust, nearest (unsound)": peers.ours(model, "nearest"),
+        "pyrobust, real": peers.ours(model, "real"),
+        "pyrobust, deployed": peers.ours(model, "deployed"),
+        "pyrobust, real, 4-bit weights": peers.ours(packed, "real"),
+        "torch, centre and radius": peers.centre_radius(model),
+    }
+    if COMPILED:
+        passes["torch.compile, plain forward"] = torch.compile(model)
+        passes["torch.compile, centre and radius"] = torch.compile(peers.centre_radius(model))
+    passes["auto_LiRPA, IBP"] = peers.auto_lirpa(model, x)
+    passes |= peers.jax_passes(model)
+    return {name: run for name, run in passes.items() if run is not None}
 
 
-def propagate(x, layer, layers):
-    lower, upper = x - 2 / 255, x + 2 / 255
-    for index, (weight, bias) in enumerate(layers):
-        if index > 0:
-            lower, upper = lower.relu(), upper.relu()
-        lower, upper = layer(lower, upper, weight, bias)
-    return lower, upper
+def training_steps(model: Any, x: torch.Tensor) -> dict[str, Callable[[torch.Tensor], Any]]:
+    target = torch.arange(len(x)) % 10
+
+    def step(ends: Any) -> Any:
+        return None if ends is None else peers.worst_case_step(model, ends, target)
+
+    steps: dict[str, Any] = {
+        "torch, plain step": peers.plain_step(model, target),
+        "pyrobust, nearest (unsound)": step(peers.ours(model, "nearest")),
+        "pyrobust, real": step(peers.ours(model, "real")),
+        "torch, centre and radius": step(peers.centre_radius(model)),
+        "auto_LiRPA, IBP": step(peers.auto_lirpa(model, x)),
+    }
+    if COMPILED:
+        steps["torch.compile, centre and radius"] = step(torch.compile(peers.centre_radius(model)))
+    return {name: run for name, run in steps.items() if run is not None}
 
 
-def centre_radius(lower, upper, weight, bias):
-    middle = F.linear((lower + upper) / 2, weight, bias)
-    reach = F.linear((upper - lower) / 2, weight.abs())
-    return middle - reach, middle + reach
+def show(title: str, passes: dict[str, Callable[[torch.Tensor], Any]], x: torch.Tensor) -> None:
+    """Time all passes in turn and print one row each."""
+    seconds: dict[str, list[float]] = {name: [] for name in passes}
+    for name, run in passes.items():
+        for _ in range(2):
+            run(x)
+    calls = {}
+    for name, run in passes.items():  # short passes repeat within a round
+        begin = time.perf_counter()
+        run(x)
+        calls[name] = max(1, min(20, int(0.005 / max(time.perf_counter() - begin, 1e-6))))
+    for _ in range(ROUNDS):
+        for name, run in passes.items():
+            for _ in range(calls[name]):
+                begin = time.perf_counter()
+                run(x)
+                seconds[name].append(time.perf_counter() - begin)
+    base = min(seconds[next(iter(passes))])
+    print(f"\n{title}, {torch.get_num_threads()} threads, {_native.isa()}: fastest, median, ratio")
+    for name, times in seconds.items():
+        least, middle = min(times) * 1e3, statistics.median(times) * 1e3
+        print(f"{name:34} {least:9.3f} ms {middle:9.3f} ms {least / base / 1e3:6.2f}x")
 
 
-def ours(rounding):
-    return lambda *tensors: interval_linear(*tensors, rounding=rounding)
+@pytest.fixture
+def network(request: pytest.FixtureRequest) -> Any:
+    torch.manual_seed(0)
+    make, shape = peers.NETWORKS[request.param]
+    return request.param, make().eval(), shape
 
 
-def packed(lower, upper, weight, bias):
-    return interval_packed_linear(
-        lower, upper, weight.codes, weight.scale, weight.zero, bias,
-        in_features=weight.shape[1], bits=4, group_size=128,
-    )  # fmt: skip
+@pytest.fixture
+def threads(request: pytest.FixtureRequest) -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
 
 
-PASSES = {
-    "torch, plain forward": plain,
-    "torch, centre and radius": lambda x: propagate(x, centre_radius, LAYERS),
-    "pyrobust, nearest (unsound)": lambda x: propagate(x, ours("nearest"), LAYERS),
-    "pyrobust, real": lambda x: propagate(x, ours("real"), LAYERS),
-    "pyrobust, deployed": lambda x: propagate(x, ours("deployed"), LAYERS),
-    "pyrobust, real, 4-bit weights": lambda x: propagate(x, packed, PACKED),
-}
-
-
-@pytest.fixture(scope="module")
-def table():
-    rows: dict[tuple[int, str], float] = {}
-    yield rows
-    if rows:
-        print(f"\nMLP {SIZES}, {torch.get_num_threads()} threads, {_native.isa()}, fastest round")
-        for (batch, name), seconds in rows.items():
-            ratio = seconds / rows[(batch, next(iter(PASSES)))]
-            print(f"batch {batch:4} {name:32} {seconds * 1e3:8.3f} ms {ratio:6.2f}x")
-
-
-@pytest.mark.parametrize("name", PASSES)
+@pytest.mark.parametrize("threads", THREADS, indirect=True)
 @pytest.mark.parametrize("batch", [1, 128])
-def test_interval_forward(benchmark, table, batch, name):
-    benchmark.group = f"interval forward, batch {batch}"
-    x = torch.rand(batch, SIZES[0], generator=GENERATOR)
+@pytest.mark.parametrize("network", peers.NETWORKS, indirect=True)
+def test_forward(network: Any, batch: int, threads: int) -> None:
+    name, model, shape = network
+    x = torch.rand(batch, *shape)
     with torch.no_grad():
-        benchmark(PASSES[name], x)
-    if benchmark.stats is not None:
-        table[(batch, name)] = benchmark.stats.stats.min
+        show(f"{name}, forward, batch {batch}", forward_passes(model, x), x)
+
+
+@pytest.mark.parametrize("threads", THREADS, indirect=True)
+@pytest.mark.parametrize("network", peers.NETWORKS, indirect=True)
+def test_training_step(network: Any, threads: int) -> None:
+    name, model, shape = network
+    x = torch.rand(128, *shape)
+    show(f"{name}, training step, batch 128", training_steps(model, x), x)

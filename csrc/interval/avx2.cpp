@@ -221,22 +221,27 @@ void add_chunk(const float* panel, const float* weight, int64_t stride, int64_t 
   }
 }
 
-void tiles(const Tiles& work) {
+void tiles_of_panel(const Tiles& work, const float* panel, float* sums) {
   for (int64_t i = 0; i < work.rows * kPanelWidth; i += 8) {
-    _mm256_storeu_ps(work.sums + i, _mm256_setzero_ps());
+    _mm256_storeu_ps(sums + i, _mm256_setzero_ps());
   }
   for (int64_t begin = 0; begin < work.terms; begin += kChunk) {
     const int64_t count = work.terms - begin < kChunk ? work.terms - begin : kChunk;
-    const float* panel = work.panel + begin * kPanelWidth;
-    const float* weight = work.weight + begin;
+    const float *column = panel + begin * kPanelWidth, *weight = work.weight + begin;
     int64_t n = 0;
     for (; n + kTileRows <= work.rows; n += kTileRows) {
-      add_chunk<kTileRows>(panel, weight + n * work.terms, work.terms, count,
-                           work.sums + n * kPanelWidth);
+      add_chunk<kTileRows>(column, weight + n * work.terms, work.terms, count,
+                           sums + n * kPanelWidth);
     }
     for (; n < work.rows; ++n) {
-      add_chunk<1>(panel, weight + n * work.terms, work.terms, count, work.sums + n * kPanelWidth);
+      add_chunk<1>(column, weight + n * work.terms, work.terms, count, sums + n * kPanelWidth);
     }
+  }
+}
+
+void tiles(const Tiles& work) {
+  for (int64_t p = 0; p < work.panels; ++p) {
+    tiles_of_panel(work, work.panel + p * work.panel_stride, work.sums + p * work.sum_stride);
   }
 }
 

@@ -24,8 +24,8 @@ constexpr double kLimit = 8.507059173023462e37;        // 2^126
 constexpr int64_t kFewInputs = 4;
 // Rows of W that meet one panel after another: 20 K floats leave a second-level cache room for
 // a panel (128 x 1024 x 1024: 1% faster than 32 K or 64 K).
-constexpr int64_t kBlockFloats = 20480;
-constexpr int64_t kRowStep = 20;  // a multiple of every kernel's tile height
+constexpr int64_t kBlockFloats = 65536;
+constexpr int64_t kRowStep = 60;  // a multiple of every kernel's tile height
 // Panels of patches that share one pass over W.
 constexpr int64_t kPanelsAtOnce = 8;
 // About 20 us: below this a second thread costs more than it brings.
@@ -44,6 +44,7 @@ IntervalKernels pick_kernels() {
   };
 #if defined(PYROBUST_X86)
   if (current_isa() >= Isa::kAvx2) take(avx2_kernels());
+  if (current_isa() >= Isa::kAvx512) take(avx512_kernels());
 #else
   (void)take;
 #endif
@@ -172,20 +173,26 @@ void many_inputs(const Call& call, const IntervalKernels& table, const Constants
   const Floats packed = pack_panels(table, input, batch, terms, num_threads);
   const Shares shares(rows, kRowStep, static_cast<double>(batch) * rows * terms / 8, num_threads);
   const int64_t step = rows_at_once(rows, terms), decoded = decoded_size(call.weight, step);
-  const Floats scratch = floats(shares.number * (decoded + step * kPanelWidth));
+  const int64_t sum_size = step * kPanelWidth;
+  const Floats scratch = floats(shares.number * (decoded + kPanelsOfTile * sum_size));
   shares.run([&](int64_t share, int64_t begin, int64_t end) {
-    float* own = scratch.get() + share * (decoded + step * kPanelWidth);
+    float* own = scratch.get() + share * (decoded + kPanelsOfTile * sum_size);
     float* sums = own + decoded;
     for (int64_t n = begin; n < end; n += step) {
       const int64_t count = std::min(step, end - n);
       const float* weight = rows_of(call.weight, n, count, own);
-      for (int64_t p = 0; p < panels; ++p) {
-        const int64_t at = p * kLanes * rows + n;
-        table.tiles({packed.get() + p * panel_size, weight, count, terms, sums});
-        table.finish_panel({sums, shifted(call.bias, n), input.offsets.get() + p * kLanes, count,
-                            std::min(kLanes, batch - p * kLanes), 1, rows, call.out_lower + at,
-                            call.out_upper + at},
-                           constants);
+      for (int64_t first = 0; first < panels; first += kPanelsOfTile) {
+        const int64_t last = std::min(first + kPanelsOfTile, panels);
+        table.tiles({packed.get() + first * panel_size, last - first, panel_size, weight, count,
+                     terms, sums, sum_size});
+        for (int64_t p = first; p < last; ++p) {
+          const int64_t at = p * kLanes * rows + n;
+          table.finish_panel(
+              {sums + (p - first) * sum_size, shifted(call.bias, n),
+               input.offsets.get() + p * kLanes, count, std::min(kLanes, batch - p * kLanes), 1,
+               rows, call.out_lower + at, call.out_upper + at},
+              constants);
+        }
       }
     }
   });
@@ -257,20 +264,24 @@ void pack_group(const Convolution& conv, int64_t group, int64_t first, int64_t l
   }
 }
 
-// Rows [n, n + count) of W against packed panels [first, last).
+// Rows [n, n + count) of W against packed panels [first, last), all of them at most kPanelsAtOnce.
 void convolve_rows(const Convolution& conv, int64_t n, int64_t count, const float* weight,
                    int64_t first, int64_t last, const float* packed, float* sums) {
-  const int64_t terms = conv.call.weight.terms;
-  for (int64_t p = first; p < last; ++p) {
-    const int64_t image = p / conv.panels_of_image, pixel = p % conv.panels_of_image * kLanes;
-    const int64_t at = (image * conv.call.weight.rows + n) * conv.pixels + pixel;
-    float offsets[kLanes];
-    std::fill(offsets, offsets + kLanes, conv.input.offsets[image]);
-    conv.table.tiles({packed + (p - first) * terms * kPanelWidth, weight, count, terms, sums});
-    conv.table.finish_panel(
-        {sums, shifted(conv.call.bias, n), offsets, count, std::min(kLanes, conv.pixels - pixel),
-         conv.pixels, 1, conv.call.out_lower + at, conv.call.out_upper + at},
-        conv.constants);
+  const int64_t terms = conv.call.weight.terms, sum_size = count * kPanelWidth;
+  for (int64_t begin = first; begin < last; begin += kPanelsOfTile) {
+    const int64_t end = std::min(begin + kPanelsOfTile, last);
+    conv.table.tiles({packed + (begin - first) * terms * kPanelWidth, end - begin,
+                      terms * kPanelWidth, weight, count, terms, sums, sum_size});
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t image = p / conv.panels_of_image, pixel = p % conv.panels_of_image * kLanes;
+      const int64_t at = (image * conv.call.weight.rows + n) * conv.pixels + pixel;
+      float offsets[kLanes];
+      std::fill(offsets, offsets + kLanes, conv.input.offsets[image]);
+      conv.table.finish_panel({sums + (p - begin) * sum_size, shifted(conv.call.bias, n), offsets,
+                               count, std::min(kLanes, conv.pixels - pixel), conv.pixels, 1,
+                               conv.call.out_lower + at, conv.call.out_upper + at},
+                              conv.constants);
+    }
   }
 }
 
@@ -282,7 +293,8 @@ void convolve(const Convolution& conv, int num_threads) {
   const Shares shares(conv.images.batch * conv.panels_of_image, kPanelsAtOnce, work, num_threads);
   const int64_t step = rows_at_once(conv.rows, weight.terms);
   const int64_t decoded = decoded_size(weight, step);
-  const int64_t scratch_size = decoded + kPanelsAtOnce * panel_size + step * kPanelWidth;
+  const int64_t scratch_size =
+      decoded + kPanelsAtOnce * panel_size + kPanelsOfTile * step * kPanelWidth;
   const Floats scratch = floats(shares.number * scratch_size);
   shares.run([&](int64_t share, int64_t begin, int64_t end) {
     float* own = scratch.get() + share * scratch_size;

@@ -20,6 +20,8 @@ PYROBUST_HD int64_t sum_depth(int64_t terms) {
 // Inputs side by side: a panel holds, for every term, kLanes centres and then kLanes radii.
 constexpr int64_t kLanes = 8;
 constexpr int64_t kPanelWidth = 2 * kLanes;
+// How many panels share one pass over a block of W.
+constexpr int64_t kPanelsOfTile = 2;
 
 // The numbers of interval.h that depend on the mode and on K only.
 struct Constants {
@@ -62,13 +64,16 @@ struct Dots {
   int64_t sum_stride;
 };
 
-// The same for one panel: sums (rows, kPanelWidth), centres then radii.
+// The same for a few panels: sums (rows, kPanelWidth) of each, centres then radii.
 struct Tiles {
-  const float* panel;   // (terms, kPanelWidth)
+  const float* panel;  // (terms, kPanelWidth) each
+  int64_t panels;
+  int64_t panel_stride;
   const float* weight;  // (rows, terms)
   int64_t rows;
   int64_t terms;
   float* sums;
+  int64_t sum_stride;  // from one panel's to the next
 };
 
 // Ends of `count` outputs of one input from yc[n], yr[n], bias[n] (or null).
@@ -108,6 +113,7 @@ struct IntervalKernels {
 // A null entry means "use the portable one"; a null table, that the build has no such path.
 extern const IntervalKernels kPortableKernels;
 const IntervalKernels* avx2_kernels();
+const IntervalKernels* avx512_kernels();
 
 }  // namespace interval
 }  // namespace pyrobust

@@ -108,15 +108,36 @@ void add_chunk(const float* panel, const float* weight, int64_t terms, float* su
   for (int64_t lane = 0; lane < kPanelWidth; ++lane) sums[lane] += total[lane];
 }
 
-void tiles(const Tiles& work) {
-  for (int64_t i = 0; i < work.rows * kPanelWidth; ++i) work.sums[i] = 0.0f;
+void tiles_of_panel(const Tiles& work, const float* panel, float* sums) {
+  for (int64_t i = 0; i < work.rows * kPanelWidth; ++i) sums[i] = 0.0f;
   for (int64_t begin = 0; begin < work.terms; begin += kChunk) {
     const int64_t count = work.terms - begin < kChunk ? work.terms - begin : kChunk;
     for (int64_t n = 0; n < work.rows; ++n) {
-      add_chunk(work.panel + begin * kPanelWidth, work.weight + n * work.terms + begin, count,
-                work.sums + n * kPanelWidth);
+      add_chunk(panel + begin * kPanelWidth, work.weight + n * work.terms + begin, count,
+                sums + n * kPanelWidth);
     }
   }
+}
+
+void tiles(const Tiles& work) {
+  for (int64_t p = 0; p < work.panels; ++p) {
+    tiles_of_panel(work, work.panel + p * work.panel_stride, work.sums + p * work.sum_stride);
+  }
+}
+
+void finish_one(float centre, float radius, float shift, float offset, const Constants& constants,
+                float* out_lower, float* out_upper) {
+  centre += shift;
+  float low = centre - radius, high = centre + radius;
+  if (constants.outward) {
+    radius =
+        (radius * constants.inflate + std::fabs(shift) * constants.bias_gain + offset) * kSlack;
+    low = rounding::below(rounding::below(centre) - radius);
+    high = rounding::above(rounding::above(centre) + radius);
+  }
+  const bool bounded = rounding::is_finite(centre) && radius < constants.limit;
+  *out_lower = bounded ? low : -rounding::infinity();
+  *out_upper = bounded ? high : rounding::infinity();
 }
 
 void finish_row(const FinishRow& work, const Constants& constants) {

@@ -1,0 +1,156 @@
+"""Networks and interval passes of other libraries, in one table with ours; absent ones are not.
+
+A pass takes a batch and returns the ends of the output of the box of radius 2/255 around it. A
+training step adds the cross-entropy of the worst-case logits and its backward pass.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyrobust import Interval
+
+EPS = 2 / 255
+Ends = tuple[Tensor, Tensor]
+
+
+def mlp() -> nn.Sequential:
+    """784-1024-1024-1024-10: 2.91 million weights."""
+    sizes = [784, 1024, 1024, 1024]
+    layers: list[nn.Module] = []
+    for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(1024, 10))
+
+
+def cnn7(width: int = 64) -> nn.Sequential:
+    """Seven layers for 3x32x32 images after Shi et al. (2021), no norm: 17.2 million weights."""
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(width, width, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), nn.ReLU(),
+        nn.Conv2d(2 * width, 2 * width, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(2 * width, 2 * width, 3, padding=1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(2 * width * 256, 512), nn.ReLU(), nn.Linear(512, 10),
+    )  # fmt: skip
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Sequential], tuple[int, ...]]] = {
+    "MLP": (mlp, (784,)),
+    "CNN7": (cnn7, (3, 32, 32)),
+}
+
+
+def ours(model: nn.Module, rounding: str = "real") -> Callable[[Tensor], Ends]:
+    """Our interval pass, by calling the model on a box."""
+
+    def run(x: Tensor) -> Ends:
+        box = model(Interval(x - EPS, x + EPS, rounding=rounding))
+        return box.lower, box.upper
+
+    return run
+
+
+def centre_radius(model: nn.Sequential) -> Callable[[Tensor], Ends]:
+    """Two products a layer in plain torch, ends at the ReLUs."""
+
+    def run(x: Tensor) -> Ends:
+        lower, upper = x - EPS, x + EPS
+        for module in model:
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                middle = module((lower + upper) * 0.5)
+                half, size = (upper - lower) * 0.5, module.weight.abs()
+                if isinstance(module, nn.Linear):
+                    reach = F.linear(half, size)
+                else:
+                    reach = F.conv2d(half, size, None, module.stride, module.padding)
+                lower, upper = middle - reach, middle + reach
+            else:
+                lower, upper = module(lower), module(upper)
+        return lower, upper
+
+    return run
+
+
+def auto_lirpa(model: nn.Sequential, x: Tensor) -> Callable[[Tensor], Ends] | None:
+    """``method="IBP"`` of auto_LiRPA, where it is installed."""
+    try:
+        from auto_LiRPA import BoundedModule, BoundedTensor, PerturbationLpNorm
+    except ImportError:
+        return None
+    bounded = BoundedModule(copy.deepcopy(model), x, device=x.device)
+
+    def run(x: Tensor) -> Ends:
+        region = PerturbationLpNorm(norm=float("inf"), x_L=x - EPS, x_U=x + EPS)
+        lower, upper = bounded.compute_bounds(x=(BoundedTensor(x, region),), method="IBP")
+        return lower, upper
+
+    return run
+
+
+def jax_passes(model: nn.Sequential) -> dict[str, Callable[[Tensor], Any]]:
+    """A plain forward and a compiled centre-radius pass of the MLP in JAX, where installed."""
+    try:
+        import jax
+        import jax.numpy as jnp
+    except ImportError:
+        return {}
+    if any(isinstance(module, nn.Conv2d) for module in model):
+        return {}
+    layers = [
+        (jnp.asarray(m.weight.detach().numpy()), jnp.asarray(m.bias.detach().numpy()))
+        for m in model
+        if isinstance(m, nn.Linear)
+    ]
+
+    @jax.jit
+    def plain(x: Any) -> Any:
+        for index, (weight, bias) in enumerate(layers):
+            x = (jax.nn.relu(x) if index else x) @ weight.T + bias
+        return x
+
+    @jax.jit
+    def interval(x: Any) -> Any:
+        lower, upper = x - EPS, x + EPS
+        for index, (weight, bias) in enumerate(layers):
+            if index:
+                lower, upper = jax.nn.relu(lower), jax.nn.relu(upper)
+            middle = (lower + upper) * 0.5 @ weight.T + bias
+            reach = (upper - lower) * 0.5 @ abs(weight).T
+            lower, upper = middle - reach, middle + reach
+        return lower, upper
+
+    def on(function: Any) -> Callable[[Tensor], Any]:
+        return lambda x: jax.block_until_ready(function(jnp.asarray(x.numpy())))
+
+    return {"JAX, plain forward": on(plain), "JAX jit, centre and radius": on(interval)}
+
+
+def worst_case_step(
+    model: nn.Module, ends: Callable[[Tensor], Ends], target: Tensor
+) -> Callable[[Tensor], Any]:
+    """A training step without the optimizer: worst-case cross-entropy and all gradients."""
+
+    def run(x: Tensor) -> None:
+        model.zero_grad()
+        lower, upper = ends(x)
+        own = F.one_hot(target, lower.shape[1]).bool()
+        F.cross_entropy(torch.where(own, lower, upper), target).backward()
+
+    return run
+
+
+def plain_step(model: nn.Module, target: Tensor) -> Callable[[Tensor], Any]:
+    """The same of the network itself."""
+
+    def run(x: Tensor) -> None:
+        model.zero_grad()
+        F.cross_entropy(model(x), target).backward()
+
+    return run

@@ -1,0 +1,188 @@
+// Sixteen lanes: the loops of avx2.cpp where the sums are. A column of a panel, eight centres and
+// eight radii, is one register, so one FMA serves both products: W is loaded once and loses its
+// sign in the upper half by a mask. The rest is avx2.cpp's. Round to nearest throughout: the bounds
+// of interval.h cover it, at a widening far below one part in a hundred thousand.
+#include <immintrin.h>
+
+#include "interval/kernels.h"
+
+namespace pyrobust {
+namespace interval {
+namespace {
+
+static_assert(kPanelWidth == 16, "a column fills a register");
+
+inline __m512 magnitude(__m512 x) {
+  return _mm512_castsi512_ps(
+      _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff)));
+}
+
+// --- a few inputs: R rows of W against B inputs
+// ----------------------------------------------------
+
+template <int R, int B>
+inline void dot_step(const Dots& work, const float* weight, int64_t k, __mmask16 mask,
+                     __m512 (&c)[R][B], __m512 (&r)[R][B]) {
+  __m512 x[B], y[B];
+  for (int b = 0; b < B; ++b) {
+    x[b] = _mm512_maskz_loadu_ps(mask, work.centre + b * work.terms + k);
+    y[b] = _mm512_maskz_loadu_ps(mask, work.radius + b * work.terms + k);
+  }
+  for (int i = 0; i < R; ++i) {
+    const __m512 w = _mm512_maskz_loadu_ps(mask, weight + i * work.terms + k);
+    const __m512 size = magnitude(w);
+    for (int b = 0; b < B; ++b) {
+      c[i][b] = _mm512_fmadd_ps(w, x[b], c[i][b]);
+      r[i][b] = _mm512_fmadd_ps(size, y[b], r[i][b]);
+    }
+  }
+}
+
+template <int R, int B>
+void dot_rows(const Dots& work, int64_t n) {
+  constexpr __mmask16 kAll = 0xffff;
+  const float* weight = work.weight + n * work.terms;
+  const int64_t whole = work.terms / 16 * 16;
+  const auto tail = static_cast<__mmask16>((1u << (work.terms - whole)) - 1);
+  __m512 total_c[R][B], total_r[R][B];
+  for (int i = 0; i < R; ++i) {
+    for (int b = 0; b < B; ++b) total_c[i][b] = total_r[i][b] = _mm512_setzero_ps();
+  }
+  for (int64_t begin = 0; begin < work.terms; begin += 16 * kRun) {
+    const int64_t end = whole < begin + 16 * kRun ? whole : begin + 16 * kRun;
+    __m512 c[R][B], r[R][B];
+    for (int i = 0; i < R; ++i) {
+      for (int b = 0; b < B; ++b) c[i][b] = r[i][b] = _mm512_setzero_ps();
+    }
+    for (int64_t k = begin; k < end; k += 16) dot_step<R, B>(work, weight, k, kAll, c, r);
+    if (end == whole && end < work.terms && end < begin + 16 * kRun) {
+      dot_step<R, B>(work, weight, end, tail, c, r);
+    }
+    for (int i = 0; i < R; ++i) {
+      for (int b = 0; b < B; ++b) {
+        total_c[i][b] = _mm512_add_ps(total_c[i][b], c[i][b]);
+        total_r[i][b] = _mm512_add_ps(total_r[i][b], r[i][b]);
+      }
+    }
+  }
+  for (int i = 0; i < R; ++i) {
+    for (int b = 0; b < B; ++b) {
+      work.centre_sums[b * work.sum_stride + n + i] = _mm512_reduce_add_ps(total_c[i][b]);
+      work.radius_sums[b * work.sum_stride + n + i] = _mm512_reduce_add_ps(total_r[i][b]);
+    }
+  }
+}
+
+template <int R, int B>
+void dots_of(const Dots& work) {
+  int64_t n = 0;
+  for (; n + R <= work.rows; n += R) dot_rows<R, B>(work, n);
+  for (; n < work.rows; ++n) dot_rows<1, B>(work, n);
+}
+
+void dots(const Dots& work) {
+  Dots part = work;
+  for (int64_t b = 0; b < work.batch; b += 4) {
+    part.centre = work.centre + b * work.terms;
+    part.radius = work.radius + b * work.terms;
+    part.centre_sums = work.centre_sums + b * work.sum_stride;
+    part.radius_sums = work.radius_sums + b * work.sum_stride;
+    switch (work.batch - b) {
+      case 1:
+        dots_of<4, 1>(part);
+        break;
+      case 2:
+        dots_of<4, 2>(part);
+        break;
+      case 3:
+        dots_of<2, 3>(part);
+        break;
+      default:
+        dots_of<2, 4>(part);
+    }
+  }
+}
+
+// --- panels: R rows of W against P panels of eight inputs
+// --------------------------------------------
+
+// 24 accumulators, two columns, W, |W| and the mask: 29 of the 32 registers.
+constexpr int kTileRows = 12;
+
+template <int R, int P>
+void add_chunk(const Tiles& work, int64_t first, int64_t n, int64_t begin, int64_t end) {
+  const __m512i mask = _mm512_inserti64x4(_mm512_set1_epi32(-1), _mm256_set1_epi32(0x7fffffff), 1);
+  const float* weight = work.weight + n * work.terms;
+  const float* panel = work.panel + first * work.panel_stride;
+  __m512 chunk[R][P];
+  for (int i = 0; i < R; ++i) {
+    for (int p = 0; p < P; ++p) chunk[i][p] = _mm512_setzero_ps();
+  }
+  for (int64_t from = begin; from < end; from += kRun) {
+    const int64_t to = end < from + kRun ? end : from + kRun;
+    __m512 sum[R][P];
+#pragma GCC unroll 12
+    for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 2
+      for (int p = 0; p < P; ++p) sum[i][p] = _mm512_setzero_ps();
+    }
+    for (int64_t k = from; k < to; ++k) {
+      __m512 x[P];
+#pragma GCC unroll 2
+      for (int p = 0; p < P; ++p) {
+        x[p] = _mm512_loadu_ps(panel + p * work.panel_stride + k * kPanelWidth);
+      }
+#pragma GCC unroll 12
+      for (int i = 0; i < R; ++i) {
+        const __m512 both = _mm512_castsi512_ps(_mm512_and_si512(
+            mask, _mm512_castps_si512(_mm512_set1_ps(weight[i * work.terms + k]))));
+#pragma GCC unroll 2
+        for (int p = 0; p < P; ++p) sum[i][p] = _mm512_fmadd_ps(both, x[p], sum[i][p]);
+      }
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 2
+      for (int p = 0; p < P; ++p) chunk[i][p] = _mm512_add_ps(chunk[i][p], sum[i][p]);
+    }
+  }
+  for (int i = 0; i < R; ++i) {
+    for (int p = 0; p < P; ++p) {
+      float* at = work.sums + (first + p) * work.sum_stride + (n + i) * kPanelWidth;
+      const __m512 before = begin == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(at);
+      _mm512_storeu_ps(at, _mm512_add_ps(before, chunk[i][p]));
+    }
+  }
+}
+
+template <int P>
+void chunk_of_rows(const Tiles& work, int64_t first, int64_t begin, int64_t end) {
+  int64_t n = 0;
+  for (; n + kTileRows <= work.rows; n += kTileRows) {
+    add_chunk<kTileRows, P>(work, first, n, begin, end);
+  }
+  for (; n + 4 <= work.rows; n += 4) add_chunk<4, P>(work, first, n, begin, end);
+  for (; n < work.rows; ++n) add_chunk<1, P>(work, first, n, begin, end);
+}
+
+void tiles(const Tiles& work) {
+  for (int64_t begin = 0; begin < work.terms; begin += kChunk) {
+    const int64_t end = work.terms - begin < kChunk ? work.terms : begin + kChunk;
+    int64_t p = 0;
+    for (; p + 2 <= work.panels; p += 2) chunk_of_rows<2>(work, p, begin, end);
+    if (p < work.panels) chunk_of_rows<1>(work, p, begin, end);
+  }
+  if (work.terms > 0) return;
+  for (int64_t p = 0; p < work.panels; ++p) {
+    for (int64_t i = 0; i < work.rows * kPanelWidth; ++i) work.sums[p * work.sum_stride + i] = 0.0f;
+  }
+}
+
+constexpr IntervalKernels kKernels = {nullptr, nullptr, dots, tiles, nullptr, nullptr};
+
+}  // namespace
+
+const IntervalKernels* avx512_kernels() { return &kKernels; }
+
+}  // namespace interval
+}  // namespace pyrobust
