@@ -7,6 +7,7 @@ training step adds the cross-entropy of the worst-case logits and its backward p
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,7 @@ def mlp() -> nn.Sequential:
     """784-1024-1024-1024-10: 2.91 million weights."""
     sizes = [784, 1024, 1024, 1024]
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+    for inputs, outputs in itertools.pairwise(sizes):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(1024, 10))
 

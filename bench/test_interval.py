@@ -68,7 +68,7 @@ def training_steps(model: Any, x: torch.Tensor) -> dict[str, Callable[[torch.Ten
 def show(title: str, passes: dict[str, Callable[[torch.Tensor], Any]], x: torch.Tensor) -> None:
     """Time all passes in turn and print one row each."""
     seconds: dict[str, list[float]] = {name: [] for name in passes}
-    for name, run in passes.items():
+    for run in passes.values():
         for _ in range(2):
             run(x)
     calls = {}
