@@ -33,6 +33,7 @@ from pyrobust.quantize.phase_codes import (
     nearest_phases,
     phase_values,
 )
+from pyrobust.quantize.phase_product import phase_product
 from pyrobust.quantize.simulated_weight import SimulatedWeight
 
 if TYPE_CHECKING:
@@ -140,6 +141,9 @@ class ComplexLinear(nn.Module):
         dtype = x_real.dtype
         wide = torch.promote_types(dtype, torch.float32)  # rounded once, as the packed layer does
         x_real, x_imag = x_real.to(wide), x_imag.to(wide)
+        if self.weight_bits and self.act_bits and wide == torch.float32:  # as the kernel, exactly
+            real, imag = phase_product(x_real, x_imag, self.weight_real, self.weight_imag)
+            return real.to(dtype) if self.output == "real" else (real.to(dtype), imag.to(dtype))
         if self.act_bits is not None:
             x_real = fake_quantize_activation(x_real, bits=self.act_bits)
             x_imag = fake_quantize_activation(x_imag, bits=self.act_bits)
