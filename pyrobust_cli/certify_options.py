@@ -50,6 +50,8 @@ _OPTIONS = {
     "noise": Option(str, "uniform or laplace for l1 (default: the first of the norm)"),
     "grid": Option(int, "255 for 8-bit images: exact noise on their grid (l2)"),
     "planned": Option(bool, "let the first copies choose how many a radius is worth"),
+    "price": Option(float, "of a copy with --planned, in sigmas of radius (default: 1e-6)"),
+    "randomised": Option(bool, "bound with hardly any of alpha left unused"),
     "relu": Option(str, "local, center or identity: where ReLUs are linearised (default: local)"),
     "attacked": Option(int, "the one modality that may move (default: all, jointly)"),
     "synonyms": Option(str, "file of the words that may stand for one another"),
@@ -77,6 +79,8 @@ METHODS: dict[str, tuple[str, ...]] = {
         "noise",
         "grid",
         "planned",
+        "price",
+        "randomised",
     ),
     "dual": ("sigma", "samples", "selection", "alpha", "seed", "scheme", "fill", "batch_size"),
     "adaptive": (

@@ -19,6 +19,7 @@ from pyrobust._checks import (
     check_choice,
     check_integer,
     check_open_unit,
+    check_positive,
 )
 from pyrobust.certify.bound import METHODS as BOUNDS
 from pyrobust.certify.bound import verified
@@ -27,6 +28,7 @@ from pyrobust.certify.log import LogRow
 from pyrobust.certify.modality_job import MultimodalJob
 from pyrobust.certify.noise import noise_of
 from pyrobust.certify.part_jobs import AdaptiveJob, DualJob, MixtureJob
+from pyrobust.certify.planning import PRICE
 from pyrobust.certify.ranking_job import RankingJob
 from pyrobust.certify.tightness_job import TightnessJob
 
@@ -121,6 +123,8 @@ class SmoothingJob:
         grid: steps per unit of integer images; 255 for 8 bits. Images must be multiples of
             ``1 / grid``.
         planned: let the first copies choose how many a radius is worth.
+        price: of a copy when planning, in standard deviations of radius, ``> 0``.
+        randomised: use the randomised bound of the probability; not with ``radii``.
     """
 
     sigma: float = 0.25
@@ -135,6 +139,8 @@ class SmoothingJob:
     noise: str | None = None
     grid: int | None = None
     planned: bool = False
+    price: float = PRICE
+    randomised: bool = False
     columns: ClassVar[tuple[str, ...]] = ("selection", "counts")
 
     def __post_init__(self) -> None:
@@ -143,8 +149,12 @@ class SmoothingJob:
             check_integer("certify", name, getattr(self, name), 1)
         check_open_unit("certify", "alpha", self.alpha)
         check_integer("certify", "seed", self.seed, 0)
-        if self.planned and self.radii:
-            raise ValueError(f"certify: planned must be False with radii; got radii={self.radii}.")
+        check_positive("certify", "price", self.price)
+        for name in ("planned", "randomised"):
+            if getattr(self, name) and self.radii:
+                raise ValueError(
+                    f"certify: {name} must be False with radii; got radii={self.radii}."
+                )
 
     def rows(
         self, model: nn.Module, images: Tensor, labels: Tensor, first: int, num_classes: int
@@ -176,7 +186,13 @@ class SmoothingJob:
                 counts = torch.stack([hits, drawn - hits], 1).tolist()
             else:
                 certificate = smoothed.certify(
-                    x, n=self.samples, planned=self.planned, first_index=place, **shared
+                    x,
+                    n=self.samples,
+                    planned=self.planned,
+                    price=self.price,
+                    randomised=self.randomised,
+                    first_index=place,
+                    **shared,
                 )
                 counts = certificate.counts.tolist()
             for i, label in enumerate(labels[start : start + step].tolist()):

@@ -183,6 +183,12 @@ def test_options_of_the_noise_reach_the_certificates(model, tmp_path):
         "l0": (SmoothingJob(**plain, norm="l0", sigma=0.5), x, {}),
         "grid": (SmoothingJob(**plain, grid=16), grid, {}),
         "planned": (SmoothingJob(**plain, planned=True), x, {"planned": True}),
+        "price": (
+            SmoothingJob(**plain, planned=True, price=1e-3),
+            x,
+            {"planned": True, "price": 1e-3},
+        ),
+        "randomised": (SmoothingJob(**plain, randomised=True), x, {"randomised": True}),
     }
     for name, (method, images, options) in cases.items():
         out = tmp_path / f"{name}.tsv"
@@ -203,6 +209,8 @@ def test_images_off_the_grid_are_refused(model, tmp_path):
         certify_to_log(job, DATA, tmp_path / "log")
     with pytest.raises(ValueError, match="planned must be False with radii"):
         SmoothingJob(planned=True, radii=(0.5,))
+    with pytest.raises(ValueError, match="randomised must be False with radii"):
+        SmoothingJob(randomised=True, radii=(0.5,))
     with pytest.raises(ValueError, match="norm must be one of l2, l1, l0"):
         SmoothingJob(norm="linf")
 
