@@ -22,6 +22,7 @@ from gpu_timing import Clock, Row, table
 # Module of each part, with a function measure(clock) that yields rows; the most important first.
 PARTS = {
     "ceilings": "gpu_ceilings",
+    "matmul": "gpu_matmul",
     "sampling": "gpu_sampling",
     "interval": "gpu_interval",
 }

@@ -8,7 +8,7 @@ if ! command -v nvcc >/dev/null 2>&1; then
 fi
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
-for source in csrc/*/cuda.cu tests/native/*.cu; do
+for source in csrc/cuda/*.cu csrc/*/cuda*.cu tests/native/*.cu; do
     [ -e "$source" ] || continue
     nvcc -std=c++17 -fmad=false -I csrc -I tests/native -gencode arch=compute_80,code=sm_80 -c "$source" -o "$out/unit.o"
     echo "compile_cuda: $source"

@@ -17,6 +17,7 @@ def bench(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
     import gpu_ceilings
     import gpu_interval
+    import gpu_matmul
     import gpu_sampling
     import gpu_timing
 
@@ -26,17 +27,20 @@ def bench(monkeypatch):
         return 1e-3
 
     monkeypatch.setattr(gpu_timing, "_ROTATED_BYTES", 1)
-    for module in (gpu_ceilings, gpu_interval, gpu_sampling):
+    for module in (gpu_ceilings, gpu_interval, gpu_matmul, gpu_sampling):
         monkeypatch.setattr(module, "seconds_of", once)
     monkeypatch.setattr(gpu_ceilings, "_BYTES", 1 << 12)
     monkeypatch.setattr(gpu_ceilings, "_SIZE", 16)
+    monkeypatch.setattr(gpu_matmul, "_SIZE", 64)
+    monkeypatch.setattr(gpu_matmul, "_MANY", {8: (0.5, 0.9)})
+    monkeypatch.setattr(gpu_matmul, "_SWITCH_ROWS", (2,))
     monkeypatch.setattr(gpu_sampling, "_SHAPES", ((1, 3, 20),))
     monkeypatch.setattr(gpu_sampling, "_COMPILED", (3, 20))
     monkeypatch.setattr(gpu_sampling, "_VOTES", ((20, 3),))
     monkeypatch.setattr(gpu_interval, "_SIZES", (128,))
     monkeypatch.setattr(gpu_interval, "_MUST", {1: (1.5, 1.9), 9: (1.5, 1.9)})
     monkeypatch.setattr(torch, "compile", lambda function: function)
-    return gpu_timing, (gpu_ceilings, gpu_sampling, gpu_interval)
+    return gpu_timing, (gpu_ceilings, gpu_matmul, gpu_sampling, gpu_interval)
 
 
 def test_every_part_yields_rows_with_targets(bench, emulated_cuda):
@@ -44,6 +48,10 @@ def test_every_part_yields_rows_with_targets(bench, emulated_cuda):
     rows = [row for part in parts for row in part.measure(timing.Clock(600))]
     units = {row.unit for row in rows if row.must is not None}
     assert units == {
+        "x torch bf16",
+        "of the floor",
+        "TFLOP/s",
+        "x the peer",
         "of fill_",
         "1e12/s",
         "x torch eager add",
@@ -53,7 +61,7 @@ def test_every_part_yields_rows_with_targets(bench, emulated_cuda):
         "x torch float32 IBP",
     }
     text = timing.table(rows)
-    assert text.count("\n## ") == 3
+    assert text.count("\n## ") == 4
     assert "4 bits W, 128^2, M = 9" in text
 
 

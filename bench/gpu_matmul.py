@@ -1,0 +1,194 @@
+"""The packed product on a GPU against torch's bfloat16 product, the floor and peers.
+
+The floor of a shape is the largest of bytes over a measured copy rate, tensor core work and
+decoding work (instructions a weight from the compile gates). Of peers torch's own 4-bit product is
+measured; the others that should be are named.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from gpu_ceilings import copy_bandwidth
+from gpu_timing import Clock, Row, copies_beyond_cache, seconds_of
+
+from pyrobust import ops
+from pyrobust.ops import _cuda_matmul
+from pyrobust.ops.formats import levels_of, row_bytes
+
+__all__ = ["measure"]
+
+_PART = "matmul"
+_SIZE = 8192
+_GROUP = 128
+_WIDTHS: tuple[float, ...] = (4, 2, 1.58, 3, 8, 1)
+_STORED = {1: 1, 1.58: 2, 2: 2, 3: 3, 4: 4, 8: 8}
+# Of at most 16 rows: times torch bf16 (must, lead) and share of the floor (must, lead).
+_FEW = {
+    8: (1.5, 1.75, 0.70, 0.80),
+    4: (2.5, 3.2, 0.60, 0.75),
+    3: (3.0, 4.0, 0.55, 0.70),
+    2: (4.0, 5.4, 0.50, 0.65),
+    1.58: (4.0, 5.4, 0.50, 0.65),
+    1: (4.5, 6.5, 0.40, 0.50),
+}
+_MANY = {256: (0.5, 0.9), 1024: (0.8, 0.9), 4096: (0.93, 0.9)}
+_SWITCH_ROWS = (64, 96, 128, 192, 256)
+# Issued instructions a weight of decoding in float16 (tests/native/test_cuda_matmul_gates.py).
+_ISSUED = {8: 1.00, 4: 1.13, 3: 1.22, 2: 1.06, 1.58: 1.06, 1: 0.98}
+_CLOCK = 1.83e9  # Hz under load, of an H200
+_TENSOR = 490e12  # operations a second that mma.sync reaches at best there
+
+
+def measure(clock: Clock) -> Iterator[Row]:
+    """Few rows at every width, 64 rows, many rows, the switch, other groups, peers."""
+    copy_rate = copy_bandwidth()
+    for count in (1, 16, 64):
+        dense = _dense(count, torch.bfloat16)
+        for bits in _WIDTHS:
+            if clock.left() < 20:
+                return
+            yield from _fused(count, bits, dense, copy_rate)
+    yield from _many(clock)
+    yield from _switch(clock)
+    yield from _groups(clock)
+    yield from _peers(clock)
+
+
+def _dense(count: int, dtype: torch.dtype, size: int = _SIZE) -> float:
+    x = torch.randn(count, size, dtype=dtype)
+    copies = copies_beyond_cache(2 * size * size)
+    weights = [torch.randn(size, size, dtype=dtype) for _ in range(copies)]
+    return seconds_of([lambda w=w: F.linear(x, w) for w in weights])
+
+
+def _product(
+    count: int,
+    bits: float,
+    dtype: torch.dtype,
+    *,
+    group_size: int = _GROUP,
+    group_dim: int = 1,
+    zero: bool = False,
+) -> float:
+    grouped = (_SIZE, -(-_SIZE // group_size))
+    grouped = grouped if group_dim == 1 else grouped[::-1]
+    x = torch.randn(count, _SIZE, dtype=dtype)
+    calls: list[Callable[[], object]] = []
+    for _ in range(copies_beyond_cache(_SIZE * _SIZE * _STORED[bits] // 8)):
+        # Any bytes are codes; of ternary ones those below 3^5.
+        most = 243 if bits == 1.58 else 256
+        packed = torch.randint(0, most, (_SIZE, row_bytes(_SIZE, bits)), dtype=torch.uint8)
+        scale = (torch.rand(grouped) / 64 + 1e-3).half()
+        zeros = torch.randint(0, levels_of(bits), grouped, dtype=torch.uint8) if zero else None
+        form = {"in_features": _SIZE, "bits": bits, "group_size": group_size}
+        form["group_dim"] = group_dim
+        calls.append(lambda c=packed, s=scale, z=zeros, f=form: ops.packed_linear(x, c, s, z, **f))
+    with torch.no_grad():
+        for call in calls:  # repacking is no part of a product
+            call()
+        return seconds_of(calls)
+
+
+def _floor(count: int, bits: float, copy_rate: float) -> float:
+    weights = _SIZE * _SIZE
+    nbytes = weights * (_STORED[bits] + 16 / _GROUP) / 8 + 4 * count * _SIZE
+    issue = _ISSUED[bits] + -(-count // 8) / 8
+    lanes = _cuda_matmul.multiprocessors(torch.empty(0)) * 128 * _CLOCK
+    return max(nbytes / copy_rate, 2 * count * weights / _TENSOR, weights * issue / lanes)
+
+
+def _fused(count: int, bits: float, dense: float, copy_rate: float) -> Iterator[Row]:
+    seconds = _product(count, bits, torch.float16)
+    floor = _floor(count, bits, copy_rate)
+    what = f"{bits} bits, M = {count}, {_SIZE} x {_SIZE}, group {_GROUP}, float16"
+    detail = f"{seconds * 1e6:.1f} us, bf16 {dense * 1e6:.1f}, floor {floor * 1e6:.1f}"
+    if count <= 16:
+        must, lead, share, best = _FEW[bits]
+        yield Row(_PART, what, dense / seconds, "x torch bf16", must, lead, detail)
+        yield Row(_PART, what, floor / seconds, "of the floor", share, best, detail)
+        return
+    rate = 2 * count * _SIZE * _SIZE / seconds / 1e12
+    targets = (300.0, 370.0) if bits <= 4 else (None, None)
+    yield Row(_PART, what, rate, "TFLOP/s", *targets, detail)
+
+
+def _many(clock: Clock) -> Iterator[Row]:
+    for count, (must, lead) in _MANY.items():
+        dense = _dense(count, torch.bfloat16)
+        for bits in (4, 2):
+            if clock.left() < 15:
+                return
+            seconds = _product(count, bits, torch.bfloat16)
+            detail = f"{seconds * 1e6:.0f} us, bf16 {dense * 1e6:.0f}"
+            what = f"{bits} bits, M = {count}, decoded"
+            yield Row(_PART, what, dense / seconds, "x torch bf16", must, max(lead, must), detail)
+
+
+def _switch(clock: Clock) -> Iterator[Row]:
+    """Both paths on either side of the switch: what FUSED_ROWS should say."""
+    table = _cuda_matmul.FUSED_ROWS
+    kept = dict(table)
+    try:
+        for bits in (8, 4, 2, 1):
+            for count in _SWITCH_ROWS:
+                if clock.left() < 12:
+                    return
+                table[bits] = 1 << 30
+                fused = _product(count, bits, torch.float16)
+                table[bits] = 0
+                decoded = _product(count, bits, torch.float16)
+                detail = f"fused {fused * 1e6:.0f} us, decoded {decoded * 1e6:.0f}"
+                what = f"{bits} bits, M = {count}, switch now at {kept[bits]}"
+                yield Row(_PART, what, decoded / fused, "x the decoded path", detail=detail)
+    finally:
+        table.update(kept)
+
+
+def _groups(clock: Clock) -> Iterator[Row]:
+    """What other groups, directions and types cost at 4 bits."""
+    base = _product(16, 4, torch.float16)
+    for what, options, dtype in (
+        ("group 32", {"group_size": 32}, torch.float16),
+        ("one scale a row", {"group_size": _SIZE}, torch.float16),
+        ("zero-points", {"zero": True}, torch.float16),
+        ("group_dim 0", {"group_dim": 0}, torch.float16),
+        ("bfloat16", {}, torch.bfloat16),
+        ("float32", {}, torch.float32),
+    ):
+        if clock.left() < 10:
+            return
+        seconds = _product(16, 4, dtype, **options)
+        detail = f"{seconds * 1e6:.1f} us, base {base * 1e6:.1f}"
+        yield Row(_PART, f"4 bits, M = 16, {what}", base / seconds, "x group 128", detail=detail)
+
+
+def _peers(clock: Clock) -> Iterator[Row]:
+    """Torch's own 4-bit product; those that are not measured are named."""
+    for count in (1, 16, 64):
+        if clock.left() < 8:
+            return
+        ours = _product(count, 4, torch.bfloat16, zero=True)
+        try:
+            peer = _tinygemm(count)
+        except (RuntimeError, NotImplementedError):  # this build of torch has no such kernel
+            peer = math.nan
+        detail = f"ours {ours * 1e6:.1f} us, _weight_int4pack_mm {peer * 1e6:.1f}"
+        what = f"4 bits, M = {count}, against torch's tinygemm"
+        yield Row(_PART, what, peer / ours, "x the peer", 0.85, 1.1, detail)
+    for name in ("humming", "Marlin", "gemlite", "bitsandbytes"):
+        yield Row(_PART, f"against {name}: not done here", math.nan, "x the peer", 0.85, 1.1)
+
+
+def _tinygemm(count: int) -> float:
+    x = torch.randn(count, _SIZE, dtype=torch.bfloat16)
+    scales = torch.rand(_SIZE // _GROUP, _SIZE, 2).bfloat16()
+    weights = []
+    for _ in range(copies_beyond_cache(_SIZE * _SIZE // 2)):
+        codes = torch.randint(0, 256, (_SIZE, _SIZE // 2), dtype=torch.uint8)
+        weights.append(torch.ops.aten._convert_weight_to_int4pack(codes, 8))
+    product = torch.ops.aten._weight_int4pack_mm
+    return seconds_of([lambda w=w: product(x, w, _GROUP, scales) for w in weights])
