@@ -125,21 +125,6 @@ void tiles(const Tiles& work) {
   }
 }
 
-void finish_one(float centre, float radius, float shift, float offset, const Constants& constants,
-                float* out_lower, float* out_upper) {
-  centre += shift;
-  float low = centre - radius, high = centre + radius;
-  if (constants.outward) {
-    radius =
-        (radius * constants.inflate + std::fabs(shift) * constants.bias_gain + offset) * kSlack;
-    low = rounding::below(rounding::below(centre) - radius);
-    high = rounding::above(rounding::above(centre) + radius);
-  }
-  const bool bounded = rounding::is_finite(centre) && radius < constants.limit;
-  *out_lower = bounded ? low : -rounding::infinity();
-  *out_upper = bounded ? high : rounding::infinity();
-}
-
 void finish_row(const FinishRow& work, const Constants& constants) {
   for (int64_t n = 0; n < work.count; ++n) {
     finish_one(work.centre_sums[n], work.radius_sums[n], work.bias != nullptr ? work.bias[n] : 0.0f,
