@@ -4,21 +4,26 @@ Under the null hypothesis (an image of somebody else) every extracted bit matche
 probability 1/2, independently; the number of matches over m images of n bits is Binomial(n m, 1/2)
 and the threshold is exact. The extractor must give unbiased, independent bits on foreign images:
 :func:`pyrobust.train.whiten_extractor_` makes them unbiased on average, but bits of images of one
-kind stay correlated, so many similar images say less than the test counts.
+kind stay correlated, so many similar images say less than the test counts. The second null
+hypothesis needs no such assumption: whatever the images, a message that was drawn at random and
+kept apart from them matches as often as any other message would, so the number of matches is
+compared with its exact distribution over all ``2^n`` messages.
 
 Source: Lin et al., "An Efficient Watermarking Method for Latent Diffusion Models via Low-Rank
-Adaptation", arXiv 2410.20202, verification step; the exact binomial test over several images.
+Adaptation", arXiv 2410.20202, verification step; the exact binomial test over several images. The
+distribution over messages is a randomisation test (Fisher 1935), our addition.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from pyrobust._checks import check_eval_mode, check_integer, check_open_unit
+from pyrobust._checks import check_choice, check_eval_mode, check_integer, check_open_unit
 
 __all__ = [
     "Ownership",
@@ -131,6 +136,20 @@ def ownership_threshold(n_bits: int, fpr: float) -> int:
     return threshold
 
 
+def _message_tail(ones: np.ndarray, images: int) -> np.ndarray:
+    """``P(matches >= t)`` for t = 0 .. n m + 1 under a uniformly random message.
+
+    ``ones`` counts, bit by bit, the images that read 1: a bit of the message adds that count or the
+    rest of the images, each with probability 1/2.
+    """
+    probability = np.zeros(images * len(ones) + 2)
+    probability[0] = 1.0
+    for count in ones.tolist():
+        probability = 0.5 * (np.roll(probability, count) + np.roll(probability, images - count))
+    tail: np.ndarray = probability[::-1].cumsum()[::-1]
+    return tail
+
+
 @torch.no_grad()
 def verify_ownership(
     images: Tensor,
@@ -139,8 +158,9 @@ def verify_ownership(
     *,
     fpr: float = 0.005,
     image_range: tuple[float, float] | None = None,
+    null: str = "binomial",
 ) -> Ownership:
-    """Exact binomial test over a batch of images.
+    """Exact test of the number of matching bits over a batch of images.
 
     Args:
         images: ``(m, C, H, W)`` float in the extractor's range.
@@ -149,20 +169,29 @@ def verify_ownership(
         fpr: accepted false-positive rate of the whole statement, in ``(0, 1)``.
         image_range: the range that the extractor takes; images beyond it by more than a quarter of
             its width are refused. None checks nothing.
+        null: "binomial": all bits of all images are independent and fair, as published;
+            "message": the message was drawn uniformly and independently of these images, which may
+            depend on each other in any way (images of one decoder do). It claims nothing below
+            ``fpr = 2^-n``.
 
     Returns:
         The decision with its figures.
 
     Raises:
         ValueError: the extractor is in training mode, the message is not binary or of another
-            length, ``fpr`` is out of range, or the images leave the declared range.
+            length, ``fpr`` or ``null`` is not accepted, or the images leave the declared range.
     """
+    check_choice("verify_ownership", "null", null, ["binomial", "message"])
     check_image_range("verify_ownership", "images", images, image_range)
     check_eval_mode("verify_ownership", extractor)
     check_open_unit("verify_ownership", "fpr", fpr)
     logits = extractor(images)
     matches = round(bit_accuracy(logits, message) * logits.numel())
     bits = logits.numel()
-    threshold = ownership_threshold(bits, fpr)
-    p_value = float(stats.binom.sf(matches - 1, bits, 0.5))
+    if null == "binomial":
+        threshold = ownership_threshold(bits, fpr)
+        p_value = float(stats.binom.sf(matches - 1, bits, 0.5))
+    else:
+        tail = _message_tail((logits > 0).sum(0).cpu().numpy(), len(logits))
+        threshold, p_value = int(np.argmax(tail <= fpr)), float(tail[matches])
     return Ownership(matches >= threshold, matches, bits, threshold, p_value)

@@ -25,12 +25,12 @@ from pyrobust.weights.svd_split import svd_split
 __all__ = ["ConvLoRA2d", "LoHa", "LoRALinear", "VeRA"]
 
 
-def _check_rank(subject: str, r: int, rows: int, columns: int) -> None:
+def _check_rank(subject: str, r: int, rows: int, columns: int, full_rank: bool = False) -> None:
     check_integer(subject, "r", r, 1)
-    if r >= min(rows, columns):
-        raise ValueError(
-            f"{subject}: r must be below min({columns}, {rows}) = {min(rows, columns)}; got {r}."
-        )
+    limit = min(rows, columns)
+    if r > limit or (r == limit and not full_rank):
+        bound = "at most" if full_rank else "below"
+        raise ValueError(f"{subject}: r must be {bound} min({columns}, {rows}) = {limit}; got {r}.")
 
 
 def _uniform_factor(rows: int, columns: int, like: Tensor) -> nn.Parameter:
@@ -41,14 +41,16 @@ def _uniform_factor(rows: int, columns: int, like: Tensor) -> nn.Parameter:
 class _LowRank(Adapter):
     """LoRA over the weight seen as ``groups`` matrices ``(rows / groups, columns)``."""
 
-    def __init__(self, base: nn.Linear | nn.Conv2d, r: int, alpha: float, init: str) -> None:
+    def __init__(
+        self, base: nn.Linear | nn.Conv2d, r: int, alpha: float, init: str, full_rank: bool
+    ) -> None:
         super().__init__(base)
         groups = base.groups if isinstance(base, nn.Conv2d) else 1
         subject = type(self).__name__
         check_positive(subject, "alpha", alpha)
         check_choice(subject, "init", init, ["zero", "pissa"])
         rows, columns = base.weight.shape[0], base.weight[0].numel()
-        _check_rank(subject, r, rows // groups, columns)
+        _check_rank(subject, r, rows // groups, columns, full_rank)
         self.r, self.alpha, self.groups, self.init = r, alpha, groups, init
         self.lora_A = _uniform_factor(groups * r, columns, base.weight)
         self.lora_B = nn.Parameter(base.weight.new_zeros(rows, r))
@@ -93,6 +95,8 @@ class LoRALinear(_LowRank):
         alpha: the update is scaled by ``alpha / r``; ``> 0``.
         init: "zero" (the update starts at zero) or "pissa" (the top singular triples move from the
             frozen weight into the factors).
+        full_rank: accept ``r = min(in_features, out_features)`` too, which saves nothing but is
+            what a checkpoint may hold.
 
     Raises:
         TypeError: ``base`` is not an ``nn.Linear``.
@@ -107,9 +111,15 @@ class LoRALinear(_LowRank):
     layer_types = (nn.Linear,)
 
     def __init__(
-        self, base: nn.Linear, *, r: int = 8, alpha: float = 16.0, init: str = "zero"
+        self,
+        base: nn.Linear,
+        *,
+        r: int = 8,
+        alpha: float = 16.0,
+        init: str = "zero",
+        full_rank: bool = False,
     ) -> None:
-        super().__init__(base, r, alpha, init)
+        super().__init__(base, r, alpha, init, full_rank)
 
     def delta_forward(self, x: Tensor) -> Tensor:
         """Two thin products."""
@@ -124,6 +134,8 @@ class ConvLoRA2d(_LowRank):
         r: rank (per group), below ``min(in_channels / groups * k * k, out_channels / groups)``.
         alpha: the update is scaled by ``alpha / r``; ``> 0``.
         init: "zero" or "pissa" (ungrouped layers only).
+        full_rank: accept the least of the two itself too, which saves nothing but is what a
+            checkpoint may hold.
 
     Raises:
         TypeError: ``base`` is not an ``nn.Conv2d``.
@@ -133,9 +145,15 @@ class ConvLoRA2d(_LowRank):
     layer_types = (nn.Conv2d,)
 
     def __init__(
-        self, base: nn.Conv2d, *, r: int = 4, alpha: float = 32.0, init: str = "zero"
+        self,
+        base: nn.Conv2d,
+        *,
+        r: int = 4,
+        alpha: float = 32.0,
+        init: str = "zero",
+        full_rank: bool = False,
     ) -> None:
-        super().__init__(base, r, alpha, init)
+        super().__init__(base, r, alpha, init, full_rank)
 
     def delta_forward(self, x: Tensor) -> Tensor:
         """The two small convolutions."""

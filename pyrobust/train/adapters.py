@@ -84,18 +84,27 @@ class LoRA:
         r: rank.
         alpha: the update is scaled by ``alpha / r``.
         init: "zero" or "pissa".
+        full_rank: accept a rank as large as the least dimension of a weight, as checkpoints of
+            other tools may have it.
     """
 
     targets: tuple[str, ...]
     r: int = 8
     alpha: float = 16.0
     init: str = "zero"
+    full_rank: bool = False
 
     def build(self, layer: nn.Module) -> Adapter:
         """The adapter over ``layer``."""
         kind: type[ConvLoRA2d] | type[LoRALinear]
         kind = ConvLoRA2d if isinstance(layer, nn.Conv2d) else LoRALinear
-        return kind(layer, r=self.r, alpha=self.alpha, init=self.init)  # type: ignore[arg-type]
+        return kind(
+            layer,  # type: ignore[arg-type]  # other kinds are refused by the adapter
+            r=self.r,
+            alpha=self.alpha,
+            init=self.init,
+            full_rank=self.full_rank,
+        )
 
 
 def _matches(name: str, targets: tuple[str, ...]) -> bool:

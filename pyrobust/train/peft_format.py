@@ -113,7 +113,7 @@ def load_peft_lora(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Modul
         alpha = _setting(config, "alpha_pattern", "lora_alpha", name)
         by_setting.setdefault((rank, alpha), []).append(name)
     for (rank, alpha), group in by_setting.items():
-        apply_adapter(model, LoRA(tuple(group), r=rank, alpha=alpha))
+        apply_adapter(model, LoRA(tuple(group), r=rank, alpha=alpha, full_rank=True))
     for name, adapter in adapters(model).items():
         for factor in ("lora_A", "lora_B"):
             own = adapter.get_parameter(factor).requires_grad_(True)

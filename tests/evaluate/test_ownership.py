@@ -1,5 +1,7 @@
 """The exact binomial ownership test."""
 
+import itertools
+
 import pytest
 import torch
 from scipy import stats
@@ -35,6 +37,14 @@ def test_false_positive_rate_on_random_messages():
     assert abs(rate - exact) <= 3 * (exact * (1 - exact) / 2000) ** 0.5
 
 
+@pytest.mark.parametrize(("images", "threshold"), [(1, 34), (16, 421), (64, 1608)])
+def test_thresholds_of_48_bits_over_several_images(images, threshold):
+    """The bit accuracy that is claimed falls from 0.708 over 0.548 to 0.523."""
+    assert ownership_threshold(48 * images, 0.005) == threshold
+    assert stats.binom.sf(threshold - 1, 48 * images, 0.5) <= 0.005
+    assert stats.binom.sf(threshold - 2, 48 * images, 0.5) > 0.005
+
+
 class Fixed(nn.Module):
     def __init__(self, logits):
         super().__init__()
@@ -56,11 +66,45 @@ def test_verification_counts_over_images():
     assert not verify_ownership(torch.zeros(1, 1, 2, 2), Fixed(logits).eval(), message).claimed
 
 
+def test_the_null_of_a_random_message_is_exact_by_enumeration():
+    logits = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
+    extractor, images = Fixed(logits).eval(), torch.zeros(5, 1, 2, 2)
+    every = torch.tensor(list(itertools.product((0, 1), repeat=6)))
+    matches = ((logits > 0)[None] == (every > 0)[:, None]).sum((1, 2))
+    for message, own in zip(every, matches, strict=True):
+        result = verify_ownership(images, extractor, message, fpr=0.1, null="message")
+        assert result.p_value == pytest.approx((matches >= own).double().mean().item())
+        assert result.claimed == (result.p_value <= 0.1)
+
+
+def test_dependent_images_break_the_binomial_null_and_not_that_of_the_message():
+    """One row of foreign bits a hundred times: all bits of one image, nothing more."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 16, generator=generator).repeat(100, 1)
+    extractor, images = Fixed(logits).eval(), torch.zeros(100, 1, 2, 2)
+    claims = {"binomial": 0, "message": 0}
+    for message in torch.randint(2, (400, 16), generator=generator):
+        for null in claims:
+            claims[null] += verify_ownership(
+                images, extractor, message, fpr=0.05, null=null
+            ).claimed
+    assert claims["binomial"] > 0.3 * 400
+    assert claims["message"] <= 0.05 * 400 + 3 * (0.05 * 0.95 * 400) ** 0.5
+    assert claims["message"] > 0
+    whole = verify_ownership(images, extractor, (logits[0] > 0).long(), fpr=1e-4, null="message")
+    assert whole.claimed
+    assert whole.p_value == pytest.approx(2.0**-16)
+    never = verify_ownership(images, extractor, (logits[0] > 0).long(), fpr=1e-5, null="message")
+    assert not never.claimed
+
+
 def test_refusals():
     message = torch.tensor([1, 0])
     extractor = Fixed(torch.zeros(1, 3))
     with pytest.raises(ValueError, match="training mode"):
         verify_ownership(torch.zeros(1, 1, 1, 1), extractor, message)
+    with pytest.raises(ValueError, match="null must be one of"):
+        verify_ownership(torch.zeros(1, 1, 1, 1), extractor, message, null="other")
     with pytest.raises(ValueError, match="gives 3 bits, the message has 2"):
         verify_ownership(torch.zeros(1, 1, 1, 1), extractor.eval(), message)
     with pytest.raises(ValueError, match="zeros and ones"):
