@@ -73,13 +73,13 @@ def crown_ibp_loss(
     check_unit("crown_ibp_loss", "share", share)
     box = Interval.ball(x, eps, clamp=clamp, rounding="nearest")
     spec = margin_specification(labels, _classes(model, x)).to(x)
-    plain = bound(model, box, spec)
     if fused:
-        return _fused(model, box, spec, plain, share)
-    worst = plain.lower
+        return _fused(model, box, spec, bound(model, box, spec), share)
+    # a share of 1 needs no intervals of its own: the relaxation is cut by them already
+    worst = bound(model, box, spec).lower if share < 1 else torch.zeros(())
     if share > 0:
-        tight = bound(model, box, spec, "crown-ibp").lower
-        worst = share * tight + (1 - share) * worst
+        tight = bound(model, box, spec, "crown-ibp", lower_only=True).lower
+        worst = share * tight + (1 - share) * worst.to(tight.device)
     return _margin_loss(worst)
 
 
@@ -248,7 +248,7 @@ def _fused(model: nn.Module, box: Interval, spec: Tensor, plain: Interval, share
     slope = (at_low - at_high) / width
     level = at_low + slope * low
     combined = (slope.unsqueeze(-1) * spec).sum(1, keepdim=True)
-    least = bound(model, box, combined, "crown-ibp").lower[:, 0]
+    least = bound(model, box, combined, "crown-ibp", lower_only=True).lower[:, 0]
     total = (level.sum(1) - least).clamp(min=1e-30)
     intervals = at_low.sum(1)
     total = share * torch.minimum(total, intervals) + (1 - share) * intervals

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyrobust.certify.relaxation.lines import Bend
+from pyrobust.certify.relaxation.lines import Bend, Lines
+from pyrobust.interval.outward import UNIT
 
 __all__ = ["BENDS"]
 
@@ -64,6 +65,22 @@ def _clamped(least: float | None, most: float | None) -> Bend:
     return Bend(lambda x: torch.clamp(x, least, most), slope, borders)
 
 
+def _relu_lines(low: Tensor, high: Tensor, sound: bool) -> Lines:
+    """Chord above; below, the identity or zero, whichever is higher in the middle of the box."""
+    over, under = high.clamp(min=0), low.clamp(max=0)
+    width = over - under
+    slope = torch.where(width > 0, over / torch.where(width > 0, width, 1.0), 0.0)
+    # any slope is valid above zero's value and the upper end's
+    shift = torch.maximum(-slope * under, over - slope * over)
+    if sound:
+        shift = shift + 4 * UNIT[low.dtype] * (over - under)
+    shift = torch.where((low < 0) & (high > 0), shift, 0.0)
+    below = (high + low > 0).to(low.dtype)
+    below = torch.where(low >= 0, 1.0, torch.where(high <= 0, 0.0, below))
+    slope = torch.where(low >= 0, 1.0, torch.where(high <= 0, 0.0, slope))
+    return Lines(below, torch.zeros_like(shift), slope, shift)
+
+
 def _leaky(negative_slope: float = 0.01) -> Bend:
     return Bend(lambda x: F.leaky_relu(x, negative_slope), _step(0.0, negative_slope, 1.0), (0.0,))
 
@@ -115,7 +132,7 @@ def _gelu(approximate: str = "none") -> Bend:
 
 
 BENDS: dict[str, Callable[..., Bend]] = {
-    "relu": lambda: Bend(torch.relu, _step(0.0, 0.0, 1.0), (0.0,)),
+    "relu": lambda: Bend(torch.relu, _step(0.0, 0.0, 1.0), (0.0,), lines=_relu_lines),
     "relu6": lambda: _clamped(0.0, 6.0),
     "hardtanh": lambda min_val=-1.0, max_val=1.0: _clamped(min_val, max_val),
     "clamp": lambda min=None, max=None: _clamped(min, max),

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from pyrobust.certify.relaxation.backward import Box, Problem, lower_bounds
+from pyrobust.certify.relaxation.backward import Box, Problem, element_bounds, lower_bounds
 from pyrobust.certify.relaxation.graph import Step, step_of, trace_graph
 from pyrobust.certify.relaxation.lines import Lines, best_lines, lines_for
 from pyrobust.interval.outward import straight_through
@@ -33,6 +33,10 @@ __all__ = ["crown_bound"]
 # Copies of the coefficients of the largest value that are alive at once, measured.
 _COPIES = 5
 _ALPHA_COPIES = 16
+# Rows of coefficients whose work equals the fixed cost of another backward pass, measured.
+_OVERHEAD = 8
+# Undecided elements of an image from which units that are off pay for passes of their own.
+_MANY = 64
 
 
 def crown_bound(
@@ -45,6 +49,7 @@ def crown_bound(
     iterations: int = 20,
     learning_rate: float = 0.1,
     intersect: bool = True,
+    lower_only: bool = False,
 ) -> Interval:
     """Bounds of ``spec @ model(x)`` by linear relaxation alone; see :func:`pyrobust.certify.bound`.
 
@@ -58,16 +63,18 @@ def crown_bound(
         learning_rate: of its Adam optimiser.
         intersect: cut hidden intervals by those of interval propagation; without, they are those
             of the relaxation alone, to compare with other implementations.
+        lower_only: leave the upper ends infinite, which halves the last backward pass.
     """
     sound = x.rounding != "nearest"
     problem, output = _forward(model, x, method != "crown-ibp", max_memory, intersect)
     rows = _rows(problem.boxes[output], spec)
-    both = torch.cat([rows, -rows])
+    both = rows if lower_only else torch.cat([rows, -rows])
     if method == "alpha-crown":
         values = _optimised(problem, output, both, max_memory, iterations, learning_rate)
     else:
         values = _chunked(problem, output, both, max_memory)
-    lower, upper = values[: len(rows)].mT, -values[len(rows) :].mT
+    lower = values[: len(rows)].mT
+    upper = torch.full_like(lower, torch.inf) if lower_only else -values[len(rows) :].mT
     shape = (len(x), *problem.boxes[output].lower.shape[1:]) if spec is None else lower.shape
     lower, upper = lower.reshape(shape), upper.reshape(shape)
     if not sound:
@@ -153,16 +160,25 @@ def _enter(problem: Problem, step: Step, value: Interval, batch: int, dtype: tor
 
 @torch.no_grad()
 def _keeps_images_apart(problem: Problem, step: Step) -> bool:
-    if step.affine is None or step.affine.weight is not None:
+    """Whether no image's value depends on another; notes operations tied to the batch's size."""
+    affine = step.affine
+    if affine is None or affine.per_image:
         return True
     boxes = [problem.boxes[n].lower for n in step.inputs]
     if len(boxes[0]) == 1:
         return True
-    base = [torch.zeros_like(b) for b in boxes]
-    moved = [z.clone() for z in base]
+    base = affine.apply(*[torch.zeros_like(b) for b in boxes])
+    moved = [torch.zeros_like(b) for b in boxes]
     for z in moved:
         z[0] = 1.0
-    return torch.equal(step.affine.apply(*base)[1:], step.affine.apply(*moved)[1:])
+    try:
+        alone = affine.apply(*[torch.zeros_like(b[:1]) for b in boxes])
+        # one image gives what it gives in the batch, and the constants are those of every image
+        alike = alone.shape == base[:1].shape and bool((base == alone).all())
+    except (RuntimeError, IndexError, ValueError):
+        alike = False  # as a reshape to a fixed batch
+    problem.separable &= alike
+    return torch.equal(base[1:], affine.apply(*moved)[1:])
 
 
 # -- hidden values -------------------------------------------------------------------------------
@@ -178,21 +194,18 @@ def _tighten(
         return  # the interval is exact there
     box = problem.boxes[node]
     undecided = _undecided(step, box)
-    if len(undecided) == 0:
+    if not bool(undecided.any()):
         return
-    shape = box.lower.shape[1:]
-    low, high = box.lower.flatten(1).clone(), box.upper.flatten(1).clone()
-    size = _chunk_size(problem, max_memory, _COPIES) // 2
-    for part in undecided.split(max(size, 1)):
-        rows = low.new_zeros(len(part), 1, low.shape[1])
-        rows[torch.arange(len(part)), 0, part] = 1.0
-        rows = rows.reshape(len(part), 1, *shape)
-        bounds = lower_bounds(problem, node, torch.cat([rows, -rows]), problem.lines)
-        found = bounds[: len(part)].mT, -bounds[len(part) :].mT
-        if intersect:
-            found = torch.maximum(low[:, part], found[0]), torch.minimum(high[:, part], found[1])
-        low, high = low.index_copy(1, part, found[0]), high.index_copy(1, part, found[1])
-    low, high = low.reshape(box.lower.shape), high.reshape(box.upper.shape)
+    low, high = box.lower.flatten(1), box.upper.flatten(1)
+    found = [
+        _hidden(problem, node, images, undecided[images].any(0), max_memory)
+        for images in _groups(problem, undecided)
+    ]
+    lower = torch.cat([low[:0], *(ends[0] for ends in found)])
+    upper = torch.cat([high[:0], *(ends[1] for ends in found)])
+    if intersect:
+        lower, upper = torch.maximum(low, lower), torch.minimum(high, upper)
+    low, high = lower.reshape(box.lower.shape), upper.reshape(box.upper.shape)
     high = torch.maximum(low, high)  # rounding in nearest mode can cross the ends
     problem.boxes[node] = Box(low, high)
     value = values[node]
@@ -200,12 +213,44 @@ def _tighten(
     values[node] = wrap(ends[0].to(value.dtype), ends[1].to(value.dtype), value.rounding)
 
 
+def _groups(problem: Problem, undecided: Tensor) -> list[slice]:
+    """Images to treat together: one at a time where they differ in what is undecided.
+
+    A group works on every element undecided in one of its images. At batch 32 the union is several
+    times an image's own number, and the coefficients of one image stay in the cache.
+    """
+    batch = len(undecided)
+    whole = batch * int(undecided.any(0).sum())
+    rows = int(undecided.sum())
+    many = rows >= _MANY * batch and not torch.is_grad_enabled()
+    if not problem.separable or (whole <= rows + _OVERHEAD * batch and not many):
+        return [slice(0, batch)]
+    return [slice(image, image + 1) for image in range(batch)]
+
+
+def _hidden(
+    problem: Problem, node: fx.Node, images: slice, chosen: Tensor, max_memory: int
+) -> tuple[Tensor, Tensor]:
+    """``(b, N)`` ends of a value: those of a backward pass where chosen, else what it has."""
+    box = problem.boxes[node]
+    low, high = box.lower[images].flatten(1), box.upper[images].flatten(1)
+    whole = len(low) == len(box.lower)
+    part_of = problem if whole else problem.of_images(images)
+    size = _chunk_size(part_of, max_memory, _COPIES) // 2
+    indices = chosen.nonzero()[:, 0]
+    for part in indices.split(max(size, 1)) if len(indices) else ():
+        bounds = element_bounds(part_of, node, part).expand(-1, len(low))
+        low = low.index_copy(1, part, bounds[: len(part)].mT)
+        high = high.index_copy(1, part, -bounds[len(part) :].mT)
+    return low, high
+
+
 def _is_first(problem: Problem, producer: Step) -> bool:
     return all(n is problem.steps[0].node for n in producer.inputs)
 
 
 def _undecided(step: Step, box: Box) -> Tensor:
-    """Indices of the elements that need lines in some image of the batch."""
+    """``(B, N)``, true where an element needs lines that a tighter interval may change."""
     assert step.bend is not None
     low, high = box.lower.detach(), box.upper.detach()
     if step.bend.curvature > 0:
@@ -214,7 +259,7 @@ def _undecided(step: Step, box: Box) -> Tensor:
         open_ = torch.zeros_like(low, dtype=torch.bool)
         for border in step.bend.borders:
             open_ |= (low < border) & (high > border)
-    return open_.flatten(1).any(0).nonzero()[:, 0]
+    return open_.flatten(1)
 
 
 def _chunk_size(problem: Problem, max_memory: int, copies: int) -> int:

@@ -39,12 +39,19 @@ class Affine:
             sum of the magnitudes of all terms, given the magnitudes of the points.
         weight: of a linear or convolution layer, else None.
         options: stride, padding, dilation, groups of a convolution, else None.
+        pull: ``(S, B, *value)`` coefficients and the shape of an input to coefficients of the
+            inputs, where known; else through the vector-Jacobian product.
+        offset: from a tensor shaped as the value to the value at 0, where known.
+        per_image: whether it is known to treat the images of a batch alike and apart.
     """
 
     apply: Product
     reach: Product
     weight: Tensor | None = None
     options: dict[str, Any] | None = None
+    pull: Callable[[Tensor, torch.Size], list[Tensor]] | None = None
+    offset: Callable[[Tensor], Tensor | None] | None = None
+    per_image: bool = False
 
 
 @dataclass
@@ -191,7 +198,27 @@ def _sort_module(step: Step, module: nn.Module, dtype: torch.dtype) -> None:
     elif kind in _NORMS and getattr(module, "running_var", None) is not None:
         step.affine = _normalisation(module, dtype)
     elif kind in _PLAIN:
-        step.affine = Affine(module, module)
+        step.affine = Affine(module, module, pull=_reshaping(module), per_image=_is_apart(module))
+
+
+def _is_apart(module: nn.Module) -> bool:
+    shaped = isinstance(module, nn.Flatten | nn.Unflatten)
+    return not shaped or getattr(module, "start_dim", getattr(module, "dim", 1)) == 1
+
+
+def _reshaping(module: nn.Module) -> Callable[[Tensor, torch.Size], list[Tensor]] | None:
+    if isinstance(module, nn.Flatten) and _is_apart(module):
+        return lambda a, shape: [a.reshape(*a.shape[:2], *shape)]
+    if isinstance(module, nn.Identity | nn.Dropout):
+        return lambda a, shape: [a]
+    return None
+
+
+def _along_channels(values: Tensor | None) -> Callable[[Tensor], Tensor | None]:
+    """The offset of a layer: its biases at every place."""
+    if values is None:
+        return lambda like: None
+    return lambda like: values.reshape(1, -1, *[1] * (like.ndim - 2)).expand(1, *like.shape[1:])
 
 
 def _magnitude(tensor: Tensor | None) -> Tensor | None:
@@ -200,7 +227,13 @@ def _magnitude(tensor: Tensor | None) -> Tensor | None:
 
 def _linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Affine:
     w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
-    return Affine(lambda x: F.linear(x, w, b), lambda x: F.linear(x, w.abs(), _magnitude(b)), w)
+    return Affine(
+        lambda x: F.linear(x, w, b),
+        lambda x: F.linear(x, w.abs(), _magnitude(b)),
+        w,
+        offset=lambda like: None if b is None else b.expand(1, *like.shape[1:]),
+        per_image=True,
+    )
 
 
 def _convolution(module: Any, dtype: torch.dtype) -> Affine:
@@ -227,6 +260,8 @@ def _convolution(module: Any, dtype: torch.dtype) -> Affine:
         lambda x: function(x, w.abs(), _magnitude(b), **options),
         w if plain else None,
         options if plain else None,
+        offset=_along_channels(b) if plain else None,
+        per_image=True,
     )
 
 
@@ -249,6 +284,8 @@ def _normalisation(module: Any, dtype: torch.dtype) -> Affine:
     return Affine(
         lambda x: (x - shaped(mean, x)) * shaped(scale, x) + shaped(shift, x),
         lambda x: (x + shaped(mean.abs(), x)) * shaped(scale.abs(), x) + shaped(shift.abs(), x),
+        pull=lambda a, shape: [a * shaped(scale, a[0])],
+        per_image=True,
     )
 
 
