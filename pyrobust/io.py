@@ -34,6 +34,7 @@ from pyrobust._load_checks import (
 from pyrobust._pack_plan import identity
 from pyrobust._safetensors import DTYPES, checksum, write_safetensors
 from pyrobust.nn.packed_module import PackedModule
+from pyrobust.nn.rounded_input import rounded_as_stored
 from pyrobust.nn.transposed_linear import as_linear
 from pyrobust.nn.twins import leave_fused_paths, replace_layers
 
@@ -110,7 +111,8 @@ def load(path: Path, model: nn.Module) -> nn.Module:
     check_instance("load", "model", model, nn.Module)
     with opened(path) as file:
         description = read_description(path, file)
-        with as_linear(model, description["layers"]):
+        layers = description["layers"]
+        with as_linear(model, layers), rounded_as_stored(model, layers, file.keys()):
             twins = _load_into(path, model, description, file)
     result: nn.Module = twins.get(model, model)
     leave_fused_paths(result)

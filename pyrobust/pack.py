@@ -23,6 +23,7 @@ from pyrobust._pack_plan import BitsFor, LayerPlan, check_plans, identity, plan_
 from pyrobust._pack_report import LayerReport, PackReport, attach, pack_report
 from pyrobust._pack_simulated import pack_simulated
 from pyrobust.nn.packed_module import PackedModule
+from pyrobust.nn.rounded_input import behind
 from pyrobust.nn.transposed_linear import as_linear
 from pyrobust.nn.twins import TWINS, leave_fused_paths, replace_layers
 from pyrobust.ops.formats import check_bits
@@ -150,7 +151,7 @@ def pack(
             if owner not in ready:
                 ready[owner] = quantized(owner)
             twin = _twin(plan.layer, ready[owner], activations)
-            twins[plan.layer] = twin
+            twins[plan.layer] = behind(twin, ready[owner].activation if owner == name else None)
             rows[name] = _packed_row(name, plan, twin, owner, ready[owner])
         everything = (*trained_rows.values(), *rows.values())
         return _assemble(model, twins, everything, inplace, transposed)

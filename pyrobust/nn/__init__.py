@@ -2,6 +2,7 @@
 
 from pyrobust.nn.adapter import Adapter, weight_checksum
 from pyrobust.nn.adaptive_smoothing import AdaptiveMixedClassifier, MixedClassifier
+from pyrobust.nn.affine_rounding import AffineRounding
 from pyrobust.nn.complex_decoder import (
     ComplexAttention,
     ComplexDecoderConfig,
@@ -81,6 +82,7 @@ __all__ = [
     "PackedEmbedding",
     "PackedLinear",
     "PackedQKAttention",
+    "AffineRounding",
     "RoundedInput",
     "QuantizedLinear",
     "SIREN",

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pyrobust.nn.packed_linear import PackedLinear
+from pyrobust.nn.half_sums import packed_linear_of
 from pyrobust.quantize.qk_attention import QKAttention
 
 __all__ = ["PackedQKAttention"]
@@ -30,7 +30,7 @@ class PackedQKAttention(QKAttention):
         self.dim, self.num_heads = attention.dim, attention.num_heads
         self.head_dim, self.output = attention.head_dim, attention.output
         self.dropout = attention.dropout
-        self.qk = PackedLinear.from_qtensor(attention.simulated_weights()["qk"].qtensor)
+        self.qk = packed_linear_of(attention.simulated_weights()["qk"].qtensor, None)
         self.value = attention.value.to_packed()
         self.proj = attention.proj.to_packed()
         vectors = attention.bias_vectors()

@@ -7,9 +7,9 @@ of the block) and takes the results; running the model up to here is the walker'
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,12 @@ from torch import Tensor, nn
 from pyrobust._checks import check_choice, check_instance
 from pyrobust.quantize.calibration import Call, StopForward
 from pyrobust.quantize.hessian import HessianAccumulator, relative_output_error
+from pyrobust.quantize.learned_activation import rounding_inputs
 from pyrobust.quantize.qtensor import QTensor
 from pyrobust.quantize.round_to_nearest import round_to_nearest
+
+if TYPE_CHECKING:
+    from pyrobust.nn.affine_rounding import AffineRounding
 
 __all__ = ["BlockQuantizer", "CalibrationBlock", "Observer", "Quantized", "quantize_by_layer"]
 
@@ -36,12 +40,14 @@ class Quantized:
         error_nearest: relative change of the layer's output, had the weight been rounded to
             nearest in the same format; None where it was not measured.
         error: the same for ``qtensor``.
+        activation: the rounding of the layer's input, or None to leave that in float.
     """
 
     qtensor: QTensor
     bias: Tensor | None = None
     error_nearest: float | None = None
     error: float | None = None
+    activation: AffineRounding | None = None
 
 
 class BlockQuantizer(Protocol):
@@ -103,6 +109,8 @@ class CalibrationBlock:
         self._float = {each: _parameter(layer, "weight").data for each, layer in layers.items()}
         self._bias: dict[str, Tensor] = {}
         self._hessians: dict[str, Tensor] = {}
+        self._rounding: dict[str, ExitStack] = {}
+        self._rounds = True
 
     # -- weights -------------------------------------------------------------------------------
 
@@ -110,13 +118,20 @@ class CalibrationBlock:
         """The float weight of a layer as rows and columns."""
         return self._float[name].flatten(1)
 
-    def install(self, name: str, qtensor: QTensor, bias: Tensor | None = None) -> None:
+    def install(
+        self,
+        name: str,
+        qtensor: QTensor,
+        bias: Tensor | None = None,
+        activation: AffineRounding | None = None,
+    ) -> None:
         """Make ``qtensor`` the result of a layer; the block computes with it from now on.
 
         Args:
             name: of the layer.
             qtensor: its weight, rows and columns.
             bias: its new bias, or None to keep it.
+            activation: the rounding of its input, or None.
         """
         check_instance("install", "qtensor", qtensor, QTensor)
         nearest = error = None
@@ -125,14 +140,14 @@ class CalibrationBlock:
             plain = round_to_nearest(self.weight(name), **self.formats[name])
             nearest = relative_output_error(hessian, self.weight(name), plain.dequantize())
             error = relative_output_error(hessian, self.weight(name), qtensor.dequantize())
-        self.results[name] = Quantized(qtensor, bias, nearest, error)
-        self._put(name, qtensor.dequantize(), bias)
+        self.take({name: Quantized(qtensor, bias, nearest, error, activation)})
 
     def take(self, results: Mapping[str, Quantized]) -> None:
         """Install results that were computed before."""
         for name, result in results.items():
             self.results[name] = result
             self._put(name, result.qtensor.dequantize(), result.bias)
+            self._round_input(name, result.activation)
 
     def _put(self, name: str, weight: Tensor, bias: Tensor | None = None) -> None:
         old = self._float[name]
@@ -143,8 +158,25 @@ class CalibrationBlock:
             self._bias.setdefault(name, parameter.data)
             parameter.data = bias.detach().to(self._bias[name])
 
+    def _round_input(self, name: str, activation: AffineRounding | None) -> None:
+        if name in self._rounding:
+            self._rounding.pop(name).close()
+        if activation is None:
+            return
+
+        def rounding(x: Tensor) -> Tensor:
+            return cast(Tensor, activation(x)) if self._rounds else x
+
+        self._rounding[name] = ExitStack()
+        self._rounding[name].enter_context(rounding_inputs(self.layers, {name: rounding}))
+
     def restore(self) -> None:
         """Put the float weights back."""
+        for name in list(self._rounding):
+            self._round_input(name, None)
+        self._restore_parameters()
+
+    def _restore_parameters(self) -> None:
         for name, layer in self.layers.items():
             _parameter(layer, "weight").data = self._float[name]
             if name in self._bias:
@@ -167,10 +199,12 @@ class CalibrationBlock:
         parameters = [_parameter(self.layers[name], "weight") for name in names]
         parameters += [_parameter(self.layers[name], "bias") for name in self._bias]
         now = [parameter.data for parameter in parameters]
-        self.restore()
+        self._restore_parameters()
+        self._rounds = False
         try:
             yield
         finally:
+            self._rounds = True
             for parameter, value in zip(parameters, now, strict=True):
                 parameter.data = value
 

@@ -31,6 +31,7 @@ __all__ = ["ConversionFolder", "describe_conversion"]
 _VERSION = 1
 _RESULTS = "pyrobust.results"
 _REMAINDER = "remainder."  # before the names of its tensors
+_ACTIVATION = "activation."  # the same
 
 
 class ConversionFolder:
@@ -115,19 +116,30 @@ def _flatten(name: str, result: Quantized, tensors: dict[str, Tensor]) -> dict[s
             plain[part.name] = value
     if result.bias is not None:
         tensors[f"{name}/bias"] = result.bias.detach()
+    if result.activation is not None:
+        for key, value in result.activation.state_dict().items():
+            tensors[f"{name}/{_ACTIVATION}{key}"] = value
     errors = {"error_nearest": result.error_nearest, "error": result.error}
     return {"qtensor": plain, **errors}
 
 
 def _rebuild(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Quantized:
+    from pyrobust.nn.affine_rounding import AffineRounding
+
     stored = {key.rpartition("/")[2]: value for key, value in tensors.items() if _of(name, key)}
     bias = stored.pop("bias", None)
     pieces = {key: stored.pop(key) for key in list(stored) if key.startswith(_REMAINDER)}
+    rounding = {key: stored.pop(key) for key in list(stored) if key.startswith(_ACTIVATION)}
     parts: dict[str, Any] = {**stored, **entry["qtensor"]}
     if pieces:
         kept = {key.removeprefix(_REMAINDER): value for key, value in pieces.items()}
         parts["remainder"] = SparseRemainder(**kept)
-    return Quantized(QTensor(**parts), bias, entry["error_nearest"], entry["error"])
+    activation = None
+    if rounding:
+        activation = AffineRounding()
+        activation.load_state_dict({k.removeprefix(_ACTIVATION): v for k, v in rounding.items()})
+    errors = entry["error_nearest"], entry["error"]
+    return Quantized(QTensor(**parts), bias, *errors, activation)
 
 
 def _of(name: str, key: str) -> bool:

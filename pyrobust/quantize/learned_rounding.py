@@ -8,7 +8,8 @@ Source: Yvinec, Dapogny, Bailly, "Gradient-based post-training quantization: cha
 quo", 2023, arXiv 2308.07662, the factors that it audits (its "GPTQ" is this family, not the
 Hessian method of that name); mechanics of Nagel et al., AdaRound, ICML 2020, arXiv 2004.10568,
 Li et al., BRECQ, ICLR 2021, arXiv 2102.05426 (blocks), and Wei et al., QDrop, ICLR 2022,
-arXiv 2203.05740 (mixed inputs). There is no public code of the first paper.
+arXiv 2203.05740 (mixed inputs, activations dropped at random). There is no public code of the
+first paper.
 Departures: nearest rounding stays wherever learning did not improve the loss on all calibration
 data; the form of two degrees of freedom is ours; under the mean squared error a coordinate descent
 (:mod:`pyrobust.quantize.code_descent`) follows the gradient steps, and GPTQ may come before them.
@@ -72,14 +73,20 @@ class LearnedRounding:
         regularization: weight of the penalty that drives offsets to integers.
         warmup: share of the steps before it starts.
         start: ``"nearest"``, offsets at which the soft weight is the float weight; ``"gptq"``, the
-            codes of GPTQ for the weight that serves the layer's inputs best, free to move to any
-            level in the descent (``scope="layer"``, ``loss="mse"``, no ``scheme``).
+            codes of GPTQ, for layers for the weight that serves the layer's inputs best and free to
+            move to any level in the descent (layers: ``loss="mse"``; no ``scheme``).
         descent: sweeps of coordinate descent after the steps, at most; single codes move, within
             what ``freedom`` allows, and scales are fitted while that lowers the error. Layers under
-            ``"mse"`` only.
+            ``"mse"`` only: the error of a block is no quadratic function of its weights.
         damp: for ``start`` and ``descent``: adds to the second moments of the inputs this share of
             their mean, which keeps weights that few data determine near their float values.
-        seed: of the choice of minibatches and of mixed inputs.
+        activation_bits: 2 to 8, to round the inputs of layers too, with a step and a lowest level
+            per layer that are learned (inputs of layers with 8-bit weights get 8 bits); None leaves
+            activations in float. Packed layers then stand behind the rounding of their inputs
+            (:class:`pyrobust.nn.RoundedInput`).
+        drop: probability that an element of a rounded input is left in float in a step (QDrop), in
+            [0, 1].
+        seed: of the choice of minibatches, of mixed inputs and of dropping.
 
     Raises:
         ValueError: an option is out of range.
@@ -104,6 +111,8 @@ class LearnedRounding:
     start: str = "nearest"
     descent: int = 20
     damp: float = 0.01
+    activation_bits: int | None = None
+    drop: float = 0.5
     seed: int = 0
 
     propagate = "quantized"
@@ -127,6 +136,13 @@ class LearnedRounding:
         check_positive(subject, "scale_rate", self.scale_rate)
         check_at_least(subject, "regularization", self.regularization, 0.0)
         check_unit(subject, "warmup", self.warmup)
+        check_unit(subject, "drop", self.drop)
+        if self.activation_bits is not None:
+            check_integer(subject, "activation_bits", self.activation_bits, 2)
+            if self.activation_bits > 8:
+                raise ValueError(
+                    f"{subject}: activation_bits must be at most 8; got {self.activation_bits}."
+                )
         if self.learning_rate is not None:
             check_positive(subject, "learning_rate", self.learning_rate)
         if self.scheme is not None:
@@ -135,11 +151,12 @@ class LearnedRounding:
             self._check_gptq()
 
     def _check_gptq(self) -> None:
-        asked = (self.scope, self.loss, self.scheme, self.weight_fraction)
-        if asked != ("layer", "mse", None, 1.0):
+        asked = (self.loss, self.scheme, self.weight_fraction)
+        fits = self.loss == "mse" or self.scope == "block"
+        if not fits or asked[1:] != (None, 1.0):
             raise ValueError(
-                "LearnedRounding: start 'gptq' needs scope 'layer', loss 'mse', no scheme and a "
-                f"weight_fraction of 1; got {asked}."
+                "LearnedRounding: start 'gptq' needs loss 'mse' (in scope 'layer'), no scheme and "
+                f"a weight_fraction of 1; got {asked}."
             )
 
     @property
@@ -180,6 +197,8 @@ class LearnedRounding:
             start=self.start,
             descent=self.descent,
             damp=self.damp,
+            activation_bits=self.activation_bits,
+            drop=self.drop,
         )
         (round_layers if self.scope == "layer" else round_block)(block, options)
 

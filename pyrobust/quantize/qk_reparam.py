@@ -200,7 +200,7 @@ class QKReparamAttention(QKAttention):
             raise ValueError("QKReparamAttention: w_bits must be set to pack; got None.")
         matrix = self.qk_matrix()
         size = 2 * self.query.numel() * self.query.element_size()
-        parts = {"qk": SimulatedWeight(matrix, self.qk_quantizer.qtensor(matrix), size)}
+        parts = {"qk": SimulatedWeight(matrix, self.qk_quantizer.stored(matrix), size)}
         for name in ("value", "proj"):
             parts[name] = getattr(self, name).simulated_weights()[""]
         return parts

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from typing_extensions import Self
 
 from pyrobust._checks import check_choice, check_instance
+from pyrobust.quantize.half_integer import HalfStepTensor
 from pyrobust.quantize.lsq import ActivationQuantizer, LSQQuantizer
 from pyrobust.quantize.qtensor import QTensor
 from pyrobust.quantize.simulated_weight import SimulatedWeight
@@ -42,13 +43,24 @@ class _RoundedWeight(nn.Module):
         return rounded
 
     def to_qtensor(self) -> QTensor:
-        """:meth:`simulated_weight` as packed codes, exactly; rows are output channels."""
+        """:meth:`simulated_weight` as packed codes, exactly; rows are output channels.
+
+        Raises:
+            ValueError: it is an 8-bit weight of StatsQ, which packs but is no ``QTensor``.
+        """
         return self.weight_quantizer.qtensor(self.weight)
+
+    def stored_weight(self) -> QTensor | HalfStepTensor:
+        """What packing stores."""
+        quantizer = self.weight_quantizer
+        if isinstance(quantizer, StatsQuantizer):
+            return quantizer.stored(self.weight)
+        return quantizer.qtensor(self.weight)
 
     def simulated_weights(self) -> dict[str, SimulatedWeight]:
         """The one weight of this layer, for the report of packing."""
         size = self.weight.numel() * self.weight.element_size()
-        return {"": SimulatedWeight(self.weight, self.to_qtensor(), size)}
+        return {"": SimulatedWeight(self.weight, self.stored_weight(), size)}
 
     def _rounded_input(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         return (x if self.activation is None else self.activation(x)).to(dtype)
@@ -159,10 +171,9 @@ class QuantLinear(_RoundedWeight, nn.Linear):
 
         The rounding of the input is copied.
         """
-        from pyrobust.nn.packed_linear import PackedLinear
+        from pyrobust.nn.half_sums import packed_linear_of
 
-        layer = PackedLinear.from_qtensor(self.to_qtensor(), self.bias)
-        return self._behind_activation(layer)
+        return self._behind_activation(packed_linear_of(self.stored_weight(), self.bias))
 
 
 class QuantConv2d(_RoundedWeight, nn.Conv2d):
@@ -219,18 +230,9 @@ class QuantConv2d(_RoundedWeight, nn.Conv2d):
 
     def to_packed(self) -> nn.Module:
         """As :meth:`QuantLinear.to_packed`, with a ``PackedConv2d``."""
-        from pyrobust.nn.packed_conv import PackedConv2d
+        from pyrobust.nn.half_sums import packed_conv_of
 
-        qtensor = self.to_qtensor()
-        layer = PackedConv2d.like(
-            self,
-            bits=qtensor.bits,
-            group_size=qtensor.group_size,
-            group_dim=1,
-            symmetric=True,
-            activations=None,
-        )
-        return self._behind_activation(layer.extend(qtensor.layout).adopt(qtensor, self.bias))
+        return self._behind_activation(packed_conv_of(self.stored_weight(), self))
 
 
 def _weight_quantizer(

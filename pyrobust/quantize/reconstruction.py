@@ -11,13 +11,14 @@ gradient descent for the quantization of LLMs", arXiv 2309.05516 (sign descent).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pyrobust.quantize.learned_activation import LearnedActivation
 from pyrobust.quantize.qtensor import QTensor
 from pyrobust.quantize.rounding_grid import RoundingGrid
 from pyrobust.quantize.rounding_variable import RoundingVariable
@@ -151,6 +152,7 @@ def reconstruct(
     weights: dict[str, LearnedWeight],
     loss: Callable[[dict[str, Tensor]], Tensor],
     schedule: Schedule,
+    activations: Sequence[LearnedActivation] = (),
 ) -> None:
     """Move the variables (and scales) of ``weights`` down the loss.
 
@@ -158,11 +160,12 @@ def reconstruct(
         weights: by name.
         loss: of the soft weights by name, on a new minibatch at each call.
         schedule: how.
+        activations: whose parameters move too, at the rate of scales.
 
     Raises:
         FloatingPointError: the loss is no longer finite.
     """
-    optimizer = _optimizer(weights, schedule)
+    optimizer = _optimizer(weights, schedule, activations)
     rates = [group["lr"] for group in optimizer.param_groups]
     for step in range(schedule.iterations):
         done = step / schedule.iterations
@@ -185,8 +188,13 @@ def reconstruct(
         optimizer.step()
 
 
-def _optimizer(weights: dict[str, LearnedWeight], schedule: Schedule) -> torch.optim.Optimizer:
+def _optimizer(
+    weights: dict[str, LearnedWeight],
+    schedule: Schedule,
+    activations: Sequence[LearnedActivation],
+) -> torch.optim.Optimizer:
     scales = [each.log_scale for each in weights.values() if each.log_scale is not None]
+    scales += [parameter for each in activations for parameter in (each.log_step, each.shift)]
     groups = [
         {
             "params": [each.variable.parameter for each in weights.values()],

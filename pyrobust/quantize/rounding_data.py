@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,15 @@ from pyrobust.quantize.block_layout import first_output
 from pyrobust.quantize.calibration import Call
 from pyrobust.quantize.calibration_block import CalibrationBlock
 from pyrobust.quantize.call_rows import batch_size, mixed_call, rows_of
+from pyrobust.quantize.hessian import HessianAccumulator
+from pyrobust.quantize.learned_activation import LearnedActivation, rounding_inputs
 from pyrobust.quantize.power_quantizer import PowerQuantizer
 from pyrobust.quantize.qtensor import QTensor
 from pyrobust.quantize.quadratic_loss import QuadraticLoss
 from pyrobust.quantize.reconstruction import Schedule, output_loss
+
+if TYPE_CHECKING:
+    from pyrobust.nn.affine_rounding import AffineRounding
 
 __all__ = ["BlockData", "LayerData", "RoundingOptions", "as_rows"]
 
@@ -43,6 +49,12 @@ class RoundingOptions:
     start: str
     descent: int
     damp: float
+    activation_bits: int | None = None
+    drop: float = 0.5
+
+    def input_bits(self, weight_bits: float) -> int | None:
+        """Of the input of a layer whose weights have ``weight_bits``; None leaves it in float."""
+        return 8 if self.activation_bits and weight_bits == 8 else self.activation_bits
 
     def generator(self, index: int, position: int = 0) -> torch.Generator:
         """Randomness of one block and layer alone, so that a resumed conversion repeats it."""
@@ -77,6 +89,25 @@ class LayerData:
             )
         inputs = sum(batch_size(call) for call in block.calls)
         self.per_input = max(1, round(len(self.x) / max(1, inputs)))
+        self.raw, self.raw_float = self.x, self.x_float
+        self.rounding: AffineRounding | None = None
+        bits = options.input_bits(block.formats[name]["bits"])
+        self.activation = None if bits is None else LearnedActivation(self.x, bits, options.drop)
+        if self.activation is not None:
+            self.round_inputs(self.activation.module(trained=False))
+
+    @torch.no_grad()
+    def round_inputs(self, rounding: AffineRounding) -> None:
+        """Compare and descend on inputs through ``rounding`` from now on."""
+        self.rounding = rounding
+        self.x, self.x_float = rounding(self.raw), rounding(self.raw_float)
+
+    def moments(self) -> Tensor:
+        """The Hessian of the inputs that :meth:`quadratic` takes, as they are rounded now."""
+        accumulator = HessianAccumulator.of(self.layer)
+        for x, _ in self.parts(self.x_float if self.options.input == "float" else self.x):
+            accumulator.add_inputs(self.layer, x)
+        return accumulator.hessian()
 
     def _flat(self, x: Tensor) -> Tensor:
         x = x.detach().float()
@@ -96,10 +127,12 @@ class LayerData:
         """Some inputs, and the float outputs of the same as rows."""
         count = min(len(self.x), self.options.batch_size * self.per_input)
         chosen = torch.randint(len(self.x), (count,), generator=generator).to(self.x.device)
-        x = (self.x_float if self.options.input == "float" else self.x)[chosen]
+        x = (self.raw_float if self.options.input == "float" else self.raw)[chosen]
         if self.options.input == "mix":
             coin = torch.rand(x.shape, generator=generator).to(x.device) < 0.5
-            x = torch.where(coin, x, self.x_float[chosen])
+            x = torch.where(coin, x, self.raw_float[chosen])
+        if self.activation is not None:
+            x = self.activation.dropped(x, generator)
         return x, self.rows(self.y[chosen])
 
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -161,7 +194,7 @@ class BlockData:
 
     def __init__(self, block: CalibrationBlock, options: RoundingOptions) -> None:
         assert block.float_calls is not None
-        self.module, self.options = block.module, options
+        self.module, self.layers, self.options = block.module, block.layers, options
         self.calls, self.float_calls = block.calls, block.float_calls
         self.y = [first_output(output).detach() for output in block.outputs(stream="float")]
         if not all(bool(torch.isfinite(y).all()) for y in self.y):
@@ -182,22 +215,34 @@ class BlockData:
             call = mixed_call(call, rows_of(self.float_calls[which], rows), generator)
         return call, as_rows(self.y[which][rows])
 
-    def run(self, call: Call, weights: dict[str, Tensor], names: dict[str, str]) -> Tensor:
-        """The block's output as rows, with other weights."""
+    def run(
+        self,
+        call: Call,
+        weights: dict[str, Tensor],
+        names: dict[str, str],
+        roundings: Mapping[str, Callable[[Tensor], Tensor]],
+    ) -> Tensor:
+        """The block's output as rows, with other weights and rounded inputs of layers."""
         parameters = dict(self.module.named_parameters())
         swapped = {
             names[name]: weight.reshape(parameters[names[name]].shape).to(parameters[names[name]])
             for name, weight in weights.items()
         }
-        output = functional_call(self.module, swapped, call.args, call.kwargs)
+        with rounding_inputs(self.layers, roundings):
+            output = functional_call(self.module, swapped, call.args, call.kwargs)
         return as_rows(first_output(output))
 
     @torch.no_grad()
-    def total(self, qtensors: dict[str, QTensor], names: dict[str, str]) -> float:
+    def total(
+        self,
+        qtensors: dict[str, QTensor],
+        names: dict[str, str],
+        roundings: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({}),
+    ) -> float:
         """The loss over all calls."""
         weights = {name: qtensor.dequantize() for name, qtensor in qtensors.items()}
         losses = [
-            output_loss(self.run(call, weights, names), as_rows(y), self.options.loss)
+            output_loss(self.run(call, weights, names, roundings), as_rows(y), self.options.loss)
             for call, y in zip(self.calls, self.y, strict=True)
         ]
         return float(torch.stack(losses).mean())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from pyrobust.quantize.calibration_block import CalibrationBlock
 from pyrobust.quantize.code_descent import descend_codes, fit_scales
 from pyrobust.quantize.gptq import gptq_weight
+from pyrobust.quantize.learned_activation import LearnedActivation
 from pyrobust.quantize.qtensor import QTensor
 from pyrobust.quantize.quadratic_loss import QuadraticLoss
 from pyrobust.quantize.reconstruction import (
@@ -31,15 +33,12 @@ _NEAR = 0.49  # how far from its code a real step may start, so that it still ro
 def round_layers(block: CalibrationBlock, options: RoundingOptions) -> None:
     """Layer by layer: each learns on inputs that come through the layers before it as they are."""
     for position, name in enumerate(block.layers):
-        quadratic = None
         data = LayerData(block, name, options)
-        if options.loss == "mse" and (options.descent or options.start == "gptq"):
-            stream = "float" if options.input == "float" else "calls"
-            moments = block.hessians((name,), stream=stream)[name]
-            quadratic = data.quadratic(block.weight(name), moments, options.damp)
+        quadratic = _quadratic(block, name, data)
         hessian = block.hessians((name,))[name]
         if options.start == "gptq":
-            learned = _start_from_gptq(block, name, options, hessian, quadratic)
+            seen = hessian if data.activation is None else data.moments()
+            learned = _start_from_gptq(block, name, options, seen, quadratic)
         else:
             learned = _learned_weight(block, name, options, hessian)
         generator = options.generator(block.index, position)
@@ -55,9 +54,39 @@ def round_layers(block: CalibrationBlock, options: RoundingOptions) -> None:
             return output_loss(data.rows(data.forward(x, weights[each])), y, options.loss)
 
         candidates = [learned.nearest(), learned.hard()]
-        reconstruct({name: learned}, loss, options.schedule)
-        qtensor, bias = _best(data, learned, [*candidates, learned.hard()], options, quadratic)
-        block.install(name, qtensor, bias)
+        activations = [] if data.activation is None else [data.activation]
+        reconstruct({name: learned}, loss, options.schedule, activations)
+        candidates.append(learned.hard())
+        if data.activation is not None:
+            _choose_rounding(data, data.activation, candidates)
+            quadratic = _quadratic(block, name, data)
+        qtensor, bias = _best(data, learned, candidates, options, quadratic)
+        block.install(name, qtensor, bias, data.rounding)
+
+
+def _quadratic(block: CalibrationBlock, name: str, data: LayerData) -> QuadraticLoss | None:
+    """The loss as a function of the weight, where something goes down it."""
+    options = data.options
+    if options.loss != "mse" or not (options.descent or options.start == "gptq"):
+        return None
+    if data.activation is None:
+        stream = "float" if options.input == "float" else "calls"
+        moments = block.hessians((name,), stream=stream)[name]
+    else:
+        moments = data.moments()
+    return data.quadratic(block.weight(name), moments, options.damp)
+
+
+def _choose_rounding(
+    data: LayerData, activation: LearnedActivation, candidates: list[Rounded]
+) -> None:
+    """Round inputs as they have come to be, unless they did better as they started."""
+    start, weights = data.rounding, [each.qtensor().dequantize() for each in candidates]
+    assert start is not None
+    before = min(data.total(weight.to(data.y.device)) for weight in weights)
+    data.round_inputs(activation.module())
+    if min(data.total(weight.to(data.y.device)) for weight in weights) > before:
+        data.round_inputs(start)
 
 
 def round_block(block: CalibrationBlock, options: RoundingOptions) -> None:
@@ -65,24 +94,54 @@ def round_block(block: CalibrationBlock, options: RoundingOptions) -> None:
     names = _parameter_names(block)
     learned = {}
     for name in block.layers:
-        hessian = block.hessians((name,))[name] if options.scheme is not None else None
-        learned[name] = _learned_weight(block, name, options, hessian)
+        needs = options.scheme is not None or options.start == "gptq"
+        hessian = block.hessians((name,))[name] if needs else None
+        if options.start == "gptq":
+            assert hessian is not None
+            learned[name] = _start_from_gptq(block, name, options, hessian, None)
+        else:
+            learned[name] = _learned_weight(block, name, options, hessian)
     data = BlockData(block, options)
+    activations = _activations(block, options)
     generator = options.generator(block.index)
+    dropping = {n: partial(a.dropped, generator=generator) for n, a in activations.items()}
 
     def loss(weights: dict[str, Tensor]) -> Tensor:
         call, y = data.minibatch(generator)
-        return output_loss(data.run(call, weights, names), y, options.loss)
+        return output_loss(data.run(call, weights, names, dropping), y, options.loss)
 
-    reconstruct(learned, loss, options.schedule)
-    nearest = {name: each.nearest().qtensor() for name, each in learned.items()}
-    trained = {name: each.hard().qtensor() for name, each in learned.items()}
-    better = data.total(trained, names) <= data.total(nearest, names)
-    for name, qtensor in (trained if better else nearest).items():
+    starts = {name: activation.module(trained=False) for name, activation in activations.items()}
+    candidates = [
+        ({name: each.nearest().qtensor() for name, each in learned.items()}, starts),
+        ({name: each.hard().qtensor() for name, each in learned.items()}, starts),
+    ]
+    reconstruct(learned, loss, options.schedule, list(activations.values()))
+    trained = {name: activation.module() for name, activation in activations.items()}
+    candidates.append(({name: each.hard().qtensor() for name, each in learned.items()}, trained))
+    totals = [data.total(qtensors, names, roundings) for qtensors, roundings in candidates]
+    qtensors, roundings = candidates[min(range(3), key=lambda i: (totals[i], -i))]
+    for name, qtensor in qtensors.items():
         block.hessians((name,))
-        block.install(name, qtensor)
+        block.install(name, qtensor, activation=roundings.get(name))
     if options.learn_bias:
         _correct_biases(block, data, names)
+
+
+def _activations(block: CalibrationBlock, options: RoundingOptions) -> dict[str, LearnedActivation]:
+    """The rounding of each layer's input, fitted to what it is given now."""
+    found: dict[str, LearnedActivation] = {}
+    for name in block.layers:
+        bits = options.input_bits(block.formats[name]["bits"])
+        if bits is None:
+            continue
+        inputs: list[Tensor] = []
+
+        def see(_: str, x: Tensor, __: Tensor, kept: list[Tensor] = inputs) -> None:
+            kept.append(x.detach().flatten())
+
+        block.observe([name], see)
+        found[name] = LearnedActivation(torch.cat(inputs), bits, options.drop)
+    return found
 
 
 def _correct_biases(block: CalibrationBlock, data: BlockData, names: dict[str, str]) -> None:

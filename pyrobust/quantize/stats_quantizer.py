@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrobust._checks import check_finite, check_float_tensor, check_integer, check_shape
-from pyrobust.quantize.half_integer import half_integer_qtensor
+from pyrobust.quantize.half_integer import HalfStepTensor, half_integer_qtensor
 from pyrobust.quantize.qtensor import QTensor, round_scale
 from pyrobust.quantize.straight_through import straight_through
 
@@ -135,15 +135,28 @@ class StatsQuantizer(nn.Module):
                 convolution, whose later axes are the columns.
 
         Raises:
-            ValueError: ``dim`` is not 0, or the weight is not finite.
+            ValueError: ``dim`` is not 0, the weight is not finite, or ``bits`` is 8, for which
+                there is :meth:`stored`.
         """
+        matrix, scale = self._packable(weight)
+        return half_integer_qtensor(self.codes(matrix, scale), scale.float(), bits=self.bits)
+
+    def stored(self, weight: Tensor) -> QTensor | HalfStepTensor:
+        """As :meth:`qtensor`, at 8 bits too."""
+        if self.bits < 8:
+            return self.qtensor(weight)
+        matrix, scale = self._packable(weight)
+        extra = weight[0, 0].numel()  # of a convolution, the size of its kernel
+        return HalfStepTensor.from_codes(self.codes(matrix, scale), scale.float(), extra=extra)
+
+    def _packable(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The weight as rows and columns, and its scales."""
         if self.dim != 0:
             raise ValueError(f"StatsQuantizer: dim must be 0 to pack a weight; got {self.dim}.")
         check_finite("StatsQuantizer", "weight", weight)
         matrix = weight.detach().flatten(1)
         check_shape("StatsQuantizer", "weight", matrix, (None, None))
-        scale = self.scale(matrix, storable=True)
-        return half_integer_qtensor(self.codes(matrix, scale), scale.float(), bits=self.bits)
+        return matrix, self.scale(matrix, storable=True)
 
     def extra_repr(self) -> str:
         """Bits and axis."""

@@ -441,6 +441,11 @@ def test_power_grids_fit_peaked_weights_better():
         ({"weight_fraction": 0.0}, "weight_fraction must be finite and positive"),
         ({"weight_fraction": 1.5}, "weight_fraction must lie in"),
         ({"learning_rate": -1.0}, "learning_rate must be"),
+        ({"activation_bits": 1}, "activation_bits must be at least 2"),
+        ({"activation_bits": 9}, "activation_bits must be at most 8"),
+        ({"drop": 1.5}, r"drop must lie in"),
+        ({"start": "gptq", "loss": "l1"}, "start 'gptq' needs loss 'mse'"),
+        ({"start": "gptq", "scope": "block", "weight_fraction": 0.5}, "start 'gptq' needs"),
     ],
 )
 def test_bad_options_are_refused(options, sentence):

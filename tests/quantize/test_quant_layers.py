@@ -64,7 +64,7 @@ def test_from_float_copies_weights_and_keeps_its_own():
 
 
 @pytest.mark.parametrize("weights", ["statsq", "lsq"])
-@pytest.mark.parametrize("w_bits", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("w_bits", [1, 2, 3, 4, 6, 8])
 def test_packed_model_computes_what_was_simulated(w_bits, weights):
     net = train_a_little(network(w_bits, 4, weights))
     packed = pyrobust.pack(net)
@@ -164,3 +164,26 @@ def test_a_quantizer_object_belongs_to_the_layer():
     layer = QuantLinear(5, 4, weight_quantizer=quantizer)
     assert layer.weight_quantizer is quantizer
     assert layer.w_bits == 3
+
+
+@pytest.mark.parametrize("options", [{}, {"groups": 2, "stride": 2}, {"padding_mode": "circular"}])
+@pytest.mark.parametrize("a_bits", [None, 8])
+def test_eight_bit_statsq_layers_pack_to_what_they_simulated(options, a_bits, tmp_path):
+    torch.manual_seed(5)
+    conv = nn.Conv2d(4, 6, 3, padding=1, **options)
+    net = nn.Sequential(
+        QuantConv2d.from_float(conv, 8, a_bits, "statsq"), nn.Flatten(), nn.LazyLinear(5)
+    )
+    x = batch(3, 4, 6, 6)
+    net(x)
+    net[2] = QuantLinear.from_float(net[2], 8, a_bits)
+    net.eval()(x)
+    packed = pyrobust.pack(net)
+    with torch.no_grad():
+        assert relative(packed(x), net(x)) <= 1e-5
+        assert relative(packed(x.bfloat16()).float(), net(x.bfloat16()).float()) <= 1e-2
+        pyrobust.save(packed, tmp_path / "packed.safetensors")
+        expected = packed(x)
+        again = pyrobust.load(tmp_path / "packed.safetensors", copy.deepcopy(packed))
+        assert torch.equal(again(x), expected)
+    assert [row.bits for row in pyrobust.pack_report(packed).packed] == [8, 8]

@@ -8,6 +8,10 @@ from pyrobust.quantize import StatsQuantizer
 ALL_BITS = range(1, 9)
 
 
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
 def weight(rows=9, cols=37, seed=0, dtype=torch.float32):
     return torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
@@ -76,9 +80,17 @@ def test_qtensor_is_the_storable_form_to_the_bit(bits):
     assert qtensor.bits == (bits if bits <= 4 else 8)
 
 
-def test_eight_bits_have_no_packed_form_and_say_so():
-    with pytest.raises(ValueError, match=r"bits must be 1 to 7.*LSQ"):
-        StatsQuantizer(8).qtensor(weight())
+@pytest.mark.parametrize("shape", [(9, 37), (6, 3, 2, 5)])
+def test_eight_bits_are_stored_beside_the_integers_to_the_bit(shape):
+    quantizer, w = StatsQuantizer(8), randn(*shape, seed=4)
+    stored = quantizer.stored(w)
+    assert torch.equal(stored.dequantize(), quantizer(w, storable=True).flatten(1))
+    rows, columns = shape[0], w[0].numel()
+    assert stored.bits == stored.integers.bits == 8
+    assert stored.nbytes == rows * (columns + w[0, 0].numel() + 4)
+    assert len(stored.dequantize()[0].unique()) > 20
+    with pytest.raises(ValueError, match=r"bits must be 1 to 7.*HalfStepTensor"):
+        quantizer.qtensor(w)
 
 
 def test_one_bit_never_leaves_its_two_levels():
