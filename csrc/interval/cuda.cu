@@ -11,13 +11,19 @@ namespace gpu {
 namespace {
 
 constexpr double kInputFloor = 7.888609052210118e-31;  // 2^-100
-constexpr double kPackedError = 1.1e-6;                // of matmul/matmul.h, exact mode
 constexpr double kLimit = 8.507059173023462e37;        // 2^126
 constexpr double kTensorUnit = 1.0 / 4194304.0;        // 2^-22
 constexpr double kMagnitudes = 1.02;                   // of all products, over |W| |x|
 
 // What float32 weights leave out, relative: their rest and W2 c_lo, W2 r_lo (cuda.h).
 constexpr double kLeftOut = 3.2 / 65536.0;
+
+// The packed product of float32 inputs on a GPU (matmul/cuda.h): two bfloat16 terms, within 2^-16
+// of the input, each with (K + 64) 2^-22; 1.01 and the other half of 2^-15 cover sums and their
+// rounding.
+double packed_error(int64_t terms) {
+  return 1.01 * static_cast<double>(terms + 64) * kTensorUnit + 1.0 / 32768.0;
+}
 
 Constants constants_for(const LinearCall& call) {
   using rounding::gamma_bound;
@@ -34,7 +40,7 @@ Constants constants_for(const LinearCall& call) {
   const bool deployed = call.rounding == Rounding::kDeployed;
   double any = gamma_bound(static_cast<double>(call.terms + 2));
   const bool packed = call.kind == WeightKind::kPacked || call.decoded;
-  if (packed && any < kPackedError) any = kPackedError;
+  if (packed && any < packed_error(call.terms)) any = packed_error(call.terms);
   out.centre_gain = to_float_up(deployed ? own + any : own);
   out.radius_gain = to_float_up(deployed ? 1.0 + any : 1.0);
   out.input_floor = to_float_up(kInputFloor);
