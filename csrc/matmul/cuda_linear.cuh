@@ -64,7 +64,7 @@ PYROBUST_DEVICE Unit unit_at(const LinearArguments& p, int64_t index) {
 PYROBUST_DEVICE bool advance(const LinearArguments& p, Unit* unit) {
   ++unit->block;
   if (++unit->within == p.group_span) unit->within = 0;
-  if (unit->block != p.schedule.blocks) return false;
+  if (unit->block != static_cast<int>(p.schedule.blocks)) return false;
   unit->block = unit->within = 0;
   ++unit->tile;
   return true;
@@ -88,31 +88,33 @@ struct Linear {
 
   // --- filling a stage --------------------------------------------------------------------------
 
-  // What this thread copies next: addresses move along with the unit, without multiplications.
+  // What this thread copies next: places move along with the unit, without multiplications. They
+  // count in 32 bits, which saves registers and is enough for 2^36 weights.
   struct Loader {
     Unit unit;
-    const uint16_t* x;      // its chunk of the first row of x that it copies
-    const uint32_t* codes;  // its first vector
-    int64_t scales;         // index of the first of 64 scales
-    uint32_t rows;          // bit i: its row i of x exists
-    int columns;            // of x from its chunk on
-    bool idle;              // no strip of W for this warp
+    uint32_t x;       // halves from p.x to its chunk of the first row of x that it copies
+    uint32_t codes;   // 16-byte vectors from p.codes to its first
+    uint32_t scales;  // of the first of 64 scales
   };
 
   static constexpr int kCopies = (kRows * 8 + S::kThreads - 1) / S::kThreads;
   static constexpr int kRowStep = S::kThreads / 8;  // rows of x between a thread's copies
+  static constexpr int kBlockVectors = static_cast<int>(block_words(kFormat)) / 4;
+
+  PYROBUST_DEVICE bool idle(const LinearArguments& p, const Unit& unit, const Place& at) {
+    return unit.tile * kTileStrips + at.strip >= static_cast<int>(p.strips);
+  }
 
   PYROBUST_DEVICE void begin_strip(const LinearArguments& p, const Place& at, Loader* to) {
     const int64_t strip = int64_t{to->unit.tile} * kTileStrips + at.strip;
     const int64_t blocks = p.schedule.blocks;
-    to->idle = strip >= p.strips;
-    to->codes = p.codes + (strip * blocks + to->unit.block) * block_words(kFormat) + at.lane * 4;
+    to->codes = static_cast<uint32_t>((strip * blocks + to->unit.block) * kBlockVectors + at.lane);
     if (kGroupDim == 1) {
       const int group = to->unit.block / p.group_span * (p.two_groups + 1);
-      to->scales = (strip * p.groups + group) * kStrip;
+      to->scales = static_cast<uint32_t>((strip * p.groups + group) * kStrip);
     } else {
       const int64_t group = p.two_groups ? 2 * strip : strip / p.group_span;
-      to->scales = (group * blocks + to->unit.block) * kBlock;
+      to->scales = static_cast<uint32_t>((group * blocks + to->unit.block) * kBlock);
     }
   }
 
@@ -120,29 +122,19 @@ struct Linear {
     const int row = static_cast<int>(threadIdx.x) / 8, chunk = static_cast<int>(threadIdx.x) % 8;
     Loader to;
     to.unit = unit_at(p, first);
-    const int column = to.unit.block * kBlock + chunk * 8;
-    to.x = static_cast<const uint16_t*>(p.x) + row * p.cols + column;
-    to.columns = static_cast<int>(p.cols) - column;
-    to.rows = 0;
-#pragma unroll
-    for (int i = 0; i < kCopies; ++i) {
-      if (row + i * kRowStep < p.count) to.rows |= 1u << i;
-    }
+    to.x = static_cast<uint32_t>(row * p.cols + to.unit.block * kBlock + chunk * 8);
     begin_strip(p, at, &to);
     return to;
   }
 
   PYROBUST_DEVICE void advance_loader(const LinearArguments& p, const Place& at, Loader* to) {
     to->x += kBlock;
-    to->columns -= kBlock;
-    to->codes += block_words(kFormat);
+    to->codes += kBlockVectors;
     const bool next_tile = advance(p, &to->unit);
     if (kGroupDim == 0) to->scales += kBlock;
     if (kGroupDim == 1 && to->unit.within == 0) to->scales += kStrip * (p.two_groups + 1);
     if (next_tile) {
-      const int back = static_cast<int>(p.schedule.blocks) * kBlock;
-      to->x -= back;
-      to->columns += back;
+      to->x -= static_cast<uint32_t>(p.schedule.blocks) * kBlock;
       begin_strip(p, at, to);
     }
   }
@@ -150,15 +142,14 @@ struct Linear {
   PYROBUST_DEVICE void load_activations(const LinearArguments& p, const Loader& from,
                                         uint8_t* stage) {
     const int row = static_cast<int>(threadIdx.x) / 8, chunk = static_cast<int>(threadIdx.x) % 8;
-    uint8_t* to = stage + activation_offset(row, chunk);
-    const bool columns = from.columns > 0;
+    const auto* x = static_cast<const uint16_t*>(p.x);
+    const bool columns = from.unit.block * kBlock + chunk * 8 < static_cast<int>(p.cols);
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       if (kRows < kRowStep && row >= kRows) break;
-      const bool valid = columns && (from.rows >> i & 1u) != 0;
-      const uint16_t* x = from.x + i * kRowStep * p.cols;
-      cuda::copy16_async_or_zero(to + i * kRowStep * 128,
-                                 valid ? x : static_cast<const uint16_t*>(p.x), valid);
+      const bool valid = columns && row + i * kRowStep < static_cast<int>(p.count);
+      cuda::copy16_async_or_zero(stage + activation_offset(row, chunk) + i * kRowStep * 128,
+                                 valid ? x + from.x + i * kRowStep * p.cols : x, valid);
     }
   }
 
@@ -169,7 +160,7 @@ struct Linear {
     const int shift = p.scale_type == FloatType::kFloat32 ? 2 : 1;  // log2 of a scale's bytes
     const int which = at.lane >> (shift + 2);
     if (which <= p.two_groups) {
-      const int64_t first = from.scales + which * apart;
+      const int64_t first = int64_t{from.scales} + which * apart;
       const auto* scale = static_cast<const uint8_t*>(p.scale) + (first << shift);
       cuda::copy16_async(stage + S::kScalesAt + at.strip * S::kStripScales + at.lane * 16,
                          scale + (at.lane & ((4 << shift) - 1)) * 16);
@@ -184,12 +175,13 @@ struct Linear {
   PYROBUST_DEVICE void load(const LinearArguments& p, const Loader& from, const Place& at,
                             uint8_t* stage) {
     load_activations(p, from, stage);
-    if (from.idle) return;
+    if (idle(p, from.unit, at)) return;
     uint8_t* to = stage + S::kCodesAt + at.strip * S::kStripCodes + at.lane * 16;
+    const uint32_t* codes = p.codes + int64_t{from.codes} * 4;
 #pragma unroll
     for (int j = 0; j < S::kBits; ++j) {
       if (S::kWarpsM > 1 && j % S::kWarpsM != at.half) continue;
-      cuda::copy16_async(to + j * kLanes * 16, from.codes + j * kLanes * 4, true);
+      cuda::copy16_async(to + j * kLanes * 16, codes + j * kLanes * 4, true);
     }
     if (kFormat != Format::kComplex && at.half == 0) load_scales(p, from, at, stage);
   }
@@ -493,9 +485,9 @@ struct Linear {
     const uint32_t* table = make_table(p, shared);
     const Place at = place();
     Loader loader = make_loader(p, at, begin);
-    int left = static_cast<int>(end - begin), to_load = left;
+    int left = static_cast<int>(end - begin);
     for (int i = 0; i < S::kStages - 1; ++i) {
-      if (to_load-- > 0) load(p, loader, at, shared + i * S::kStageBytes);
+      if (i < left) load(p, loader, at, shared + i * S::kStageBytes);
       advance_loader(p, at, &loader);
       cuda::commit_copies();
     }
@@ -506,17 +498,17 @@ struct Linear {
     set_offsets(kGroupDim == 0 && p.zero != nullptr ? 0.0f : p.symmetric_zero, offset);
     Unit unit = unit_at(p, begin);
     bool begins = true;
-    uint8_t *stage = shared, *free = shared + (S::kStages - 1) * S::kStageBytes;
+    int stage = 0, free = (S::kStages - 1) * S::kStageBytes;  // offsets in shared memory
     for (; left > 0; --left) {
       cuda::wait_copies<S::kStages - 2 + kLate>();
       cuda::sync_threads();
-      if (to_load-- > 0) load(p, loader, at, free);
+      if (left >= S::kStages) load(p, loader, at, shared + free);
       advance_loader(p, at, &loader);
       cuda::commit_copies();
-      const bool leaves = unit.block == p.schedule.blocks - 1 || left == 1;
+      const bool leaves = unit.block == static_cast<int>(p.schedule.blocks) - 1 || left == 1;
       const bool ends = leaves || unit.within == p.group_span - 1;
-      if (unit.tile * kTileStrips + at.strip < p.strips) {
-        multiply(p, stage, at, begins, ends, table, offset, part, sum);
+      if (!idle(p, unit, at)) {
+        multiply(p, shared + stage, at, begins, ends, table, offset, part, sum);
       }
       if (leaves) {
         finish(p, unit.tile, at, sum);
@@ -525,7 +517,7 @@ struct Linear {
       begins = ends;
       advance(p, &unit);
       free = stage;
-      stage = stage == shared + (S::kStages - 1) * S::kStageBytes ? shared : stage + S::kStageBytes;
+      stage = stage == (S::kStages - 1) * S::kStageBytes ? 0 : stage + S::kStageBytes;
     }
     cuda::wait_copies<0>();
   }
