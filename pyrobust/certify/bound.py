@@ -99,10 +99,15 @@ def bound(
         raise ValueError(
             f'bound: method must be "ibp" for a box with rounding="deployed"; got {method!r}.'
         )
-    box = _interval_bound(model, x, spec)
+    if spec is not None:
+        check_float_tensor("bound", "spec", spec)
     if method == "ibp":
-        return box
-    found = crown_bound(
+        return _interval_bound(model, x, spec)
+
+    def plain(output: Interval, layer: nn.Module | None, entering: Interval | None) -> Interval:
+        return _of_output(output, layer, entering, spec)
+
+    return crown_bound(
         model,
         x,
         spec,
@@ -110,24 +115,34 @@ def bound(
         max_memory=max_memory,
         iterations=iterations,
         lower_only=lower_only,
+        plain=plain,
     )
-    lower = torch.maximum(box.lower, found.lower)
-    upper = torch.maximum(torch.minimum(box.upper, found.upper), lower)
-    return wrap(lower, upper, x.rounding)
 
 
 def _interval_bound(model: nn.Module, x: Interval, spec: Tensor | None) -> Interval:
     if spec is None:
         result: Interval = model(x)
         return result
-    check_float_tensor("bound", "spec", spec)
     output, last = _run(model, x)
+    layer, entering = last or (None, None)
+    return _of_output(output, layer, entering, spec)
+
+
+def _of_output(
+    output: Interval, layer: nn.Module | None, entering: Interval | None, spec: Tensor | None
+) -> Interval:
+    """The specification's values, folded into the last layer where it is a plain linear one."""
+    if spec is None:
+        return output
     _check_spec(spec, output)
-    if last is None:
+    linear = type(layer) in (nn.Linear, PackedLinear) and not _customised(layer)
+    if isinstance(layer, PackedLinear) and layer.activations is not None:
+        linear = False
+    if not linear or entering is None:
         column = matmul(spec.to(output.device, torch.float64), output.unsqueeze(-1))
         kind: Interval = column.squeeze(-1).to(output.dtype)
         return kind
-    layer, entering = last
+    assert isinstance(layer, nn.Linear | PackedLinear)
     return _folded(layer, entering, spec)
 
 
@@ -251,8 +266,9 @@ def _run(model: nn.Module, x: Interval) -> tuple[Interval, tuple[Linear, Interva
     return output, None
 
 
-def _customised(module: nn.Module) -> bool:
+def _customised(module: nn.Module | None) -> bool:
     """Whether calling the module may do more than its class says."""
+    assert module is not None
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 

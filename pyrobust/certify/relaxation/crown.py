@@ -16,6 +16,7 @@ they are free numbers, since every slope has a valid line.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ from pyrobust.interval.type import Interval, wrap
 from pyrobust.ops._interval_fallback import round_outward
 
 __all__ = ["crown_bound"]
+
+Plain = Callable[[Interval, nn.Module | None, Interval | None], Interval]
 
 # Copies of the coefficients of the largest value that are alive at once, measured.
 _COPIES = 5
@@ -50,6 +53,7 @@ def crown_bound(
     learning_rate: float = 0.1,
     intersect: bool = True,
     lower_only: bool = False,
+    plain: Plain | None = None,
 ) -> Interval:
     """Bounds of ``spec @ model(x)`` by linear relaxation alone; see :func:`pyrobust.certify.bound`.
 
@@ -64,9 +68,11 @@ def crown_bound(
         intersect: cut hidden intervals by those of interval propagation; without, they are those
             of the relaxation alone, to compare with other implementations.
         lower_only: leave the upper ends infinite, which halves the last backward pass.
+        plain: gives the interval bounds of the specification from the output's box, the last
+            layer and its input's box; the result is cut by them, which saves a pass of its own.
     """
     sound = x.rounding != "nearest"
-    problem, output = _forward(model, x, method != "crown-ibp", max_memory, intersect)
+    problem, output, values_of = _forward(model, x, method != "crown-ibp", max_memory, intersect)
     rows = _rows(problem.boxes[output], spec)
     both = rows if lower_only else torch.cat([rows, -rows])
     if method == "alpha-crown":
@@ -78,14 +84,30 @@ def crown_bound(
     shape = (len(x), *problem.boxes[output].lower.shape[1:]) if spec is None else lower.shape
     lower, upper = lower.reshape(shape), upper.reshape(shape)
     if not sound:
-        return wrap(lower.to(x.dtype), torch.maximum(lower, upper).to(x.dtype), x.rounding)
-    with torch.no_grad():
-        ends = round_outward(lower.detach(), upper.detach(), x.dtype)
-    return wrap(
-        straight_through(lower.to(x.dtype), ends[0]),
-        straight_through(upper.to(x.dtype), ends[1]),
-        x.rounding,
-    )
+        found = wrap(lower.to(x.dtype), torch.maximum(lower, upper).to(x.dtype), x.rounding)
+    else:
+        with torch.no_grad():
+            ends = round_outward(lower.detach(), upper.detach(), x.dtype)
+        found = wrap(
+            straight_through(lower.to(x.dtype), ends[0]),
+            straight_through(upper.to(x.dtype), ends[1]),
+            x.rounding,
+        )
+    if plain is None:
+        return found
+    box = plain(values_of[output], *_last_layer(model, output, values_of))
+    lower = torch.maximum(box.lower, found.lower)
+    return wrap(lower, torch.maximum(torch.minimum(box.upper, found.upper), lower), x.rounding)
+
+
+def _last_layer(
+    model: nn.Module, output: fx.Node, values: dict[fx.Node, Any]
+) -> tuple[nn.Module | None, Interval | None]:
+    """The module that made the output and what entered it, where that is one value."""
+    if output.op != "call_module" or len(output.all_input_nodes) != 1:
+        return None, None
+    root = nn.Sequential(model) if not any(True for _ in model.children()) else model
+    return root.get_submodule(str(output.target)), values[output.all_input_nodes[0]]
 
 
 def _rows(box: Box, spec: Tensor | None) -> Tensor:
@@ -104,7 +126,7 @@ def _rows(box: Box, spec: Tensor | None) -> Tensor:
 
 def _forward(
     model: nn.Module, x: Interval, tight: bool, max_memory: int, intersect: bool
-) -> tuple[Problem, fx.Node]:
+) -> tuple[Problem, fx.Node, dict[fx.Node, Any]]:
     graph, root = trace_graph(model, "bound")
     sound = x.rounding != "nearest"
     dtype = torch.float64 if sound else x.dtype
@@ -118,7 +140,7 @@ def _forward(
                 raise TypeError(
                     "bound: the model must return one tensor that depends on its input."
                 )
-            return problem, result
+            return problem, result, values
         if node.op == "placeholder":
             values[node] = x if first else node.args[0]
             step = Step(node, [], lambda: x)

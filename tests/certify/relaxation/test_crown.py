@@ -364,3 +364,24 @@ def test_refusals():
 
     with pytest.raises(NotImplementedError, match="must keep the batch as its first axis"):
         bound(Mixing(), Interval.ball(x, 0.1), method="crown")
+
+
+# Images among the first 1,000 of MNIST's test set whose margins auto_LiRPA 0.7.1 bounds above 0
+# (method="CROWN", C = differences of logits, inputs cut to [0, 1], float32, torch 2.13 on a CPU).
+COUNTS = {
+    ("mnist_fc_3layer", 0.01): 938,
+    ("mnist_fc_3layer", 0.02): 811,
+    ("mnist_fc_3layer", 0.03): 467,
+    ("mnist_cnn_small", 0.01): 955,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "eps"), COUNTS)
+def test_as_many_images_are_certified_as_by_a_reference(name, eps, data_folder):
+    data = pyrobust.data.load_idx(data_folder / "mnist")
+    images, labels = data.test_images[:1000], data.test_labels[:1000].long()
+    model = shared_model(data_folder, name)
+    with torch.no_grad():
+        proven = verified(model, images, labels, eps, method="crown", batch_size=100)
+    assert int((proven.prediction >= 0).sum()) >= COUNTS[name, eps]
