@@ -92,3 +92,23 @@ def test_groups_of_zeros_stay_zero():
 def test_bad_input_gives_one_clear_error(weight, options, error, message):
     with pytest.raises(error, match=message):
         round_to_nearest(weight, **options)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_errors_are_those_of_torchao(bits):
+    """Asymmetric groups of 128; it places the zero-point in its own way, so codes may differ."""
+    torchao = pytest.importorskip("torchao.quantization")
+    weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
+    model = torch.nn.Sequential(torch.nn.Linear(512, 256, bias=False))
+    model[0].weight.data = weight.clone()
+    config = torchao.IntxWeightOnlyConfig(
+        weight_dtype=getattr(torch, f"int{bits}"),
+        granularity=torchao.PerGroup(128),
+        mapping_type=torchao.MappingType.ASYMMETRIC,
+    )
+    torchao.quantize_(model, config)
+    ours = round_to_nearest(weight, bits=bits, group_size=128, symmetric=False).dequantize()
+    error, reference = (
+        float((each - weight).norm()) for each in (ours, model[0].weight.dequantize())
+    )
+    assert error == pytest.approx(reference, rel=2e-3)
