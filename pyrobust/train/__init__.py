@@ -102,6 +102,7 @@ from pyrobust.train.tight_ibp import (
     ibp_init_,
 )
 from pyrobust.train.tightness_monitor import TightnessMonitor
+from pyrobust.train.unrolled_fine_tuning import UnrolledFineTuning
 
 __all__ = [
     "crown_ibp_loss",
@@ -160,6 +161,7 @@ __all__ = [
     "IntervalTraining",
     "LoRA",
     "LoRAWatermark",
+    "UnrolledFineTuning",
     "Objective",
     "SVFit",
     "SmoothEpsSchedule",

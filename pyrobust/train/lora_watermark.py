@@ -4,11 +4,13 @@ A decoder (the VAE decoder of a latent diffusion model) gets LoRA on a few convo
 trained so that a frozen extractor reads the message from each decoded image, while the image stays
 close to what the clean decoder gives. A controller raises the weight of whichever target (image
 quality, bit accuracy) is not met. Continued fine-tuning of the decoder erases the mark: report it.
+``fine_tuning`` embeds against that, by first-order unrolled fine-tuning or weight noise.
 
 Source: Lin, Li, Tondi, Li, Barni, "An Efficient Watermarking Method for Latent Diffusion Models via
 Low-Rank Adaptation", arXiv 2410.20202 (dynamic loss weighting in version 2).
 Departures: the two weights are divided by their sum before use (under Adam only the ratio matters,
 and half precision does not overflow). The counter of an unmet target restarts at zero, our reading.
+Embedding against fine-tuning is our extension, off by default.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from pyrobust.train.adapters import (
     adapters_disabled,
     apply_adapter,
 )
+from pyrobust.train.unrolled_fine_tuning import UnrolledFineTuning
 
 __all__ = ["DynamicLossWeights", "LoRAWatermark", "WatermarkStep"]
 
@@ -140,6 +143,8 @@ class LoRAWatermark:
         decode: how to call the decoder, ``(decoder, latents) -> images``; default plain call.
         image_range: the range that the extractor takes: a clean image beyond it by more than a
             quarter of its width is refused at the first step. None checks nothing.
+        fine_tuning: embed against clean fine-tuning of the whole decoder (towards the images of
+            the clean one); None, as published, does not.
 
     Raises:
         ValueError: message not binary, layers not found (the candidates are listed), or a model in
@@ -160,6 +165,7 @@ class LoRAWatermark:
         lr: float = 5e-4,
         decode: Callable[[nn.Module, Tensor], Tensor] | None = None,
         image_range: tuple[float, float] | None = None,
+        fine_tuning: UnrolledFineTuning | None = None,
     ) -> None:
         check_message("LoRAWatermark", message)
         check_eval_mode("LoRAWatermark", extractor)
@@ -169,6 +175,7 @@ class LoRAWatermark:
         self.extractor = extractor.requires_grad_(False)
         self.message, self.image_loss = message, image_loss
         self.image_range = image_range
+        self.fine_tuning, self._steps = fine_tuning, 0
         self.scheduler = DynamicLossWeights() if scheduler is None else scheduler
         self._decode = decode if decode is not None else lambda model, z: model(z)
         self.optimizer = torch.optim.AdamW(adapter_param_groups(self.decoder, lr=lr))
@@ -203,15 +210,36 @@ class LoRAWatermark:
         loss = loss + mark_weight * F.binary_cross_entropy_with_logits(logits, target)
         self.optimizer.zero_grad()
         loss.backward()
+        self._steps += 1
+        if self.fine_tuning is not None and self._steps % self.fine_tuning.every == 0:
+            self._embed_against_fine_tuning(latents, clean, target, mark_weight)
         self.optimizer.step()
         return WatermarkStep(psnr, measured, loss.item())
+
+    def _embed_against_fine_tuning(
+        self, latents: Tensor, clean: Tensor, target: Tensor, mark_weight: float
+    ) -> None:
+        """Add the gradient of the message's loss at fine-tuned weights."""
+        assert self.fine_tuning is not None
+
+        def tuning_loss(model: nn.Module) -> Tensor:
+            return F.mse_loss(self._decode(model, latents), clean)
+
+        def message_loss(model: nn.Module) -> Tensor:
+            logits = self.extractor(self._decode(model, latents))
+            return mark_weight * F.binary_cross_entropy_with_logits(logits, target)
+
+        self.fine_tuning.add_gradient_(self.decoder, tuning_loss, message_loss)
 
     def fit(self, batches: Iterable[Tensor], *, progress: bool = False) -> list[WatermarkStep]:
         """One :meth:`step` per batch of latents."""
         return [self.step(z) for z in tqdm(batches, disable=not progress, desc="LoRAWatermark")]
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that training needs to go on: adapters, optimizer, controller."""
+        """Everything that training needs to go on: adapters, optimizer, controller.
+
+        An embedding against fine-tuning starts over with a fresh copy of the decoder.
+        """
         return {
             "decoder": self.decoder.state_dict(),
             "optimizer": self.optimizer.state_dict(),
