@@ -372,7 +372,8 @@ void finish_panel(const FinishPanel& work, const Constants& constants) {
   }
 }
 
-constexpr IntervalKernels kKernels = {prepare, pack, dots, tiles, finish_row, finish_panel};
+constexpr IntervalKernels kKernels = {prepare,      pack,    dots,    tiles,  finish_row,
+                                      finish_panel, nullptr, nullptr, nullptr};
 
 }  // namespace
 

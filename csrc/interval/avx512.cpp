@@ -2,20 +2,13 @@
 // eight radii, is one register, so one FMA serves both products: W is loaded once and loses its
 // sign in the upper half by a mask. The rest is avx2.cpp's. Round to nearest throughout: the bounds
 // of interval.h cover it, at a widening far below one part in a hundred thousand.
-#include <immintrin.h>
-
-#include "interval/kernels.h"
+#include "interval/avx512_packed.h"
 
 namespace pyrobust {
 namespace interval {
 namespace {
 
 static_assert(kPanelWidth == 16, "a column fills a register");
-
-inline __m512 magnitude(__m512 x) {
-  return _mm512_castsi512_ps(
-      _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff)));
-}
 
 // --- a few inputs: R rows of W against B inputs
 // ----------------------------------------------------
@@ -178,7 +171,8 @@ void tiles(const Tiles& work) {
   }
 }
 
-constexpr IntervalKernels kKernels = {nullptr, nullptr, dots, tiles, nullptr, nullptr};
+constexpr IntervalKernels kKernels = {nullptr, nullptr,       dots,        tiles,     nullptr,
+                                      nullptr, fused_columns, fused_order, fused_dots};
 
 }  // namespace
 

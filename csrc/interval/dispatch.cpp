@@ -41,6 +41,11 @@ IntervalKernels pick_kernels() {
     if (faster->tiles != nullptr) table.tiles = faster->tiles;
     if (faster->finish_row != nullptr) table.finish_row = faster->finish_row;
     if (faster->finish_panel != nullptr) table.finish_panel = faster->finish_panel;
+    if (faster->fused_dots != nullptr) {
+      table.fused_columns = faster->fused_columns;
+      table.fused_order = faster->fused_order;
+      table.fused_dots = faster->fused_dots;
+    }
   };
 #if defined(PYROBUST_X86)
   if (current_isa() >= Isa::kAvx2) take(avx2_kernels());
@@ -146,6 +151,35 @@ void few_inputs(const Call& call, const IntervalKernels& table, const Constants&
             {centre_sums + b * step, radius_sums + b * step, shifted(call.bias, n),
              input.offsets[b], count, call.out_lower + b * rows + n, call.out_upper + b * rows + n},
             constants);
+      }
+    }
+  });
+}
+
+// The same with packed weights that the kernels decode in registers; `columns` an ordered input
+// has.
+void few_inputs_fused(const Call& call, const IntervalKernels& table, const Constants& constants,
+                      const Prepared& input, int64_t batch, int64_t columns, int num_threads) {
+  const matmul::PackedMatrix& weight = *call.weight.packed;
+  const int64_t terms = call.weight.terms, rows = call.weight.rows;
+  const Floats ordered = floats(2 * batch * columns);
+  for (int64_t b = 0; b < batch; ++b) {
+    table.fused_order(weight, input.centre.get() + b * terms, ordered.get() + 2 * b * columns);
+    table.fused_order(weight, input.radius.get() + b * terms,
+                      ordered.get() + (2 * b + 1) * columns);
+  }
+  const Shares shares(rows, kRowStep, static_cast<double>(batch * rows * terms) / 4, num_threads);
+  const Floats sums = floats(shares.number * 2 * kRowStep);
+  shares.run([&](int64_t share, int64_t begin, int64_t end) {
+    float *centre_sums = sums.get() + share * 2 * kRowStep, *radius_sums = centre_sums + kRowStep;
+    for (int64_t n = begin; n < end; n += kRowStep) {
+      const int64_t count = std::min(kRowStep, end - n);
+      for (int64_t b = 0; b < batch; ++b) {
+        const float* centre = ordered.get() + 2 * b * columns;
+        table.fused_dots({centre, centre + columns, &weight, n, count, centre_sums, radius_sums});
+        table.finish_row({centre_sums, radius_sums, shifted(call.bias, n), input.offsets[b], count,
+                          call.out_lower + b * rows + n, call.out_upper + b * rows + n},
+                         constants);
       }
     }
   });
@@ -356,7 +390,11 @@ void interval_linear(const Call& call, int64_t batch, int num_threads) {
       input.offsets[b] = offset_for(largest, terms);
     }
   });
-  if (batch <= kFewInputs) {
+  const bool fusible = call.weight.packed != nullptr && table.fused_dots != nullptr;
+  const int64_t columns = fusible ? table.fused_columns(*call.weight.packed) : 0;
+  if (batch <= kFewInputs && columns > 0) {
+    few_inputs_fused(call, table, constants, input, batch, columns, num_threads);
+  } else if (batch <= kFewInputs) {
     few_inputs(call, table, constants, input, batch, num_threads);
   } else {
     many_inputs(call, table, constants, input, batch, num_threads);

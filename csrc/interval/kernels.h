@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "core/rounding.h"
+#include "matmul/matmul.h"
 
 namespace pyrobust {
 namespace interval {
@@ -64,6 +65,18 @@ struct Dots {
   int64_t sum_stride;
 };
 
+// The same for one input and packed rows [first, first + rows), decoded on the way; the input is in
+// the order of `fused_order`, with zeros past the last term.
+struct PackedDots {
+  const float* centre;
+  const float* radius;
+  const matmul::PackedMatrix* weight;
+  int64_t first;
+  int64_t rows;
+  float* centre_sums;  // (rows)
+  float* radius_sums;
+};
+
 // The same for a few panels: sums (rows, kPanelWidth) of each, centres then radii.
 struct Tiles {
   const float* panel;  // (terms, kPanelWidth) each
@@ -108,9 +121,14 @@ struct IntervalKernels {
   void (*tiles)(const Tiles& work);
   void (*finish_row)(const FinishRow& work, const Constants& constants);
   void (*finish_panel)(const FinishPanel& work, const Constants& constants);
+  // Packed weights without decoding to memory; null where the set has no such path. How many
+  // columns an ordered input takes, 0 for a format that must be decoded; and one row's order.
+  int64_t (*fused_columns)(const matmul::PackedMatrix& weight);
+  void (*fused_order)(const matmul::PackedMatrix& weight, const float* x, float* out);
+  void (*fused_dots)(const PackedDots& work);
 };
 
-// A null entry means "use the portable one"; a null table, that the build has no such path.
+// Another null entry means "use the portable one"; a null table, that the build has no such path.
 extern const IntervalKernels kPortableKernels;
 const IntervalKernels* avx2_kernels();
 const IntervalKernels* avx512_kernels();

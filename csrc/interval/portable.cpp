@@ -146,7 +146,8 @@ void finish_panel(const FinishPanel& work, const Constants& constants) {
 
 }  // namespace
 
-const IntervalKernels kPortableKernels = {prepare, pack, dots, tiles, finish_row, finish_panel};
+const IntervalKernels kPortableKernels = {prepare,      pack,    dots,    tiles,  finish_row,
+                                          finish_panel, nullptr, nullptr, nullptr};
 
 }  // namespace interval
 }  // namespace pyrobust

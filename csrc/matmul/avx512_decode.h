@@ -1,4 +1,5 @@
-// Included by avx512.cpp alone: 64 codes of the canonical layout to the 64 bytes of one register.
+// Included by AVX-512 files alone: 64 codes of the canonical layout to the 64 bytes of one
+// register.
 //
 // A block of 64 codes of b bits fills 8 b bytes. They are repeated in every part of the register,
 // and each part shifts its copy so that the wanted codes lie lowest; a mask finishes:

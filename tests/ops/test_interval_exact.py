@@ -155,6 +155,23 @@ def test_packed_weights(isa, bits, rounding):
             assert violations(ends, lower, upper, packed.dequantize(), bias)[0] == 0
 
 
+@pytest.mark.parametrize("rounding", SOUND)
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_packed_weights_of_whole_blocks(isa, bits, rounding):
+    # the shapes that a set may decode in registers: one cut block, several groups, several runs
+    for terms, group_size in ((37, 64), (150, 64), (128, 128), (1100, 2048)):
+        for kind in (ordinary, huge_bias):
+            lower, upper, weight, bias = kind(2, terms, 7)
+            packed = round_to_nearest(weight, bits=bits, group_size=group_size)
+            ends = interval_packed_linear(
+                lower, upper, packed.codes, packed.scale, packed.zero, bias,
+                in_features=terms, bits=bits, group_size=group_size, rounding=rounding,
+            )  # fmt: skip
+            assert violations(ends, lower, upper, packed.dequantize(), bias)[0] == 0
+            dense = interval_linear(lower, upper, packed.dequantize(), bias, rounding=rounding)
+            torch.testing.assert_close(ends, dense, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", [denormal, denormal_weights, ordinary])
 def test_flushed_denormals_change_nothing(isa, kind):
     if not torch.set_flush_denormal(True):

@@ -11,7 +11,8 @@ from pyrobust.ops.interval import (
     interval_packed_conv2d,
     interval_packed_linear,
 )
-from pyrobust.ops.matmul import packed_linear
+from pyrobust.ops.matmul import dequantize_codes, packed_linear
+from pyrobust.ops.packed_weight import WeightExtras
 from pyrobust.quantize import round_to_nearest
 
 BITS = [1, 1.58, 2, 3, 4, 8]
@@ -68,6 +69,26 @@ def test_real_mode_equals_the_float_kernel_on_the_decoded_weight(isa, batch):
     )
     for a, b in zip(ours, interval_linear(*box, weight.dequantize(), bias), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("part", ["codebook", "row_scale"])
+def test_codebooks_and_row_scales_of_whole_blocks(isa, part):
+    codes = torch.randint(0, 256, (9, 65), dtype=torch.uint8)  # 4 bits, 130 columns
+    book = torch.randperm(256)[:16].to(torch.uint8) if part == "codebook" else None
+    rows = torch.rand(9) + 0.5 if part == "row_scale" else None
+    scale = torch.rand(9, 3).half().float()
+    if rows is not None:
+        # row scales of few bits keep every weight a float32
+        rows, scale = rows.half().float(), torch.randint(1, 30, (9, 3), dtype=torch.uint8)
+    extras = WeightExtras(row_scale=rows, codebook=book)
+    form = {"in_features": 130, "bits": 4, "group_size": 64, "extras": extras}
+    weight = dequantize_codes(codes, scale, None, **form)
+    x, bias = torch.randn(2, 130), torch.randn(9)
+    ends = interval_packed_linear(x - 0.1, x + 0.1, codes, scale, None, bias, **form)
+    low, high = exact_ends(x - 0.1, x + 0.1, weight, bias)
+    assert (ends[0] < low).all()
+    assert (ends[1] > high).all()
+    assert ((ends[1].double() - ends[0]) <= 1.01 * (high - low)).all()
 
 
 @pytest.mark.parametrize("rounding", ["real", "deployed"])
