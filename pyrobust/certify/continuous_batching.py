@@ -1,14 +1,15 @@
 """Sequential certification of many images at once: their samples share every forward batch.
 
 An image that can be decided early stops early; its place in the batch goes to the next image, so
-early stopping pays at any batch size.
+early stopping pays at any batch size. The last images fill their batches with samples of later
+looks.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ __all__ = ["ImageDecision", "decide_radii"]
 
 _GROUP = 10  # selection samples between looks
 _LEAD = 10  # votes ahead that end the selection
+_LEAST = 64  # rows below which a forward pass is filled with samples of later looks: a call of a
+# small network costs as much as some twenty copies, and an image throws away at most these rows
 
 
 @dataclass
@@ -35,7 +38,7 @@ class ImageDecision:
         selection: ``(K,)`` votes that choose the class.
         label: the chosen class, -1 during selection.
         successes: votes for ``label`` among the test samples.
-        trials: test samples drawn.
+        trials: test samples looked at.
         certified: radii certified, counted from the smallest without a gap.
     """
 
@@ -46,19 +49,22 @@ class ImageDecision:
     trials: int = 0
     certified: int = 0
     finished: bool = False
-    issued: int = 0  # samples of the current group already put into batches
-    group: int = 0  # size of the current group
+    target: int = 0  # selection samples at which the selection is looked at next
+    selected: int = 0  # selection samples put into batches
+    issued: int = 0  # test samples put into batches
     look: int = 0
     status: NDArray[np.int8] | None = None  # per radius: 0 open, 1 certified, -1 given up
+    ahead: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    # classes of the test samples that no look has seen yet, in order
 
     @property
     def samples(self) -> int:
-        """Forward passes spent, selection included."""
+        """Samples that the decision rests on, selection included."""
         return int(self.selection.sum()) + self.trials
 
 
 class _Rules:
-    """When a selection ends, when a test ends, and how large the next group is."""
+    """When a selection ends, when a test ends, and how many samples the next look needs."""
 
     def __init__(self, designs: list[SequentialDesign], n0: int) -> None:
         self.n0 = n0
@@ -67,34 +73,52 @@ class _Rules:
         self.lower = np.stack([design.lower for design in designs])
 
     def start(self, image: ImageDecision) -> None:
-        image.group, image.issued = min(_GROUP, self.n0), 0
         image.status = np.zeros(len(self.upper), dtype=np.int8)
+        image.target = min(_GROUP, self.n0)
 
-    def first_sample(self, image: ImageDecision) -> int:
-        """Sample index of the group; tests begin at n0 however early the selection ended."""
-        return self.n0 + image.trials if image.label >= 0 else int(image.selection.sum())
-
-    def absorb(self, image: ImageDecision, votes: NDArray[np.int64]) -> None:
-        """Take the votes of a whole group and decide what follows."""
+    def wanted(self, image: ImageDecision) -> int:
+        """Samples still to be put into batches before the next look."""
         if image.label < 0:
-            self._select(image, votes)
+            return image.target - image.selected
+        return int(self.looks[image.look]) - image.issued
+
+    def take(self, image: ImageDecision, size: int, *, early: bool = False) -> tuple[int, int]:
+        """First index and number of the next samples; ``early``: of the test, come what may.
+
+        Test samples begin at index n0 however early the selection ended.
+        """
+        if image.label < 0 and not early:
+            image.selected += size
+            return image.selected - size, size
+        size = min(size, int(self.looks[-1]) - image.issued)
+        image.issued += size
+        return self.n0 + image.issued - size, size
+
+    def absorb(self, image: ImageDecision, first: int, classes: NDArray[np.int64]) -> None:
+        """Keep the classes of the samples from index ``first`` on."""
+        if first < self.n0:
+            image.selection += np.bincount(classes, minlength=len(image.selection))
         else:
-            image.successes += int(votes[image.label])
-            image.trials += image.group
+            image.ahead = np.concatenate([image.ahead, classes])
+
+    def decide(self, image: ImageDecision) -> None:
+        """Every look whose samples are complete."""
+        if image.label < 0:
+            self._select(image)
+        while image.label >= 0 and not image.finished and self.wanted(image) <= 0:
+            size = int(self.looks[image.look]) - image.trials
+            image.successes += int((image.ahead[:size] == image.label).sum())
+            image.ahead = image.ahead[size:]
+            image.trials += size
             self._test(image)
             image.look += 1
-        image.issued = 0
-        if not image.finished and image.label >= 0:
-            image.group = int(self.looks[image.look]) - image.trials
 
-    def _select(self, image: ImageDecision, votes: NDArray[np.int64]) -> None:
-        image.selection += votes
-        drawn = int(image.selection.sum())
+    def _select(self, image: ImageDecision) -> None:
         second, first = np.sort(image.selection)[-2:]
-        if drawn == self.n0 or first - second >= _LEAD:
+        if image.target == self.n0 or first - second >= _LEAD:
             image.label = int(image.selection.argmax())
         else:
-            image.group = min(_GROUP, self.n0 - drawn)
+            image.target = min(image.target + _GROUP, self.n0)
 
     def _test(self, image: ImageDecision) -> None:
         status = image.status
@@ -146,14 +170,13 @@ def decide_radii(
     """
     rules = _Rules(designs, n0)
     images = [ImageDecision(b, np.zeros(num_classes, np.int64)) for b in range(x.shape[0])]
-    votes = {b: np.zeros(num_classes, np.int64) for b in range(x.shape[0])}
     inputs = x.detach().cpu()
     buffer = torch.empty((batch_size, *noise.shape(tuple(x.shape[1:]))))
     dtype = x.dtype if x.is_floating_point() else torch.float32
     waiting: deque[ImageDecision] = deque()
     newcomers = iter(images)
     while True:
-        pieces = list(_fill(rules, waiting, newcomers, batch_size))
+        pieces = _fill(rules, waiting, newcomers, batch_size)
         if not pieces:
             return images
         row = 0
@@ -175,14 +198,12 @@ def decide_radii(
                     f"{subject}: the base must not return NaN; it does for sample "
                     f"{first + nan - row} of image {first_index + image.position} (seed {seed})."
                 )
-            found = classes[row : row + size].numpy()
-            votes[image.position] += np.bincount(found, minlength=num_classes)
+            rules.absorb(image, first, classes[row : row + size].numpy())
             row += size
         for image in {id(image): image for image, _, _ in pieces}.values():
-            if image.issued < image.group:
+            if rules.wanted(image) > 0:  # its group goes on first in the next batch
                 continue
-            rules.absorb(image, votes[image.position])
-            votes[image.position] = np.zeros(num_classes, np.int64)
+            rules.decide(image)
             if not image.finished:
                 waiting.append(image)
             elif bar is not None:
@@ -194,8 +215,13 @@ def _fill(
     waiting: deque[ImageDecision],
     newcomers: Iterator[ImageDecision],
     batch_size: int,
-) -> Iterator[tuple[ImageDecision, int, int]]:
-    """Pieces (image, first sample, size) of one batch: images under way first, then new ones."""
+) -> list[tuple[ImageDecision, int, int]]:
+    """Pieces (image, first sample, size) of one batch: images under way first, then new ones.
+
+    Where these leave a batch nearly empty, samples of later looks fill it: which samples a look
+    sees, and so every decision, stays as planned.
+    """
+    pieces: list[tuple[ImageDecision, int, int]] = []
     space = batch_size
     while space > 0:
         if waiting:
@@ -203,12 +229,21 @@ def _fill(
         else:
             newcomer = next(newcomers, None)
             if newcomer is None:
-                return
+                break
             image = newcomer
             rules.start(image)
-        size = min(space, image.group - image.issued)
-        yield image, rules.first_sample(image) + image.issued, size
-        image.issued += size
+        size = min(space, rules.wanted(image))
+        pieces.append((image, *rules.take(image, size)))
         space -= size
-        if image.issued < image.group:
+        if rules.wanted(image) > 0:
             waiting.appendleft(image)
+    spare = min(_LEAST, batch_size) - (batch_size - space)
+    if not pieces or spare <= 0:
+        return pieces
+    share = -(-spare // len(pieces))
+    for image in [image for image, _, _ in pieces]:
+        first, size = rules.take(image, min(share, spare), early=True)
+        spare -= size
+        if size > 0:
+            pieces.append((image, first, size))
+    return pieces

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,18 +14,22 @@ from pyrobust._checks import check_eval_mode, check_float_tensor, check_integer
 from pyrobust.certify.noise import GridGaussianNoise, Noise
 from pyrobust.ops.sampling import uniform_samples
 
+_TILE = 4 << 20  # bytes of copies in a forward pass on the CPU; see forward_rows
+_MOST_ROWS = 512
+
 __all__ = [
     "check_voting",
     "classify",
     "count_noisy_votes",
     "count_parts",
     "device_of",
+    "forward_rows",
     "uniform_shares",
 ]
 
 
 def check_voting(
-    subject: str, base: nn.Module, x: Tensor, batch_size: int, noise: Noise | None = None
+    subject: str, base: nn.Module, x: Tensor, batch_size: int | None, noise: Noise | None = None
 ) -> None:
     """Raise unless ``x`` is a batch that ``noise`` accepts and ``base`` is in evaluation mode."""
     if isinstance(noise, GridGaussianNoise):
@@ -46,7 +51,8 @@ def check_voting(
         raise ValueError(f"{subject}: x must be a batch (B, ...); got shape {tuple(x.shape)}.")
     if x.is_floating_point() and not bool(torch.isfinite(x).all()):
         raise ValueError(f"{subject}: x must be finite; it holds NaN or infinite values.")
-    check_integer(subject, "batch_size", batch_size, 1)
+    if batch_size is not None:
+        check_integer(subject, "batch_size", batch_size, 1)
     check_eval_mode(subject, base)
 
 
@@ -55,6 +61,22 @@ def device_of(base: nn.Module) -> torch.device:
     for tensor in (*base.parameters(), *base.buffers()):
         return tensor.device
     return torch.device("cpu")
+
+
+def forward_rows(batch_size: int | None, base: nn.Module, copy: tuple[int, ...]) -> int:
+    """Copies per forward pass; None chooses them from the shape of one copy.
+
+    On the CPU the copies of a pass take at most 4 MiB, so that the first layer reads from the cache
+    what the sampler wrote: a power of two from 8 to 512 (256 for 3 x 32 x 32). The size does not
+    follow the caches of the machine, since a base may round differently in another batch and a job
+    moved to another machine must go on with the same votes. On other devices it is 512.
+    """
+    if batch_size is not None:
+        return batch_size
+    if device_of(base).type != "cpu":
+        return _MOST_ROWS
+    fitting = max(1, _TILE // (4 * max(1, math.prod(copy))))
+    return min(_MOST_ROWS, max(8, 1 << (fitting.bit_length() - 1)))
 
 
 def classify(base: nn.Module, noisy: Tensor, num_classes: int, subject: str) -> tuple[Tensor, int]:

@@ -31,7 +31,13 @@ from pyrobust.certify.noise import AfterLinearNoise, GaussianNoise, GridGaussian
 from pyrobust.certify.planning import PRICE, plan_for
 from pyrobust.certify.sequential import table_designs
 from pyrobust.certify.statistics import class_bounds, clopper_pearson_lower, randomised_lower
-from pyrobust.certify.voting import check_voting, count_parts, device_of, uniform_shares
+from pyrobust.certify.voting import (
+    check_voting,
+    count_parts,
+    device_of,
+    forward_rows,
+    uniform_shares,
+)
 
 __all__ = ["SmoothedClassifier"]
 
@@ -126,7 +132,7 @@ class SmoothedClassifier(nn.Module):
         seed: int = 0,
         *,
         first_index: int = 0,
-        batch_size: int = 512,
+        batch_size: int | None = None,
         progress: bool = False,
     ) -> Tensor:
         """The class of the smoothed classifier, wrong with probability at most ``alpha``.
@@ -137,7 +143,8 @@ class SmoothedClassifier(nn.Module):
             alpha: probability, per input, that the answer is a class that is not the most likely.
             seed: key of the noise, in ``[0, 2**63)``.
             first_index: position of ``x[0]`` in the data set.
-            batch_size: copies per forward pass; it changes the speed only.
+            batch_size: copies per forward pass; it changes the speed only. None: on the CPU what
+                fits 4 MiB, 8 to 512, elsewhere 512.
             progress: show a progress bar.
 
         Returns:
@@ -148,8 +155,8 @@ class SmoothedClassifier(nn.Module):
             ValueError: an argument out of range, the base in training mode, or NaN logits.
         """
         subject = "SmoothedClassifier.predict"
-        self._check(subject, x, alpha, batch_size, n=n)
-        counts = self._count(subject, x, [(0, n)], seed, first_index, batch_size, progress)[0]
+        rows = self._check(subject, x, alpha, batch_size, n=n)
+        counts = self._count(subject, x, [(0, n)], seed, first_index, rows, progress)[0]
         best = counts.topk(2, dim=-1).values.numpy()
         # Two-sided binomial test of the two best counts against a fair coin.
         p_value = 2 * stats.binom.sf(best[:, 0] - 1, best.sum(-1), 0.5)
@@ -169,7 +176,7 @@ class SmoothedClassifier(nn.Module):
         runner_up: bool = False,
         randomised: bool = False,
         first_index: int = 0,
-        batch_size: int = 512,
+        batch_size: int | None = None,
         progress: bool = False,
     ) -> SmoothingCertificate:
         """A class and a radius per input that hold with probability at least ``1 - alpha``.
@@ -194,7 +201,7 @@ class SmoothedClassifier(nn.Module):
             first_index: position of ``x[0]`` in the data set; with it, each input's result does
                 not depend on the batch it came in.
             batch_size: copies per forward pass; it changes the speed only (as far as the base
-                rounds the same way in every batch).
+                rounds the same way in every batch). None as in :meth:`predict`.
             progress: show a progress bar.
 
         Returns:
@@ -206,11 +213,11 @@ class SmoothedClassifier(nn.Module):
                 classes, or NaN logits.
         """
         subject = "SmoothedClassifier.certify"
-        self._check(subject, x, alpha, batch_size, n0=n0, n=n)
+        rows = self._check(subject, x, alpha, batch_size, n0=n0, n=n)
         check_positive(subject, "price", price)
         if randomised and runner_up:
             raise ValueError(f"{subject}: randomised must be False with runner_up=True.")
-        place = (seed, first_index, batch_size, progress)
+        place = (seed, first_index, rows, progress)
         if planned:
             selection, counts = self._planned_counts(subject, x, n0, n, alpha, price, place)
         else:
@@ -252,7 +259,7 @@ class SmoothedClassifier(nn.Module):
         n0: int = 100,
         seed: int = 0,
         first_index: int = 0,
-        batch_size: int = 512,
+        batch_size: int | None = None,
         design: str = "optimal",
         progress: bool = False,
     ) -> SequentialCertificate:
@@ -271,7 +278,7 @@ class SmoothedClassifier(nn.Module):
             n0: most samples that select the class, ``>= 1``; it stops once one class leads by 10.
             seed: key of the noise, in ``[0, 2**63)``.
             first_index: position of ``x[0]`` in the data set.
-            batch_size: rows per forward pass.
+            batch_size: rows per forward pass; None as in :meth:`predict`.
             design: ``"optimal"``, ``"spending"`` or ``"fixed"``
                 (:mod:`pyrobust.certify.sequential`).
             progress: show a progress bar.
@@ -285,7 +292,7 @@ class SmoothedClassifier(nn.Module):
             ValueError: an argument out of range, the base in training mode, or NaN logits.
         """
         subject = "SmoothedClassifier.certify_at"
-        self._check(subject, x, alpha, batch_size, n0=n0, budget=budget)
+        rows = self._check(subject, x, alpha, batch_size, n0=n0, budget=budget)
         radii = _radii(subject, radius)
         nulls = [self.noise.needs(r) for r in radii]
         if nulls[-1] >= 1:
@@ -303,7 +310,7 @@ class SmoothedClassifier(nn.Module):
                 n0=n0,
                 seed=seed,
                 first_index=first_index,
-                batch_size=batch_size,
+                batch_size=rows,
                 subject=subject,
                 bar=bar,
             )
@@ -336,11 +343,15 @@ class SmoothedClassifier(nn.Module):
             return split_first_linear(self.base)[1]
         return self.base
 
-    def _check(self, subject: str, x: Tensor, alpha: float, batch_size: int, **sizes: int) -> None:
+    def _check(
+        self, subject: str, x: Tensor, alpha: float, batch_size: int | None, **sizes: int
+    ) -> int:
+        """Raise for bad arguments, then the copies per forward pass."""
         for name, value in sizes.items():
             check_integer(subject, name, value, 1)
         check_open_unit(subject, "alpha", alpha)
         check_voting(subject, self.base, x, batch_size, self.noise)
+        return forward_rows(batch_size, self.base, self.noise.shape(tuple(x.shape[1:])))
 
     def _count(
         self,

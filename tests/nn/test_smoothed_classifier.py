@@ -204,6 +204,19 @@ def test_half_precision_base_and_progress(capsys):
     assert "50/50" in captured.err
 
 
+@pytest.mark.parametrize(
+    ("shape", "rows"), [((1, 8, 8), 512), ((3, 32, 32), 256), ((3, 64, 64), 64), ((3, 224, 224), 8)]
+)
+def test_copies_of_a_forward_pass_fit_the_cache(shape, rows):
+    base = Shape().eval()
+    smoothed = SmoothedClassifier(base, 0.5, 3)
+    x = torch.rand(1, *shape)
+    chosen = smoothed.certify(x, n0=1, n=513)
+    assert [len(batch) for batch in base.seen[1:]] == [rows] * (513 // rows) + [513 % rows]
+    given = smoothed.certify(x, n0=1, n=513, batch_size=100)
+    assert torch.equal(chosen.counts, given.counts)
+
+
 def test_empty_batch():
     certificate = SmoothedClassifier(convolutional(), 1.0, 10).certify(torch.rand(0, 1, 8, 8), n=5)
     assert len(certificate) == 0
