@@ -1,6 +1,7 @@
 """Bits on the decoder of a small diffusers autoencoder: reading, false claims, what survives."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +11,15 @@ from torch.nn import functional as F
 from pyrobust.data import load_digits
 from pyrobust.data.distortions import gaussian_blur, jpeg_like, resize_and_back
 from pyrobust.evaluate import bit_accuracy, verify_ownership
-from pyrobust.train import DynamicLossWeights, LoRAWatermark, merge_adapters
+from pyrobust.train import (
+    DynamicLossWeights,
+    LoRAWatermark,
+    UnrolledFineTuning,
+    merge_adapters,
+)
 
 BITS = 8
+MESSAGE = torch.tensor([1, 0, 1, 1, 0, 0, 1, 0])
 
 
 class TileExtractor(nn.Module):
@@ -34,24 +41,11 @@ def decode(model, latents):
     return model.decode(latents).sample
 
 
-def fine_tuned(model, latents, images, steps):
-    """All of the decoder trained on reconstruction, the mark's layers included."""
-    model = copy.deepcopy(model)
-    parameters = list(model.decoder.parameters())
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(parameters, 1e-4)
-    for _ in range(steps):
-        chosen = torch.randint(len(images), (16,))
-        optimizer.zero_grad()
-        F.mse_loss(decode(model, latents[chosen]), images[chosen]).backward()
-        optimizer.step()
-    return model
-
-
-@pytest.mark.slow
-def test_a_diffusers_decoder_carries_bits():
+@pytest.fixture(scope="module")
+def built():
+    """A small autoencoder trained on digits, their latents, and the extractor set on its images."""
     diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
     digits = load_digits()
     images = torch.cat([digits.train_images, digits.test_images])
     images = F.interpolate(images, size=32, mode="bilinear")
@@ -73,13 +67,49 @@ def test_a_diffusers_decoder_carries_bits():
         extractor = TileExtractor().eval()
         values = extractor(decode(vae, latents))
         extractor.mean, extractor.std = values.mean(0), values.std(0)
-    message = torch.tensor([1, 0, 1, 1, 0, 0, 1, 0])
+    return SimpleNamespace(
+        vae=vae, images=train, latents=latents, unseen=unseen, extractor=extractor
+    )
+
+
+def embed(built, fine_tuning=None):
+    """Four hundred steps on the last stage of a copy of the decoder."""
     layers = [f"up_blocks.2.resnets.{i}.conv{j}" for i in range(2) for j in (1, 2)]
     mark = LoRAWatermark(
-        vae, layers, message, extractor, decode=decode, scheduler=DynamicLossWeights(psnr=25.0)
-    )
-    mark.fit(latents[torch.randint(len(latents), (8,))] for _ in range(400))
+        copy.deepcopy(built.vae), layers, MESSAGE, built.extractor, decode=decode,
+        scheduler=DynamicLossWeights(psnr=25.0), fine_tuning=fine_tuning,
+    )  # fmt: skip
+    mark.fit(built.latents[torch.randint(len(built.latents), (8,))] for _ in range(400))
+    return mark
 
+
+def fine_tuned(built, model, marks):
+    """Yields steps and held-out images while all of the decoder is trained on reconstruction."""
+    parameters = list(model.decoder.parameters())
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(parameters, 1e-4)
+    for step in range(marks[-1] + 1):
+        if step in marks:
+            with torch.no_grad():
+                yield step, decode(model, built.unseen)
+        chosen = torch.randint(len(built.images), (16,))
+        optimizer.zero_grad()
+        F.mse_loss(decode(model, built.latents[chosen]), built.images[chosen]).backward()
+        optimizer.step()
+
+
+def claimed_share(images, extractor, message, size, null):
+    """Share of the whole groups of ``size`` images that are claimed at a rate of 0.005."""
+    groups = [group for group in images.split(size) if len(group) == size]
+    results = [verify_ownership(x, extractor, message, null=null).claimed for x in groups]
+    return sum(results) / len(results)
+
+
+@pytest.mark.slow
+def test_a_diffusers_decoder_carries_bits(built):
+    extractor, unseen, message = built.extractor, built.unseen, MESSAGE
+    mark = embed(built)
     with torch.no_grad():
         marked, clean = mark.marked(unseen), mark.clean(unseen)
         psnr = -10 * float(torch.log10(F.mse_loss(marked, clean)))
@@ -116,15 +146,44 @@ def test_a_diffusers_decoder_carries_bits():
     print({name: round(value, 3) for name, value in table.items()})
     assert min(table[name] for name in ("JPEG 80", "blur 0.5", "noise 0.05")) > 0.85
 
-    merge_adapters(vae)
-    left = []
-    for steps in (0, 10, 50, 200):
-        tuned = fine_tuned(vae, latents, train, steps)
-        with torch.no_grad():
-            seen = decode(tuned, unseen)
-        found = verify_ownership(seen[:50], extractor, message, fpr=1e-6)
-        left.append(bit_accuracy(extractor(seen).detach(), message))
-        print(f"after {steps} steps of fine-tuning: {left[-1]:.3f}; 50 images: {found.summary()}")
-        assert found.claimed or steps > 10
-    assert left[0] == pytest.approx(read[0])
-    assert left[-1] < left[0]  # fine-tuning wears the mark off, as published
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unrolled", [False, True])
+def test_how_long_the_claim_outlives_fine_tuning(built, unrolled):
+    """Fewer bits read right are still a claim where more images are read.
+
+    With unrolling the same image target of the controller ends in a louder mark.
+    """
+    mark = embed(built, UnrolledFineTuning(steps=5, every=4) if unrolled else None)
+    with torch.no_grad():
+        mse = F.mse_loss(mark.marked(built.unseen), mark.clean(built.unseen))
+    print(f"\nunrolled={unrolled}: {-10 * float(torch.log10(mse)):.1f} dB")
+    model, accuracy, shares = merge_adapters(mark.decoder), {}, {}
+    for step, images in fine_tuned(built, model, (0, 10, 50, 100, 500)):
+        accuracy[step] = bit_accuracy(built.extractor(images), MESSAGE)
+        for size in (1, 16, 64):
+            for null in ("binomial", "message"):
+                share = claimed_share(images, built.extractor, MESSAGE, size, null)
+                shares[step, size, null] = share
+        of_step = {key[1:]: round(share, 2) for key, share in shares.items() if key[0] == step}
+        print(f"after {step} steps: {accuracy[step]:.3f}; claimed: {of_step}")
+    with torch.no_grad():
+        clean = decode(built.vae, built.unseen)
+    false = [
+        claimed_share(clean, built.extractor, other, 64, null)
+        for other in torch.randint(2, (50, BITS))
+        for null in ("binomial", "message")
+    ]
+    print(f"false claims: binomial {sum(false[::2]) / 50:.3f}, message {sum(false[1::2]) / 50:.3f}")
+    # the rate is a matter of messages, of which 50 are few; the binomial null counts 64 images of
+    # one decoder as independent and claims more of them than it says
+    assert sum(false[1::2]) / 50 <= 0.06
+    assert sum(false[::2]) >= sum(false[1::2])
+    assert accuracy[0] >= 0.98
+    assert shares[0, 64, "binomial"] == shares[0, 64, "message"] == 1
+    assert accuracy[10] >= 0.75
+    assert shares[10, 64, "binomial"] == shares[10, 64, "message"] == 1
+    assert accuracy[50] >= 0.55
+    assert shares[50, 64, "binomial"] == 1
+    assert accuracy[500] < 0.6  # erased, as published
+    assert shares[500, 64, "message"] == 0
