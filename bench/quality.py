@@ -5,8 +5,8 @@
 Writes OUT.md (the table), OUT.json (every run) and OUT.svg (the plot). Bits per weight count all
 that stands for the quantized weights: codes, scales, zero-points, outliers, tables. The models are
 made by `quality_models.py`; embeddings and heads stay in float. OFQ trains on the images, all
-others see some inputs or none. With `llmcompressor` installed its
-GPTQ runs beside ours on the same calibration data.
+others see some inputs or none. With `llmcompressor` installed its rounding to nearest and its GPTQ
+run beside ours on the same calibration data.
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ SKIP = {
     "language": ("*embed_tokens", "lm_head"),
     "vision": ("*embeddings", "*classifier"),
 }
-LIBRARY = "llmcompressor GPTQ"
+LIBRARY = {  # by label, its modifier
+    "llmcompressor RTN": "QuantizationModifier",
+    "llmcompressor GPTQ": "GPTQModifier",
+}
 OFQ = "ofq (trained)"
 
 
@@ -96,8 +99,8 @@ def convert(model: nn.Module, kind: str, make: Callable[[], Any], bits: float, d
     return packed, 8 * stored / weights, seconds
 
 
-def library_gptq(model: nn.Module, bits: int, text: Text) -> tuple[nn.Module, float]:
-    """`llmcompressor` on a copy: asymmetric groups of 128, static activation order."""
+def from_library(model: nn.Module, modifier: str, bits: int, text: Text) -> tuple[nn.Module, float]:
+    """`llmcompressor` on a copy: asymmetric groups of 128; its GPTQ in static activation order."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
     weights = QuantizationArgs(
@@ -107,13 +110,13 @@ def library_gptq(model: nn.Module, bits: int, text: Text) -> tuple[nn.Module, fl
     with tempfile.TemporaryDirectory() as folder:  # it asks for a model that came from files
         model.save_pretrained(folder)
         result = type(model).from_pretrained(folder).eval()
-        _oneshot(result, scheme, text)
+        _oneshot(result, modifier, scheme, text)
     return result.eval(), bits + (16 + bits) / 128
 
 
-def _oneshot(result: nn.Module, scheme: Any, text: Text) -> None:
+def _oneshot(result: nn.Module, modifier: str, scheme: Any, text: Text) -> None:
     from llmcompressor import oneshot
-    from llmcompressor.modifiers.quantization import GPTQModifier
+    from llmcompressor.modifiers import quantization
 
     batches = [
         {"input_ids": part, "attention_mask": torch.ones_like(part)}
@@ -123,7 +126,7 @@ def _oneshot(result: nn.Module, scheme: Any, text: Text) -> None:
         model=result,
         processor=object(),  # the batches are token numbers already
         dataset=DataLoader(batches, batch_size=None),
-        recipe=GPTQModifier(config_groups={"all": scheme}, ignore=["lm_head"]),
+        recipe=getattr(quantization, modifier)(config_groups={"all": scheme}, ignore=["lm_head"]),
         num_calibration_samples=len(batches),
     )
 
@@ -145,12 +148,12 @@ def language_runs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 packed, stored, seconds = convert(model, "language", make, bits, data)
                 figure = perplexity(packed, test)
                 yield _run("language", label, seed, bits, stored, figure, seconds)
-            if args.library:  # of the models here it takes language models only
+            for label, modifier in LIBRARY.items() if args.library else ():  # language models only
                 began = time.perf_counter()
-                packed, stored = library_gptq(model, bits, text)
+                packed, stored = from_library(model, modifier, bits, text)
                 seconds = time.perf_counter() - began
                 figure = perplexity(packed, test)
-                yield _run("language", LIBRARY, seed, bits, stored, figure, seconds)
+                yield _run("language", label, seed, bits, stored, figure, seconds)
 
 
 def vision_runs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -252,7 +255,9 @@ def _cell(runs: list[dict[str, Any]]) -> str:
 def page(runs: list[dict[str, Any]]) -> str:
     seeds = len({run["seed"] for run in runs})
     seen = {run["quantizer"] for run in runs}
-    library = (" --library" if LIBRARY in seen else "") + (" --train" if OFQ in seen else "")
+    library = (" --library" if seen.intersection(LIBRARY) else "") + (
+        " --train" if OFQ in seen else ""
+    )
     parts = [
         "# Quality against bits",
         "",
@@ -315,7 +320,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=["language", "vision"])
     parser.add_argument("--calibration-sequences", type=int, default=64)
     parser.add_argument("--test-sequences", type=int, default=128)
-    parser.add_argument("--library", action="store_true", help="run llmcompressor's GPTQ too")
+    parser.add_argument("--library", action="store_true", help="run llmcompressor too")
     parser.add_argument("--train", action="store_true", help="train OFQ on the images too")
     parser.add_argument(
         "--keep", type=Path, nargs="*", default=[], help="JSON files of earlier runs"

@@ -71,35 +71,60 @@ class ConversionFolder:
         Raises:
             ValueError: the file is damaged.
         """
-        path = self._file(index)
-        if not path.exists():
+        found = self.load_tensors(_block(index))
+        if found is None:
             return None
+        plain, tensors = found
         try:
-            with safe_open(path, framework="pt") as file:
-                described = json.loads((file.metadata() or {})[_RESULTS])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            sums = {key: checksum(tensor) for key, tensor in tensors.items()}
-            if sums != described["crc32"]:
-                raise KeyError("checksum")
-            return {
-                name: _rebuild(name, entry, tensors) for name, entry in described["layers"].items()
-            }
-        except (SafetensorError, KeyError, ValueError, TypeError) as error:
-            raise ValueError(
-                f"{self.subject}: resume must hold files as they were written; '{path}' is damaged "
-                "(delete it to convert that block again)."
-            ) from error
+            return {name: _rebuild(name, entry, tensors) for name, entry in plain["layers"].items()}
+        except (KeyError, ValueError, TypeError) as error:
+            raise self._damaged(_block(index)) from error
 
     def save(self, index: int, results: Mapping[str, Quantized]) -> None:
         """Keep the results of block ``index``."""
         tensors: dict[str, Tensor] = {}
         layers = {name: _flatten(name, result, tensors) for name, result in results.items()}
-        sums = {key: checksum(tensor) for key, tensor in tensors.items()}
-        text = json.dumps({"layers": layers, "crc32": sums})
-        write_safetensors(self._file(index), tensors, {"format": "pt", _RESULTS: text})
+        self.save_tensors(_block(index), tensors, {"layers": layers})
 
-    def _file(self, index: int) -> Path:
-        return self.path / f"block-{index:04d}.safetensors"
+    def load_tensors(self, name: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """Plain values and tensors kept under a name, or None where there are none.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        path = self._file(name)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                plain = json.loads((file.metadata() or {})[_RESULTS])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            if {key: checksum(tensor) for key, tensor in tensors.items()} != plain["crc32"]:
+                raise KeyError("checksum")
+        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise self._damaged(name) from error
+        return plain, tensors
+
+    def save_tensors(
+        self, name: str, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]
+    ) -> None:
+        """Keep tensors and plain JSON values under a name; whole or not at all."""
+        sums = {key: checksum(tensor) for key, tensor in tensors.items()}
+        text = json.dumps({**plain, "crc32": sums})
+        write_safetensors(self._file(name), dict(tensors), {"format": "pt", _RESULTS: text})
+
+    def _damaged(self, name: str) -> ValueError:
+        return ValueError(
+            f"{self.subject}: resume must hold files as they were written; '{self._file(name)}' is "
+            "damaged (delete it to convert that block again)."
+        )
+
+    def _file(self, name: str) -> Path:
+        return self.path / f"{name}.safetensors"
+
+
+def _block(index: int) -> str:
+    return f"block-{index:04d}"
 
 
 def _flatten(name: str, result: Quantized, tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from pyrobust.quantize.outliers import (
     quantize_with_outliers,
 )
 from pyrobust.quantize.qtensor import QTensor
+from pyrobust.quantize.ranked_scores import Ranked, largest_of_all, load_ranked, save_ranked
 from pyrobust.quantize.round_to_nearest import round_to_nearest
 from pyrobust.quantize.sensitivity import (
     SENSITIVITY_KINDS,
@@ -105,60 +106,83 @@ class GWQ:
 
         With ``blocks`` or ``resume`` the layers are scored block by block, each in a sweep of its
         own over the data: scores of one block are in memory, and finished blocks are kept in the
-        folder. With ``ranking="global"`` the folder is filled once all layers are scored.
+        folder. With ``ranking="global"`` all layers are scored before the first is packed; then
+        what may still be among the largest scores is kept in the folder after each block.
         """
         for name in layers:
             check_choice(f"GWQ: '{name}'", "bits", formats[name]["bits"], OUTLIER_BITS)
         own = replace(self, progress=self.progress or progress)
         batches = _batches(calibration)
-        together = self.ranking == "global" or (blocks is None and resume is None)
-        groups = [list(layers)] if together else group_layers("pack", model, layers, blocks)
+        together = blocks is None and resume is None
+        names = [list(layers)] if together else group_layers("pack", model, layers, blocks)
+        groups = [{name: layers[name] for name in group} for group in names]
         folder = None
         if resume is not None:
             described = describe_conversion(self, layers, formats, _as_calls(batches))
             folder = ConversionFolder("pack", resume, described)
+        ranked = None
+        if self.ranking == "global":
+            ranked = own._ranked_together(model, groups, formats, batches, folder)
         results: dict[str, Quantized] = {}
-        for index, names in enumerate(groups):
+        for index, group in enumerate(groups):
             made = None if folder is None else folder.load(index)
             if made is None:
-                made = own._one_group(model, {n: layers[n] for n in names}, formats, batches)
+                kept = own._outliers(model, group, formats, batches) if ranked is None else ranked
+                made = own._packed(group, kept, formats)
                 if folder is not None:
                     folder.save(index, made)
             results |= made
         return results
 
-    def _one_group(
+    def _packed(
+        self,
+        layers: Mapping[str, nn.Module],
+        kept: Ranked,
+        formats: Mapping[str, Mapping[str, Any]],
+    ) -> dict[str, Quantized]:
+        places = {name: kept[name][0] for name in layers if name in kept}
+        return {
+            name: Quantized(self._pack(_weight(layer), places.get(name), formats[name]))
+            for name, layer in layers.items()
+        }
+
+    def _ranked_together(
+        self,
+        model: nn.Module,
+        groups: Sequence[Mapping[str, nn.Module]],
+        formats: Mapping[str, Mapping[str, Any]],
+        batches: list[Any] | None,
+        folder: ConversionFolder | None,
+    ) -> Ranked:
+        """The largest scores of all layers, group by group as the folder holds them."""
+        sizes = [w.numel() for group in groups for w in _scored(group).values()]
+        count = outlier_count(self.outlier_fraction, sum(sizes))
+        best: Ranked = {}
+        for index, group in enumerate(groups):
+            found = None if folder is None else load_ranked(folder, index)
+            own = found or self._outliers(model, group, formats, batches, count)
+            best = largest_of_all(best | own, count)
+            if folder is not None and found is None:
+                save_ranked(folder, index, {name: best[name] for name in own})
+        return best
+
+    def _outliers(
         self,
         model: nn.Module,
         layers: Mapping[str, nn.Module],
         formats: Mapping[str, Mapping[str, Any]],
         batches: list[Any] | None,
-    ) -> dict[str, Quantized]:
-        weights = {name: _weight(layer) for name, layer in layers.items()}
-        scored = {n: w for n, w in weights.items() if not isinstance(layers[n], nn.Embedding)}
-        kept = self._outliers(model, scored, formats, batches)
-        return {
-            name: Quantized(self._pack(weight, kept.get(name), formats[name]))
-            for name, weight in weights.items()
-        }
-
-    def _outliers(
-        self,
-        model: nn.Module,
-        weights: Mapping[str, Tensor],
-        formats: Mapping[str, Mapping[str, Any]],
-        batches: list[Any] | None,
-    ) -> dict[str, Tensor]:
-        """Flat positions of the weights to keep, by layer; no score outlives its layer."""
+        most: int | None = None,
+    ) -> Ranked:
+        """The weights to keep by layer, up to ``most`` in each; no score outlives its layer."""
+        weights = _scored(layers)
         if self.outlier_fraction == 0 or not weights:
             return {}
-        total = sum(weight.numel() for weight in weights.values())
-        together = self.ranking == "global"
 
         def take(name: str, score: Tensor) -> tuple[Tensor, Tensor]:
             check_finite("GWQ", f"the score of '{name}'", score)
             size = score.numel()
-            count = outlier_count(self.outlier_fraction, total if together else size)
+            count = outlier_count(self.outlier_fraction, size) if most is None else most
             places = largest(score, min(size, count))
             return places.cpu(), score.flatten()[places].cpu()
 
@@ -167,7 +191,7 @@ class GWQ:
             plain = round_to_nearest(flat, **formats[name]).dequantize()
             return weight - plain.reshape(weight.shape).to(weight)
 
-        best: dict[str, tuple[Tensor, Tensor]] = sensitivity(
+        return sensitivity(
             model,
             batches,
             self.score,
@@ -179,9 +203,6 @@ class GWQ:
             seed=self.seed,
             progress=self.progress,
         )
-        if not together:
-            return {name: places for name, (places, _) in best.items()}
-        return _ranked_together(best, outlier_count(self.outlier_fraction, total))
 
     def _pack(self, weight: Tensor, places: Tensor | None, form: Mapping[str, Any]) -> QTensor:
         mask = torch.zeros(weight.numel(), dtype=torch.bool)
@@ -346,12 +367,6 @@ def _weight(layer: nn.Module) -> Tensor:
     return layer.weight
 
 
-def _ranked_together(best: Mapping[str, tuple[Tensor, Tensor]], count: int) -> dict[str, Tensor]:
-    """The positions among the ``count`` largest of all layers."""
-    chosen = largest(torch.cat([scores for _, scores in best.values()]), count)
-    result, begin = {}, 0
-    for name, (places, _) in best.items():
-        inside = (chosen >= begin) & (chosen < begin + len(places))
-        result[name] = places[chosen[inside] - begin]
-        begin += len(places)
-    return result
+def _scored(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """The weights that may be kept: all but those of embeddings."""
+    return {n: _weight(m) for n, m in layers.items() if not isinstance(m, nn.Embedding)}

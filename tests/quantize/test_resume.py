@@ -1,7 +1,8 @@
 """A conversion that was killed ends in the same file as one that was not: for every quantizer."""
 
 import os
-import signal
+from dataclasses import replace
+from signal import SIGKILL
 
 import pytest
 import torch
@@ -44,19 +45,19 @@ def convert(make, model, batches, resume=None):
     )
 
 
-def killed_at_its_save(number, make, model, batches, folder):
+def killed_at_its_save(number, make, model, batches, folder, method="save"):
     """Run a conversion in a process of its own that dies when it would save once more."""
     child = os.fork()
     if child == 0:
-        save, done = ConversionFolder.save, []
+        save, done = getattr(ConversionFolder, method), []
 
-        def save_or_die(self, index, results):
+        def save_or_die(self, *what):
             if len(done) == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            done.append(index)
-            save(self, index, results)
+                os.kill(os.getpid(), SIGKILL)
+            done.append(what[0])
+            save(self, *what)
 
-        ConversionFolder.save = save_or_die
+        setattr(ConversionFolder, method, save_or_die)
         convert(make, model, batches, folder)
         os._exit(0)
     return os.waitpid(child, 0)[1]
@@ -66,13 +67,41 @@ def killed_at_its_save(number, make, model, batches, folder):
 def test_a_killed_conversion_resumes_to_the_same_bits(kind, tmp_path):
     make, model = MAKES[kind], BlockNet().eval()
     batches = [torch.randn(7, 6) for _ in range(3)]
-    number = 0 if kind == "gwq of all layers" else 2  # which ranks all layers before it saves any
-    assert killed_at_its_save(number, make, model, batches, tmp_path / "kept") == signal.SIGKILL
+    number = 2
+    assert killed_at_its_save(number, make, model, batches, tmp_path / "kept") == SIGKILL
     finished = {file: file.stat().st_mtime_ns for file in (tmp_path / "kept").glob("block-*")}
     assert len(finished) == number
     pyrobust.save(convert(make, model, batches, tmp_path / "kept"), tmp_path / "resumed")
     assert all(file.stat().st_mtime_ns == when for file, when in finished.items())
     pyrobust.save(convert(make, model, batches), tmp_path / "whole")
+    assert (tmp_path / "resumed").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+@pytest.mark.parametrize("number", [0, 1, 4])
+def test_a_conversion_killed_while_it_scores_all_layers_resumes_to_the_same_bits(number, tmp_path):
+    """Scores of the five blocks (stem, three blocks, head) are kept one by one."""
+    make, model = MAKES["gwq of all layers"], BlockNet().eval()
+    batches = [torch.randn(7, 6) for _ in range(2)]
+    folder = tmp_path / "kept"
+    assert killed_at_its_save(number, make, model, batches, folder, "save_tensors") == SIGKILL
+    finished = {file: file.stat().st_mtime_ns for file in folder.glob("scores-*")}
+    assert len(finished) == number
+    assert not list(folder.glob("block-*"))
+    swept = []
+
+    def counted(model, batch):
+        swept.append(1)
+        return squared_output(model, batch)
+
+    counted.__module__, counted.__qualname__ = __name__, squared_output.__qualname__
+    resumed = convert(lambda: replace(make(), loss=counted), model, batches, folder)
+    assert len(swept) == (5 - number) * len(batches)
+    assert all(file.stat().st_mtime_ns == when for file, when in finished.items())
+    pyrobust.save(resumed, tmp_path / "resumed")
+    pyrobust.save(
+        pyrobust.pack(model, bits=2, group_size=8, quantizer=make(), calibration=batches),
+        tmp_path / "whole",
+    )  # all layers in one sweep
     assert (tmp_path / "resumed").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
