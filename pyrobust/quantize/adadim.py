@@ -178,15 +178,16 @@ class AdaDim:
         Raises:
             ValueError: as :func:`pyrobust.pack`; ``model`` is then as it was.
         """
-        from pyrobust.pack import pack  # it imports this package
+        from pyrobust.nn.transposed_linear import as_linear
+        from pyrobust.pack import pack  # both import this package
 
         calls = read_calibration("AdaDim", calibration, model)
-        layers = {
-            name: module
-            for name, module in model.named_modules()
-            if type(module) in (nn.Linear, nn.Conv2d)
-        }
-        with torch.no_grad():
+        with torch.no_grad(), as_linear(model):
+            layers = {
+                name: module
+                for name, module in model.named_modules()
+                if type(module) in (nn.Linear, nn.Conv2d)
+            }
             layout = find_blocks("AdaDim", model, layers, calls[0], blocks)
         inside = {name for names in layout.inside.values() for name in names}
         pack(

@@ -328,7 +328,10 @@ class _Recording:
 
 def _chosen_layers(model: nn.Module, layers: Iterable[str] | None) -> set[str]:
     """Given names, or the linear layers inside the longest list of blocks, or all of them."""
-    linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    from pyrobust.nn.transposed_linear import as_linear
+
+    with as_linear(model):
+        linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     if layers is not None:
         chosen = set(layers)
         unknown = sorted(chosen.difference(linear))

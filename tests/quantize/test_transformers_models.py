@@ -8,7 +8,7 @@ from torch import nn
 
 import pyrobust
 from pyrobust.nn.packed_module import PackedModule
-from pyrobust.quantize import GPTQ, HessianAccumulator, LearnedRounding
+from pyrobust.quantize import GPTQ, GWQ, AdaDim, HessianAccumulator, LearnedRounding, gwq_quantize
 
 transformers = pytest.importorskip("transformers")
 
@@ -202,6 +202,7 @@ QUANTIZERS = {
     "adadim": lambda: "adadim",
     "learned_rounding": lambda: LearnedRounding(iterations=3, batch_size=2),
     "gwq": lambda: "gwq",
+    "gwq of all layers": lambda: GWQ(ranking="global"),
 }
 
 
@@ -228,6 +229,41 @@ def test_every_quantizer_converts_transposed_layers_and_tied_embeddings(kind, qu
     pyrobust.save(packed, tmp_path / "packed.safetensors")
     loaded = pyrobust.load(tmp_path / "packed.safetensors", case_of(kind)[0])
     assert torch.equal(run(loaded, data[0]), run(packed, data[0]))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_adadim_compares_attention_and_mlp_as_a_whole_and_their_last_layers_alone(kind):
+    model, data = case_of(kind)
+    report = AdaDim(bits=3, group_size=16).quantize_(model, data)
+    whole = {
+        "llama": ("self_attn", ("q_proj", "k_proj", "v_proj"), "mlp", ("gate_proj", "up_proj")),
+        "gpt2": ("attn", ("c_attn",), "mlp", ("c_fc",)),
+    }[kind]
+    last = {"llama": ("self_attn.o_proj", "mlp.down_proj"), "gpt2": ("attn.c_proj", "mlp.c_proj")}
+    attention, its, mlp, of_mlp = whole
+    wanted = {f"{attention}.{name}": attention for name in its}
+    wanted |= {f"{mlp}.{name}": mlp for name in of_mlp}
+    wanted |= {name: name for name in last[kind]}
+    place = {"llama": "model.layers", "gpt2": "transformer.h"}[kind]
+    assert {name: choice.unit for name, choice in report.items()} == {
+        f"{place}.{i}.{name}": f"{place}.{i}.{unit}"
+        for i in range(3)
+        for name, unit in wanted.items()
+    }
+    packed = {name for name, m in model.named_modules() if isinstance(m, PackedModule)}
+    assert packed == set(report)
+    assert type(model.lm_head) is nn.Linear
+
+
+def test_gwq_quantize_packs_transposed_layers_of_the_blocks():
+    model, data = case_of("gpt2")
+    packed = gwq_quantize(model, data)
+    names = {n for n, m in packed.named_modules() if isinstance(m, pyrobust.nn.DenseSparseLinear)}
+    parts = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert names == {f"transformer.h.{i}.{part}" for i in range(3) for part in parts}
+    assert type(packed.lm_head) is nn.Linear
+    exact = run(model, data[0])
+    assert (run(packed, data[0]) - exact).norm() < 0.1 * exact.norm()
 
 
 def test_transposed_layers_that_stay_in_float_stay_what_they_are(tmp_path):
