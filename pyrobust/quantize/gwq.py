@@ -239,7 +239,7 @@ def gwq_quantize(
         model: in evaluation mode; it is not changed.
         calibration: as ``batches`` of :func:`~pyrobust.quantize.sensitivity`; one sequence will do.
         bits: 2, 3, 4 or 8.
-        group_size: weights that share a scale.
+        group_size: weights that share a scale; the last group of a row may be shorter.
         outlier_fraction: share of each layer's weights to keep in 16 bits, in [0, 1).
         score: a kind of :func:`~pyrobust.quantize.sensitivity`.
         symmetric: no zero-points.

@@ -279,7 +279,7 @@ def errors_of(weight, x):
 def aligned_case():
     """Weights and inputs along the same few directions, as in trained networks."""
     directions = torch.randn(16, 256) / 4
-    x = torch.randn(2048, 16) @ directions + 0.1 * torch.randn(2048, 256)
+    x = torch.randn(2048, 16) @ directions + torch.randn(2048, 256)
     return torch.randn(256, 16) @ directions + 0.3 * torch.randn(256, 256), x
 
 
@@ -290,8 +290,8 @@ def test_columns_of_different_size_ask_for_groups_per_input(seed):
     weight, x = aligned_case()
     found = errors_of(weight * c, x / c)
     assert found["rtn", "ic"] <= found["rtn", "oc"] / 3
-    assert found["gptq", "ic"] <= 0.75 * found["gptq", "oc"]
-    assert found["gptq", "ic"] <= found["rtn", "ic"] / 3
+    assert found["gptq", "ic"] <= 0.4 * found["gptq", "oc"]
+    assert found["gptq", "ic"] <= 0.8 * found["rtn", "ic"]
     for method in ("rtn", "gptq"):
         assert found[method, "ada"] == found[method, "ic"]
 
@@ -303,7 +303,7 @@ def test_rows_of_different_size_ask_for_groups_per_output(seed):
     weight, x = aligned_case()
     found = errors_of(weight * r[:, None], x)
     assert found["rtn", "oc"] <= 0.7 * found["rtn", "ic"]
-    assert found["gptq", "oc"] <= 0.9 * found["gptq", "ic"]
+    assert found["gptq", "oc"] <= 0.7 * found["gptq", "ic"]
     for method in ("rtn", "gptq"):
         assert found[method, "ada"] == found[method, "oc"]
 
