@@ -6,6 +6,7 @@ python -m pytest bench/test_weight_passes.py -s -k ratios
 
 from __future__ import annotations
 
+import copy
 import time
 from functools import partial
 
@@ -34,11 +35,11 @@ def test_copy(benchmark, model):
     targets = [value.detach() for value in model.parameters()]
     sources = [value.clone() for value in targets]
 
-    def copy():
+    def copy_all():
         for target, source in zip(targets, sources, strict=True):
             target.copy_(source)
 
-    benchmark(copy)
+    benchmark(copy_all)
 
 
 @pytest.mark.benchmark(group="16.8 million weights")
@@ -70,12 +71,14 @@ def test_patch_packed(benchmark, model, vector):
     )
 
 
-def test_ratios_to_a_copy(model, vector):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_ratios_to_a_copy(model, vector, dtype):
     """Least times of interleaved runs over that of a copy of the same weights, printed."""
+    model, vector = copy.deepcopy(model).to(dtype), vector.astype(dtype)
     targets = [value.detach() for value in model.parameters()]
     sources = [value.clone() for value in targets]
 
-    def copy():
+    def copy_all():
         for target, source in zip(targets, sources, strict=True):
             target.copy_(source)
 
@@ -91,14 +94,15 @@ def test_ratios_to_a_copy(model, vector):
     times = {name: [] for name in ("copy", *jobs)}
     for _ in range(9):
         for name, job in jobs.items():
-            for label, timed in (("copy", copy), (name, job)):
+            for label, timed in (("copy", copy_all), (name, job)):
                 start = time.perf_counter()
                 timed()
                 times[label].append(time.perf_counter() - start)
             if patcher.active:
                 patcher.remove("one")
     least = min(times["copy"])
-    print(f"\ncopy of {sum(t.numel() for t in targets)} weights: {1e3 * least:.1f} ms")
+    count = sum(t.numel() for t in targets)
+    print(f"\ncopy of {count} weights, {dtype}: {1e3 * least:.1f} ms")
     for name in jobs:
         print(f"{name:24} {min(times[name]) / least:5.2f} copies")
 

@@ -72,18 +72,17 @@ void add_dequantized(py::handle target_, py::handle codes, py::handle scale, py:
   const matmul::PackedMatrix weight =
       packed_matrix(view(codes, "codes"), view(scale, "scale"), view_optional(zero, "zero"),
                     in_features, levels, group_size, group_dim, extras);
-  const TensorView target = view(target_, "target");
-  target.require_dtype(DType::kFloat32).require_ndim(2);
+  const TensorView target = view_rows(target_, "target");
   target.require_size(0, weight.rows).require_size(1, in_features);
+  const matmul::AddTarget rows{target.data, float_type(target), target.stride[0]};
   py::gil_scoped_release release;
-  matmul::add_dequantized(weight, alpha, target.as<float>(), num_threads);
+  matmul::add_dequantized(weight, alpha, rows, num_threads);
 }
 
 void add_levels(py::handle target_, py::handle codes_, py::handle table_, float alpha,
                 int num_threads) {
-  const TensorView target = view(target_, "target"), codes = view(codes_, "codes");
+  const TensorView target = view_rows(target_, "target"), codes = view(codes_, "codes");
   const TensorView table = view(table_, "levels");
-  target.require_dtype(DType::kFloat32).require_ndim(2);
   table.require_dtype(DType::kFloat32).require_ndim(1);
   const auto levels = static_cast<int>(table.shape[0]);
   check(code_bits(levels) >= 0, "levels must hold 2, 3, 4, 8, 16 or 256 values; got ", levels, ".");
@@ -91,8 +90,9 @@ void add_levels(py::handle target_, py::handle codes_, py::handle table_, float 
   codes.require_size(1, packed_row_bytes(target.shape[1], levels));
   const matmul::LevelCodes packed{codes.as<const uint8_t>(), target.shape[0], target.shape[1],
                                   levels};
+  const matmul::AddTarget rows{target.data, float_type(target), target.stride[0]};
   py::gil_scoped_release release;
-  matmul::add_levels(packed, table.as<const float>(), alpha, target.as<float>(), num_threads);
+  matmul::add_levels(packed, table.as<const float>(), alpha, rows, num_threads);
 }
 
 struct ComplexViews {

@@ -128,6 +128,23 @@ void read_by_attributes(py::handle tensor, TensorView& out) {
   }
 }
 
+// A tensor of any layout that has its elements on the CPU.
+TensorView view_stored(py::handle tensor, const char* name) {
+  TensorView out;
+  out.name = name;
+  const ExchangeTable* table = exchange_table(tensor);
+  if (table != nullptr) {
+    read_by_table(*table, tensor, out);
+  } else {
+    read_by_attributes(tensor, out);
+  }
+  if (!out.on_cpu) throw py::value_error(std::string(name) + " must be on the CPU.");
+  if (out.data == nullptr && out.numel() > 0) {
+    throw py::value_error(std::string(name) + " has no storage (a fake or meta tensor?).");
+  }
+  return out;
+}
+
 }  // namespace
 
 const char* dtype_name(DType dtype) { return kDTypeNames[static_cast<int>(dtype)]; }
@@ -179,19 +196,19 @@ const TensorView& TensorView::require_size(int axis, int64_t expected) const {
 }
 
 TensorView view(py::handle tensor, const char* name) {
-  TensorView out;
-  out.name = name;
-  const ExchangeTable* table = exchange_table(tensor);
-  if (table != nullptr) {
-    read_by_table(*table, tensor, out);
-  } else {
-    read_by_attributes(tensor, out);
-  }
-  if (!out.on_cpu) throw py::value_error(std::string(name) + " must be on the CPU.");
-  if (out.data == nullptr && out.numel() > 0) {
-    throw py::value_error(std::string(name) + " has no storage (a fake or meta tensor?).");
-  }
+  const TensorView out = view_stored(tensor, name);
   if (!out.is_contiguous()) throw py::value_error(std::string(name) + " must be contiguous.");
+  return out;
+}
+
+TensorView view_rows(py::handle tensor, const char* name) {
+  const TensorView out = view_stored(tensor, name);
+  out.require_ndim(2);
+  const bool dense = out.shape[1] <= 1 || out.stride[1] == 1;
+  const bool apart = out.shape[0] <= 1 || out.stride[0] >= out.shape[1];
+  if (out.numel() > 0 && !(dense && apart)) {
+    throw py::value_error(std::string(name) + " must have contiguous rows that do not overlap.");
+  }
   return out;
 }
 

@@ -56,7 +56,11 @@ struct TensorView {
 // A dense, contiguous CPU tensor; anything else throws. `tensor` must outlive the view.
 TensorView view(py::handle tensor, const char* name);
 
-// The same for an optional argument: None gives a view with a null pointer and ndim 0.
+// A dense CPU matrix whose rows are contiguous and do not overlap; the row stride may be larger
+// than a row.
+TensorView view_rows(py::handle tensor, const char* name);
+
+// `view` for an optional argument: None gives a view with a null pointer and ndim 0.
 TensorView view_optional(py::handle tensor, const char* name);
 
 }  // namespace pyrobust

@@ -11,6 +11,7 @@
 // give the same bits.
 #pragma once
 
+#include "matmul/add_halves.h"
 #include "matmul/kernels.h"
 #include "matmul/weights.h"
 
@@ -116,16 +117,33 @@ void decode_span(const PackedMatrix& w, int64_t n, int64_t begin, int64_t end, f
 
 template <typename Codes>
 void add_span(const PackedMatrix& w, int64_t n, int64_t begin, int64_t end, float alpha,
-              float* target) {
+              FloatType type, void* target) {
   alignas(64) float value[kSpan];
   decode_span<Codes>(w, n, begin, end, value);
-  for (int64_t k = 0; k < end - begin; ++k) target[k] += alpha * value[k];
+  if (type == FloatType::kFloat16) {
+    add_rounded<Float16>(value, end - begin, alpha, static_cast<uint16_t*>(target));
+  } else if (type == FloatType::kBFloat16) {
+    add_rounded<BFloat16>(value, end - begin, alpha, static_cast<uint16_t*>(target));
+  } else {
+    auto* out = static_cast<float*>(target);
+    for (int64_t k = 0; k < end - begin; ++k) out[k] += alpha * value[k];
+  }
+}
+
+// target[k] += table[code[k]] in floats on the stack.
+template <typename Codes, typename Half>
+void add_table_to_halves(const uint8_t* code, int64_t count, int levels, const float* table,
+                         uint16_t* target) {
+  alignas(64) float sum[kSpan];
+  widen_span<Half>(target, count, sum);
+  Codes::add_table(code, count, levels, table, sum);
+  narrow_span<Half>(sum, count, target);
 }
 
 // target[k] += table[code of column begin + k].
 template <typename Codes>
 void add_levels_span(const LevelCodes& codes, const float* table, int64_t n, int64_t begin,
-                     int64_t end, float* target) {
+                     int64_t end, FloatType type, void* target) {
   alignas(64) uint8_t expanded[kSpan + kSpanSlack];
   const int64_t bytes = packed_row_bytes(codes.cols, codes.levels);
   const uint8_t* row = codes.codes + n * bytes;
@@ -134,7 +152,16 @@ void add_levels_span(const LevelCodes& codes, const float* table, int64_t n, int
     Codes::expand(row, bytes, begin, end, codes.levels, nullptr, expanded);
     code = expanded;
   }
-  Codes::add_table(code, end - begin, codes.levels, table, target);
+  const int64_t count = end - begin;
+  if (type == FloatType::kFloat16) {
+    auto* halves = static_cast<uint16_t*>(target);
+    add_table_to_halves<Codes, Float16>(code, count, codes.levels, table, halves);
+  } else if (type == FloatType::kBFloat16) {
+    auto* halves = static_cast<uint16_t*>(target);
+    add_table_to_halves<Codes, BFloat16>(code, count, codes.levels, table, halves);
+  } else {
+    Codes::add_table(code, count, codes.levels, table, static_cast<float*>(target));
+  }
 }
 
 }  // namespace

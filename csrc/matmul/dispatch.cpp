@@ -164,22 +164,41 @@ void dequantize(const PackedMatrix& weight, RowRange range, float* out, int num_
             });
 }
 
-void add_dequantized(const PackedMatrix& weight, float alpha, float* target, int num_threads) {
+namespace {
+
+float rounded_to(FloatType type, float value) {
+  if (type == FloatType::kFloat32) return value;
+  uint16_t half;
+  store_float(&half, 0, type, value);
+  return load_float(&half, 0, type);
+}
+
+void* element_of(const AddTarget& target, int64_t n, int64_t k) {
+  return static_cast<char*>(target.data) +
+         (n * target.row_stride + k) * float_type_bytes(target.type);
+}
+
+}  // namespace
+
+void add_dequantized(const PackedMatrix& weight, float alpha, const AddTarget& target,
+                     int num_threads) {
   check_weight(weight);
+  const float factor = rounded_to(target.type, alpha);
   const MatmulKernels& kernels = kernels_with(&MatmulKernels::add);
   for_spans(0, weight.rows, weight.cols, num_threads, [&](int64_t n, int64_t begin, int64_t end) {
-    kernels.add(weight, n, begin, end, alpha, target + n * weight.cols + begin);
+    kernels.add(weight, n, begin, end, factor, target.type, element_of(target, n, begin));
   });
 }
 
-void add_levels(const LevelCodes& codes, const float* table, float alpha, float* target,
+void add_levels(const LevelCodes& codes, const float* table, float alpha, const AddTarget& target,
                 int num_threads) {
   check_format(codes.levels, codes.rows, codes.cols);
+  const float factor = rounded_to(target.type, alpha);
   float scaled[256];
-  for (int i = 0; i < codes.levels; ++i) scaled[i] = alpha * table[i];
+  for (int i = 0; i < codes.levels; ++i) scaled[i] = factor * rounded_to(target.type, table[i]);
   const MatmulKernels& kernels = kernels_with(&MatmulKernels::add_levels);
   for_spans(0, codes.rows, codes.cols, num_threads, [&](int64_t n, int64_t begin, int64_t end) {
-    kernels.add_levels(codes, scaled, n, begin, end, target + n * codes.cols + begin);
+    kernels.add_levels(codes, scaled, n, begin, end, target.type, element_of(target, n, begin));
   });
 }
 

@@ -55,14 +55,14 @@ struct MatmulKernels {
   void (*multiply)(const PackedMatrix& weight, Mode mode, const Block& block, int64_t begin,
                    int64_t end, const Output& out, void* scratch);
   // Columns [begin, end) of row n of the exact float weight: written to `out`, or added to
-  // `target` times `alpha` (the product and the sum each rounded). `begin` is a multiple of kSpan,
+  // `target`, of `type`, times `alpha` (rounded as matmul.h says). `begin` is a multiple of kSpan,
   // `end` at most kSpan further.
   void (*decode)(const PackedMatrix& weight, int64_t n, int64_t begin, int64_t end, float* out);
   void (*add)(const PackedMatrix& weight, int64_t n, int64_t begin, int64_t end, float alpha,
-              float* target);
+              FloatType type, void* target);
   // target[k] += table[code of column begin + k], in the same spans.
   void (*add_levels)(const LevelCodes& codes, const float* table, int64_t n, int64_t begin,
-                     int64_t end, float* target);
+                     int64_t end, FloatType type, void* target);
   // The block as the remainder wants it: floats (cols, rows), rounded values in int8 mode. One row
   // of scratch.
   void (*sparse_prepare)(Mode mode, const Activations& x, int64_t cols, int64_t first, int64_t rows,

@@ -120,9 +120,19 @@ void packed_linear(const Activations& x, const PackedMatrix& weight, RowRange ro
 // out: (rows.end - rows.begin, cols), those rows of the exact weight.
 void dequantize(const PackedMatrix& weight, RowRange rows, float* out, int num_threads);
 
-// target (rows, cols) += alpha * weight, the product and the sum each rounded to float32, in one
-// pass over `target`; the decoded weight never lies in memory. Equal bits on every instruction set.
-void add_dequantized(const PackedMatrix& weight, float alpha, float* target, int num_threads);
+// A matrix to add to: dense rows that do not overlap, `row_stride` elements apart.
+struct AddTarget {
+  void* data = nullptr;
+  FloatType type = FloatType::kFloat32;
+  int64_t row_stride = 0;
+};
+
+// target (rows, cols) += alpha * weight, in one pass over `target`; the decoded weight never lies
+// in memory. float32: the product and the sum are each rounded. float16, bfloat16: alpha and the
+// weight are rounded to that type, and the sum to float32 and then to that type (their product is
+// exact but where it leaves float32's range). Equal bits on every instruction set.
+void add_dequantized(const PackedMatrix& weight, float alpha, const AddTarget& target,
+                     int num_threads);
 
 // Codes that index a table of floats instead of standing for integers.
 struct LevelCodes {
@@ -133,7 +143,7 @@ struct LevelCodes {
 };
 
 // target (rows, cols) += alpha * table[code], table (levels), rounded as add_dequantized.
-void add_levels(const LevelCodes& codes, const float* table, float alpha, float* target,
+void add_levels(const LevelCodes& codes, const float* table, float alpha, const AddTarget& target,
                 int num_threads);
 
 // dequantize on the calling thread and without checks: for kernels that decode block by block.

@@ -1,7 +1,11 @@
 """A packed vector added to a tensor in place, in one pass: decoded weights never lie in memory.
 
-The contract is ``csrc/matmul/matmul.h``: ``target += alpha * weight`` with the product and the sum
-each rounded to float32, so that the result has the same bits on every instruction set.
+The contract is ``csrc/matmul/matmul.h``, with the same bits on every instruction set:
+
+- float32 targets: ``target += alpha * weight``, the product and the sum each rounded;
+- float16 and bfloat16 targets: ``alpha`` and the weight are rounded to that type, and the sum to
+  float32 and then to that type. This is ``target.add_(weight.to(target.dtype), alpha=alpha)`` but
+  for the last elements of a tensor or a thread's share, where torch rounds the product as well.
 """
 
 from __future__ import annotations
@@ -23,10 +27,23 @@ from pyrobust.ops.packed_weight import (
 __all__ = ["add_dequantized_", "add_levels_", "can_add_in_place"]
 
 
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
 def can_add_in_place(target: Tensor) -> bool:
-    """Whether the operators below take ``target``: plain float32, contiguous, on the CPU."""
+    """Whether the operators below take ``target``.
+
+    That is a plain matrix on the CPU, float32, float16 or bfloat16, whose rows are contiguous and
+    do not overlap.
+    """
     plain = type(target) in (Tensor, torch.nn.Parameter) and target.device.type == "cpu"
-    return plain and target.dtype == torch.float32 and target.is_contiguous()
+    return plain and target.dtype in _DTYPES and target.ndim == 2 and _has_dense_rows(target)
+
+
+def _has_dense_rows(target: Tensor) -> bool:
+    (rows, columns), (row_stride, column_stride) = target.shape, target.stride()
+    dense = columns <= 1 or column_stride == 1
+    return target.numel() == 0 or (dense and (rows <= 1 or row_stride >= columns))
 
 
 def add_dequantized_(
@@ -45,7 +62,8 @@ def add_dequantized_(
     """``target += alpha * W`` for the weight W that packed codes stand for.
 
     Args:
-        target: ``(out_features, in_features)`` float32, contiguous, on the CPU; changed in place.
+        target: ``(out_features, in_features)`` float32, float16 or bfloat16, on the CPU; changed
+            in place. Rows are contiguous; they may lie apart, as in a slice of columns.
         codes: as for :func:`packed_linear`, as are the parts that follow.
         scale: scales of the groups.
         zero: zero-points or None.
@@ -54,15 +72,15 @@ def add_dequantized_(
         group_size: weights that share a scale.
         group_dim: 1 or 0.
         extras: row scales, codebook and sparse remainder, where the weight has them.
-        alpha: finite factor, rounded to float32.
+        alpha: finite factor, rounded to the target's type.
 
     Returns:
         ``target``.
 
     Raises:
         TypeError: a dtype is not accepted.
-        ValueError: a shape or option is wrong, ``target`` is not contiguous or not on the CPU, or
-            it requires a gradient where gradients are recorded.
+        ValueError: a shape or option is wrong, the rows of ``target`` are not contiguous or
+            overlap, it is not on the CPU, or requires a gradient where gradients are recorded.
 
     Example:
         >>> codes = pack_codes(torch.tensor([[7, 8, 9]], dtype=torch.uint8), bits=4)
@@ -89,11 +107,11 @@ def add_levels_(
     """``target += alpha * levels[codes]``: codes that index any floats, not a grid.
 
     Args:
-        target: ``(rows, columns)`` float32, contiguous, on the CPU; changed in place.
+        target: ``(rows, columns)``, otherwise as for :func:`add_dequantized_`.
         codes: ``(rows, row_bytes)`` uint8, packed along the columns (:func:`pack_codes`).
         levels: float32, one value a code.
         bits: 1, 1.58, 2, 3, 4 or 8.
-        alpha: finite factor, rounded to float32.
+        alpha: finite factor, rounded to the target's type.
 
     Returns:
         ``target``.
@@ -126,14 +144,17 @@ def add_levels_(
 def _check_target(
     subject: str, target: Tensor, alpha: float, shape: tuple[int | None, int | None]
 ) -> None:
-    check_finite(subject, "alpha", torch.tensor(float(alpha)))
-    if target.dtype != torch.float32:
-        raise TypeError(f"{subject}: target must have dtype torch.float32; got {target.dtype}.")
+    if target.dtype not in _DTYPES:
+        raise TypeError(
+            f"{subject}: target must have dtype torch.float32, torch.float16 or torch.bfloat16; "
+            f"got {target.dtype}."
+        )
+    check_finite(subject, "alpha", torch.tensor(float(alpha), dtype=torch.float64).to(target.dtype))
     check_shape(subject, "target", target, shape)
     if not can_add_in_place(target):
         raise ValueError(
-            f"{subject}: target must be a contiguous tensor on the CPU; got strides "
-            f"{target.stride()} on {target.device}."
+            f"{subject}: target must be a plain tensor on the CPU with contiguous rows that do not "
+            f"overlap; got strides {target.stride()} on {target.device}."
         )
     if torch.is_grad_enabled() and target.requires_grad:
         raise ValueError(

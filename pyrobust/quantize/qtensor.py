@@ -288,12 +288,13 @@ class QTensor:
         """``target += alpha * weight`` in place and in one pass.
 
         Args:
-            target: ``(rows, cols)`` float32, contiguous, on the CPU.
+            target: ``(rows, cols)`` float32, float16 or bfloat16, on the CPU, with contiguous
+                rows; rounded as :func:`ops.add_dequantized_` says.
             alpha: finite factor.
 
         Raises:
-            TypeError: ``target`` is not float32.
-            ValueError: it has another shape, is not contiguous or not on the CPU.
+            TypeError: ``target`` has another dtype.
+            ValueError: it has another shape, its rows are not contiguous, or it is not on the CPU.
         """
         return add_dequantized_(
             target,

@@ -61,8 +61,9 @@ class _Codebook:
 class PackedDelta(Mapping[str, Tensor]):
     """A packed task vector; ``packed[name]`` unpacks one tensor to float32.
 
-    Made by :func:`quantize_delta`. It is added to float32 weights on the CPU in one pass over them,
-    decoded on the way; elsewhere one tensor at a time is unpacked first.
+    Made by :func:`quantize_delta`. It is added to float32, float16 and bfloat16 weights on the CPU
+    in one pass over them, decoded on the way; elsewhere, and where neither the tensor nor its rows
+    are contiguous, one tensor at a time is unpacked first.
     """
 
     def __init__(
@@ -77,6 +78,9 @@ class PackedDelta(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         return self._parts[name].dequantize().reshape(self.shapes[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._parts  # the inherited one would unpack the tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts)
@@ -93,8 +97,9 @@ class PackedDelta(Mapping[str, Tensor]):
         """
         part = self._parts[name]
         check_shape("PackedDelta.add_to_", "target", target, self.shapes[name])
-        if can_add_in_place(target):
-            part.add_to_(target.detach().view(part.shape), scale)
+        matrix = _as_matrix(target.detach(), part.shape)
+        if matrix is not None and can_add_in_place(matrix):
+            part.add_to_(matrix, scale)
         else:
             target.add_(self[name].to(target.device, target.dtype), alpha=scale)
 
@@ -176,6 +181,14 @@ class PackedDelta(Mapping[str, Tensor]):
             else:
                 parts[name] = _Codebook(codes, stored[f"{name}/levels"], bits, size[1])
         return cls(parts, shapes, metadata.get("base_checksum") or None)
+
+
+def _as_matrix(target: Tensor, shape: tuple[int, int]) -> Tensor | None:
+    """A view of ``target``, or None where its strides allow none."""
+    try:
+        return target.view(shape)
+    except RuntimeError:
+        return None
 
 
 def quantize_delta(

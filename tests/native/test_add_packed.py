@@ -76,6 +76,98 @@ def test_adding_levels_equals_the_definition_to_the_bit(bits, cols):
         assert torch.equal(result, expected)
 
 
+HALVES = [torch.float16, torch.bfloat16]
+
+
+def sum_in_halves(target, weight, alpha):
+    """The definition: alpha and weight in the target's type, their product exact, two roundings."""
+    factor = torch.tensor(alpha).to(target.dtype).float()
+    return (target.float() + factor * weight.to(target.dtype).float()).to(target.dtype)
+
+
+def assert_same_bits(one, other):
+    assert one.dtype == other.dtype
+    assert torch.equal(one.contiguous().view(torch.int16), other.contiguous().view(torch.int16))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group_dim", [0, 1])
+def test_adding_to_halves_equals_the_definition_to_the_bit(bits, group_dim, dtype):
+    for cols, group_size in zip(COLUMNS, GROUPS, strict=True):
+        packed = random_weight(3, cols, bits, group_size, group_dim)
+        target = torch.randn(3, cols).to(dtype)
+        expected = sum_in_halves(target, packed.dequantize(), 0.37)
+        for _ in isas():
+            assert_same_bits(packed.add_to_(target.clone(), 0.37), expected)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("bits", BITS)
+def test_adding_levels_to_halves_equals_the_definition_to_the_bit(bits, dtype):
+    for cols in COLUMNS:
+        codes = torch.randint(0, LEVELS[bits], (3, cols), dtype=torch.uint8)
+        levels, target = torch.randn(LEVELS[bits]), torch.randn(3, cols).to(dtype)
+        levels[0], target[:, 0] = -0.0, -0.0
+        expected = sum_in_halves(target, levels[codes.long()], -1.3)
+        packed = pack_codes(codes, bits=bits)
+        for _ in isas():
+            result = add_levels_(target.clone(), packed, levels, bits=bits, alpha=-1.3)
+            assert_same_bits(result, expected)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("alpha", [0.37, 1.0, -1.0])
+def test_adding_to_halves_is_unpacking_and_adding(dtype, alpha):
+    """Whole vectors of torch; in the elements that remain it rounds the product too."""
+    packed, target = random_weight(4, 1280, 4, 128), torch.randn(4, 1280).to(dtype)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = target.clone().add_(packed.dequantize().to(dtype), alpha=alpha)
+    finally:
+        torch.set_num_threads(threads)
+    assert_same_bits(packed.add_to_(target.clone(), alpha), expected)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_every_half_is_widened_and_rounded_alike_on_every_set(dtype):
+    target = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)[None].view(dtype)
+    codes = torch.randint(0, 4, target.shape, dtype=torch.uint8)
+    packed, scale = pack_codes(codes, bits=2), 2.0 ** torch.arange(-30, 2)[None].float()
+    form = {"in_features": 2**16, "bits": 2, "group_size": 2**11}
+    weight = dequantize_codes(packed, scale, **form)
+    expected, finite = sum_in_halves(target, weight, 0.75), ~target.isnan()
+    results = []
+    for _ in isas():
+        added = add_dequantized_(target.clone(), packed, scale, alpha=0.75, **form)
+        levels = add_levels_(target.clone(), packed, torch.zeros(4), bits=2)
+        assert_same_bits(added[finite], expected[finite])
+        assert torch.equal(levels[finite], target[finite])
+        assert bool(added[~finite].isnan().all() and levels[~finite].isnan().all())
+        results.append((added, levels))
+    for pair in results[1:]:
+        for one, other in zip(pair, results[0], strict=True):
+            assert_same_bits(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("bits", [1.58, 3, 8])
+def test_rows_that_lie_apart_are_added_to_and_nothing_between(bits, dtype):
+    packed, whole = random_weight(3, 1300, bits, 100), torch.randn(3, 1400).to(dtype)
+    codes, levels = packed.codes, torch.randn(LEVELS[bits])
+    for _ in isas():
+        for add in (
+            lambda target: packed.add_to_(target, 0.37),
+            lambda target: add_levels_(target, codes, levels, bits=bits, alpha=0.37),
+        ):
+            changed, dense = whole.clone(), whole[:, 50:1350].contiguous()
+            add(changed[:, 50:1350])
+            assert torch.equal(changed[:, 50:1350], add(dense))
+            assert torch.equal(changed[:, :50], whole[:, :50])
+            assert torch.equal(changed[:, 1350:], whole[:, 1350:])
+
+
 def test_threads_do_not_change_the_bits():
     packed, target = random_weight(7, 150_001, 3, 128), torch.randn(7, 150_001)
     threads, results = torch.get_num_threads(), []
@@ -134,8 +226,14 @@ def test_refusals_before_anything_changes():
         packed.add_to_(torch.zeros(3, 21))
     with pytest.raises(ValueError, match="contiguous"):
         packed.add_to_(torch.zeros(20, 3).t())
+    with pytest.raises(ValueError, match="do not overlap"):
+        packed.add_to_(torch.zeros(20).expand(3, 20))
+    with pytest.raises(ValueError, match="do not overlap"):
+        packed.add_to_(torch.zeros(60).as_strided((3, 20), (19, 1)))
     with pytest.raises(ValueError, match="alpha must be finite"):
         packed.add_to_(target, float("nan"))
+    with pytest.raises(ValueError, match="alpha must be finite"):
+        packed.add_to_(target.half(), 1e6)
     weight = torch.zeros(3, 20, requires_grad=True)
     with pytest.raises(ValueError, match="must not require a gradient"):
         packed.add_to_(weight)

@@ -183,6 +183,46 @@ def test_a_packed_vector_is_added_in_place(scheme, dtype):
             assert torch.equal(value, before[name])
 
 
+@pytest.mark.parametrize("scheme", ["linear", "tanh"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_packed_vector_on_halves_is_never_unpacked_and_is_undone(
+    scheme, bits, dtype, monkeypatch
+):
+    base, tuned = pair()
+    packed = quantize_delta(TaskVector.from_modules(base, tuned), bits, scheme)
+    base.to(dtype)
+    before, floats = snapshot(base), packed.unpack()
+
+    def refuse(*_):
+        raise AssertionError("the tensor was unpacked")
+
+    monkeypatch.setattr(type(packed), "__getitem__", refuse)
+    patcher = Patcher(base)
+    patcher.apply(packed, 0.3, name="one")
+    factor = float(torch.tensor(0.3, dtype=dtype))
+    for name, delta in floats.items():
+        expected = (before[name].float() + factor * delta.to(dtype).float()).to(dtype)
+        assert torch.equal(base.state_dict()[name], expected)
+    patcher.apply(packed, -0.7, name="two")
+    patcher.remove("one")
+    patcher.remove("two")
+    assert same(before, base.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_vector_is_added_to_rows_that_lie_apart(dtype):
+    packed = quantize_delta(TaskVector.from_deltas({"weight": torch.randn(20, 30)}), 3)
+    layer, whole = nn.Linear(30, 20), torch.randn(20, 40).to(dtype)
+    layer.weight.data = whole[:, 5:35]
+    before, dense = whole.clone(), whole[:, 5:35].contiguous()
+    packed.add_to_("weight", dense, 0.3)
+    packed.apply_to(layer, 0.3)
+    assert torch.equal(layer.weight, dense)
+    assert torch.equal(whole[:, :5], before[:, :5])
+    assert torch.equal(whole[:, 35:], before[:, 35:])
+
+
 def test_memory_of_originals_is_kept_between_patches_but_not_their_values():
     base, tuned = pair()
     vector = TaskVector.from_modules(base, tuned)
