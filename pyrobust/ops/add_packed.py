@@ -83,6 +83,7 @@ def add_dequantized_(
             overlap, it is not on the CPU, or requires a gradient where gradients are recorded.
 
     Example:
+        >>> from pyrobust.ops import pack_codes
         >>> codes = pack_codes(torch.tensor([[7, 8, 9]], dtype=torch.uint8), bits=4)
         >>> form = {"in_features": 3, "bits": 4, "group_size": 3}
         >>> add_dequantized_(torch.ones(1, 3), codes, torch.ones(1, 1), alpha=0.5, **form)
@@ -121,6 +122,7 @@ def add_levels_(
         ValueError: a shape is wrong, or ``target`` as for :func:`add_dequantized_`.
 
     Example:
+        >>> from pyrobust.ops import pack_codes
         >>> codes = pack_codes(torch.tensor([[0, 3, 1]], dtype=torch.uint8), bits=2)
         >>> add_levels_(torch.zeros(1, 3), codes, torch.tensor([0.5, 1, 2, 4]), bits=2)
         tensor([[0.5000, 4.0000, 1.0000]])

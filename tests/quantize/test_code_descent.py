@@ -145,7 +145,7 @@ def test_scales_take_two_bytes():
         assert pyrobust.pack(model, quantizer=quantizer, **form)[0].scale.dtype == torch.float16
 
 
-@pytest.mark.parametrize("option", [{"scope": "block"}, {"loss": "l1"}, {"weight_fraction": 0.5}])
+@pytest.mark.parametrize("option", [{"loss": "l1"}, {"weight_fraction": 0.5}])
 def test_gptq_starts_layers_under_squared_error_only(option):
-    with pytest.raises(ValueError, match="start 'gptq' needs scope 'layer', loss 'mse'"):
+    with pytest.raises(ValueError, match="start 'gptq' needs loss 'mse'"):
         LearnedRounding(start="gptq", **option)
