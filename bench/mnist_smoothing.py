@@ -70,6 +70,28 @@ def attack(smoothed, x, label, radius, *, steps=100, draws=128, seed=1):
     return (x + delta).detach()
 
 
+def certify(network, data, every):
+    """Sequential table of every ``every``-th test image: images, labels, certificate, model."""
+    smoothed = SmoothedClassifier(network, SIGMA, 10).eval()
+    images, labels = data.test_images[::every], data.test_labels[::every]
+    certificate = smoothed.certify_at(images, RADII, budget=100_000, seed=0, batch_size=256)
+    return images, labels, certificate, smoothed
+
+
+def flipped(images, certificate, smoothed, count):
+    """How many certified images are attacked, and how many change class inside their radius."""
+    certified = (certificate.radius > 0).nonzero()[:, 0]
+    # the shortest radii first: their inputs lie closest to another class
+    chosen = certified[certificate.radius[certified].argsort(stable=True)][:count].tolist()
+    changed = 0
+    for i in chosen:
+        x, label = images[i : i + 1], certificate.prediction[i : i + 1]
+        near = attack(smoothed, x, label, float(certificate.radius[i]))
+        verdict = smoothed.certify_at(near, 0.0, budget=20_000, seed=2)
+        changed += int(verdict.prediction) not in (-1, int(label))
+    return len(chosen), changed
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True)
@@ -86,10 +108,8 @@ def main():
         network = train(data.train_images, data.train_labels)
         torch.save(network.state_dict(), options.weights)
         print(f"training: {(time.process_time() - begun) / 60:.1f} CPU minutes", flush=True)
-    smoothed = SmoothedClassifier(network, SIGMA, 10).eval()
-    images, labels = data.test_images[:: options.every], data.test_labels[:: options.every]
     begun = time.process_time()
-    certificate = smoothed.certify_at(images, RADII, budget=100_000, seed=0, batch_size=256)
+    images, labels, certificate, smoothed = certify(network, data, options.every)
     minutes = (time.process_time() - begun) / 60
     accuracy = (100 * certificate.certified_accuracy(labels, RADII)).tolist()
     print(f"{len(images)} images, {minutes:.1f} CPU minutes")
@@ -97,18 +117,8 @@ def main():
         print(f"radius {radius:4.2f}: certified accuracy {ours:5.1f}%, published {theirs:5.1f}%")
     samples = certificate.samples.double().mean().item()
     print(f"samples per image {samples:.0f}: 1/{100_000 / samples:.1f} of 100,000", flush=True)
-
-    certified = (certificate.radius > 0).nonzero()[:, 0]
-    # the shortest radii first: their inputs lie closest to another class
-    order = certificate.radius[certified].argsort(stable=True)
-    flipped = 0
-    chosen = certified[order][: options.attacked].tolist()
-    for i in chosen:
-        x, label = images[i : i + 1], certificate.prediction[i : i + 1]
-        near = attack(smoothed, x, label, float(certificate.radius[i]))
-        verdict = smoothed.certify_at(near, 0.0, budget=20_000, seed=2)
-        flipped += int(verdict.prediction) not in (-1, int(label))
-    print(f"attacked {len(chosen)} certified images inside their radius: {flipped} flipped")
+    attacked, changed = flipped(images, certificate, smoothed, options.attacked)
+    print(f"attacked {attacked} certified images inside their radius: {changed} flipped")
 
 
 if __name__ == "__main__":
