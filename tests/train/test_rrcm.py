@@ -130,7 +130,7 @@ def test_two_processes_share_negatives_levels_and_weights(tmp_path):
         pytest.skip("this torch has no gloo")
     results = str(tmp_path / "result")
     torch.multiprocessing.start_processes(
-        _two_processes, (f"file://{tmp_path / 'meet'}", results), nprocs=2, start_method="fork"
+        _two_processes, (f"file://{tmp_path / 'meet'}", results), nprocs=2, start_method="spawn"
     )
     first, second = (torch.load(f"{results}{rank}") for rank in (0, 1))
     torch.manual_seed(0)

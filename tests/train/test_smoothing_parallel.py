@@ -82,7 +82,7 @@ def test_two_processes_end_with_the_weights_of_one(tmp_path):
         pytest.skip("this torch has no gloo")
     results = str(tmp_path / "result")
     torch.multiprocessing.start_processes(
-        two_processes, (f"file://{tmp_path / 'meet'}", results), nprocs=2, start_method="fork"
+        two_processes, (f"file://{tmp_path / 'meet'}", results), nprocs=2, start_method="spawn"
     )
     first, second = (torch.load(f"{results}{rank}") for rank in (0, 1))
     start = weights(network())
