@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -116,32 +116,42 @@ def _outputs(
 # Unfolded ends of a block of images: a part of a cache that 60 MB make, not of the memory.
 _BLOCK_BYTES = 1 << 25
 
-Product = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
-
 
 def convolve(
     lower: Tensor,
     upper: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
     kernel: Sequence[int],
     stride: Sequence[int],
     dilation: Sequence[int],
     groups: int,
     out_size: Sequence[int],
-    product: Product,
+    rounding: str,
+    *,
+    int8: bool = False,
+    packed: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Image of boxes of images under a convolution, as a product of unfolded patches.
+    """Image of boxes of images under a convolution: :func:`linear` of unfolded patches.
+
+    Each patch is an input of its own, so int8 activations have a scale a patch, as the layer.
 
     Args:
         lower: ``(B, C, H, W)`` float32 with the zeros of the padding; like ``upper``.
         upper: upper ends.
+        weight: ``(O, K)``, a filter a row.
+        bias: ``(O,)`` float32, dense, or None.
         kernel: height and width of the window; like the next two.
         stride: steps of the window.
         dilation: steps inside the window.
         groups: divides ``C`` and the outputs.
         out_size: height and width of the result.
-        product: ``(lower, upper, group) -> ends``: patches ``(P, K)`` to ``(P, O / groups)``. Each
-            patch is an input of its own, so int8 activations have a scale a patch, as the layer.
+        rounding: as for :func:`linear`, like the two that follow.
+        int8: the layer rounds each input to 8 bits first.
+        packed: the weight is a decoded one.
     """
+    matrices = weight.chunk(groups)
+    shifts = (None,) * groups if bias is None else bias.chunk(groups)
     pixels, terms = out_size[0] * out_size[1], lower.shape[1] * kernel[0] * kernel[1]
     images = max(1, _BLOCK_BYTES // max(1, 8 * pixels * terms))
     parts: list[tuple[Tensor, Tensor]] = []
@@ -154,7 +164,10 @@ def convolve(
             .contiguous()
             for end in (low, high)
         ]
-        ends = [product(patches[0][g], patches[1][g], g) for g in range(groups)]
+        ends = [
+            linear(a, b, matrix, shift, rounding, int8=int8, packed=packed)
+            for a, b, matrix, shift in zip(*patches, matrices, shifts, strict=True)
+        ]
         parts.append(_as_images([end[0] for end in ends], [end[1] for end in ends], out_size))
     lowers, uppers = zip(*parts, strict=True)
     return torch.cat(lowers), torch.cat(uppers)

@@ -245,14 +245,12 @@ def _conv_cuda(
     if lower.dtype != torch.float32 or not has_cuda_module() or lower.shape[0] == 0:
         return _conv_fallback(lower, upper, weight, bias, stride, pad, dilation, groups, rounding)
     size = output_size(_SUBJECT, lower.shape, weight.shape[2:], stride, pad, dilation)
-    matrices = dense(weight).flatten(1).chunk(groups)
-    shifts = [None] * groups if bias is None else dense(bias).chunk(groups)
-
-    def product(low: Tensor, high: Tensor, group: int) -> Ends:
-        return _cuda_interval.linear(low, high, matrices[group], shifts[group], rounding)
-
-    window = (weight.shape[2:], stride, dilation, groups, size)
-    return _cuda_interval.convolve(padded(lower, pad), padded(upper, pad), *window, product)
+    low, high = padded(lower, pad), padded(upper, pad)
+    matrix, shift = dense(weight).flatten(1), None if bias is None else dense(bias)
+    kernel = weight.shape[2:]
+    return _cuda_interval.convolve(
+        low, high, matrix, shift, kernel, stride, dilation, groups, size, rounding
+    )
 
 
 def _conv_fake(

@@ -350,17 +350,12 @@ def _conv_cuda(
         return _conv_cpu(lower, upper, *packed, *window, rounding, *extras)
     size = conv.output_size("interval_packed_conv2d", lower.shape, kernel, stride, pad, dilation)
     weight = _weight(codes, scale, zero, terms, bits, group_size, group_dim, extras)
-    matrices = weight.chunk(groups)
-    shifts = [None] * groups if bias is None else dense(bias).chunk(groups)
-    int8 = activations == "int8"
-
-    def product(low: Tensor, high: Tensor, group: int) -> Ends:
-        return _cuda_interval.linear(
-            low, high, matrices[group], shifts[group], rounding, int8=int8, packed=True
-        )
-
-    ends = (conv.padded(lower, pad), conv.padded(upper, pad))
-    return _cuda_interval.convolve(*ends, kernel, stride, dilation, groups, size, product)
+    low, high = conv.padded(lower, pad), conv.padded(upper, pad)
+    shift, int8 = _optional(bias), activations == "int8"
+    return _cuda_interval.convolve(
+        low, high, weight, shift, kernel, stride, dilation, groups, size, rounding,
+        int8=int8, packed=True,
+    )  # fmt: skip
 
 
 def _weight(
