@@ -7,6 +7,8 @@ that column its input.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -69,18 +71,8 @@ def packed_conv_of(
     """The packed twin of ``conv`` with another weight, behind its half sums where needed."""
     halves = isinstance(stored, HalfStepTensor)
     qtensor = stored.integers if isinstance(stored, HalfStepTensor) else stored
-    with torch.device("meta"):
-        shape = nn.Conv2d(
-            conv.in_channels + halves * conv.groups,
-            conv.out_channels,
-            conv.kernel_size,  # type: ignore[arg-type]
-            conv.stride,  # type: ignore[arg-type]
-            conv.padding,  # type: ignore[arg-type]
-            conv.dilation,  # type: ignore[arg-type]
-            conv.groups,
-            conv.bias is not None,
-            conv.padding_mode,
-        )
+    shape = copy.copy(conv)  # only its numbers are read
+    shape.in_channels += halves * conv.groups
     layer = PackedConv2d.like(
         shape,
         bits=qtensor.bits,
