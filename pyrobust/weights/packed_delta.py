@@ -26,7 +26,7 @@ from pyrobust.ops.add_packed import add_levels_, can_add_in_place
 from pyrobust.ops.matmul import pack_codes, unpack_codes
 from pyrobust.quantize.qtensor import QTensor
 from pyrobust.quantize.round_to_nearest import round_to_nearest
-from pyrobust.weights.task_vector import TaskVector, check_base, check_scales, find_targets
+from pyrobust.weights.task_vector import TaskVector, add_everywhere, check_base
 
 __all__ = ["PackedDelta", "quantize_delta"]
 
@@ -120,12 +120,7 @@ class PackedDelta(Mapping[str, Tensor]):
             ValueError: a tensor is missing or has another shape, weights are tied, or a scale is
                 missing or not finite.
         """
-        subject = "PackedDelta.apply_to"
-        factors = check_scales(subject, self.shapes, scale)
-        with torch.no_grad():
-            for name, target in find_targets(subject, module, self.shapes).items():
-                self.add_to_(name, target, factors[name])
-        return module
+        return add_everywhere("PackedDelta.apply_to", module, self.shapes, scale, self.add_to_)
 
     def check_base(self, state: Mapping[str, Tensor]) -> None:
         """Raise ValueError unless ``state`` is, to the bit, the base of this vector."""

@@ -139,9 +139,5 @@ class Patcher:
 
 
 def _add(delta: Delta, name: str, target: Tensor, scale: float) -> None:
-    if scale == 0:
-        return
-    if isinstance(delta, PackedDelta):
+    if scale != 0:  # not even a sign of zero changes
         delta.add_to_(name, target, scale)
-    else:
-        target.add_(delta[name].to(target.device, target.dtype), alpha=scale)

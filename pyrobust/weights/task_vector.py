@@ -191,6 +191,10 @@ class TaskVector(Mapping[str, Tensor]):
         """The tensors by name."""
         return dict(self._deltas)
 
+    def add_to_(self, name: str, target: Tensor, scale: float = 1.0) -> None:
+        """Add ``scale`` times the tensor ``name`` to ``target``, of the same shape, in place."""
+        target.add_(self[name].to(target.device, target.dtype), alpha=scale)
+
     def apply_to(self, module: nn.Module, scale: float | Mapping[str, float] = 1.0) -> nn.Module:
         """Add ``scale`` times the vector to ``module`` in place, in one pass over the weights.
 
@@ -208,13 +212,7 @@ class TaskVector(Mapping[str, Tensor]):
             ValueError: a tensor is missing or has another shape, weights are tied, or a scale is
                 missing or not finite.
         """
-        targets = find_targets("TaskVector.apply_to", module, self.shapes)
-        factors = check_scales("TaskVector.apply_to", self.shapes, scale)
-        with torch.no_grad():
-            for name, value in self.items():
-                target = targets[name]
-                target.add_(value.to(target.device, target.dtype), alpha=factors[name])
-        return module
+        return add_everywhere("TaskVector.apply_to", module, self.shapes, scale, self.add_to_)
 
     def check_base(self, state: Mapping[str, Tensor]) -> None:
         """Raise ValueError unless ``state`` is, to the bit, the base of this vector."""
@@ -265,6 +263,22 @@ def check_scales(
         if not math.isfinite(factor):
             raise ValueError(f"{subject}: scale must be finite; got {factor} for '{name}'.")
     return factors
+
+
+def add_everywhere(
+    subject: str,
+    module: nn.Module,
+    shapes: Mapping[str, tuple[int, ...]],
+    scale: float | Mapping[str, float],
+    add: Callable[[str, Tensor, float], None],
+) -> nn.Module:
+    """Call ``add`` with the name, target and factor of every tensor; raises before the first."""
+    targets = find_targets(subject, module, shapes)
+    factors = check_scales(subject, shapes, scale)
+    with torch.no_grad():
+        for name, target in targets.items():
+            add(name, target, factors[name])
+    return module
 
 
 def find_targets(
