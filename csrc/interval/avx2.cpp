@@ -4,13 +4,12 @@
 #include <immintrin.h>
 
 #include "core/rounding.h"
-#include "interval/kernels.h"
+#include "interval/ends.h"
+#include "interval/few_inputs.h"
 
 namespace pyrobust {
 namespace interval {
 namespace {
-
-constexpr float kSlack = 1.0f + 8.0f / 16777216.0f;  // 1 + 8u, as in portable.cpp
 
 inline __m256 magnitude(__m256 x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
 
@@ -149,36 +148,15 @@ void dot_rows(const Dots& work, int64_t n) {
   }
 }
 
-// R x B x 2 accumulators hide the latency of FMA: 8 or 12 of the 16 registers.
-template <int R, int B>
-void dots_of(const Dots& work) {
-  int64_t n = 0;
-  for (; n + R <= work.rows; n += R) dot_rows<R, B>(work, n);
-  for (; n < work.rows; ++n) dot_rows<1, B>(work, n);
-}
+struct FewInputs {
+  // R x B x 2 accumulators hide the latency of FMA: 8 or 12 of the 16 registers.
+  static constexpr int kRows[4] = {4, 2, 2, 1};
 
-void dots(const Dots& work) {
-  Dots part = work;
-  for (int64_t b = 0; b < work.batch; b += 4) {
-    part.centre = work.centre + b * work.terms;
-    part.radius = work.radius + b * work.terms;
-    part.centre_sums = work.centre_sums + b * work.sum_stride;
-    part.radius_sums = work.radius_sums + b * work.sum_stride;
-    switch (work.batch - b) {
-      case 1:
-        dots_of<4, 1>(part);
-        break;
-      case 2:
-        dots_of<2, 2>(part);
-        break;
-      case 3:
-        dots_of<2, 3>(part);
-        break;
-      default:
-        dots_of<1, 4>(part);
-    }
+  template <int R, int B>
+  static void rows(const Dots& work, int64_t n) {
+    dot_rows<R, B>(work, n);
   }
-}
+};
 
 // --- panels: R rows of W against eight inputs
 // ------------------------------------------------------
@@ -372,8 +350,8 @@ void finish_panel(const FinishPanel& work, const Constants& constants) {
   }
 }
 
-constexpr IntervalKernels kKernels = {prepare,      pack,    dots,    tiles,  finish_row,
-                                      finish_panel, nullptr, nullptr, nullptr};
+constexpr IntervalKernels kKernels = {prepare,      pack,    dots<FewInputs>, tiles,  finish_row,
+                                      finish_panel, nullptr, nullptr,         nullptr};
 
 }  // namespace
 

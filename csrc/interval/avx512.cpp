@@ -3,6 +3,7 @@
 // sign in the upper half by a mask. The rest is avx2.cpp's. Round to nearest throughout: the bounds
 // of interval.h cover it, at a widening far below one part in a hundred thousand.
 #include "interval/avx512_packed.h"
+#include "interval/few_inputs.h"
 
 namespace pyrobust {
 namespace interval {
@@ -66,35 +67,14 @@ void dot_rows(const Dots& work, int64_t n) {
   }
 }
 
-template <int R, int B>
-void dots_of(const Dots& work) {
-  int64_t n = 0;
-  for (; n + R <= work.rows; n += R) dot_rows<R, B>(work, n);
-  for (; n < work.rows; ++n) dot_rows<1, B>(work, n);
-}
+struct FewInputs {
+  static constexpr int kRows[4] = {4, 4, 2, 2};
 
-void dots(const Dots& work) {
-  Dots part = work;
-  for (int64_t b = 0; b < work.batch; b += 4) {
-    part.centre = work.centre + b * work.terms;
-    part.radius = work.radius + b * work.terms;
-    part.centre_sums = work.centre_sums + b * work.sum_stride;
-    part.radius_sums = work.radius_sums + b * work.sum_stride;
-    switch (work.batch - b) {
-      case 1:
-        dots_of<4, 1>(part);
-        break;
-      case 2:
-        dots_of<4, 2>(part);
-        break;
-      case 3:
-        dots_of<2, 3>(part);
-        break;
-      default:
-        dots_of<2, 4>(part);
-    }
+  template <int R, int B>
+  static void rows(const Dots& work, int64_t n) {
+    dot_rows<R, B>(work, n);
   }
-}
+};
 
 // --- panels: R rows of W against P panels of eight inputs
 // --------------------------------------------
@@ -171,8 +151,8 @@ void tiles(const Tiles& work) {
   }
 }
 
-constexpr IntervalKernels kKernels = {nullptr, nullptr,       dots,        tiles,     nullptr,
-                                      nullptr, fused_columns, fused_order, fused_dots};
+constexpr IntervalKernels kKernels = {nullptr, nullptr,       dots<FewInputs>, tiles,     nullptr,
+                                      nullptr, fused_columns, fused_order,     fused_dots};
 
 }  // namespace
 

@@ -59,30 +59,16 @@ inline __m256i plain_codes(const uint8_t* codes) {
   }
 }
 
-// Whole runs of 32 columns of which 16 bytes may be read; returns how many columns that was.
-template <int kBits>
-inline int64_t expand_runs(const uint8_t* codes, int64_t bytes, int64_t count, uint8_t* out) {
-  int64_t k = 0;
-  for (; k + 32 <= count && k * kBits / 8 + 16 <= bytes; k += 32) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + k),
-                        plain_codes<kBits>(codes + k * kBits / 8));
-  }
-  return k;
-}
-
 struct Avx2Codes {
-  static void expand(const uint8_t* row, int64_t row_bytes, int64_t begin, int64_t end, int levels,
-                     const uint8_t* codebook, uint8_t* out) {
-    const int64_t count = end - begin;
-    if (levels == kTernaryLevels) {
-      expand_ternary(row + begin / kTritsPerByte, count, out);
-    } else {
-      const int bits = code_bits(levels);
-      const int64_t first = begin * bits / 8;
-      const int64_t done = expand_binary(row + first, row_bytes - first, count, bits, out);
-      decode_codes(row, begin + done, end, levels, out + done);
+  // Whole runs of 32 columns of which 16 bytes may be read.
+  template <int kBits>
+  static int64_t expand_runs(const uint8_t* codes, int64_t bytes, int64_t count, uint8_t* out) {
+    int64_t k = 0;
+    for (; k + 32 <= count && k * kBits / 8 + 16 <= bytes; k += 32) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + k),
+                          plain_codes<kBits>(codes + k * kBits / 8));
     }
-    if (codebook != nullptr) look_up(codebook, levels, count, out);
+    return k;
   }
 
   static void add_table(const uint8_t* code, int64_t count, int levels, const float* table,
@@ -103,21 +89,6 @@ struct Avx2Codes {
       }
     }
     for (; k < count; ++k) target[k] += table[code[k]];  // faster than gathering at 256 entries
-  }
-
- private:
-  static int64_t expand_binary(const uint8_t* codes, int64_t bytes, int64_t count, int bits,
-                               uint8_t* out) {
-    switch (bits) {
-      case 1:
-        return expand_runs<1>(codes, bytes, count, out);
-      case 2:
-        return expand_runs<2>(codes, bytes, count, out);
-      case 3:
-        return expand_runs<3>(codes, bytes, count, out);
-      default:
-        return expand_runs<4>(codes, bytes, count, out);
-    }
   }
 
   // At most 16 entries: one shuffle. Reads and writes up to 31 bytes of slack.

@@ -1,14 +1,18 @@
 // The exact weight, span by span: decoded to floats, or added to a tensor without ever lying in
 // memory as a whole. Included by the file of each instruction set and compiled with its flags; the
-// set supplies `Codes::expand`, which turns packed codes into bytes in plain order:
+// set supplies in `Codes`:
 //
-//   static void expand(const uint8_t* row, int64_t row_bytes, int64_t begin, int64_t end,
-//                      int levels, const uint8_t* codebook, uint8_t* out);
+//   template <int kBits>
+//   static int64_t expand_runs(const uint8_t* codes, int64_t bytes, int64_t count, uint8_t* out);
 //
-// writes the codes of columns [begin, end), or their entries of the codebook where there is one;
-// `begin` is a multiple of kSpan and `out` has room for kSpan + kSpanSlack bytes. The rest are
-// plain loops that the compiler turns into vectors. Every operation rounds as written, so all sets
-// give the same bits.
+// writes codes of kBits <= 4 as bytes in plain order and returns for how many columns it did, a
+// multiple of 8; `bytes` of `codes` may be read. And
+//
+//   static void look_up(const uint8_t* codebook, int levels, int64_t count, uint8_t* out);
+//
+// puts their entries in the place of codes. Both may write up to kSpanSlack bytes behind `count`,
+// and so may read that many of `out`. The rest are plain loops that the compiler turns into
+// vectors. Every operation rounds as written, so all sets give the same bits.
 #pragma once
 
 #include "matmul/add_halves.h"
@@ -39,6 +43,38 @@ inline void expand_ternary(const uint8_t* codes, int64_t count, uint8_t* out) {
   for (int64_t k = 0; k < count; k += kTritsPerByte) {
     __builtin_memcpy(out + k, kDigits.digits[*codes++], sizeof(kDigits.digits[0]));
   }
+}
+
+template <typename Codes>
+inline int64_t expand_binary(const uint8_t* codes, int64_t bytes, int64_t count, int bits,
+                             uint8_t* out) {
+  switch (bits) {
+    case 1:
+      return Codes::template expand_runs<1>(codes, bytes, count, out);
+    case 2:
+      return Codes::template expand_runs<2>(codes, bytes, count, out);
+    case 3:
+      return Codes::template expand_runs<3>(codes, bytes, count, out);
+    default:
+      return Codes::template expand_runs<4>(codes, bytes, count, out);
+  }
+}
+
+// The codes of columns [begin, end), or their entries of the codebook where there is one; `begin`
+// is a multiple of kSpan and `out` has room for kSpan + kSpanSlack bytes.
+template <typename Codes>
+void expand(const uint8_t* row, int64_t row_bytes, int64_t begin, int64_t end, int levels,
+            const uint8_t* codebook, uint8_t* out) {
+  const int64_t count = end - begin;
+  if (levels == kTernaryLevels) {
+    expand_ternary(row + begin / kTritsPerByte, count, out);
+  } else {
+    const int bits = code_bits(levels);
+    const int64_t first = begin * bits / 8;
+    const int64_t done = expand_binary<Codes>(row + first, row_bytes - first, count, bits, out);
+    decode_codes(row, begin + done, end, levels, out + done);
+  }
+  if (codebook != nullptr) Codes::look_up(codebook, levels, count, out);
 }
 
 // `count` floats scale * (multiplier * code - zero), where the multiplier is 1 << shift.
@@ -91,7 +127,7 @@ void decode_span(const PackedMatrix& w, int64_t n, int64_t begin, int64_t end, f
   const uint8_t* code = code_row(w, n) + begin;
   if (w.levels != 256) {
     const int64_t bytes = packed_row_bytes(w.cols, w.levels);
-    Codes::expand(code_row(w, n), bytes, begin, end, w.levels, w.codebook, expanded);
+    expand<Codes>(code_row(w, n), bytes, begin, end, w.levels, w.codebook, expanded);
     code = expanded;
   }
   const int shift = code_multiplier(w) - 1;
@@ -149,7 +185,7 @@ void add_levels_span(const LevelCodes& codes, const float* table, int64_t n, int
   const uint8_t* row = codes.codes + n * bytes;
   const uint8_t* code = row + begin;
   if (codes.levels != 256) {
-    Codes::expand(row, bytes, begin, end, codes.levels, nullptr, expanded);
+    expand<Codes>(row, bytes, begin, end, codes.levels, nullptr, expanded);
     code = expanded;
   }
   const int64_t count = end - begin;

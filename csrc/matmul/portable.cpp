@@ -108,42 +108,21 @@ void multiply(const PackedMatrix& w, Mode mode, const Block& block, int64_t begi
   }
 }
 
-// Eight codes lie in kBits bytes; returns how many columns such groups hold.
-template <int kBits>
-int64_t expand_eights(const uint8_t* codes, int64_t count, uint8_t* out) {
-  for (int64_t i = 0; i < count / 8; ++i) {
-    uint32_t word = 0;
-    for (int b = 0; b < kBits; ++b) word |= static_cast<uint32_t>(codes[kBits * i + b]) << (8 * b);
-    for (int k = 0; k < 8; ++k) out[8 * i + k] = (word >> (kBits * k)) & ((1 << kBits) - 1);
-  }
-  return count / 8 * 8;
-}
-
-int64_t expand_binary(const uint8_t* codes, int64_t count, int bits, uint8_t* out) {
-  switch (bits) {
-    case 1:
-      return expand_eights<1>(codes, count, out);
-    case 2:
-      return expand_eights<2>(codes, count, out);
-    case 3:
-      return expand_eights<3>(codes, count, out);
-    default:
-      return expand_eights<4>(codes, count, out);
-  }
-}
-
 struct PlainCodes {
-  static void expand(const uint8_t* row, int64_t, int64_t begin, int64_t end, int levels,
-                     const uint8_t* codebook, uint8_t* out) {
-    const int64_t count = end - begin;
-    if (levels == kTernaryLevels) {
-      expand_ternary(row + begin / kTritsPerByte, count, out);
-    } else {
-      const int bits = code_bits(levels);
-      const int64_t done = expand_binary(row + begin * bits / 8, count, bits, out);
-      decode_codes(row, begin + done, end, levels, out + done);
+  // Eight codes lie in kBits bytes.
+  template <int kBits>
+  static int64_t expand_runs(const uint8_t* codes, int64_t, int64_t count, uint8_t* out) {
+    for (int64_t i = 0; i < count / 8; ++i) {
+      uint32_t word = 0;
+      for (int b = 0; b < kBits; ++b) {
+        word |= static_cast<uint32_t>(codes[kBits * i + b]) << (8 * b);
+      }
+      for (int k = 0; k < 8; ++k) out[8 * i + k] = (word >> (kBits * k)) & ((1 << kBits) - 1);
     }
-    if (codebook == nullptr) return;
+    return count / 8 * 8;
+  }
+
+  static void look_up(const uint8_t* codebook, int, int64_t count, uint8_t* out) {
     for (int64_t k = 0; k < count; ++k) out[k] = codebook[out[k]];
   }
 
