@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pyrobust.data import load_digits
+from pyrobust.train import GaussianCrossEntropy, fit
+
 
 class Residual(nn.Module):
     """A block with two parallel layers on one input, and a third on their product."""
@@ -53,3 +56,18 @@ class ConvNet(nn.Module):
         x = torch.relu(self.first(x))
         x = x + torch.relu(self.second(x))
         return self.head(torch.relu(self.third(x)).flatten(1))
+
+
+def trained_digits_cnn():
+    """A convolutional network trained on digits for 12 epochs, and the digits."""
+    data = load_digits()
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1, stride=2), nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1, stride=2), nn.ReLU(),
+        nn.Flatten(), nn.Linear(128, 10),
+    )  # fmt: skip
+    options = {"objective": GaussianCrossEntropy(), "epochs": 12}
+    generator = torch.Generator().manual_seed(0)
+    return fit(net, data.train_images, data.train_labels, generator=generator, **options), data

@@ -6,12 +6,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import pyrobust
-from pyrobust.data import load_digits
 from pyrobust.nn import AffineRounding, RoundedInput
 from pyrobust.nn.affine_rounding import affine_round
 from pyrobust.quantize import LearnedRounding, learned_rounding
 from pyrobust.quantize.learned_activation import LearnedActivation
-from pyrobust.train import GaussianCrossEntropy, fit
+
+from .small_models import trained_digits_cnn
 
 FAST = {"iterations": 60, "batch_size": 32}
 
@@ -159,17 +159,7 @@ def test_a_killed_conversion_keeps_its_roundings(tmp_path):
 
 @pytest.mark.slow
 def test_digits_survive_two_bit_weights_and_four_bit_inputs():
-    data = load_digits()
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(),
-        nn.Conv2d(16, 32, 3, padding=1, stride=2), nn.ReLU(),
-        nn.Conv2d(32, 32, 3, padding=1, stride=2), nn.ReLU(),
-        nn.Flatten(), nn.Linear(128, 10),
-    )  # fmt: skip
-    generator = torch.Generator().manual_seed(0)
-    labelled = data.train_images, data.train_labels
-    net = fit(net, *labelled, objective=GaussianCrossEntropy(), epochs=12, generator=generator)
+    net, data = trained_digits_cnn()
 
     def loss(**options):
         calibration = [data.train_images[:256]]

@@ -7,9 +7,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import pyrobust
-from pyrobust.data import load_digits
 from pyrobust.quantize import PowerQuantizer, StudyTable, allocate_bits, bit_costs, knapsack, study
-from pyrobust.train import GaussianCrossEntropy, fit
+
+from .small_models import trained_digits_cnn
 
 
 def randn(*shape, seed=0):
@@ -184,17 +184,7 @@ def test_study_refuses_bad_grids():
 
 @pytest.mark.slow
 def test_fisher_costs_rank_all_allocations_of_the_digits_network():
-    data = load_digits()
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(),
-        nn.Conv2d(16, 32, 3, padding=1, stride=2), nn.ReLU(),
-        nn.Conv2d(32, 32, 3, padding=1, stride=2), nn.ReLU(),
-        nn.Flatten(), nn.Linear(128, 10),
-    )  # fmt: skip
-    options = {"objective": GaussianCrossEntropy(), "epochs": 12}
-    generator = torch.Generator().manual_seed(0)
-    fit(net, data.train_images, data.train_labels, generator=generator, **options)
+    net, data = trained_digits_cnn()
     table = bit_costs(net, [data.train_images[:256]], (2, 3, 4))
     names, quantize = list(table), PowerQuantizer(1.0)
     sizes = {name: net[int(name)].weight.numel() for name in names}

@@ -8,12 +8,12 @@ from torch.nn import functional as F
 
 import pyrobust
 from pyrobust import nn as rnn
-from pyrobust.data import load_digits
 from pyrobust.quantize import LearnedRounding, PowerQuantizer, learned_rounding
 from pyrobust.quantize.reconstruction import LearnedWeight, output_loss
 from pyrobust.quantize.rounding_grid import search_grid
 from pyrobust.quantize.rounding_variable import RoundingVariable
-from pyrobust.train import GaussianCrossEntropy, fit
+
+from .small_models import trained_digits_cnn
 
 
 def randn(*shape, seed=0):
@@ -501,20 +501,6 @@ def test_bad_models_and_data_are_refused():
 # -- the claim -----------------------------------------------------------------------------------
 
 
-def digits_cnn():
-    data = load_digits()
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(),
-        nn.Conv2d(16, 32, 3, padding=1, stride=2), nn.ReLU(),
-        nn.Conv2d(32, 32, 3, padding=1, stride=2), nn.ReLU(),
-        nn.Flatten(), nn.Linear(128, 10),
-    )  # fmt: skip
-    options = {"objective": GaussianCrossEntropy(), "epochs": 12}
-    generator = torch.Generator().manual_seed(0)
-    return fit(net, data.train_images, data.train_labels, generator=generator, **options), data
-
-
 def measured(net, data):
     with torch.no_grad():
         logits = net(data.test_images)
@@ -524,7 +510,7 @@ def measured(net, data):
 
 @pytest.mark.slow
 def test_two_bit_digits_recover_most_of_the_accuracy():
-    net, data = digits_cnn()
+    net, data = trained_digits_cnn()
     x = data.train_images[:256]
     nearest = pyrobust.pack(
         net, bits=2, group_size=10**6, symmetric=True, quantizer=PowerQuantizer(1.0)

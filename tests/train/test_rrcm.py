@@ -31,6 +31,8 @@ from pyrobust.train import (
     sigmoid_ema,
 )
 
+from .two_processes import run_two_processes
+
 
 class MLPEncoder(nn.Module):
     """A small encoder of 8 by 8 images that is told the noise level."""
@@ -101,9 +103,7 @@ def test_the_contrast_is_a_cross_entropy_and_least_for_orthogonal_pairs():
     assert float(best) == pytest.approx(math.log(1 + 11 * math.exp(-5)), rel=1e-4)
 
 
-def _two_processes(rank, address, results):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+def one_of_two(rank):
     torch.manual_seed(0)
     f, g = torch.randn(8, 5), torch.randn(8, 5)
     mine = slice(4 * rank, 4 * rank + 4)
@@ -121,18 +121,11 @@ def _two_processes(rank, address, results):
     options = {"sigma": 0.5, "features": 16, "num_classes": 3, "epochs": 2}
     tuned = fit_smoothed_classifier(model.module, loader, **options)
     weights = torch.cat([weights, *(p.detach().flatten() for p in tuned.parameters())])
-    torch.save((float(loss), [s.sigma for s in steps], weights, target), f"{results}{rank}")
-    torch.distributed.destroy_process_group()
+    return float(loss), [s.sigma for s in steps], weights, target
 
 
 def test_two_processes_share_negatives_levels_and_weights(tmp_path):
-    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
-        pytest.skip("this torch has no gloo")
-    results = str(tmp_path / "result")
-    torch.multiprocessing.start_processes(
-        _two_processes, (f"file://{tmp_path / 'meet'}", results), nprocs=2, start_method="spawn"
-    )
-    first, second = (torch.load(f"{results}{rank}") for rank in (0, 1))
+    first, second = run_two_processes(one_of_two, tmp_path)
     torch.manual_seed(0)
     whole = float(info_nce(torch.randn(8, 5), torch.randn(8, 5)))
     assert (first[0] + second[0]) / 2 == pytest.approx(whole, abs=1e-6)

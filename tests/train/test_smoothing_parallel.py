@@ -1,6 +1,5 @@
 """Training for smoothing under DistributedDataParallel: two processes end as one would."""
 
-import pytest
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -12,6 +11,8 @@ from pyrobust.train import (
     SmoothAdvTraining,
     StabilityTraining,
 )
+
+from .two_processes import run_two_processes
 
 OBJECTIVES = {
     "gaussian": lambda g: GaussianAugmentation(0.25, copies=2, generator=g),
@@ -60,9 +61,7 @@ def one_process(make):
     return weights(model)
 
 
-def two_processes(rank, address, results):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+def one_of_two(rank):
     ended = {}
     for name, make in OBJECTIVES.items():
         model = DistributedDataParallel(network())
@@ -73,18 +72,11 @@ def two_processes(rank, address, results):
             objective(model, *half(batch, rank), 1.0).backward()
             optimizer.step()
         ended[name] = weights(model)
-    torch.save(ended, f"{results}{rank}")
-    torch.distributed.destroy_process_group()
+    return ended
 
 
 def test_two_processes_end_with_the_weights_of_one(tmp_path):
-    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
-        pytest.skip("this torch has no gloo")
-    results = str(tmp_path / "result")
-    torch.multiprocessing.start_processes(
-        two_processes, (f"file://{tmp_path / 'meet'}", results), nprocs=2, start_method="spawn"
-    )
-    first, second = (torch.load(f"{results}{rank}") for rank in (0, 1))
+    first, second = run_two_processes(one_of_two, tmp_path)
     start = weights(network())
     for name, make in OBJECTIVES.items():
         assert torch.equal(first[name], second[name]), name
