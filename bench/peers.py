@@ -7,24 +7,14 @@ int8pack, which has one scale a row and gets a weight of its own).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pyrobust.quantize import QTensor
 
-
-@dataclass(frozen=True)
-class Peer:
-    """A product to time: ``prepare(x)`` gives the call, ``nbytes`` is what it reads of weights."""
-
-    name: str
-    bits: float
-    prepare: Callable[[Tensor], Callable[[], object]]
-    weight: Tensor
-    nbytes: int
+from .graph_peers import onnxruntime_peers, openvino_peers
+from .peer import Call, Peer
 
 
 def dense_peers(weight: Tensor) -> Iterator[Peer]:
@@ -33,8 +23,8 @@ def dense_peers(weight: Tensor) -> Iterator[Peer]:
         yield Peer(name, 8 * own.element_size(), _linear(own), weight, own.nbytes)
 
 
-def _linear(weight: Tensor) -> Callable[[Tensor], Callable[[], object]]:
-    def prepare(x: Tensor) -> Callable[[], object]:
+def _linear(weight: Tensor) -> Callable[[Tensor], Call]:
+    def prepare(x: Tensor) -> Call:
         own = x.to(weight.dtype)
         return lambda: torch.nn.functional.linear(own, weight)
 
@@ -45,10 +35,13 @@ def packed_peers(packed: QTensor) -> Iterator[Peer]:
     """Peers at the width of ``packed``: affine, groups along the inputs."""
     if packed.bits == 4:
         yield _torch_int4(packed)
+        yield from _bitsandbytes(packed)
     if packed.bits == 8:
         yield _torch_int8(packed)
     if packed.bits in (4, 8):
-        yield from _onnxruntime(packed)
+        yield from onnxruntime_peers(packed)
+    if packed.bits in (2, 4, 8):
+        yield from openvino_peers(packed)
 
 
 def _torch_int4(packed: QTensor) -> Peer:
@@ -58,7 +51,7 @@ def _torch_int4(packed: QTensor) -> Peer:
     # w = (code - 8) scale + shift
     both = torch.stack([scale, (8 - zero) * scale], 2).transpose(0, 1).bfloat16().contiguous()
 
-    def prepare(x: Tensor) -> Callable[[], object]:
+    def prepare(x: Tensor) -> Call:
         half = x.bfloat16()
         product = torch.ops.aten._weight_int4pack_mm_for_cpu
         return lambda: product(half, own, packed.group_size, both)
@@ -72,45 +65,26 @@ def _torch_int8(packed: QTensor) -> Peer:
     codes = (weight / scale[:, None]).round().to(torch.int8)
     half_scale = scale.bfloat16()
 
-    def prepare(x: Tensor) -> Callable[[], object]:
+    def prepare(x: Tensor) -> Call:
         half = x.bfloat16()
         return lambda: torch.ops.aten._weight_int8pack_mm(half, codes, half_scale)
 
     return Peer("torch int8pack", 8, prepare, weight, codes.nbytes + half_scale.nbytes)
 
 
-def _onnxruntime(packed: QTensor) -> Iterator[Peer]:
+def _bitsandbytes(packed: QTensor) -> Iterator[Peer]:
+    """NF4 of a weight of its own, float activations."""
     try:
-        import onnxruntime
-        from onnx import TensorProto, helper, numpy_helper
+        import bitsandbytes as bnb
     except ImportError:
         return
-    (rows, cols), bits, group = packed.shape, int(packed.bits), packed.group_size
-    groups = cols // group
-    codes = packed.codes.numpy().reshape(rows, groups, group * bits // 8)
-    zero = packed.zero.numpy()
-    if bits == 4:
-        zero = zero[:, 0::2] | zero[:, 1::2] << 4
-    parts = {"B": codes, "S": packed.scale.float().numpy(), "Z": zero.reshape(rows, -1)}
-    names = ["A", *parts]
-    for level, mode in ((0, "float"), (4, "int8")):
-        node = helper.make_node(
-            "MatMulNBits", names, ["Y"], domain="com.microsoft",
-            K=cols, N=rows, bits=bits, block_size=group, accuracy_level=level,
-        )  # fmt: skip
-        sizes = [("A", cols), ("Y", rows)]
-        x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["M", s]) for n, s in sizes)
-        weights = [numpy_helper.from_array(np.ascontiguousarray(v), n) for n, v in parts.items()]
-        graph = helper.make_graph([node], "g", [x], [y], weights)
-        opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
-        model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+    own, state = bnb.functional.quantize_4bit(
+        packed.dequantize().bfloat16(), blocksize=packed.group_size, quant_type="nf4"
+    )
+    weight = bnb.functional.dequantize_4bit(own, state).float()
 
-        def prepare(x: Tensor, session: object = session) -> Callable[[], object]:
-            value = {"A": x.numpy()}
-            return lambda: session.run(None, value)[0]  # type: ignore[attr-defined]
+    def prepare(x: Tensor) -> Call:
+        half = x.bfloat16()
+        return lambda: bnb.matmul_4bit(half, own.t(), state)
 
-        name = f"onnxruntime {bits} bits, {mode}"
-        yield Peer(name, bits, prepare, packed.dequantize(), sum(v.nbytes for v in parts.values()))
+    yield Peer("bitsandbytes NF4", 4, prepare, weight, own.nbytes + state.absmax.nbytes)

@@ -1,18 +1,17 @@
-"""Packed matmul against torch and other low-bit products, interleaved, medians of one run.
+"""Packed matmul against torch and other low-bit products, interleaved, in one run.
 
-    python -m pytest bench/test_matmul.py --benchmark-only -s
+    python -m pytest bench/test_matmul.py --benchmark-only -q -s
 
-One test per shape and number of rows M; each round calls every kind once, so that a busy moment of
-the machine falls on all. With one thread (OMP_NUM_THREADS=1) the time that the thread ran is taken,
-which other processes stretch less. The table tells microseconds, packed bytes a second, and the
-time of the best other product of the same width (or dense) over ours. ``PYROBUST_BENCH_SHAPES`` (as
-4096x4096,11008x4096) and ``PYROBUST_BENCH_ROWS`` (as 1,16) choose.
+One test per shape, number of threads and rows M; the table is printed and written to
+``bench/results/cpu-<processor>.md``, where it replaces that shape's (``matmul_table.py`` tells what
+a cell holds). ``PYROBUST_BENCH_SHAPES`` (as 4096x4096,11008x4096), ``PYROBUST_BENCH_ROWS`` (as
+1,16), ``PYROBUST_BENCH_THREADS`` (as 1,2) and ``PYROBUST_BENCH_BITS`` (as 4,8) choose; a part of
+the rows or widths is printed only.
 """
 
 from __future__ import annotations
 
 import os
-import statistics
 import time
 
 import pytest
@@ -22,12 +21,29 @@ from pyrobust import _native
 from pyrobust.ops import packed_linear
 from pyrobust.quantize import BITS, QTensor, round_to_codebook, round_to_two_level
 
-from .peers import Peer, dense_peers, packed_peers
+from . import limits
+from .matmul_table import Section, write_section
+from .peer import Call, Peer
+from .peers import dense_peers, packed_peers
 
+COMMAND = "python -m pytest bench/test_matmul.py --benchmark-only -q -s"
 GROUP = 128
 LEVELS = {1: 2, 1.58: 3, 2: 4, 3: 8, 4: 16, 8: 256}
-SHAPES = os.environ.get("PYROBUST_BENCH_SHAPES", "4096x4096").split(",")
-BATCHES = [int(m) for m in os.environ.get("PYROBUST_BENCH_ROWS", "1,4,16,64,256").split(",")]
+ALL_ROWS = (1, 4, 16, 64, 256, 1024)
+COLD_ROWS = 16  # from there on arithmetic counts, not memory
+ROUNDS = 3
+ROUND_SECONDS = 0.03  # of one kind in one round
+TOO_SLOW = 4.0  # a peer this much slower than the best is left out at more rows
+
+
+def chosen(name: str, default: str) -> list[str]:
+    return os.environ.get(f"PYROBUST_BENCH_{name}", default).split(",")
+
+
+SHAPES = chosen("SHAPES", "4096x4096,11008x4096,4096x11008")
+BATCHES = [int(m) for m in chosen("ROWS", ",".join(map(str, ALL_ROWS)))]
+THREADS = [int(t) for t in chosen("THREADS", f"1,{min(2, os.cpu_count() or 1)}")]
+WIDTHS = [bits for bits in BITS if str(bits) in chosen("BITS", ",".join(map(str, BITS)))]
 
 
 def packed_weight(bits: float, rows: int, cols: int) -> QTensor:
@@ -51,60 +67,101 @@ def ours(name: str, packed: QTensor, mode: str) -> Peer:
     parts = (packed.codes, packed.scale, packed.zero)
 
     def prepare(x):
-        return lambda: packed_linear(x, *parts, **options)
+        own = x.bfloat16() if mode == "bfloat16" else x
+        return lambda: packed_linear(own, *parts, **options)
 
     label = f"pyrobust {name}, {mode}"
     return Peer(label, packed.bits, prepare, packed.dequantize(), packed.nbytes)
 
 
-@pytest.fixture(scope="module", params=SHAPES)
-def kinds(request):
-    rows, cols = (int(size) for size in request.param.split("x"))
+def all_kinds(rows: int, cols: int) -> list[Peer]:
     weight = torch.randn(rows, cols)
     every = list(dense_peers(weight))
-    for bits in BITS:
+    for bits in WIDTHS:
         packed = packed_weight(bits, rows, cols)
         every += packed_peers(packed)
-        every += [ours(f"{bits} bits", packed, mode) for mode in ("int8", "float")]
-    two_level = round_to_two_level(weight, bits=4, group_size=GROUP)
-    every.append(ours("4 bits, two-level", two_level, "int8"))
-    every.append(ours("NF4", round_to_codebook(weight, group_size=GROUP), "int8"))
-    return request.param, every
+        every += [ours(f"{bits} bits", packed, mode) for mode in ("int8", "bfloat16", "float")]
+    if 4 in WIDTHS:
+        two_level = round_to_two_level(weight, bits=4, group_size=GROUP)
+        every.append(ours("4 bits, two-level", two_level, "int8"))
+        every.append(ours("NF4", round_to_codebook(weight, group_size=GROUP), "int8"))
+    return every
 
 
-@pytest.mark.parametrize("batch", BATCHES)
-def test_linear(benchmark, kinds, batch):
-    shape, every = kinds
-    cols = every[0].weight.shape[1]
-    x = torch.randn(batch, cols)
-    calls = {kind: kind.prepare(x) for kind in every}
-    times: dict[Peer, list[float]] = {kind: [] for kind in every}
+class Run:
+    """The kinds of one shape and number of threads, and what was measured of them."""
 
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    def __init__(self, shape: str, threads: int) -> None:
+        rows, cols = (int(size) for size in shape.split("x"))
+        torch.set_num_threads(threads)
+        self.kinds = all_kinds(rows, cols)
+        self.hot = Section((rows, cols), threads, cold=False)
+        self.cold = Section((rows, cols), threads, cold=True)
+        self.clock = time.thread_time if threads == 1 else time.perf_counter
 
-    def round_of_all():
-        for kind, call in calls.items():
-            start = clock()
-            call()
-            times[kind].append(clock() - start)
-
-    with torch.inference_mode():
+    def measure(self, batch: int, rounds) -> None:
+        x = torch.randn(batch, self.hot.shape[1])
+        calls = {kind: kind.prepare(x) for kind in self.kinds if not self._hopeless(kind)}
         for kind, call in calls.items():  # a peer that computes something else is none
             result = torch.as_tensor(call()).float()
             expected = x @ kind.weight.t()
             assert (result - expected).norm() < 0.05 * expected.norm(), kind.name
-        times = {kind: [] for kind in every}
-        rounds = 31 if batch <= 4 else 9 if batch <= 16 else 3
-        benchmark.pedantic(round_of_all, rounds=rounds)
-    medians = {kind: statistics.median(values) for kind, values in times.items()}
-    benchmark.extra_info |= {kind.name: 1e6 * seconds for kind, seconds in medians.items()}
-    print(f"\n{shape}, M={batch}, {torch.get_num_threads()} threads, {_native.isa()}")
-    for kind, seconds in medians.items():
-        others = [
-            t
-            for other, t in medians.items()
-            if not other.name.startswith("pyrobust") and other.bits in (kind.bits, 16, 32)
-        ]
-        speed = f"{min(others) / seconds:6.2f}x the best peer" if "pyrobust" in kind.name else ""
-        rate = kind.nbytes / seconds / 1e9
-        print(f"{kind.name:28} {1e6 * seconds:10.0f} us {rate:7.1f} GB/s {speed}")
+        hot = self.hot.seconds[batch] = dict.fromkeys(calls, float("inf"))
+        cold = dict.fromkeys(calls, float("inf"))
+
+        def round_of_all():
+            for kind, call in calls.items():
+                hot[kind] = min(hot[kind], self._repeated(call))
+            for kind, call in calls.items():
+                if batch <= COLD_ROWS:
+                    cold[kind] = min(cold[kind], *(self._cold(call) for _ in range(3)))
+
+        rounds(round_of_all)
+        if batch <= COLD_ROWS:
+            self.cold.seconds[batch] = cold
+
+    def _hopeless(self, kind: Peer) -> bool:
+        if kind.ours or not self.hot.seconds:
+            return False
+        batch = list(self.hot.seconds)[-1]
+        before = self.hot.seconds[batch].get(kind)
+        best = self.hot.best_peer(kind, batch)
+        return before is None or (batch > 1 and before > TOO_SLOW * best)
+
+    def _timed(self, call: Call) -> float:
+        start = self.clock()
+        call()
+        return self.clock() - start
+
+    def _repeated(self, call: Call) -> float:
+        call()
+        best, begin = self._timed(call), time.perf_counter()
+        while time.perf_counter() - begin < ROUND_SECONDS:
+            best = min(best, self._timed(call))
+        return best
+
+    def _cold(self, call: Call) -> float:
+        limits.empty_caches(self.hot.threads)
+        return self._timed(call)
+
+
+@pytest.fixture(scope="module", params=[(s, t) for s in SHAPES for t in THREADS], ids=str)
+def run(request):
+    before = torch.get_num_threads()
+    measured = Run(*request.param)
+    yield measured
+    torch.set_num_threads(before)
+    print(f"\n{_native.isa()}")
+    for section in (measured.hot, measured.cold):
+        if section.seconds:
+            print(section.text())
+        if tuple(measured.hot.seconds) == ALL_ROWS and list(BITS) == WIDTHS:
+            print(f"written: {write_section(section, COMMAND)}")
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_linear(benchmark, run, batch):
+    with torch.inference_mode():
+        run.measure(batch, lambda f: benchmark.pedantic(f, rounds=ROUNDS))
+    seconds = run.hot.seconds[batch]
+    benchmark.extra_info |= {kind.name: 1e6 * time for kind, time in seconds.items()}
