@@ -1,6 +1,6 @@
 """Bounds and certificates: statements with a guarantee."""
 
-from pyrobust.certify.bound import bound, margin_specification, verified
+from pyrobust.certify.bound import bound, margin_specification
 from pyrobust.certify.certdr import (
     BiEncoder,
     RankingCertificate,
@@ -81,6 +81,7 @@ from pyrobust.certify.statistics import (
 from pyrobust.certify.sub_image import SubImage, checkerboard_masks, partition_masks
 from pyrobust.certify.synonym_table import SynonymTable
 from pyrobust.certify.tightness_job import TightnessJob
+from pyrobust.certify.verification import verified
 from pyrobust.certify.vnnlib import Property, PropertyCase, load_vnnlib, parse_vnnlib
 
 __all__ = [

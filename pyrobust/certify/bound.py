@@ -1,4 +1,4 @@
-"""Bounds of a network over a box, and verification of its class in an l-infinity ball.
+"""Bounds of a network over a box, also of linear functions of its outputs.
 
 ``bound(model, x, spec)`` encloses ``spec @ model(x)`` for every point of the box ``x``. Where the
 model ends in a linear layer, the specification is folded into its weights (``spec @ W``), so that
@@ -15,17 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from pyrobust._checks import (
-    check_at_least,
     check_choice,
-    check_eval_mode,
     check_float_tensor,
     check_integer,
     check_shape,
 )
-from pyrobust.certify.certificates import ABSTAIN, Certificate
 from pyrobust.certify.relaxation import crown_bound
 from pyrobust.interval import Interval
 from pyrobust.interval.attention import matmul
@@ -33,16 +29,11 @@ from pyrobust.interval.outward import UNIT, bound_of_roundings, enclose
 from pyrobust.interval.type import wrap
 from pyrobust.nn.packed_linear import PackedLinear
 
-__all__ = ["bound", "margin_specification", "verified"]
+__all__ = ["bound", "margin_specification"]
 
 # From the fastest to the tightest.
 METHODS = ("ibp", "crown-ibp", "crown", "alpha-crown")
 MEMORY = 1 << 30
-_ASSUMPTION = {
-    "real": "real arithmetic on the stored weights",
-    "deployed": "any order of float32 evaluation of the stored weights, as listed in the guide",
-    "nearest": "none: bounds in plain floating point are an estimate",
-}
 
 
 def bound(
@@ -160,86 +151,6 @@ def margin_specification(labels: Tensor, num_classes: int) -> Tensor:
     margins = identity[labels].unsqueeze(1) - identity
     others = ~torch.nn.functional.one_hot(labels, num_classes).bool()
     return margins[others].reshape(len(labels), num_classes - 1, num_classes)
-
-
-@torch.no_grad()
-def verified(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    eps: float,
-    *,
-    clamp: tuple[float, float] | None = (0.0, 1.0),
-    method: str = "ibp",
-    rounding: str = "real",
-    batch_size: int = 256,
-    progress: bool = False,
-) -> Certificate:
-    """Prove for each image that its label wins everywhere within ``eps`` in l-infinity.
-
-    Args:
-        model: classifier in evaluation mode, ``(B, ...)`` to ``(B, K)`` logits.
-        images: ``(B, ...)`` float32 or float64.
-        labels: ``(B,)`` int64.
-        eps: radius in the units of the images, ``>= 0``.
-        clamp: lowest and highest value that an input can take; None for any.
-        method: as in :func:`bound`.
-        rounding: the promise, as in :class:`~pyrobust.Interval`; ``"nearest"`` proves nothing, and
-            its certificate says so.
-        batch_size: images bounded at a time; the result does not depend on it in sound modes
-            beyond the last bits of a bound.
-        progress: show a progress bar.
-
-    Returns:
-        A certificate with norm ``"linf"``: the label and radius ``eps`` where the label is proven
-        to win, -1 and 0 elsewhere.
-
-    Raises:
-        TypeError: images or labels have a wrong type.
-        ValueError: the model is in training mode, or an argument is out of range.
-    """
-    subject = "verified"
-    check_choice(subject, "method", method, METHODS)
-    check_float_tensor(subject, "images", images)
-    if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise TypeError(f"{subject}: labels must be an integer tensor; got {labels.dtype}.")
-    check_shape(subject, "labels", labels, (images.shape[0],))
-    check_at_least(subject, "eps", eps, 0.0)
-    check_integer(subject, "batch_size", batch_size, 1)
-    check_eval_mode(subject, model)
-    proven = [
-        _wins(model, images[part], labels[part], eps, clamp, method, rounding)
-        for part in tqdm(_parts(len(images), batch_size), desc="bound", disable=not progress)
-    ]
-    holds = torch.cat([torch.zeros(0, dtype=torch.bool, device=labels.device), *proven])
-    inputs = "" if clamp is None else f"; inputs in [{clamp[0]:g}, {clamp[1]:g}]"
-    return Certificate(
-        prediction=torch.where(holds, labels.long(), ABSTAIN),
-        radius=holds.double() * eps,
-        alpha=0.0,
-        assumption=_ASSUMPTION[rounding] + inputs,
-        norm="linf",
-        certified=rounding != "nearest",
-    )
-
-
-def _parts(count: int, size: int) -> list[slice]:
-    return [slice(first, first + size) for first in range(0, count, size)]
-
-
-def _wins(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    eps: float,
-    clamp: tuple[float, float] | None,
-    method: str,
-    rounding: str,
-) -> Tensor:
-    box = Interval.ball(images, eps, clamp=clamp, rounding=rounding)
-    classes = int(model(images[:1]).shape[-1])
-    margins = bound(model, box, margin_specification(labels, classes), method, lower_only=True)
-    return (margins.lower > 0).all(-1).to(labels.device)
 
 
 Linear = nn.Linear | PackedLinear

@@ -10,23 +10,22 @@ from __future__ import annotations
 import hashlib
 import importlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from pyrobust._checks import check_integer
-from pyrobust._files import write_text
 from pyrobust.certify.certificates import Certificate
 from pyrobust.certify.job_data import ImageData, JobData
 from pyrobust.certify.job_methods import METHODS, IntervalJob, JobMethod
-from pyrobust.certify.log import COLUMNS, LogRow, LogWriter, check_job, job_path, read_log
+from pyrobust.certify.log import LogRow, job_path, read_log
+from pyrobust.certify.logged_run import LoggedWork, run_logged
 from pyrobust.certify.ranking_job import RankingJob
-from pyrobust.certify.shards import Shard, part_paths, this_shard
+from pyrobust.certify.shards import this_shard
 from pyrobust.data.image_set import ImageSet
 
 __all__ = ["CertificationJob", "certificate_of_log", "certify_to_log"]
@@ -138,17 +137,20 @@ def certify_to_log(
         )
     model = _load_model(job, items)
     shard = this_shard()
-    done = _begin(job, items, out, shard, resume)
-    parts = shard.world > 1 or bool(part_paths(out))
-    place = out.with_name(f"{out.name}.part{shard.rank}") if parts else out
-    with LogWriter(place, job.method.columns) as log:
-        shard.meet()  # all have read what there was before anyone adds to it
-        _certify(job, items, model, log, done, shard, progress)
-    shard.meet()
+
+    def rows(block: range) -> Iterator[LogRow]:
+        part = slice(block.start, block.stop)
+        images, labels = items.block(part, job.device), items.labels[part]
+        return job.method.rows(model, images, labels, block.start, items.num_classes)
+
+    work = LoggedWork(
+        out, job.head(items), job.method.columns, job.images(items), job.method.block, rows
+    )
+    run_logged(work, shard, resume=resume, progress=progress)
     if shard.rank > 0:
         return {}
-    rows = _join(out, job) if parts else read_log(out, job.method.columns)
-    return _summary(job.method, rows, out, time.monotonic() - began)
+    found = read_log(out, job.method.columns)
+    return _summary(job.method, found, out, time.monotonic() - began)
 
 
 def certificate_of_log(path: str | Path) -> tuple[Certificate, Tensor]:
@@ -179,74 +181,6 @@ def certificate_of_log(path: str | Path) -> tuple[Certificate, Tensor]:
         norm=head.get("norm", kind.norm),
     )
     return certificate, torch.tensor([row.label for row in rows], dtype=torch.int64)
-
-
-def _begin(
-    job: CertificationJob, data: JobData, out: Path, shard: Shard, resume: bool
-) -> dict[int, LogRow]:
-    """Check or write the description; the rows that exist already."""
-    if (out.exists() or job_path(out).exists() or part_paths(out)) and not resume:
-        raise FileExistsError(f"certify: {out} exists; use --resume to go on with it.")
-    shard.meet()
-    if shard.rank == 0:
-        check_job(out, job.head(data))
-    shard.meet()
-    check_job(out, job.head(data))
-    done: dict[int, LogRow] = {}
-    for path in (out, *part_paths(out)):
-        for row in read_log(path, job.method.columns):
-            if done.setdefault(row.idx, row) != row or not 0 <= row.idx < job.images(data):
-                raise ValueError(f"certify: {path} is damaged; image {row.idx} is out of place.")
-    return done
-
-
-def _certify(
-    job: CertificationJob,
-    data: JobData,
-    model: Any,
-    log: LogWriter,
-    done: dict[int, LogRow],
-    shard: Shard,
-    progress: bool,
-) -> None:
-    """Certify the blocks of this process that have rows missing."""
-    total, size, every = job.images(data), job.method.block, data.labels
-    blocks = [range(start, min(start + size, total)) for start in range(0, total, size)]
-    mine = [block for block in blocks if not all(i in done for i in block)][
-        shard.rank :: shard.world
-    ]
-    with tqdm(
-        total=total,
-        initial=total - sum(i not in done for block in mine for i in block),
-        desc="certify",
-        unit="image",
-        disable=not progress or shard.rank > 0,
-    ) as bar:
-        for block in mine:
-            part = slice(block.start, block.stop)
-            images, labels = data.block(part, job.device), every[part]
-            for row in job.method.rows(model, images, labels, block.start, data.num_classes):
-                if row.idx not in done:
-                    log.append(row)
-                    bar.update()
-                elif done[row.idx] != row:
-                    raise RuntimeError(
-                        f"certify: image {row.idx} gives another result than its line in the log; "
-                        "the model rounds differently here (another machine, number of threads or "
-                        "version), so start a new log."
-                    )
-
-
-def _join(out: Path, job: CertificationJob) -> list[LogRow]:
-    """Write the rows of all parts to ``out``, in order, and remove the parts."""
-    columns, parts = job.method.columns, part_paths(out)
-    found = {row.idx: row for path in (out, *parts) for row in read_log(path, columns)}
-    rows = [found[i] for i in sorted(found)]
-    head = "\t".join((*COLUMNS, *columns)) + "\n"
-    write_text(out, head + "".join(row.line().decode() for row in rows))
-    for path in parts:
-        path.unlink()
-    return rows
 
 
 def _file_digest(path: str) -> str:

@@ -22,7 +22,6 @@ from pyrobust._checks import (
     check_positive,
 )
 from pyrobust.certify.bound import METHODS as BOUNDS
-from pyrobust.certify.bound import verified
 from pyrobust.certify.great_job import GreatJob
 from pyrobust.certify.log import LogRow
 from pyrobust.certify.modality_job import MultimodalJob
@@ -31,6 +30,7 @@ from pyrobust.certify.part_jobs import AdaptiveJob, DualJob, MixtureJob
 from pyrobust.certify.planning import PRICE
 from pyrobust.certify.ranking_job import RankingJob
 from pyrobust.certify.tightness_job import TightnessJob
+from pyrobust.certify.verification import verified
 
 __all__ = ["METHODS", "IntervalJob", "JobMethod", "SmoothingJob", "grid_images", "method_of"]
 

@@ -11,6 +11,10 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Shard", "part_paths", "this_shard"]
 
@@ -34,12 +38,35 @@ class Shard:
 
             dist.barrier()
 
+    def first(self, value: Tensor) -> Tensor:
+        """The first process's ``value``, a CPU tensor, in all of them."""
+        if self.world == 1:
+            return value
+        import torch.distributed as dist
+
+        held = [value]
+        dist.broadcast_object_list(held, src=0)
+        return held[0]
+
+    def any(self, flags: Tensor) -> Tensor:
+        """Where any process has True, for a bool tensor of equal shape in all of them."""
+        if self.world == 1:
+            return flags
+        import torch
+        import torch.distributed as dist
+
+        # nccl moves tensors of its GPU only, gloo those of the CPU
+        place = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        counts = flags.to(place, torch.int32)
+        dist.all_reduce(counts)
+        return (counts > 0).to(flags.device)
+
 
 def this_shard() -> Shard:
     """The place of this process as ``torchrun`` describes it; joins the process group.
 
     A group that already exists (gloo or nccl) is used as it is; otherwise one is made with gloo,
-    since only turns are exchanged, never tensors.
+    since only turns and flags are exchanged.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1 or "RANK" not in os.environ:

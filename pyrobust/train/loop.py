@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from pyrobust._checks import check_at_least, check_integer, check_positive
+from pyrobust.certify.shards import Shard, this_shard
 from pyrobust.train.schedules import step_decay
 
 __all__ = ["GaussianCrossEntropy", "Objective", "fit"]
@@ -58,10 +60,15 @@ def fit(
     schedule: Callable[[float], float] = step_decay,
     after_step: Callable[[], None] | None = None,
     generator: torch.Generator | None = None,
+    distributed: bool = False,
     progress: bool = False,
     description: str = "train",
 ) -> nn.Module:
     """Train ``model`` in place and leave it in evaluation mode.
+
+    Under ``torchrun``, ``distributed=True`` splits every batch between the processes and averages
+    the gradients by ``DistributedDataParallel``: for an objective that is a mean over the batch
+    the steps are those of one process, up to rounding. Batch norm sees each process's part alone.
 
     Args:
         model: the classifier.
@@ -75,7 +82,10 @@ def fit(
         schedule: what the rates are multiplied by, for the share of training that is done; by
             default 0.2 after 70% and again after 90%.
         after_step: called after every step.
-        generator: order of the batches.
+        generator: order of the batches; of several processes the first one's counts.
+        distributed: train with all processes of the group (gloo, or one that exists already, such
+            as nccl with the model on this process's GPU); all call this with equal arguments. The
+            first one's weights are the start.
         progress: show a progress bar.
         description: words beside the bar.
 
@@ -94,21 +104,52 @@ def fit(
     rates = [group.setdefault("initial_lr", group["lr"]) for group in optimizer.param_groups]
     per_epoch = -(-len(images) // batch_size)
     total = epochs * per_epoch
+    shard = this_shard() if distributed else Shard()
+    loss_of: nn.Module = _Loss(model, objective)
+    if shard.world > 1:
+        loss_of = DistributedDataParallel(loss_of)
     model.train()
-    with tqdm(total=total, desc=description, disable=not progress, unit="step") as bar:
+    hidden = not progress or shard.rank > 0
+    with tqdm(total=total, desc=description, disable=hidden, unit="step") as bar:
         for epoch in range(epochs):
-            order = torch.randperm(len(images), generator=generator)
+            order = shard.first(torch.randperm(len(images), generator=generator))
             for i, batch in enumerate(order.split(batch_size)):
                 done = (epoch * per_epoch + i) / total
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * schedule(done)
-                loss = objective(model, images[batch], labels[batch], done)
+                mine, weight = _share(batch, shard)
+                loss = loss_of(images[mine], labels[mine], done)
                 if not torch.isfinite(loss):
                     raise FloatingPointError(f"fit: the loss became {loss.item()} at step {bar.n}.")
                 optimizer.zero_grad()
-                loss.backward()
+                (loss if weight == 1 else weight * loss).backward()
                 optimizer.step()
                 if after_step is not None:
                     after_step()
                 bar.update()
     return model.eval()
+
+
+class _Loss(nn.Module):
+    """The objective as a forward pass: what ``DistributedDataParallel`` can wrap whole.
+
+    So an objective may run the model several times, trace it, or reach into its layers.
+    """
+
+    def __init__(self, model: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.model = model
+        # behind a function: a module among the objectives has parameters that are not trained here
+        self.objective = lambda *arguments: objective(*arguments)
+
+    def forward(self, x: Tensor, labels: Tensor, done: float) -> Tensor:
+        loss: Tensor = self.objective(self.model, x, labels, done)  # type: ignore[no-untyped-call]
+        return loss
+
+
+def _share(batch: Tensor, shard: Shard) -> tuple[Tensor, float]:
+    """This process's part of a batch, and the weight that makes the average the batch's mean."""
+    part = batch.tensor_split(shard.world)[shard.rank]
+    if len(part) == 0:  # fewer images than processes: all must take the step
+        return batch[:1], 0.0
+    return part, len(part) * shard.world / len(batch)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from pyrobust._checks import check_at_least, check_open_unit, check_positive
+from pyrobust._checks import check_at_least, check_open_unit, check_positive, check_unit
 from pyrobust.certify.bound import bound, margin_specification
 from pyrobust.interval import Interval
 
@@ -135,17 +135,27 @@ class IBPLoss:
         eps_schedule: the radius as a function of the share of training.
         regularizer: added during the ramp; None for none.
         clamp: range of valid inputs, cut from the ball; None for no limit.
+        kappa: weight of the clean cross-entropy where the radius has arrived, in [0, 1]; it falls
+            to that from 1 as the radius grows (equation 12 of Gowal et al., arXiv 1810.12715).
+
+    Raises:
+        ValueError: ``kappa`` lies outside [0, 1].
     """
 
     eps_schedule: SmoothEpsSchedule
     regularizer: FastRegularizer | None = field(default_factory=FastRegularizer)
     clamp: tuple[float, float] | None = (0.0, 1.0)
+    kappa: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_unit(type(self).__name__, "kappa", self.kappa)
 
     def __call__(self, model: nn.Module, x: Tensor, labels: Tensor, done: float) -> Tensor:
         """Mean loss of a batch after the share ``done`` of training."""
         eps = self.eps_schedule(done)
+        clean: Tensor | None = model(x) if self.kappa > 0 else None
         with torch.no_grad():
-            classes = int(model(x[:1]).shape[-1])
+            classes = int((model(x[:1]) if clean is None else clean).shape[-1])
         box = Interval.ball(x, eps, clamp=self.clamp, rounding="nearest")
         boxes: list[Interval] = []
         handles = [
@@ -162,6 +172,9 @@ class IBPLoss:
         worst = torch.cat([torch.zeros_like(against[:, :1]), against], 1)
         loss = worst.logsumexp(1).mean()
         factor = 1 - eps / self.eps_schedule.eps
+        if clean is not None:
+            weight = self.kappa + (1 - self.kappa) * factor
+            loss = (1 - weight) * loss + weight * nn.functional.cross_entropy(clean, labels)
         if self.regularizer is not None and factor > 0 and eps > 0:
             loss = loss + self.regularizer.weight * factor * self.regularizer(box, boxes)
         return loss

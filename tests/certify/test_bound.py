@@ -1,4 +1,4 @@
-"""bound and verified: against exact rationals, corners, attacks, and their own unfolded form."""
+"""bound: against exact rationals, corners, and its own unfolded form."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from pyrobust import Interval
 from pyrobust import nn as rnn
-from pyrobust.certify import Certificate, bound, margin_specification, verified
+from pyrobust.certify import bound, margin_specification
 
 
 def network(classes=4):
@@ -135,62 +135,6 @@ class _Bounded(nn.Module):
 
     def forward(self, box):
         return bound(self.model, box, self.spec).lower
-
-
-def trained_network():
-    torch.manual_seed(0)
-    model = network(2)
-    x = torch.rand(200, 6)
-    labels = (x.sum(1) > 3).long()
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    for _ in range(60):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), labels).backward()
-        optimizer.step()
-    return model, x, labels
-
-
-def test_verified_images_resist_corner_search_and_batches_do_not_matter():
-    model, x, labels = trained_network()
-    certificate = verified(model, x, labels, 0.02, batch_size=64)
-    assert isinstance(certificate, Certificate)
-    assert certificate.norm == "linf"
-    assert certificate.certified
-    assert certificate.alpha == 0.0
-    holds = ~certificate.abstained
-    assert 0 < int(holds.sum()) < len(x)
-    for _ in range(100):
-        point = (x + 0.02 * (torch.randint(0, 2, x.shape) * 2 - 1)).clamp(0, 1)
-        assert bool((model(point).argmax(1) == labels)[holds].all())
-    again = verified(model, x, labels, 0.02, batch_size=200)
-    assert torch.equal(certificate.prediction, again.prediction)
-    accuracy = certificate.certified_accuracy(labels, 0.02)
-    assert float(accuracy) == pytest.approx(float(holds.double().mean()))
-    assert not verified(model, x[:2], labels[:2], 0.02, rounding="nearest").certified
-    assert len(verified(model, x[:0], labels[:0], 0.02)) == 0
-
-
-@pytest.mark.parametrize(
-    ("change", "kind", "message"),
-    [
-        ({"eps": -0.1}, ValueError, "eps must be finite and at least 0"),
-        ({"images": torch.zeros(2, 6).long()}, TypeError, "images must be a floating-point"),
-        ({"labels": torch.zeros(2)}, TypeError, "labels must be an integer tensor"),
-        ({"labels": torch.zeros(3).long()}, ValueError, r"labels must have shape \(2\)"),
-        ({"method": "magic"}, ValueError, "method must be one of ibp"),
-        ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
-        ({"model": network().train()}, ValueError, "evaluation mode"),
-    ],
-)
-def test_bad_arguments_of_verified(change, kind, message):
-    arguments = {
-        "model": network(),
-        "images": torch.rand(2, 6),
-        "labels": torch.tensor([0, 1]),
-        "eps": 0.1,
-    } | change
-    with pytest.raises(kind, match=message):
-        verified(**arguments)
 
 
 def test_bad_arguments_of_bound():

@@ -31,7 +31,7 @@ from pyrobust.train import (
     sigmoid_ema,
 )
 
-from .two_processes import run_two_processes
+from ..two_processes import run_two_processes
 
 
 class MLPEncoder(nn.Module):

@@ -12,7 +12,7 @@ from pyrobust.train import (
     StabilityTraining,
 )
 
-from .two_processes import run_two_processes
+from ..two_processes import run_two_processes
 
 OBJECTIVES = {
     "gaussian": lambda g: GaussianAugmentation(0.25, copies=2, generator=g),

@@ -96,3 +96,17 @@ def test_the_monitor_records_and_leaves_training_as_it_is():
     assert monitor.plot().get_xlabel() == "share of training"
     with pytest.raises(ValueError, match="every"):
         TightnessMonitor(GaussianCrossEntropy(), x, 0.1, every=0)
+
+
+def test_kappa_mixes_in_the_clean_loss_as_the_radius_grows():
+    model = nn.Sequential(nn.Linear(5, 9), nn.ReLU(), nn.Linear(9, 3))
+    x, y = torch.rand(6, 5), torch.arange(6) % 3
+    ramp = SmoothEpsSchedule(0.0, 0.5, eps=0.1)
+    clean = nn.functional.cross_entropy(model(x), y)
+    for done in (0.2, 0.4, 1.0):
+        worst = IBPLoss(ramp, None)(model, x, y, done)
+        weight = 1 - 0.7 * ramp(done) / 0.1
+        mixed = IBPLoss(ramp, None, kappa=0.3)(model, x, y, done)
+        torch.testing.assert_close(mixed, weight * clean + (1 - weight) * worst)
+    with pytest.raises(ValueError, match=r"kappa must lie in the interval \[0, 1\]"):
+        IBPLoss(ramp, kappa=1.5)
