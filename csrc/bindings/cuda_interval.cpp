@@ -3,10 +3,12 @@
 
 #include <array>
 #include <string>
+#include <tuple>
 
 #include "bindings/cuda_families.h"
 #include "bindings/cuda_queue.h"
 #include "interval/cuda.h"
+#include "interval/cuda_library.h"
 #include "runtime/check.h"
 
 namespace py = pybind11;
@@ -95,6 +97,102 @@ bool interval_packed_fits(uintptr_t codes, int64_t terms, const Format& format) 
   return interval::gpu::packed_fits(packed_matrix(codes, 0, 0, 0, 1, terms, format));
 }
 
+// --- around a library's products ----------------------------------------------------------------
+
+// (terms, padded, chunks, whether W = W1 + W2, rounding, whether the weight was packed)
+using SumOptions = std::tuple<int64_t, int64_t, int64_t, bool, std::string, bool>;
+
+interval::gpu::LibrarySum library_sum(const SumOptions& options) {
+  interval::gpu::LibrarySum sum{};
+  std::string rounding;
+  std::tie(sum.terms, sum.padded, sum.chunks, sum.two_parts, rounding, sum.packed) = options;
+  sum.rounding = parse_rounding(rounding);
+  check(sum.chunks > 0 && sum.padded >= sum.terms && sum.padded % (8 * sum.chunks) == 0 &&
+            sum.padded <= interval::gpu::kMostTerms,
+        "interval: ", sum.terms, " terms in ", sum.padded, " places of ", sum.chunks, " chunks.");
+  return sum;
+}
+
+// first, second, magnitude: 0 where not wanted
+void interval_split_weight(uintptr_t weight, bool bfloat16, int64_t rows, int64_t terms,
+                           int64_t padded, const std::array<uintptr_t, 3>& to, Where where) {
+  interval::gpu::SplitWeight work{};
+  work.weight = device_pointer<const void>(weight);
+  work.bfloat16 = bfloat16;
+  work.rows = rows;
+  work.terms = terms;
+  work.padded = padded;
+  work.first = device_pointer<uint16_t>(to[0]);
+  work.second = device_pointer<uint16_t>(to[1]);
+  work.magnitude = device_pointer<uint16_t>(to[2]);
+  const Launching on(where.first, where.second);
+  require_launched("interval_linear", interval::gpu::split_weight(work, on.queue));
+}
+
+// lower, upper, planes, extra (0: none)
+void interval_split_rows(const std::array<uintptr_t, 4>& pointers, int64_t batch,
+                         const SumOptions& sum, Where where) {
+  interval::gpu::SplitRows work{};
+  work.lower = device_pointer<const float>(pointers[0]);
+  work.upper = device_pointer<const float>(pointers[1]);
+  work.planes = device_pointer<uint16_t>(pointers[2]);
+  work.extra = device_pointer<float>(pointers[3]);
+  work.batch = batch;
+  work.sum = library_sum(sum);
+  const Launching on(where.first, where.second);
+  require_launched("interval_linear", interval::gpu::split_rows(work, on.queue));
+}
+
+// kernel, stride, dilation and size of the result, vertical first, and groups
+using WindowSizes = std::array<int64_t, 9>;
+
+interval::Window window_of(const WindowSizes& size) {
+  interval::Window window{};
+  window.kernel_height = size[0], window.kernel_width = size[1];
+  window.stride_height = size[2], window.stride_width = size[3];
+  window.dilation_height = size[4], window.dilation_width = size[5];
+  window.out_height = size[6], window.out_width = size[7];
+  window.groups = size[8];
+  return window;
+}
+
+// lower, upper, planes, extra (0: none), pixels
+void interval_split_patches(const std::array<uintptr_t, 5>& pointers,
+                            const std::array<int64_t, 4>& images, const WindowSizes& window,
+                            int64_t columns, const SumOptions& sum, Where where) {
+  interval::gpu::SplitPatches work{};
+  work.lower = device_pointer<const float>(pointers[0]);
+  work.upper = device_pointer<const float>(pointers[1]);
+  work.planes = device_pointer<uint16_t>(pointers[2]);
+  work.extra = device_pointer<float>(pointers[3]);
+  work.pixels = device_pointer<uint32_t>(pointers[4]);
+  work.images = {images[0], images[1], images[2], images[3]};
+  work.window = window_of(window);
+  work.sum = library_sum(sum);
+  work.columns = columns;
+  const Launching on(where.first, where.second);
+  require_launched("interval_conv2d", interval::gpu::split_patches(work, on.queue));
+}
+
+// first, low, second (0: none), radius, bias (0: none), out_lower, out_upper;
+// groups, outer, inner, pixels, patches, stride
+void interval_finish(const std::array<uintptr_t, 7>& pointers, const std::array<int64_t, 6>& sizes,
+                     const SumOptions& sum, Where where) {
+  interval::gpu::Finish work{};
+  work.first = device_pointer<const float>(pointers[0]);
+  work.low = device_pointer<const float>(pointers[1]);
+  work.second = device_pointer<const float>(pointers[2]);
+  work.radius = device_pointer<const float>(pointers[3]);
+  work.bias = device_pointer<const float>(pointers[4]);
+  work.out_lower = device_pointer<float>(pointers[5]);
+  work.out_upper = device_pointer<float>(pointers[6]);
+  work.sum = library_sum(sum);
+  work.groups = sizes[0], work.outer = sizes[1], work.inner = sizes[2];
+  work.pixels = sizes[3], work.patches = sizes[4], work.stride = sizes[5];
+  const Launching on(where.first, where.second);
+  require_launched("interval", interval::gpu::finish(work, on.queue));
+}
+
 }  // namespace
 
 void bind_cuda_interval(py::module_& m) {
@@ -102,6 +200,12 @@ void bind_cuda_interval(py::module_& m) {
   m.def("interval_packed_linear", &interval_packed_linear);
   m.def("interval_packed_fits", &interval_packed_fits);
   m.def("interval_scratch_bytes", &interval::gpu::scratch_bytes);
+  m.def("interval_split_weight", &interval_split_weight);
+  m.def("interval_split_rows", &interval_split_rows);
+  m.def("interval_split_patches", &interval_split_patches);
+  m.def("interval_split_patches_fits", &interval::gpu::split_patches_fits);
+  m.def("interval_finish", &interval_finish);
+  m.attr("INTERVAL_MOST_TERMS") = interval::gpu::kMostTerms;
 }
 
 }  // namespace pyrobust

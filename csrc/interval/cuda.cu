@@ -2,6 +2,7 @@
 #include "core/bit_layout.h"
 #include "cuda/launch.h"
 #include "interval/cuda.h"
+#include "interval/cuda_constants.h"
 #include "interval/cuda_prepare.cuh"
 #include "interval/cuda_product.cuh"
 
@@ -10,44 +11,16 @@ namespace interval {
 namespace gpu {
 namespace {
 
-constexpr double kInputFloor = 7.888609052210118e-31;  // 2^-100
-constexpr double kLimit = 8.507059173023462e37;        // 2^126
-constexpr double kTensorUnit = 1.0 / 4194304.0;        // 2^-22
-constexpr double kMagnitudes = 1.02;                   // of all products, over |W| |x|
-
 // What float32 weights leave out, relative: their rest and W2 c_lo, W2 r_lo (cuda.h).
 constexpr double kLeftOut = 3.2 / 65536.0;
 
-// The packed product of float32 inputs on a GPU (matmul/cuda.h): two bfloat16 terms, within 2^-16
-// of the input, each with (K + 64) 2^-22; 1.01 and the other half of 2^-15 cover sums and their
-// rounding.
-double packed_error(int64_t terms) {
-  return 1.01 * static_cast<double>(terms + 64) * kTensorUnit + 1.0 / 32768.0;
-}
-
 Constants constants_for(const LinearCall& call) {
-  using rounding::gamma_bound;
-  using rounding::to_float_up;
-  Constants out{};
-  out.outward = call.rounding != Rounding::kNearest;
-  out.radius_gain = out.inflate = 1.0f;
-  out.limit = rounding::infinity();
-  if (!out.outward) return out;
   const double delta = 3.0 * static_cast<double>(kStep) * kTensorUnit;
-  const double gamma = gamma_bound(static_cast<double>(gpu_depth(call.terms)));
+  const double gamma = rounding::gamma_bound(static_cast<double>(gpu_depth(call.terms)));
   double own = kMagnitudes * ((1.0 + delta) * (1.0 + gamma) - 1.0);
   if (call.kind == WeightKind::kFloat32) own += kLeftOut;
-  const bool deployed = call.rounding == Rounding::kDeployed;
-  double any = gamma_bound(static_cast<double>(call.terms + 2));
   const bool packed = call.kind == WeightKind::kPacked || call.decoded;
-  if (packed && any < packed_error(call.terms)) any = packed_error(call.terms);
-  out.centre_gain = to_float_up(deployed ? own + any : own);
-  out.radius_gain = to_float_up(deployed ? 1.0 + any : 1.0);
-  out.input_floor = to_float_up(kInputFloor);
-  out.inflate = to_float_up((1.0 + 8.0 * rounding::kUnit) / (1.0 - own));
-  out.bias_gain = deployed ? to_float_up(any) : 0.0f;
-  if (deployed) out.limit = rounding::to_float_down(any * kLimit);
-  return out;
+  return constants_of({own, own}, call.terms, call.rounding, packed);
 }
 
 template <class Source, int kTiles>

@@ -1,4 +1,8 @@
-"""The interval products on CUDA tensors: two launches, W read once for both sums."""
+"""The interval products on CUDA tensors.
+
+Few inputs: two launches, W read once for both sums. Many, and convolutions: the library's matrix
+product between two kernels (:mod:`pyrobust.ops._cuda_interval_library`).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyrobust.ops import _cuda_interval_library as library
 from pyrobust.ops._cuda_module import FLOAT_CODES, cuda_module, where
 from pyrobust.ops.formats import levels_of
 
@@ -37,6 +42,9 @@ def linear(
     """
     module = cuda_module("interval_linear")
     rows, terms = weight.shape
+    if library.serves_linear(lower, rows, terms):
+        mode = library.Mode(rounding, int8, packed)
+        return library.linear(lower, upper, weight, bias, mode, keep=not packed)
     pointers, ends, _scratch = _outputs(module, lower, upper, rows, bias)
     module.interval_linear(
         pointers,
@@ -139,7 +147,7 @@ def convolve(
     Args:
         lower: ``(B, C, H, W)`` float32 with the zeros of the padding; like ``upper``.
         upper: upper ends.
-        weight: ``(O, K)``, a filter a row.
+        weight: ``(O, K)`` or ``(O, C / groups, kh, kw)``, a filter a row, dense.
         bias: ``(O,)`` float32, dense, or None.
         kernel: height and width of the window; like the next two.
         stride: steps of the window.
@@ -150,7 +158,13 @@ def convolve(
         int8: the layer rounds each input to 8 bits first.
         packed: the weight is a decoded one.
     """
-    matrices = weight.chunk(groups)
+    inputs = lower.shape[1] // groups * kernel[0] * kernel[1]
+    if library.serves_convolution(lower, inputs, groups, out_size):
+        window = (kernel, stride, dilation, groups, out_size)
+        mode = library.Mode(rounding, int8, packed)
+        lower, upper = lower.contiguous(), upper.contiguous()
+        return library.convolve(lower, upper, weight, bias, *window, mode, keep=not packed)
+    matrices = weight.flatten(1).chunk(groups)
     shifts = (None,) * groups if bias is None else bias.chunk(groups)
     pixels, terms = out_size[0] * out_size[1], lower.shape[1] * kernel[0] * kernel[1]
     images = max(1, _BLOCK_BYTES // max(1, 8 * pixels * terms))

@@ -246,10 +246,10 @@ def _conv_cuda(
         return _conv_fallback(lower, upper, weight, bias, stride, pad, dilation, groups, rounding)
     size = output_size(_SUBJECT, lower.shape, weight.shape[2:], stride, pad, dilation)
     low, high = padded(lower, pad), padded(upper, pad)
-    matrix, shift = dense(weight).flatten(1), None if bias is None else dense(bias)
+    shift = None if bias is None else dense(bias)
     kernel = weight.shape[2:]
     return _cuda_interval.convolve(
-        low, high, matrix, shift, kernel, stride, dilation, groups, size, rounding
+        low, high, dense(weight), shift, kernel, stride, dilation, groups, size, rounding
     )
 
 

@@ -30,6 +30,12 @@ def interval(request, tmp_path_factory):
     return gates.compile_kernels("interval/cuda.cu", request.param, tmp_path_factory.mktemp("i"))
 
 
+@pytest.fixture(scope="module", params=ARCHITECTURES, ids=["sm_90", "sm_80"])
+def around_library(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("l")
+    return gates.compile_kernels("interval/cuda_library.cu", request.param, folder)
+
+
 def matching(kernels, pattern):
     found = [kernel for name, kernel in kernels.items() if re.search(pattern, name)]
     assert found, pattern
@@ -49,6 +55,30 @@ def test_interval_kernels_do_not_spill(interval):
         assert kernel.spills == 0
     for kernel in matching(interval, "product_kernel<.*, 1>"):
         assert kernel.registers <= 208
+
+
+def test_kernels_around_a_library_leave_room_for_many_threads(around_library):
+    """They move bytes: 42 registers leave room for 1536 threads of 2048."""
+    assert len(around_library) == 7
+    for kernel in around_library.values():
+        assert kernel.spills == 0
+        assert kernel.registers <= 42
+
+
+@needs_code
+def test_kernels_around_a_library_move_vectors(around_library):
+    for name in ("split_rows_kernel", "split_weight_kernel", "split_pixels_kernel"):
+        (kernel,) = matching(around_library, name)
+        assert kernel.has("LDG.E.*128")
+        assert kernel.has("STG.E.64")
+    (unfold,) = matching(around_library, "unfold_kernel")
+    assert unfold.has("LDG.E.64")
+    assert unfold.has("STG.E.64")
+    (finish,) = matching(around_library, "finish_kernel")
+    assert finish.has("LDG.E.*128")
+    assert finish.has("STG.E.128")
+    for kernel in around_library.values():
+        assert not kernel.has("LDL|STL")
 
 
 @needs_code

@@ -1,0 +1,54 @@
+// The constants of interval.h's proof for sums on tensor cores, from the relative errors of both.
+#pragma once
+
+#include <cstdint>
+
+#include "core/rounding.h"
+#include "interval/interval.h"
+#include "interval/kernels.h"
+
+namespace pyrobust {
+namespace interval {
+namespace gpu {
+
+constexpr double kTensorUnit = 1.0 / 4194304.0;  // 2^-22: n products are summed within n times it
+constexpr double kMagnitudes = 1.02;             // of all products of parts, over |W| |x|
+
+// Relative errors of a kernel's sums: of the centre's to sum |W| |c|, of the radius's to itself.
+struct SumErrors {
+  double centre;
+  double radius;
+};
+
+// The packed product of float32 inputs on a GPU (matmul/cuda.h): two bfloat16 terms, within 2^-16
+// of the input, each with (K + 64) 2^-22; 1.01 and the other half of 2^-15 cover sums and their
+// rounding.
+inline double packed_error(int64_t terms) {
+  return 1.01 * static_cast<double>(terms + 64) * kTensorUnit + 1.0 / 32768.0;
+}
+
+// `packed`: kDeployed speaks of the product with packed weights.
+inline Constants constants_of(const SumErrors& own, int64_t terms, Rounding mode, bool packed) {
+  using rounding::to_float_up;
+  constexpr double kInputFloor = 7.888609052210118e-31;  // 2^-100
+  constexpr double kLimit = 8.507059173023462e37;        // 2^126
+  Constants out{};
+  out.outward = mode != Rounding::kNearest;
+  out.radius_gain = out.inflate = 1.0f;
+  out.limit = rounding::infinity();
+  if (!out.outward) return out;
+  const bool deployed = mode == Rounding::kDeployed;
+  double any = rounding::gamma_bound(static_cast<double>(terms + 2));
+  if (packed && any < packed_error(terms)) any = packed_error(terms);
+  out.centre_gain = to_float_up(deployed ? own.centre + any : own.centre);
+  out.radius_gain = to_float_up(deployed ? 1.0 + any : 1.0);
+  out.input_floor = to_float_up(kInputFloor);
+  out.inflate = to_float_up((1.0 + 8.0 * rounding::kUnit) / (1.0 - own.radius));
+  out.bias_gain = deployed ? to_float_up(any) : 0.0f;
+  if (deployed) out.limit = rounding::to_float_down(any * kLimit);
+  return out;
+}
+
+}  // namespace gpu
+}  // namespace interval
+}  // namespace pyrobust

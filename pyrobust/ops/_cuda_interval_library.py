@@ -1,0 +1,336 @@
+"""Interval products of many inputs, and of convolutions, through the library's matrix product.
+
+A kernel writes inputs as bfloat16 operands, ``torch.mm`` multiplies them into float32, a kernel
+rounds outward: what is computed, and why it is sound, is said in ``csrc/interval/cuda_library.h``.
+The bfloat16 parts of a float weight are kept as long as the weight, for its memory and version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from pyrobust.ops._cuda_matmul import address, version
+from pyrobust.ops._cuda_module import cuda_module, where
+
+__all__ = ["Mode", "convolve", "linear", "serves_convolution", "serves_linear"]
+
+# Terms of W1 c_hi that meet on tensor cores before float32 sums: 2^-22 a term joins the radius.
+CHUNK_TERMS = 1024
+
+# Where the library's products serve. Not measured yet: instruction and memory rates put the
+# crossing near 100 inputs, and below 2^30 products the two launches of the fused kernel win.
+LEAST_INPUTS = 128
+LEAST_PRODUCTS = 1 << 30
+
+_LINEAR_BYTES = 1 << 28  # of operands and sums of a block of inputs
+_IMAGE_BYTES = 48 << 20  # the same of images, whose sums are small beside their operands
+_LEAST_ROWS = 128
+_PLANES = 3
+
+
+class Mode(NamedTuple):
+    """What the layer promises, as for :func:`pyrobust.ops._cuda_interval.linear`."""
+
+    rounding: str
+    int8: bool = False
+    packed: bool = False
+
+
+def _available(example: Tensor) -> bool:
+    # float32 results of bfloat16 operands: torch 2.8 and later; the tests' CPU multiplies floats.
+    return not example.is_cuda or "dtype" in torch.ops.aten.mm.overloads()
+
+
+def serves_linear(lower: Tensor, rows: int, terms: int) -> bool:
+    """Whether :func:`linear` is the faster way, and possible."""
+    batch = lower.shape[0]
+    many = batch >= LEAST_INPUTS and batch * rows * terms >= LEAST_PRODUCTS
+    return many and _sum_fits(terms) and _available(lower)
+
+
+def serves_convolution(lower: Tensor, terms: int, groups: int, out_size: Sequence[int]) -> bool:
+    """Whether :func:`convolve` is the faster way, and possible; ``terms`` of one output."""
+    patches = lower.shape[0] * out_size[0] * out_size[1]
+    if patches < LEAST_INPUTS or not (_sum_fits(terms) and _available(lower)):
+        return False
+    padded = _chunked(terms)[1]
+    return bool(cuda_module("interval_conv2d").interval_split_patches_fits(groups, padded))
+
+
+def _sum_fits(terms: int) -> bool:
+    limit: int = cuda_module("interval_linear").INTERVAL_MOST_TERMS
+    return terms > 0 and _chunked(terms)[1] <= limit
+
+
+def _chunked(terms: int) -> tuple[int, int]:
+    """Chunks, and the terms of all of them together: a multiple of 8 each."""
+    chunks = -(-terms // CHUNK_TERMS)
+    return chunks, chunks * -(-terms // (8 * chunks)) * 8
+
+
+# --- weights ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """``(rows, padded)`` bfloat16 parts of a weight; ``source`` keeps its memory, so that no other
+    weight gets the same address while this one is remembered.
+    """
+
+    source: Tensor
+    first: Tensor
+    second: Tensor | None
+    magnitude: Tensor
+    terms: int
+    chunks: int
+    made: tuple[int, torch.cuda.Event] | None = None  # stream of the splitting, and its end
+
+    @property
+    def padded(self) -> int:
+        return self.first.shape[1]
+
+    def sum_options(self, mode: Mode) -> tuple[Any, ...]:
+        """As the kernels take them."""
+        two_parts = self.second is not None
+        return self.terms, self.padded, self.chunks, two_parts, mode.rounding, mode.packed
+
+
+_WEIGHTS: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_CAPTURED: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parts whose addresses graphs hold
+
+
+def _weight_of(weight: Tensor, keep: bool) -> _Weight:
+    """The parts of a ``(rows, ...)`` weight, made once for its memory and version.
+
+    An inference tensor has no version, and memory of a graph under capture is not ours: neither is
+    kept. A graph takes kept parts of frozen weights only; weights that may be trained are split by
+    the graph itself, whose replays then see their changes. Changes that torch does not count, in
+    place through ``.data``, are not seen.
+    """
+    capturing = weight.is_cuda and torch.cuda.is_current_stream_capturing()
+    keep = keep and not weight.is_inference() and not (capturing and weight.requires_grad)
+    key = (weight.data_ptr(), version(weight), weight.dtype, tuple(weight.shape), CHUNK_TERMS)
+    kept = _WEIGHTS.get(weight) if keep else None
+    if kept is not None and kept[0] == key:
+        made: _Weight = kept[1]
+        if capturing:  # which begins synchronized
+            _CAPTURED.setdefault(weight, []).append(made)
+        elif made.made is not None and made.made[0] != where(weight)[1]:
+            made.made[1].wait()
+        return made
+    parts = _split(weight.detach().flatten(1))
+    if keep and not capturing:
+        if weight.is_cuda:
+            event = torch.cuda.Event()
+            event.record()
+            parts = replace(parts, made=(where(weight)[1], event))
+        _WEIGHTS[weight] = (key, parts)
+    return parts
+
+
+def _split(matrix: Tensor) -> _Weight:
+    rows, terms = matrix.shape
+    chunks, padded = _chunked(terms)
+    exact = matrix.dtype == torch.bfloat16
+    ready = exact and padded == terms and matrix.data_ptr() % 16 == 0
+
+    def part() -> Tensor:
+        return matrix.new_empty((rows, padded), dtype=torch.bfloat16)
+
+    first, magnitude = matrix if ready else part(), part()
+    second = None if exact else part()
+    to = (0 if ready else first.data_ptr(), address(second), magnitude.data_ptr())
+    cuda_module("interval_linear").interval_split_weight(
+        matrix.data_ptr(), exact, rows, terms, padded, to, where(matrix)
+    )
+    return _Weight(matrix, first, second, magnitude, terms, chunks)
+
+
+# --- products ---------------------------------------------------------------------------------
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` of bfloat16 matrices or batches of them, summed and returned in float32."""
+    if not a.is_cuda:  # the tests: bfloat16 is exact in float32
+        return a.float() @ b.float()
+    multiply = torch.mm if a.ndim == 2 else torch.bmm
+    out: Tensor = multiply(a, b, out_dtype=torch.float32)
+    return out
+
+
+class _Sums(NamedTuple):
+    """What the epilogue adds: ``first`` has a result a chunk."""
+
+    first: Tensor
+    low: Tensor
+    second: Tensor | None
+    radius: Tensor
+
+
+def linear(
+    lower: Tensor,
+    upper: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mode: Mode,
+    *,
+    keep: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Image of ``(B, K)`` boxes under an ``(N, K)`` weight, float32 or bfloat16.
+
+    ``keep``: whether the same weight may come again.
+    """
+    parts = _weight_of(weight, keep)
+    batch, rows = lower.shape[0], weight.shape[0]
+    out = (lower.new_empty((batch, rows)), lower.new_empty((batch, rows)))
+    each = 2 * _PLANES * parts.padded + 4 * rows * (parts.chunks + 3)
+    block = max(_LEAST_ROWS, _LINEAR_BYTES // each)
+    for begin in range(0, batch, block):
+        end = min(batch, begin + block)
+        planes = _split_rows(lower[begin:end], upper[begin:end], parts, mode)
+        sums = _row_sums(planes, parts)
+        sizes = (1, end - begin, rows, 0, 0, rows)
+        _finish(sums, parts, bias, sizes, mode, (out[0][begin:end], out[1][begin:end]))
+    return out
+
+
+def _split_rows(lower: Tensor, upper: Tensor, parts: _Weight, mode: Mode) -> Tensor:
+    batch = lower.shape[0]
+    planes = lower.new_empty((_PLANES, batch, parts.padded), dtype=torch.bfloat16)
+    extra = lower.new_empty(batch) if mode.int8 else None
+    pointers = (lower.data_ptr(), upper.data_ptr(), planes.data_ptr(), address(extra))
+    cuda_module("interval_linear").interval_split_rows(
+        pointers, batch, parts.sum_options(mode), where(lower)
+    )
+    return planes
+
+
+def _row_sums(planes: Tensor, parts: _Weight) -> _Sums:
+    high, low, radius = planes
+    first = parts.first.T
+    if parts.chunks == 1:
+        both = _product(planes[:2].flatten(0, 1), first).unflatten(0, (2, -1))
+        sums = (both[0], both[1])
+    else:
+        pieces = (
+            high.unflatten(1, (parts.chunks, -1)).transpose(0, 1),
+            first.unflatten(0, (parts.chunks, -1)),
+        )
+        sums = (_product(*pieces), _product(low, first))
+    second = None if parts.second is None else _product(high, parts.second.T)
+    return _Sums(*sums, second, _product(radius, parts.magnitude.T))
+
+
+def _finish(
+    sums: _Sums,
+    parts: _Weight,
+    bias: Tensor | None,
+    sizes: tuple[int, ...],
+    mode: Mode,
+    out: tuple[Tensor, Tensor],
+) -> None:
+    pointers = (
+        sums.first.data_ptr(), sums.low.data_ptr(), address(sums.second), sums.radius.data_ptr(),
+        address(bias), out[0].data_ptr(), out[1].data_ptr(),
+    )  # fmt: skip
+    cuda_module("interval_linear").interval_finish(
+        pointers, sizes, parts.sum_options(mode), where(sums.first)
+    )
+
+
+# --- convolutions -----------------------------------------------------------------------------
+
+
+class _Window(NamedTuple):
+    kernel: Sequence[int]
+    stride: Sequence[int]
+    dilation: Sequence[int]
+    out_size: Sequence[int]
+    groups: int
+
+
+def convolve(
+    lower: Tensor,
+    upper: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    out_size: Sequence[int],
+    mode: Mode,
+    *,
+    keep: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Image of boxes of padded images; arguments as :func:`pyrobust.ops._cuda_interval.convolve`.
+
+    A block of images at a time is unfolded, in bfloat16, into a part of the cache.
+    """
+    parts = _weight_of(weight, keep)
+    window = _Window(kernel, stride, dilation, out_size, groups)
+    pixels, rows = out_size[0] * out_size[1], weight.shape[0]
+    out = tuple(lower.new_empty((lower.shape[0], rows, *out_size)) for _ in range(2))
+    sums_of_pixel = 4 * rows * (parts.chunks + 3)
+    each = pixels * (2 * _PLANES * parts.padded * groups + sums_of_pixel)
+    block = max(1, _IMAGE_BYTES // each)
+    for begin in range(0, lower.shape[0], block):
+        images = slice(begin, min(lower.shape[0], begin + block))
+        planes = _split_patches(lower[images], upper[images], parts, window, mode)
+        sums = _patch_sums(planes, parts)
+        patches = (images.stop - begin) * pixels
+        sizes = (groups, rows, planes.shape[-1], pixels, patches, 0)
+        _finish(sums, parts, bias, sizes, mode, (out[0][images], out[1][images]))
+    return out[0], out[1]
+
+
+def _split_patches(
+    lower: Tensor, upper: Tensor, parts: _Weight, window: _Window, mode: Mode
+) -> Tensor:
+    """Planes ``(3, groups, padded, columns)``, a patch a column."""
+    patches = lower.shape[0] * window.out_size[0] * window.out_size[1]
+    columns = -(-patches // 8) * 8
+    shape = (_PLANES, window.groups, parts.padded, columns)
+    planes = lower.new_empty(shape, dtype=torch.bfloat16)
+    scratch = lower.new_empty((*lower.shape, 2), dtype=torch.int32)
+    extra = lower.new_empty((window.groups, columns)) if mode.int8 else None
+    pointers = (lower.data_ptr(), upper.data_ptr(), planes.data_ptr(), address(extra))
+    sizes = (*window.kernel, *window.stride, *window.dilation, *window.out_size, window.groups)
+    cuda_module("interval_conv2d").interval_split_patches(
+        (*pointers, scratch.data_ptr()), tuple(lower.shape), sizes, columns,
+        parts.sum_options(mode), where(lower),
+    )  # fmt: skip
+    return planes
+
+
+def _patch_sums(planes: Tensor, parts: _Weight) -> _Sums:
+    groups = planes.shape[1]
+    high, low, radius = planes
+
+    def matrices(part: Tensor) -> Tensor:
+        split: Tensor = part.unflatten(0, (groups, -1))
+        return split
+
+    first = matrices(parts.first)
+    second = None if parts.second is None else _product(matrices(parts.second), high)
+    return _Sums(
+        _product(first, high) if parts.chunks == 1 else _chunk_sums(first, high, parts.chunks),
+        _product(first, low),
+        second,
+        _product(matrices(parts.magnitude), radius),
+    )
+
+
+def _chunk_sums(first: Tensor, high: Tensor, chunks: int) -> Tensor:
+    """``(groups, chunks, rows, columns)``."""
+    pieces = [
+        _product(w.unflatten(1, (chunks, -1)).transpose(0, 1), x.unflatten(0, (chunks, -1)))
+        for w, x in zip(first, high, strict=True)
+    ]
+    return pieces[0].unsqueeze(0) if len(pieces) == 1 else torch.stack(pieces)
