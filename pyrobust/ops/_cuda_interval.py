@@ -13,10 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyrobust.ops import _cuda_interval_library as library
+from pyrobust.ops._cuda_matmul import GpuWeight
 from pyrobust.ops._cuda_module import FLOAT_CODES, cuda_module, where
 from pyrobust.ops.formats import levels_of
 
-__all__ = ["convolve", "linear", "packed_fits", "packed_linear"]
+__all__ = [
+    "convolve",
+    "decoded_linear",
+    "decodes_in_blocks",
+    "linear",
+    "packed_fits",
+    "packed_linear",
+]
 
 
 def linear(
@@ -104,6 +112,24 @@ def packed_linear(
         where(lower),
     )
     return ends
+
+
+def decodes_in_blocks(lower: Tensor, codes: Tensor, terms: int) -> bool:
+    """Whether inputs are so many that :func:`decoded_linear` is the faster way."""
+    return library.serves_linear(lower, codes.shape[0], terms, packed=True)
+
+
+def decoded_linear(
+    lower: Tensor,
+    upper: Tensor,
+    weight: GpuWeight,
+    bias: Tensor | None,
+    rounding: str,
+    int8: bool,
+) -> tuple[Tensor, Tensor]:
+    """:func:`linear` under packed weights of any format, which are decoded in blocks of rows."""
+    mode = library.Mode(rounding, int8, packed=True)
+    return library.packed_linear(lower, upper, weight, bias, mode)
 
 
 def _outputs(

@@ -7,7 +7,7 @@ The bfloat16 parts of a float weight are kept as long as the weight, for its mem
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from pyrobust.ops._cuda_matmul import address, version
+from pyrobust.ops._cuda_matmul import GpuWeight, address, dequantize, version
 from pyrobust.ops._cuda_module import cuda_module, where
 
-__all__ = ["Mode", "convolve", "linear", "serves_convolution", "serves_linear"]
+__all__ = ["Mode", "convolve", "linear", "packed_linear", "serves_convolution", "serves_linear"]
 
 # Terms of W1 c_hi that meet on tensor cores before float32 sums: 2^-22 a term joins the radius.
 CHUNK_TERMS = 1024
@@ -27,9 +27,11 @@ CHUNK_TERMS = 1024
 # crossing near 100 inputs, and below 2^30 products the two launches of the fused kernel win.
 LEAST_INPUTS = 128
 LEAST_PRODUCTS = 1 << 30
+LEAST_PACKED_INPUTS = 512  # decoding costs as much as two products of 256 inputs
 
-_LINEAR_BYTES = 1 << 28  # of operands and sums of a block of inputs
-_IMAGE_BYTES = 48 << 20  # the same of images, whose sums are small beside their operands
+_SUM_BYTES = 1 << 28  # of a block of inputs
+_WEIGHT_BYTES = 24 << 20  # of a decoded block of packed weights
+_IMAGE_BYTES = 48 << 20  # of operands and sums of a block of images
 _LEAST_ROWS = 128
 _PLANES = 3
 
@@ -47,10 +49,13 @@ def _available(example: Tensor) -> bool:
     return not example.is_cuda or "dtype" in torch.ops.aten.mm.overloads()
 
 
-def serves_linear(lower: Tensor, rows: int, terms: int) -> bool:
-    """Whether :func:`linear` is the faster way, and possible."""
+def serves_linear(lower: Tensor, rows: int, terms: int, *, packed: bool = False) -> bool:
+    """Whether :func:`linear`, or :func:`packed_linear`, is the faster way, and possible."""
     batch = lower.shape[0]
-    many = batch >= LEAST_INPUTS and batch * rows * terms >= LEAST_PRODUCTS
+    many = (
+        batch >= (LEAST_PACKED_INPUTS if packed else LEAST_INPUTS)
+        and batch * rows * terms >= LEAST_PRODUCTS
+    )
     return many and _sum_fits(terms) and _available(lower)
 
 
@@ -186,17 +191,49 @@ def linear(
 
     ``keep``: whether the same weight may come again.
     """
-    parts = _weight_of(weight, keep)
-    batch, rows = lower.shape[0], weight.shape[0]
+    blocks = [(0, _weight_of(weight, keep))]
+    return _image(lower, upper, blocks, weight.shape[0], bias, mode)
+
+
+def packed_linear(
+    lower: Tensor, upper: Tensor, weight: GpuWeight, bias: Tensor | None, mode: Mode
+) -> tuple[Tensor, Tensor]:
+    """The same under packed weights of any format, decoded to float32 a cache-sized block at a
+    time.
+    """
+    rows, terms = weight.rows, weight.parts.in_features
+    block = max(_LEAST_ROWS, _WEIGHT_BYTES // (4 * terms))
+
+    def blocks() -> Iterator[tuple[int, _Weight]]:
+        for begin in range(0, rows, block):
+            end = min(rows, begin + block)
+            yield begin, _split(dequantize(weight, begin, end, torch.float32))
+
+    return _image(lower, upper, blocks(), rows, bias, mode)
+
+
+def _image(
+    lower: Tensor,
+    upper: Tensor,
+    blocks: Iterable[tuple[int, _Weight]],
+    rows: int,
+    bias: Tensor | None,
+    mode: Mode,
+) -> tuple[Tensor, Tensor]:
+    """``blocks``: the first row of each block of the weight, and its parts."""
+    batch = lower.shape[0]
     out = (lower.new_empty((batch, rows)), lower.new_empty((batch, rows)))
-    each = 2 * _PLANES * parts.padded + 4 * rows * (parts.chunks + 3)
-    block = max(_LEAST_ROWS, _LINEAR_BYTES // each)
-    for begin in range(0, batch, block):
-        end = min(batch, begin + block)
-        planes = _split_rows(lower[begin:end], upper[begin:end], parts, mode)
-        sums = _row_sums(planes, parts)
-        sizes = (1, end - begin, rows, 0, 0, rows)
-        _finish(sums, parts, bias, sizes, mode, (out[0][begin:end], out[1][begin:end]))
+    planes: Tensor | None = None
+    for first, parts in blocks:
+        planes = _split_rows(lower, upper, parts, mode) if planes is None else planes
+        own = parts.first.shape[0]
+        shift = None if bias is None else bias[first : first + own]
+        inputs = max(_LEAST_ROWS, _SUM_BYTES // (4 * own * (parts.chunks + 3)))
+        for begin in range(0, batch, inputs):
+            end = min(batch, begin + inputs)
+            sums = _row_sums(planes[:, begin:end], parts)
+            ends = [each[begin:end, first : first + own] for each in out]
+            _finish(sums, parts, shift, (1, end - begin, own, 0, 0, rows), mode, ends)
     return out
 
 
@@ -214,7 +251,7 @@ def _split_rows(lower: Tensor, upper: Tensor, parts: _Weight, mode: Mode) -> Ten
 def _row_sums(planes: Tensor, parts: _Weight) -> _Sums:
     high, low, radius = planes
     first = parts.first.T
-    if parts.chunks == 1:
+    if parts.chunks == 1 and planes.is_contiguous():
         both = _product(planes[:2].flatten(0, 1), first).unflatten(0, (2, -1))
         sums = (both[0], both[1])
     else:
@@ -233,7 +270,7 @@ def _finish(
     bias: Tensor | None,
     sizes: tuple[int, ...],
     mode: Mode,
-    out: tuple[Tensor, Tensor],
+    out: Sequence[Tensor],
 ) -> None:
     pointers = (
         sums.first.data_ptr(), sums.low.data_ptr(), address(sums.second), sums.radius.data_ptr(),

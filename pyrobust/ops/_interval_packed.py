@@ -19,6 +19,7 @@ from pyrobust._checks import check_choice, check_integer
 from pyrobust.ops import _cuda_interval
 from pyrobust.ops import _interval_conv as conv
 from pyrobust.ops import _interval_linear as linear
+from pyrobust.ops._cuda_matmul import gpu_weight
 from pyrobust.ops._interval_checks import (
     Ends,
     check_bias,
@@ -314,12 +315,16 @@ def _packed_product(
 ) -> Ends:
     has_extras = any(part is not None for part in extras)
     codes, shift = dense(codes), _optional(bias)
+    if _cuda_interval.decodes_in_blocks(low, codes, terms):
+        weight = gpu_weight(codes, scale, zero, terms, bits, group_size, group_dim, *extras)
+        int8 = activations == "int8"
+        return _cuda_interval.decoded_linear(low, high, weight, shift, rounding, int8)
     if _cuda_interval.packed_fits(codes, terms, bits, group_size, group_dim, has_extras):
         parts = (codes, dense(scale), _optional(zero), shift, terms, bits, group_size)
         return _cuda_interval.packed_linear(low, high, *parts, activations == "int8", rounding)
-    weight = _weight(codes, scale, zero, terms, bits, group_size, group_dim, extras)
+    matrix = _weight(codes, scale, zero, terms, bits, group_size, group_dim, extras)
     return _cuda_interval.linear(
-        low, high, weight, shift, rounding, int8=activations == "int8", packed=True
+        low, high, matrix, shift, rounding, int8=activations == "int8", packed=True
     )
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from pyrobust import Interval, ops
 from pyrobust.ops import _cuda_interval
 from pyrobust.ops import _cuda_interval_library as library
+from pyrobust.quantize import round_to_nearest
 
 ROUNDINGS = ["real", "deployed", "nearest"]
 
@@ -189,11 +190,47 @@ def test_blocks_of_inputs_give_the_same(always, monkeypatch, columns):
     lower, upper = boxes(9, columns)
     weight, bias = torch.randn(10, columns), torch.randn(10)
     whole = _cuda_interval.linear(lower, upper, weight, bias, "real")
-    monkeypatch.setattr(library, "_LINEAR_BYTES", 1)
+    monkeypatch.setattr(library, "_SUM_BYTES", 1)
     monkeypatch.setattr(library, "_LEAST_ROWS", 4)
     parts = _cuda_interval.linear(lower, upper, weight, bias, "real")
     for a, b in zip(whole, parts, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "group_dim", "activations"),
+    [(4, 32, 1, None), (1.58, 64, 1, "int8"), (8, 16, 0, None), (3, 90, 1, None)],
+)
+def test_packed_weights_of_any_format_are_decoded_in_blocks(
+    always, calls, monkeypatch, bits, group_size, group_dim, activations
+):
+    from pyrobust.ops import _interval_packed
+
+    monkeypatch.setattr(library, "LEAST_INPUTS", 6)
+    monkeypatch.setattr(library, "LEAST_PACKED_INPUTS", 6)
+    monkeypatch.setattr(library, "_WEIGHT_BYTES", 1)
+    monkeypatch.setattr(library, "_LEAST_ROWS", 16)
+    weight = round_to_nearest(
+        torch.randn(40, 90), bits=bits, group_size=group_size, group_dim=group_dim,
+        symmetric=bits == 1.58,
+    )  # fmt: skip
+    parts = (weight.codes, weight.scale, weight.zero)
+    options = {"bits": bits, "group_size": group_size, "group_dim": group_dim}
+    bias = torch.randn(40)
+    for batch in (5, 6, 20):
+        lower, upper = boxes(batch, 90)
+        ends = _interval_packed._linear_cuda(
+            lower, upper, *parts, bias, 90, *options.values(), activations, "real", *(None,) * 5
+        )
+        assert bool(calls) == (batch >= 6)
+        cpu = ops.interval_packed_linear(
+            lower, upper, *parts, bias, in_features=90, activations=activations, **options
+        )
+        middle = (cpu[0].double() + cpu[1]) / 2
+        assert ((ends[0] <= middle) & (middle <= ends[1])).all()
+        ratio = (ends[1] - ends[0]) / (cpu[1] - cpu[0])
+        assert ratio.min() > 0.999
+        assert ratio.max() < 1.02
 
 
 # --- which path -------------------------------------------------------------------------------
