@@ -9,6 +9,7 @@ from torch import nn
 import pyrobust
 from pyrobust import Interval, ops
 from pyrobust.ops import _cuda_interval
+from pyrobust.ops import _cuda_interval_library as library
 
 
 def boxes(batch, terms, width=0.1):
@@ -86,4 +87,127 @@ def test_calls_are_captured_in_graphs():
     with torch.cuda.graph(graph):
         ends = ops.interval_linear(lower, upper, weight)
     graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(ends, expected, strict=True))
+
+
+# --- the library's products between two kernels -----------------------------------------------
+
+
+@pytest.fixture
+def always(monkeypatch):
+    """The library's products whatever the sizes; fails where this torch has none."""
+    assert "dtype" in torch.ops.aten.mm.overloads(), "torch 2.8 or later is needed"
+    for name in ("LEAST_INPUTS", "LEAST_PACKED_INPUTS"):
+        monkeypatch.setattr(library, name, 1)
+    monkeypatch.setattr(library, "LEAST_PRODUCTS", 0)
+    made = []
+    original = library._product
+    monkeypatch.setattr(library, "_product", lambda a, b: made.append(a.shape) or original(a, b))
+    yield made
+    assert made
+
+
+@pytest.mark.parametrize("rounding", ["real", "deployed"])
+@pytest.mark.parametrize(
+    ("batch", "rows", "terms"), [(1, 10, 784), (300, 512, 1000), (129, 77, 4099), (1024, 64, 9000)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_inputs_contain_the_exact_image(always, batch, rows, terms, rounding, dtype):
+    lower, upper = (end.cuda() for end in boxes(batch, terms))
+    weight, bias = torch.randn(rows, terms).to(dtype).cuda(), torch.randn(rows).cuda()
+    low, high = _cuda_interval.linear(lower, upper, weight, bias, rounding)
+    wide = [t.double() for t in (lower, upper, weight, bias)]
+    exact = ops.interval_linear(*wide, rounding="nearest")
+    assert (low <= exact[0]).all()
+    assert (exact[1] <= high).all()
+    assert ((high - low) / (exact[1] - exact[0])).max() < 1.05
+    if rounding == "deployed":
+        x = lower + torch.rand_like(lower) * (upper - lower)
+        y = nn.functional.linear(x, weight.float(), bias)
+        assert ((low <= y) & (y <= high)).all()
+
+
+@pytest.mark.parametrize("batch", [1, 128, 1024])
+@pytest.mark.parametrize("terms", [64, 1024, 8192])
+def test_the_bound_of_truncating_sums_holds_in_the_library(always, batch, terms):
+    """What the card cuts off is a share of the bound; the largest share seen is printed."""
+    weight = torch.ones(256, terms, device="cuda")
+    largest = 0.0
+    for shift in range(8, 28):
+        for place in (0, terms // 2, terms - 1):
+            point = torch.full((batch, terms), 2.0**-shift * (1 - 2.0**-7), device="cuda")
+            point[:, place] = 1.0
+            for x in (point, -point):
+                low, high = _cuda_interval.linear(x, x, weight, None, "real")
+                exact = x.double().sum(1, keepdim=True)
+                assert (low <= exact).all()
+                assert (exact <= high).all()
+            bare = library._product(point.bfloat16(), weight.bfloat16().T).double()
+            error = (bare - point.double().sum(1, keepdim=True)).abs()
+            share = error.max() / (point.double().sum(1).max() * terms * 2.0**-22)
+            largest = max(largest, share.item())
+    print(f"M = {batch}, K = {terms}: {largest:.3f} of K 2^-22")
+    assert largest < 0.77
+
+
+@pytest.mark.parametrize(
+    ("channels", "outputs", "groups", "stride", "dilation"),
+    [
+        (3, 16, 1, 1, 1),
+        (64, 64, 1, 2, 1),
+        (128, 32, 1, 1, 2),
+        (32, 32, 32, 1, 1),
+        (16, 24, 4, 2, 1),
+    ],
+)
+@pytest.mark.parametrize("int8", [False, True])
+def test_convolutions_contain_the_exact_image(
+    always, channels, outputs, groups, stride, dilation, int8
+):
+    lower, upper = (end.view(9, channels, 17, 15).cuda() for end in boxes(9, channels * 255))
+    weight = torch.randn(outputs, channels // groups, 3, 3, device="cuda")
+    bias = torch.randn(outputs, device="cuda")
+    window = {"stride": stride, "dilation": dilation, "groups": groups}
+    exact = ops.interval_conv2d(
+        *(t.double() for t in (lower, upper, weight, bias)), **window, rounding="nearest"
+    )
+    own = ((3, 3), (stride,) * 2, (dilation,) * 2, groups, tuple(exact[0].shape[2:]), "real")
+    low, high = _cuda_interval.convolve(lower, upper, weight, bias, *own, int8=int8)
+    assert (low <= exact[0]).all()
+    assert (exact[1] <= high).all()
+    if not int8:
+        assert ((high - low) / (exact[1] - exact[0])).max() < 1.05
+
+
+@pytest.mark.parametrize("bits", [1.58, 4, 8])
+@pytest.mark.parametrize("group_dim", [0, 1])
+def test_packed_weights_are_decoded_in_blocks(always, bits, group_dim):
+    weight = pyrobust.quantize.round_to_nearest(
+        torch.randn(200, 320), bits=bits, group_size=32 if group_dim == 1 else 50,
+        group_dim=group_dim, symmetric=bits == 1.58,
+    )  # fmt: skip
+    lower, upper = (end.cuda() for end in boxes(40, 320))
+    parts = [None if t is None else t.cuda() for t in (weight.codes, weight.scale, weight.zero)]
+    low, high = ops.interval_packed_linear(
+        lower, upper, *parts, in_features=320, bits=bits,
+        group_size=32 if group_dim == 1 else 50, group_dim=group_dim,
+    )  # fmt: skip
+    exact = ops.interval_linear(
+        lower.double(), upper.double(), weight.dequantize().double().cuda(), rounding="nearest"
+    )
+    assert (low <= exact[0]).all()
+    assert (exact[1] <= high).all()
+
+
+def test_graphs_follow_weights_that_are_trained(always):
+    lower, upper = (end.cuda() for end in boxes(200, 256))
+    weight = nn.Parameter(torch.randn(64, 256, device="cuda"))
+    with torch.no_grad():
+        ops.interval_linear(lower, upper, weight)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            ends = ops.interval_linear(lower, upper, weight)
+        weight.mul_(-2.0)
+        graph.replay()
+        expected = ops.interval_linear(lower, upper, weight)
     assert all(torch.equal(a, b) for a, b in zip(ends, expected, strict=True))

@@ -39,6 +39,10 @@ def bench(monkeypatch):
     monkeypatch.setattr(gpu_sampling, "_VOTES", ((20, 3),))
     monkeypatch.setattr(gpu_interval, "_SIZES", (128,))
     monkeypatch.setattr(gpu_interval, "_MUST", {1: (1.5, 1.9), 9: (1.5, 1.9)})
+    monkeypatch.setattr(gpu_interval, "_IMAGES", (2, 3, 9))
+    monkeypatch.setattr(gpu_interval, "_SWITCH", (3,))
+    monkeypatch.setattr(gpu_interval, "_CHUNKS", (64, 128))
+    monkeypatch.setattr(gpu_interval, "_CHUNKED_INPUTS", 9)
     monkeypatch.setattr(torch, "compile", lambda function: function)
     return gpu_timing, (gpu_ceilings, gpu_matmul, gpu_sampling, gpu_interval)
 
@@ -60,9 +64,27 @@ def test_every_part_yields_rows_with_targets(bench, emulated_cuda):
         "x unsound",
         "x torch float32 IBP",
     }
+    assert not [row for row in rows if row.part == "interval" and math.isnan(row.value)]
+    for unit in ("x two bf16 convolutions", "x the fused kernel"):
+        assert [row for row in rows if row.unit == unit]
     text = timing.table(rows)
     assert text.count("\n## ") == 4
     assert "4 bits W, 128^2, M = 9" in text
+
+
+def test_a_cell_of_intervals_that_fails_is_a_row(bench, emulated_cuda, monkeypatch):
+    timing, (*_, interval) = bench
+
+    def broken(*_):
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(interval, "_convolution_rows", broken)
+    rows = list(interval.measure(timing.Clock(600)))
+    (failed,) = [row for row in rows if math.isnan(row.value)]
+    assert failed.what == "convolution"
+    assert "no kernel image" in failed.detail
+    assert failed.verdict() == "not measured"
+    assert rows[-1] is not failed
 
 
 def test_verdicts(bench):
