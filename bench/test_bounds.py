@@ -54,6 +54,8 @@ def cnn7(width: int) -> nn.Sequential:
 CASES = {
     "MLP, CROWN": (mlp, 0.001, "crown"),
     "CNN7 width 2, CROWN": (lambda: cnn7(2), 0.002, "crown"),
+    "CNN7 width 2, wide box, CROWN": (lambda: cnn7(2), 0.03, "crown"),
+    "CNN7 width 4, wide box, CROWN": (lambda: cnn7(4), 0.03, "crown"),
     "MLP, CROWN-IBP": (mlp, 0.001, "crown-ibp"),
     "CNN7 width 16, CROWN-IBP": (lambda: cnn7(16), 0.002, "crown-ibp"),
 }

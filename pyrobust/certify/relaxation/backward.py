@@ -24,11 +24,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from pyrobust.certify.relaxation.graph import Step
+from pyrobust.certify.relaxation.convolution import pull_convolution
+from pyrobust.certify.relaxation.frames import (
+    WHOLE,
+    Frame,
+    Part,
+    cleaned,
+    joined,
+    spread,
+)
+from pyrobust.certify.relaxation.graph import Affine, Step
 from pyrobust.certify.relaxation.lines import Lines
 from pyrobust.interval.outward import bound_of_roundings
 
-__all__ = ["Box", "Problem", "element_bounds", "lower_bounds"]
+__all__ = ["Box", "Problem", "lower_bounds", "offset_of"]
 
 
 @dataclass
@@ -66,145 +75,114 @@ class Problem:
     reaches: dict[fx.Node, Tensor] = field(default_factory=dict)
     separable: bool = True
 
-    def of_images(self, images: slice) -> Problem:
-        """The same problem for some images of the batch; needs :attr:`separable`."""
-        boxes = {n: Box(box.lower[images], box.upper[images]) for n, box in self.boxes.items()}
-        lines = {
-            n: Lines(
-                line.lower_slope[images],
-                line.lower_shift[images],
-                line.upper_slope[images],
-                line.upper_shift[images],
-            )
-            for n, line in self.lines.items()
-        }
-        part = Problem(self.steps, boxes, lines, self.sound)
-        for step in self.steps:
-            if step.affine is None:
-                continue
-            offset = _offset(self, step)
-            shared = offset is None or len(offset) == 1
-            part.offsets[step.node] = offset if offset is None or shared else offset[images]
-            if self.sound:
-                part.reaches[step.node] = _reach(self, step)[images]
-        return part
+    def step_of(self, node: fx.Node) -> Step:
+        """The step that computes a node's value."""
+        return next(step for step in self.steps if step.node is node)
+
+    def shape(self, node: fx.Node) -> torch.Size:
+        """Of a node's value for one image."""
+        return self.boxes[node].lower.shape[1:]
 
 
 def lower_bounds(
-    problem: Problem, start: fx.Node, coefficients: Tensor, lines: dict[fx.Node, Lines]
+    problem: Problem,
+    start: fx.Node,
+    coefficients: Tensor,
+    lines: dict[fx.Node, Lines],
+    frame: Frame = WHOLE,
 ) -> Tensor:
-    """``(S, B)`` lower bounds over the input box of ``coefficients * value``, summed.
+    """``(S, b)`` lower bounds over the input box of ``coefficients * value``, summed.
 
     Args:
         problem: the model and its intervals.
         start: whose value the function is of.
-        coefficients: ``(S, 1 or B, *value)``.
+        coefficients: ``(S, 1 or b, *value)``, or of windows of the value.
         lines: to use; :attr:`Problem.lines` or others of the same boxes.
+        frame: the images, and the windows, that the coefficients are of.
     """
-    pending: dict[fx.Node, Tensor] = {start: coefficients}
+    pending = {start: Part(coefficients, frame, clean=frame.window is None)}
     total = coefficients.new_zeros(1, 1)
     for step in reversed(problem.steps):
-        a = pending.pop(step.node, None)
-        if a is None:
+        part = pending.pop(step.node, None)
+        if part is None:
             continue
+        part = _fitted(problem, step, part)
         if step.affine is not None:
-            total = total + _affine(problem, step, a, pending)
+            total = total + _affine(problem, step, part, pending)
         elif step.bend is not None:
-            total = total + _bend(problem, step, a, pending, lines[step.node])
+            total = total + _bend(problem, step, part, pending, lines[step.node])
         else:
-            total = total + _concretise(problem, step.node, a)
+            total = total + _concretise(problem, step.node, part)
         if not pending:
             break
     return total
 
 
-def element_bounds(problem: Problem, node: fx.Node, elements: Tensor) -> Tensor:
-    """``(2 P, B)`` lower bounds of some elements of an affine value, then of their negations.
-
-    Both signs share the products up to the first activation, and the rows of a linear layer are
-    its weights as they stand, without a product.
-
-    Args:
-        problem: the model and its intervals.
-        node: the value, the result of an affine step.
-        elements: ``(P,)`` indices into the flattened value of an image.
-    """
-    step = next(s for s in problem.steps if s.node is node)
-    shape = problem.boxes[node].lower.shape[1:]
+def _fitted(problem: Problem, step: Step, part: Part) -> Part:
+    """The part, of whole values where the step has no windows or they are no smaller."""
+    window = part.frame.window
+    if window is None:
+        return part
+    shape = problem.shape(step.node)
     affine = step.affine
-    assert affine is not None
-    places = torch.arange(len(elements), device=elements.device)
-    if affine.weight is not None and affine.options is None and len(shape) == 1:
-        rows = affine.weight[elements].unsqueeze(1)
-        offset = _offset(problem, step)
-        value = rows.new_zeros(1, 1) if offset is None else offset[:, elements].mT
-        slack: Tensor | float = 0.0  # the rows are exact
-    else:
-        eye = problem.boxes[node].lower.new_zeros(len(elements), 1, shape.numel())
-        eye[places, 0, elements] = 1.0
-        start = eye.reshape(len(elements), 1, *shape)
-        if len(step.inputs) > 1:
-            return lower_bounds(problem, node, torch.cat([start, -start]), problem.lines)
-        (rows,) = _pull(problem, step, start)
-        offset = _offset(problem, step)
-        value = start.new_zeros(1, 1) if offset is None else offset.flatten(1)[:, elements].mT
-        slack = _residual(problem, start, _reach(problem, step), 2 * start[0, 0].numel())
-        del eye, start
-    both = torch.cat([rows, -rows])
-    del rows
-    value = value.expand(len(elements), -1)
-    bounds = lower_bounds(problem, step.inputs[0], both, problem.lines)
-    return bounds + torch.cat([value - slack, -value - slack])
+    serves = affine is None or affine.options is not None or affine.local
+    if not serves or part.a.shape[-2:].numel() >= shape[1:].numel():
+        part = spread(part, shape)
+    return part if affine is None else cleaned(part, shape)
 
 
-def _concretise(problem: Problem, node: fx.Node, a: Tensor) -> Tensor:
-    box = problem.boxes[node]
-    centre, radius = (box.lower + box.upper) / 2, (box.upper - box.lower) / 2
+def _concretise(problem: Problem, node: fx.Node, part: Part) -> Tensor:
+    box, a = problem.boxes[node], part.a
+    low, high = (part.frame.take(end, a.shape[3:]) for end in (box.lower, box.upper))
+    centre, radius = (low + high) / 2, (high - low) / 2
     if not problem.sound:
         return _sum(a, centre) - _sum(a.abs(), radius)
     # |a| meets radius and residual in one product
     with torch.no_grad():
-        share = 4 * bound_of_roundings(8 + a[0, 0].numel(), a.dtype)
-    return _sum(a, centre) - _sum(a.abs(), radius + share * box.magnitude) - 1e-300
+        share = 4 * bound_of_roundings(8 + len(problem.steps) + a[0, 0].numel(), a.dtype)
+        size = torch.maximum(low.abs(), high.abs())
+    return _sum(a, centre) - _sum(a.abs(), radius + share * size) - 1e-300
 
 
 def _sum(a: Tensor, values: Tensor) -> Tensor:
-    """``(S, b, ...)`` times ``(B, ...)``, summed to ``(S, B)``."""
+    """``(S, b, ...)`` times ``(B, ...)``, summed to ``(S, B)``; values of channels count once."""
+    if a.ndim > 3 and values.shape[2:].numel() == 1:
+        a = a.flatten(3).sum(3)
     flat, points = a.flatten(2), values.flatten(1)
     if flat.shape[1] == 1 and points.shape[0] != 1:
         return flat[:, 0] @ points.mT
     return torch.einsum("sbn,bn->sb", flat, points.expand(flat.shape[1], -1))
 
 
-def _residual(problem: Problem, a: Tensor, reach: Tensor, operations: int = 8) -> Tensor | float:
+def _residual(problem: Problem, part: Part, reach: Tensor) -> Tensor | float:
     """``gamma sum |A| T``: what rounding can have cost in a step."""
     if not problem.sound:
         return 0.0
+    a = part.a
     with torch.no_grad():
-        count = operations + a[0, 0].numel()
+        count = 8 + len(problem.steps) + 3 * a[0, 0].numel()
+        reach = part.frame.take(reach, a.shape[3:])
         # 4: the residual itself is computed in floating point
         return _sum(a.abs(), reach) * (4 * bound_of_roundings(count, a.dtype)) + 1e-300
 
 
-def _add(pending: dict[fx.Node, Tensor], node: fx.Node, a: Tensor) -> None:
-    pending[node] = a if node not in pending else pending[node] + a
-
-
-def _affine(problem: Problem, step: Step, a: Tensor, pending: dict[fx.Node, Tensor]) -> Tensor:
-    assert step.affine is not None
+def _affine(problem: Problem, step: Step, part: Part, pending: dict[fx.Node, Part]) -> Tensor:
+    a = part.a
     value: Any = a.new_zeros(1, 1)
-    offset = _offset(problem, step)
+    offset = offset_of(problem, step)
     if offset is not None:
-        value = _sum(a, offset)
-    value = value - _residual(problem, a, _reach(problem, step), 2 * a[0, 0].numel())
-    for node, part in zip(step.inputs, _pull(problem, step, a), strict=True):
-        _add(pending, node, part)
+        value = _sum(a, part.frame.take(offset, a.shape[3:]))
+    value = value - _residual(problem, part, _reach(problem, step))
+    for node, pulled in zip(step.inputs, _pull(problem, step, part), strict=True):
+        if node in pending:
+            pulled = joined(pending[node], pulled, problem.shape(node))
+        pending[node] = pulled
     result: Tensor = value
     return result
 
 
-def _offset(problem: Problem, step: Step) -> Tensor | None:
-    """The value at 0, or None where it is 0."""
+def offset_of(problem: Problem, step: Step) -> Tensor | None:
+    """The value at 0, ``(1 or B, ...)``, or None where it is 0."""
     assert step.affine is not None
     if step.node not in problem.offsets and step.affine.offset is not None:
         problem.offsets[step.node] = step.affine.offset(problem.boxes[step.node].lower)
@@ -229,38 +207,52 @@ def _reach(problem: Problem, step: Step) -> Tensor:
     return problem.reaches[step.node]
 
 
-def _pull(problem: Problem, step: Step, a: Tensor) -> list[Tensor]:
+def _pull(problem: Problem, step: Step, part: Part) -> list[Part]:
     """The coefficients of the step's inputs."""
-    affine = step.affine
+    affine, a, frame = step.affine, part.a, part.frame
     assert affine is not None
-    if affine.weight is not None and affine.options is None:
-        return [_through_weight(problem, step, a, affine.weight)]
-    first = problem.boxes[step.inputs[0]].lower
+    if affine.options is not None:
+        return [_through_convolution(problem, step, part, affine)]
+    if affine.weight is not None:
+        return [Part(_through_weight(problem, step, part, affine.weight), frame)]
     if affine.pull is not None:
-        return affine.pull(a, first.shape[1:])
-    if affine.weight is not None and affine.options is not None:
-        size = (a.shape[0] * a.shape[1], *first.shape[1:])
-        grad: Tensor = torch.nn.grad.conv2d_input(
-            size, affine.weight, a.flatten(0, 1), **affine.options
-        )
-        return [grad.unflatten(0, a.shape[:2])]
-    points = [torch.zeros_like(problem.boxes[n].lower) for n in step.inputs]
+        pulls = affine.pull(a, problem.shape(step.inputs[0]))
+        return [Part(pulled, frame) for pulled in pulls]
+    count = len(frame.take(problem.boxes[step.inputs[0]].lower, torch.Size()))
+    points = [a.new_zeros(count, *problem.shape(n)) for n in step.inputs]
     pull = torch.func.vjp(affine.apply, *points)[1]
-    wide = a.expand(-1, first.shape[0], *a.shape[2:])
-    return list(torch.func.vmap(pull)(wide))
+    wide = a.expand(-1, count, *a.shape[2:])
+    return [Part(pulled, frame) for pulled in torch.func.vmap(pull)(wide)]
 
 
-def _through_weight(problem: Problem, step: Step, a: Tensor, weight: Tensor) -> Tensor:
+def _through_convolution(problem: Problem, step: Step, part: Part, affine: Affine) -> Part:
+    a, window, options = part.a, part.frame.window, affine.options
+    assert affine.weight is not None
+    assert options is not None
+    frame, size = part.frame, list(problem.shape(step.inputs[0])[1:])
+    if window is not None:
+        frame = Frame(frame.images, window.before(options["stride"], options["padding"]))
+        taps = zip(options["stride"], options["dilation"], affine.weight.shape[2:], strict=True)
+        size = [
+            (n - 1) * s + d * (k - 1) + 1 for n, (s, d, k) in zip(a.shape[3:], taps, strict=True)
+        ]
+        options = {**options, "padding": (0, 0)}
+    pulled = pull_convolution(a.flatten(0, 1), affine.weight, options, size)
+    return Part(pulled.reshape(*a.shape[:2], *pulled.shape[1:]), frame, clean=window is None)
+
+
+def _through_weight(problem: Problem, step: Step, part: Part, weight: Tensor) -> Tensor:
     """``a @ weight`` without the rows that meet zeros and the columns nobody will read.
 
     A ReLU that is off all over the box has coefficients 0 behind it and leaves those before it
     unread. About half of the units of a network are off for an image, which saves half of the
     product on either side. Left out where gradients are wanted.
     """
+    a = part.a
     small = a.shape[0] * a.shape[1] < 4 * len(weight) // 64
     if a.shape[1] != 1 or a.ndim != 3 or small or torch.is_grad_enabled():
         return a @ weight
-    read = _read_elements(problem, step.inputs[0])
+    read = _read_elements(problem, step.inputs[0], part.frame)
     used = (a != 0).flatten(0, 1).any(0).nonzero()[:, 0]
     if len(used) < 0.8 * len(weight):
         a, weight = a.index_select(2, used), weight.index_select(0, used)
@@ -270,42 +262,58 @@ def _through_weight(problem: Problem, step: Step, a: Tensor, weight: Tensor) -> 
     return whole.index_copy_(2, read, a @ weight.index_select(1, read))
 
 
-def _read_elements(problem: Problem, node: fx.Node) -> Tensor | None:
+def _read_elements(problem: Problem, node: fx.Node, frame: Frame) -> Tensor | None:
     """Indices of the elements of an activation with a slope in some image; None for most."""
     lines = problem.lines.get(node)
     if lines is None or lines.lower_slope.ndim != 2:
         return None
+    lines = _met(lines, Part(lines.lower_slope.unsqueeze(0), frame))
     slopes = (lines.lower_slope != 0) | (lines.upper_slope != 0)
     shifts = (lines.lower_shift != 0) | (lines.upper_shift != 0)
     read = (slopes | shifts).any(0).nonzero()[:, 0]
     return read if len(read) < 0.8 * slopes.shape[1] else None
 
 
+def _met(lines: Lines, part: Part) -> Lines:
+    """The lines of the elements that the coefficients meet."""
+    if lines.lower_slope.ndim == part.a.ndim:
+        return lines  # a line for each specification
+    size, take = part.a.shape[3:], part.frame.take
+    return Lines(
+        take(lines.lower_slope, size),
+        take(lines.lower_shift, size),
+        take(lines.upper_slope, size),
+        take(lines.upper_shift, size),
+    )
+
+
 def _bend(
-    problem: Problem, step: Step, a: Tensor, pending: dict[fx.Node, Tensor], lines: Lines
+    problem: Problem, step: Step, part: Part, pending: dict[fx.Node, Part], lines: Lines
 ) -> Tensor:
+    a, own = part.a, lines.lower_slope.ndim == part.a.ndim
+    lines = _met(lines, part)
+    slopes = lines.lower_slope - lines.upper_slope
     # max(a, 0) lower + min(a, 0) upper = a upper + max(a, 0) (lower - upper): one copy less
     above = a.clamp(min=0)
-    (node,) = step.inputs
     value = _line_sum(a, lines.upper_shift)
     value = value + _line_sum(above, lines.lower_shift - lines.upper_shift)
-    sizes = None if not problem.sound else a.abs()
-    if a.requires_grad or lines.lower_slope.requires_grad or lines.lower_slope.ndim == a.ndim:
-        pulled = a * lines.upper_slope + above * (lines.lower_slope - lines.upper_slope)
+    if a.requires_grad or own or slopes.requires_grad:
+        pulled = a * lines.upper_slope + above * slopes
     else:
-        slopes = lines.lower_slope - lines.upper_slope
         pulled = above.mul_(slopes) if a.shape[1] == len(slopes) else above * slopes
         pulled.addcmul_(a, lines.upper_slope)
-    _add(pending, node, pulled)
+    (node,) = step.inputs
+    found = Part(pulled, part.frame)
+    pending[node] = joined(pending[node], found, problem.shape(node)) if node in pending else found
     if not problem.sound:
         return value
-    assert sizes is not None
     with torch.no_grad():
-        size = problem.boxes[node].magnitude
+        size = part.frame.take(problem.boxes[node].magnitude, a.shape[3:])
         slope = torch.maximum(lines.lower_slope.abs(), lines.upper_slope.abs())
         shift = torch.maximum(lines.lower_shift.abs(), lines.upper_shift.abs())
-        count = 16 + a[0, 0].numel()
-        slack = _line_sum(sizes, slope * size + shift) * (4 * bound_of_roundings(count, a.dtype))
+        count = 16 + len(problem.steps) + a[0, 0].numel()
+        share = 4 * bound_of_roundings(count, a.dtype)
+        slack = _line_sum(a.abs(), slope * size + shift) * share
     return value - slack - 1e-300
 
 

@@ -22,8 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from pyrobust.certify.relaxation.backward import Box, Problem, element_bounds, lower_bounds
+from pyrobust.certify.relaxation.backward import Box, Problem, lower_bounds
+from pyrobust.certify.relaxation.frames import Frame
 from pyrobust.certify.relaxation.graph import Step, step_of, trace_graph
+from pyrobust.certify.relaxation.hidden import ALPHA_COPIES, hidden_bounds, rows_that_fit
 from pyrobust.certify.relaxation.lines import Lines, best_lines, lines_for
 from pyrobust.interval.outward import straight_through
 from pyrobust.interval.type import Interval, wrap
@@ -32,14 +34,6 @@ from pyrobust.ops._interval_fallback import round_outward
 __all__ = ["crown_bound"]
 
 Plain = Callable[[Interval, nn.Module | None, Interval | None], Interval]
-
-# Copies of the coefficients of the largest value that are alive at once, measured.
-_COPIES = 5
-_ALPHA_COPIES = 16
-# Rows of coefficients whose work equals the fixed cost of another backward pass, measured.
-_OVERHEAD = 8
-# Undecided elements of an image from which units that are off pay for passes of their own.
-_MANY = 64
 
 
 def crown_bound(
@@ -211,7 +205,7 @@ def _tighten(
 ) -> None:
     """Replace the interval of an activation's input by what a backward pass gives, if tighter."""
     (node,) = step.inputs
-    producer = next(s for s in problem.steps if s.node is node)
+    producer = problem.step_of(node)
     if producer.affine is None or _is_first(problem, producer):
         return  # the interval is exact there
     box = problem.boxes[node]
@@ -219,12 +213,7 @@ def _tighten(
     if not bool(undecided.any()):
         return
     low, high = box.lower.flatten(1), box.upper.flatten(1)
-    found = [
-        _hidden(problem, node, images, undecided[images].any(0), max_memory)
-        for images in _groups(problem, undecided)
-    ]
-    lower = torch.cat([low[:0], *(ends[0] for ends in found)])
-    upper = torch.cat([high[:0], *(ends[1] for ends in found)])
+    lower, upper = hidden_bounds(problem, node, undecided, max_memory)
     if intersect:
         lower, upper = torch.maximum(low, lower), torch.minimum(high, upper)
     low, high = lower.reshape(box.lower.shape), upper.reshape(box.upper.shape)
@@ -233,38 +222,6 @@ def _tighten(
     value = values[node]
     ends = (low, high) if not problem.sound else round_outward(low, high, value.dtype)
     values[node] = wrap(ends[0].to(value.dtype), ends[1].to(value.dtype), value.rounding)
-
-
-def _groups(problem: Problem, undecided: Tensor) -> list[slice]:
-    """Images to treat together: one at a time where they differ in what is undecided.
-
-    A group works on every element undecided in one of its images. At batch 32 the union is several
-    times an image's own number, and the coefficients of one image stay in the cache.
-    """
-    batch = len(undecided)
-    whole = batch * int(undecided.any(0).sum())
-    rows = int(undecided.sum())
-    many = rows >= _MANY * batch and not torch.is_grad_enabled()
-    if not problem.separable or (whole <= rows + _OVERHEAD * batch and not many):
-        return [slice(0, batch)]
-    return [slice(image, image + 1) for image in range(batch)]
-
-
-def _hidden(
-    problem: Problem, node: fx.Node, images: slice, chosen: Tensor, max_memory: int
-) -> tuple[Tensor, Tensor]:
-    """``(b, N)`` ends of a value: those of a backward pass where chosen, else what it has."""
-    box = problem.boxes[node]
-    low, high = box.lower[images].flatten(1), box.upper[images].flatten(1)
-    whole = len(low) == len(box.lower)
-    part_of = problem if whole else problem.of_images(images)
-    size = _chunk_size(part_of, max_memory, _COPIES) // 2
-    indices = chosen.nonzero()[:, 0]
-    for part in indices.split(max(size, 1)) if len(indices) else ():
-        bounds = element_bounds(part_of, node, part).expand(-1, len(low))
-        low = low.index_copy(1, part, bounds[: len(part)].mT)
-        high = high.index_copy(1, part, -bounds[len(part) :].mT)
-    return low, high
 
 
 def _is_first(problem: Problem, producer: Step) -> bool:
@@ -284,21 +241,25 @@ def _undecided(step: Step, box: Box) -> Tensor:
     return open_.flatten(1)
 
 
-def _chunk_size(problem: Problem, max_memory: int, copies: int) -> int:
-    """Rows of coefficients that fit: both signs of a row count."""
-    largest = max(box.lower.numel() for box in problem.boxes.values())
-    item = next(iter(problem.boxes.values())).lower.element_size()
-    return max(max_memory // (largest * item * copies), 2)
-
-
 # -- the specification ---------------------------------------------------------------------------
 
 
 def _chunked(problem: Problem, output: fx.Node, rows: Tensor, max_memory: int) -> Tensor:
-    size = _chunk_size(problem, max_memory, _COPIES)
-    batch = len(problem.boxes[output].lower)
-    parts = [lower_bounds(problem, output, part, problem.lines) for part in rows.split(size)]
-    return torch.cat([part.expand(-1, batch) for part in parts])
+    """``(S, B)`` bounds of ``(S, 1 or B, *output)`` rows, by parts of images and of rows."""
+    batch, count = len(problem.boxes[output].lower), len(rows)
+    fit = rows_that_fit(problem, max_memory)
+    images = max(fit // count, 1) if problem.separable else batch
+    results = []
+    for first in range(0, batch, images):
+        part = slice(first, first + images)
+        own = rows if rows.shape[1] == 1 else rows[:, part]
+        width = min(images, batch - first)
+        bounds = [
+            lower_bounds(problem, output, some, problem.lines, Frame(part)).expand(-1, width)
+            for some in own.split(max(fit // width, 1))
+        ]
+        results.append(torch.cat(bounds))
+    return torch.cat(results, 1)
 
 
 def _optimised(
@@ -309,7 +270,8 @@ def _optimised(
     iterations: int,
     learning_rate: float,
 ) -> Tensor:
-    size = _chunk_size(problem, max_memory, _ALPHA_COPIES)
+    batch = len(problem.boxes[output].lower)
+    size = max(rows_that_fit(problem, max_memory, ALPHA_COPIES) // batch, 1)
     plain = _chunked(problem, output, rows, max_memory)
     found = [
         _optimise(problem, output, part, iterations, learning_rate) for part in rows.split(size)

@@ -43,6 +43,7 @@ class Affine:
             inputs, where known; else through the vector-Jacobian product.
         offset: from a tensor shaped as the value to the value at 0, where known.
         per_image: whether it is known to treat the images of a batch alike and apart.
+        local: whether ``pull`` serves coefficients of windows of the value as well.
     """
 
     apply: Product
@@ -52,6 +53,7 @@ class Affine:
     pull: Callable[[Tensor, torch.Size], list[Tensor]] | None = None
     offset: Callable[[Tensor], Tensor | None] | None = None
     per_image: bool = False
+    local: bool = False
 
 
 @dataclass
@@ -198,7 +200,10 @@ def _sort_module(step: Step, module: nn.Module, dtype: torch.dtype) -> None:
     elif kind in _NORMS and getattr(module, "running_var", None) is not None:
         step.affine = _normalisation(module, dtype)
     elif kind in _PLAIN:
-        step.affine = Affine(module, module, pull=_reshaping(module), per_image=_is_apart(module))
+        same = isinstance(module, nn.Identity | nn.Dropout)
+        step.affine = Affine(
+            module, module, pull=_reshaping(module), per_image=_is_apart(module), local=same
+        )
 
 
 def _is_apart(module: nn.Module) -> bool:
@@ -215,10 +220,10 @@ def _reshaping(module: nn.Module) -> Callable[[Tensor, torch.Size], list[Tensor]
 
 
 def _along_channels(values: Tensor | None) -> Callable[[Tensor], Tensor | None]:
-    """The offset of a layer: its biases at every place."""
+    """The offset of a layer: its biases, the same at every place."""
     if values is None:
         return lambda like: None
-    return lambda like: values.reshape(1, -1, *[1] * (like.ndim - 2)).expand(1, *like.shape[1:])
+    return lambda like: values.reshape(1, -1, *[1] * (like.ndim - 2))
 
 
 def _magnitude(tensor: Tensor | None) -> Tensor | None:
@@ -286,6 +291,7 @@ def _normalisation(module: Any, dtype: torch.dtype) -> Affine:
         lambda x: (x + shaped(mean.abs(), x)) * shaped(scale.abs(), x) + shaped(shift.abs(), x),
         pull=lambda a, shape: [a * shaped(scale, a[0])],
         per_image=True,
+        local=True,
     )
 
 
@@ -318,6 +324,15 @@ def _sort_function(step: Step, root: nn.Module, values: dict[fx.Node, Any], dtyp
     moves = name in _MOVES and not _signed(name, node, boxes)
     if moves or name in _OUTER or (name in _SCALED and _scales(name, node, boxes)):
         step.affine = _function(step, root, values, dtype, name)
+        if name in ("add", "iadd") and len(boxes) == 2 and _alike(step, values):
+            step.affine.pull = lambda a, shape: [a, a]
+            step.affine.local = True
+
+
+def _alike(step: Step, values: dict[fx.Node, Any]) -> bool:
+    """Whether two boxes have one shape, so that a sum broadcasts neither."""
+    first, second = (values[n].shape for n in step.inputs)
+    return bool(first == second)
 
 
 def _signed(name: str, node: fx.Node, boxes: set[fx.Node]) -> bool:

@@ -1,0 +1,132 @@
+"""Bounds of the hidden values that intervals leave undecided, in parts that fit memory and cache.
+
+The work is a list of pairs of an image and an element. Neurons of a convolution are pulled back in
+windows, since they depend on a few places of the values before. Where an image has many undecided
+elements they are treated together: the product with a linear layer then leaves out what meets the
+units that are off in that image.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, fx
+
+from pyrobust.certify.relaxation.backward import Problem
+from pyrobust.certify.relaxation.elements import element_bounds, pair_bounds
+from pyrobust.certify.relaxation.frames import WHOLE, Frame
+from pyrobust.certify.relaxation.graph import Step
+
+__all__ = ["ALPHA_COPIES", "hidden_bounds", "rows_that_fit"]
+
+# Copies of the coefficients of the largest value that are alive at once, measured.
+_COPIES = 5
+ALPHA_COPIES = 16
+# Undecided elements of an image from which units that are off pay for passes of their own.
+_MANY = 64
+# Bytes of coefficients treated together: twice and four times as many were slower, whose new
+# memory has to be mapped page by page.
+_CACHE = 2 << 20
+# Rows treated together all the same, so that weights are read seldom.
+_FEWEST = 128
+
+
+def rows_that_fit(problem: Problem, max_memory: int, copies: int = _COPIES) -> int:
+    """Rows of coefficients of the largest value to treat together, at least 1."""
+    largest = max(box.lower[0].numel() for box in problem.boxes.values())
+    return _fitting(problem, largest, max_memory, copies)
+
+
+def _fitting(problem: Problem, largest: int, max_memory: int, copies: int = _COPIES) -> int:
+    item = next(iter(problem.boxes.values())).lower.element_size()
+    rows = max_memory // (largest * item * copies)
+    if not torch.is_grad_enabled():
+        rows = min(rows, max(_CACHE // (largest * item), _FEWEST))
+    return max(rows, 1)
+
+
+def hidden_bounds(
+    problem: Problem, node: fx.Node, undecided: Tensor, max_memory: int
+) -> tuple[Tensor, Tensor]:
+    """``(B, N)`` ends of a value: those of a backward pass where undecided, else what it has.
+
+    Args:
+        problem: the model so far.
+        node: the value, the result of an affine step.
+        undecided: ``(B, N)`` bool.
+        max_memory: bytes that coefficients may take.
+    """
+    box = problem.boxes[node]
+    low, high = box.lower.flatten(1), box.upper.flatten(1)
+    if not problem.separable:
+        return _of_all_images(problem, node, undecided.any(0).nonzero()[:, 0], max_memory)
+    many = int(undecided.sum()) >= _MANY * len(undecided) and not torch.is_grad_enabled()
+    if many and low.ndim == box.lower.ndim:
+        return _image_by_image(problem, node, undecided, max_memory)
+    images, elements = undecided.nonzero(as_tuple=True)
+    size = max(_fitting(problem, _widest(problem, node), max_memory) // 2, 1)
+    found = [
+        pair_bounds(problem, node, *part)
+        for part in zip(images.split(size), elements.split(size), strict=True)
+    ]
+    bounds = torch.cat(found, 1)
+    low = low.index_put((images, elements), bounds[0])
+    return low, high.index_put((images, elements), -bounds[1])
+
+
+def _of_all_images(
+    problem: Problem, node: fx.Node, elements: Tensor, max_memory: int
+) -> tuple[Tensor, Tensor]:
+    """Where operations cannot be applied to a part of the batch."""
+    box = problem.boxes[node]
+    low, high = box.lower.flatten(1), box.upper.flatten(1)
+    size = max(rows_that_fit(problem, max_memory) // (2 * len(low)), 1)
+    for part in elements.split(size):
+        bounds = element_bounds(problem, node, part, WHOLE).expand(-1, len(low))
+        low = low.index_copy(1, part, bounds[: len(part)].mT)
+        high = high.index_copy(1, part, -bounds[len(part) :].mT)
+    return low, high
+
+
+def _image_by_image(
+    problem: Problem, node: fx.Node, undecided: Tensor, max_memory: int
+) -> tuple[Tensor, Tensor]:
+    box = problem.boxes[node]
+    low, high = box.lower.flatten(1).clone(), box.upper.flatten(1).clone()
+    size = max(rows_that_fit(problem, max_memory) // 2, 1)
+    for image, chosen in enumerate(undecided):
+        frame = Frame(slice(image, image + 1))
+        for part in chosen.nonzero()[:, 0].split(size):
+            bounds = element_bounds(problem, node, part, frame)[:, 0]
+            low[image, part] = bounds[: len(part)]
+            high[image, part] = -bounds[len(part) :]
+    return low, high
+
+
+def _widest(problem: Problem, node: fx.Node) -> int:
+    """Coefficients of one element at the value where they are most."""
+    windows: dict[fx.Node, list[int] | None] = {node: [1, 1]}
+    widest = 1
+    for step in reversed(problem.steps):
+        if step.node not in windows:
+            continue
+        shape, window = list(problem.shape(step.node)), windows[step.node]
+        if window is not None and (len(shape) != 3 or math.prod(window) >= math.prod(shape[1:])):
+            window = None
+        widest = max(widest, math.prod(shape if window is None else [shape[0], *window]))
+        for entering in step.inputs:
+            windows[entering] = None if window is None else _before(step, window)
+    return widest
+
+
+def _before(step: Step, window: list[int]) -> list[int] | None:
+    """The window of the input that a window of the result reads; None for all of it."""
+    affine = step.affine
+    if affine is None or affine.local:
+        return window
+    if affine.options is None or affine.weight is None:
+        return None
+    stride, dilation = affine.options["stride"], affine.options["dilation"]
+    taps = zip(window, stride, dilation, affine.weight.shape[2:], strict=True)
+    return [(n - 1) * s + d * (k - 1) + 1 for n, s, d, k in taps]
