@@ -1,8 +1,7 @@
 """The packed product on a GPU against torch's bfloat16 product, the floor and peers.
 
 The floor of a shape is the largest of bytes over a measured copy rate, tensor core work and
-decoding work (instructions a weight from the compile gates). Of peers torch's own 4-bit product is
-measured; the others that should be are named.
+decoding work (instructions a weight from the compile gates). Peers: gpu_peers.py.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from gpu_ceilings import copy_bandwidth
+from gpu_peers import PEERS, Peer
 from gpu_timing import Clock, Row, copies_beyond_cache, seconds_of
 
 from pyrobust import ops
@@ -36,6 +36,7 @@ _FEW = {
     1: (4.5, 6.5, 0.40, 0.50),
 }
 _MANY = {256: (0.5, 0.9), 1024: (0.8, 0.9), 4096: (0.93, 0.9)}
+_PEER_ROWS = (1, 16, 64, 256)
 _SWITCH_ROWS = (64, 96, 128, 192, 256)
 # Issued instructions a weight of decoding in float16 (tests/native/test_cuda_matmul_gates.py).
 _ISSUED = {8: 1.00, 4: 1.13, 3: 1.22, 2: 1.06, 1.58: 1.06, 1: 0.98}
@@ -167,28 +168,34 @@ def _groups(clock: Clock) -> Iterator[Row]:
 
 
 def _peers(clock: Clock) -> Iterator[Row]:
-    """Torch's own 4-bit product; those that are not measured are named."""
-    for count in (1, 16, 64):
-        if clock.left() < 8:
-            return
-        ours = _product(count, 4, torch.bfloat16, zero=True)
-        try:
-            peer = _tinygemm(count)
-        except (RuntimeError, NotImplementedError):  # this build of torch has no such kernel
-            peer = math.nan
-        detail = f"ours {ours * 1e6:.1f} us, _weight_int4pack_mm {peer * 1e6:.1f}"
-        what = f"4 bits, M = {count}, against torch's tinygemm"
+    """Every peer that is installed, at the bits and types that it has; others are named."""
+    for name, build in PEERS.items():
+        dtype = torch.bfloat16 if name == "torch's tinygemm" else torch.float16
+        for bits in (4, 2, 8, 3, 1) if name == "humming" else (4, 2) if name == "gemlite" else (4,):
+            if clock.left() < 10:
+                yield Row(
+                    _PART, f"{bits} bits against {name}: no time left", math.nan, "x the peer"
+                )
+                break
+            try:
+                yield from _against(name, build, bits, dtype)
+            except Exception as error:  # not installed, or not for this card
+                what = f"{bits} bits against {name}: {type(error).__name__}: {str(error)[:80]}"
+                yield Row(_PART, what, math.nan, "x the peer", 0.85, 1.1)
+                break
+
+
+def _against(name: str, build: Peer, bits: float, dtype: torch.dtype) -> Iterator[Row]:
+    copies = copies_beyond_cache(_SIZE * _SIZE * _STORED[bits] // 8)
+    weight = torch.randn(_SIZE, _SIZE, dtype=dtype) / 64
+    calls = [build(bits, weight) for _ in range(copies)]
+    for count in _PEER_ROWS:
+        x = torch.randn(count, _SIZE, dtype=dtype)
+        with torch.no_grad():
+            for call in calls[:2]:
+                call(x)
+            peer = seconds_of([lambda c=call, x=x: c(x) for call in calls])  # type: ignore[misc]
+        ours = _product(count, bits, dtype, zero=name == "torch's tinygemm")
+        detail = f"ours {ours * 1e6:.1f} us, the peer {peer * 1e6:.1f}"
+        what = f"{bits} bits, M = {count}, {str(dtype)[6:]}, against {name}"
         yield Row(_PART, what, peer / ours, "x the peer", 0.85, 1.1, detail)
-    for name in ("humming", "Marlin", "gemlite", "bitsandbytes"):
-        yield Row(_PART, f"against {name}: not done here", math.nan, "x the peer", 0.85, 1.1)
-
-
-def _tinygemm(count: int) -> float:
-    x = torch.randn(count, _SIZE, dtype=torch.bfloat16)
-    scales = torch.rand(_SIZE // _GROUP, _SIZE, 2).bfloat16()
-    weights = []
-    for _ in range(copies_beyond_cache(_SIZE * _SIZE // 2)):
-        codes = torch.randint(0, 256, (_SIZE, _SIZE // 2), dtype=torch.uint8)
-        weights.append(torch.ops.aten._convert_weight_to_int4pack(codes, 8))
-    product = torch.ops.aten._weight_int4pack_mm
-    return seconds_of([lambda w=w: product(x, w, _GROUP, scales) for w in weights])

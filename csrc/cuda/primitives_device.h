@@ -26,21 +26,12 @@ PYROBUST_DEVICE uint32_t shared_address(const void* pointer) {
 
 // --- asynchronous copies ------------------------------------------------------------------------
 
-// Past L1; the line is the first that L2 gives up where `once` (weights are read once).
-PYROBUST_DEVICE void copy16_async(void* shared, const void* global, bool once = false) {
-  if (once) {
-    asm volatile(
-        "{\n.reg .b64 policy;\n"
-        "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
-        "cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, policy;\n}\n" ::"r"(
-            shared_address(shared)),
-        "l"(global)
-        : "memory");
-  } else {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(shared_address(shared)),
-                 "l"(global)
-                 : "memory");
-  }
+// Past L1. No cache policy: with one, ptxas 13.0 addresses some copies for sm_90 through a descriptor
+// in an odd uniform register, which the hardware refuses as an illegal instruction.
+PYROBUST_DEVICE void copy16_async(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(shared_address(shared)),
+               "l"(global)
+               : "memory");
 }
 
 // Sixteen zeros where not `valid`; the address is not read then, but must be aligned.

@@ -24,7 +24,7 @@ PYROBUST_DEVICE uint8_t* shared_memory() { return fibres::shared_memory(); }
 
 // --- asynchronous copies ------------------------------------------------------------------------
 
-PYROBUST_DEVICE void copy16_async(void* shared, const void* global, bool = false) {
+PYROBUST_DEVICE void copy16_async(void* shared, const void* global) {
   fibres::start_copy(shared, global, 16, 0);
 }
 

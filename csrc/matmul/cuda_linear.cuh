@@ -181,7 +181,7 @@ struct Linear {
 #pragma unroll
     for (int j = 0; j < S::kBits; ++j) {
       if (S::kWarpsM > 1 && j % S::kWarpsM != at.half) continue;
-      cuda::copy16_async(to + j * kLanes * 16, codes + j * kLanes * 4, true);
+      cuda::copy16_async(to + j * kLanes * 16, codes + j * kLanes * 4);
     }
     if (kFormat != Format::kComplex && at.half == 0) load_scales(p, from, at, stage);
   }

@@ -18,7 +18,8 @@ def check_place(subject: str, name: str, value: Tensor) -> None:
     if value.device.type in ("cpu", "meta"):
         return
     if value.device.type == "cuda":
-        cuda_module(subject)
+        if not torch.compiler.is_compiling():  # imports cannot be traced; the operator imports too
+            cuda_module(subject)
         return
     raise NotImplementedError(
         f"{subject}: {name} is on {value.device}; the kernels run on CPU and CUDA, "

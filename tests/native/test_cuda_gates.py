@@ -92,6 +92,7 @@ def test_noise_stores_vectors_and_stays_within_its_instructions(sampling):
             assert kernel.has(store)
             assert kernel.has("LDG.E.*128")
             assert not kernel.has("LDL|STL")
+            assert not kernel.has(gates.ODD_DESCRIPTOR)
             loops = kernel.loops()
             mend = sum(kernel.counts(*loops[2]).values()) if kind != 1 else 0
             assert (sum(kernel.counts(*loops[1]).values()) - mend) / 16 <= most
@@ -119,6 +120,7 @@ def test_interval_products_stay_within_their_instructions(interval, source, tile
     assert kernel.has(r"HMMA.16816.F32.BF16")
     assert kernel.has("LDG.E.*128")
     assert not kernel.has("LDL|STL")
+    assert not kernel.has(gates.ODD_DESCRIPTOR)
     counts = kernel.counts(*kernel.loops()[0])
     assert (sum(counts.values()) - counts["HMMA"]) / 128 <= most
 

@@ -67,6 +67,7 @@ def check_instance(folder, bits, act):
     for required in (half, r"LDGSTS\.E\.BYPASS\.128", r"LDSM\.16", r"LDS\.128", r"STG\.E\.128"):
         assert kernel.has(required), required
     assert not kernel.has(r"\b(LDL|STL)")
+    assert not kernel.has(gates.ODD_DESCRIPTOR)
     counts = decoding(kernel)
     logic, issued = DECODING[bits, act]
     assert counts["HMMA"] == 32
