@@ -39,23 +39,29 @@ struct Ends {
   }
 
   interval::Call call(const interval::Weight& weight, const TensorView& bias,
-                      const std::string& rounding, bool int8) const {
+                      const std::string& rounding, bool int8, bool rectified) const {
     out_lower.require_size(0, lower.shape[0]).require_size(1, weight.rows);
     const float* shift = nullptr;
     if (bias.ndim != 0) {
       bias.require_dtype(DType::kFloat32).require_ndim(1).require_size(0, weight.rows);
       shift = bias.as<float>();
     }
-    return {
-        lower.as<float>(),     upper.as<float>(),    weight, shift, parse_rounding(rounding), int8,
-        out_lower.as<float>(), out_upper.as<float>()};
+    return {lower.as<float>(),
+            upper.as<float>(),
+            weight,
+            shift,
+            parse_rounding(rounding),
+            int8,
+            rectified,
+            out_lower.as<float>(),
+            out_upper.as<float>()};
   }
 };
 
 void linear(const Ends& ends, const interval::Weight& weight, const TensorView& bias,
-            const std::string& rounding, bool int8, int num_threads) {
+            const std::string& rounding, bool int8, bool rectified, int num_threads) {
   ends.lower.require_size(1, weight.terms);
-  const interval::Call call = ends.call(weight, bias, rounding, int8);
+  const interval::Call call = ends.call(weight, bias, rounding, int8, rectified);
   const py::gil_scoped_release release;
   interval::interval_linear(call, ends.lower.shape[0], num_threads);
 }
@@ -64,7 +70,7 @@ using Pair = std::array<int64_t, 2>;
 
 void conv2d(const Ends& ends, const interval::Weight& weight, const TensorView& bias, Pair kernel,
             Pair stride, Pair pad, Pair dilation, int64_t groups, const std::string& rounding,
-            bool int8, int num_threads) {
+            bool int8, bool rectified, int num_threads) {
   const int64_t* size = ends.lower.shape;
   const interval::Images images{size[0], size[1], size[2], size[3]};
   const interval::Window window{kernel[0],
@@ -78,32 +84,32 @@ void conv2d(const Ends& ends, const interval::Weight& weight, const TensorView& 
                                 groups,
                                 ends.out_lower.shape[2],
                                 ends.out_lower.shape[3]};
-  const interval::Call call = ends.call(weight, bias, rounding, int8);
+  const interval::Call call = ends.call(weight, bias, rounding, int8, rectified);
   const py::gil_scoped_release release;
   interval::interval_conv2d(call, images, window, num_threads);
 }
 
 void interval_linear(py::handle lower, py::handle upper, py::handle weight_, py::handle bias,
-                     const std::string& rounding, py::handle out_lower, py::handle out_upper,
-                     int num_threads) {
+                     const std::string& rounding, bool rectified, py::handle out_lower,
+                     py::handle out_upper, int num_threads) {
   const TensorView weight = view(weight_, "weight");
   weight.require_dtype(DType::kFloat32).require_ndim(2);
   linear(Ends(lower, upper, out_lower, out_upper, 2),
          {weight.as<float>(), nullptr, weight.shape[0], weight.shape[1]},
-         view_optional(bias, "bias"), rounding, false, num_threads);
+         view_optional(bias, "bias"), rounding, false, rectified, num_threads);
 }
 
 void interval_conv2d(py::handle lower, py::handle upper, py::handle weight_, py::handle bias,
                      Pair stride, Pair pad, Pair dilation, int64_t groups,
-                     const std::string& rounding, py::handle out_lower, py::handle out_upper,
-                     int num_threads) {
+                     const std::string& rounding, bool rectified, py::handle out_lower,
+                     py::handle out_upper, int num_threads) {
   const TensorView weight = view(weight_, "weight");
   weight.require_dtype(DType::kFloat32).require_ndim(4);
   const int64_t* shape = weight.shape;
   conv2d(Ends(lower, upper, out_lower, out_upper, 4),
          {weight.as<float>(), nullptr, shape[0], shape[1] * shape[2] * shape[3]},
          view_optional(bias, "bias"), {shape[2], shape[3]}, stride, pad, dilation, groups, rounding,
-         false, num_threads);
+         false, rectified, num_threads);
 }
 
 // (in_features, levels, group_size, group_dim)
@@ -119,21 +125,23 @@ matmul::PackedMatrix packed_weight(py::handle codes, py::handle scale, py::handl
 void interval_packed_linear(py::handle lower, py::handle upper, py::handle codes, py::handle scale,
                             py::handle zero, py::handle bias, const Format& format,
                             py::handle extras, bool int8, const std::string& rounding,
-                            py::handle out_lower, py::handle out_upper, int num_threads) {
+                            bool rectified, py::handle out_lower, py::handle out_upper,
+                            int num_threads) {
   const matmul::PackedMatrix weight = packed_weight(codes, scale, zero, format, extras);
   linear(Ends(lower, upper, out_lower, out_upper, 2), {nullptr, &weight, weight.rows, weight.cols},
-         view_optional(bias, "bias"), rounding, int8, num_threads);
+         view_optional(bias, "bias"), rounding, int8, rectified, num_threads);
 }
 
 void interval_packed_conv2d(py::handle lower, py::handle upper, py::handle codes, py::handle scale,
                             py::handle zero, py::handle bias, const Format& format,
                             py::handle extras, bool int8, Pair kernel, Pair stride, Pair pad,
                             Pair dilation, int64_t groups, const std::string& rounding,
-                            py::handle out_lower, py::handle out_upper, int num_threads) {
+                            bool rectified, py::handle out_lower, py::handle out_upper,
+                            int num_threads) {
   const matmul::PackedMatrix weight = packed_weight(codes, scale, zero, format, extras);
   conv2d(Ends(lower, upper, out_lower, out_upper, 4), {nullptr, &weight, weight.rows, weight.cols},
          view_optional(bias, "bias"), kernel, stride, pad, dilation, groups, rounding, int8,
-         num_threads);
+         rectified, num_threads);
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include "core/rounding.h"
 #include "interval/ends.h"
 #include "interval/few_inputs.h"
+#include "interval/patches.h"
 
 namespace pyrobust {
 namespace interval {
@@ -50,7 +51,9 @@ struct Eight {
   __m256 centre, radius, magnitude, unbounded;
 };
 
-inline Eight prepare_eight(__m256 low, __m256 high, const Constants& constants) {
+inline Eight prepare_eight(__m256 low, __m256 high, __m256 floor, const Constants& constants) {
+  low = _mm256_max_ps(floor, low);  // in this order a NaN stays
+  high = _mm256_max_ps(floor, high);
   const __m256 half = _mm256_set1_ps(0.5f);
   const __m256 middle = _mm256_add_ps(_mm256_mul_ps(half, low), _mm256_mul_ps(half, high));
   const __m256 same = _mm256_cmp_ps(low, high, _CMP_EQ_OQ);
@@ -72,10 +75,11 @@ inline Eight prepare_eight(__m256 low, __m256 high, const Constants& constants) 
 
 float prepare(const Ends& ends, const Constants& constants, float* centre, float* radius) {
   __m256 largest = _mm256_setzero_ps(), unbounded = _mm256_setzero_ps();
+  const __m256 floor = _mm256_set1_ps(ends.floor);
   for (int64_t i = 0; i < ends.count; i += 8) {
     const int64_t rest = ends.count - i;
     const Eight now =
-        prepare_eight(load(ends.lower + i, rest), load(ends.upper + i, rest), constants);
+        prepare_eight(load(ends.lower + i, rest), load(ends.upper + i, rest), floor, constants);
     store(centre + i, rest, now.centre);
     store(radius + i, rest, now.radius);
     largest = _mm256_max_ps(now.magnitude, largest);
@@ -342,16 +346,20 @@ void finish_panel(const FinishPanel& work, const Constants& constants) {
   for (int64_t n = 0; n < work.rows; ++n) {
     const float* sums = work.sums + n * kPanelWidth;
     const __m256 shift = _mm256_set1_ps(work.bias != nullptr ? work.bias[n] : 0.0f);
-    __m256 lower, upper;
-    finish_eight(_mm256_loadu_ps(sums), _mm256_loadu_ps(sums + kLanes), shift, offset, constants,
-                 &lower, &upper);
-    store(work.out_lower + n * work.row_stride, work.lanes, lower);
-    store(work.out_upper + n * work.row_stride, work.lanes, upper);
+    for (int64_t lane = 0; lane < work.lanes; lane += kLanes, sums += work.sum_stride) {
+      __m256 lower, upper;
+      finish_eight(_mm256_loadu_ps(sums), _mm256_loadu_ps(sums + kLanes), shift, offset, constants,
+                   &lower, &upper);
+      const int64_t at = n * work.row_stride + lane;
+      store(work.out_lower + at, work.lanes - lane, lower);
+      store(work.out_upper + at, work.lanes - lane, upper);
+    }
   }
 }
 
-constexpr IntervalKernels kKernels = {prepare,      pack,    dots<FewInputs>, tiles,  finish_row,
-                                      finish_panel, nullptr, nullptr,         nullptr};
+constexpr IntervalKernels kKernels = {prepare, pack,       pack_patches, dots<FewInputs>,
+                                      tiles,   finish_row, finish_panel, nullptr,
+                                      nullptr, nullptr};
 
 }  // namespace
 

@@ -151,8 +151,8 @@ void tiles(const Tiles& work) {
   }
 }
 
-constexpr IntervalKernels kKernels = {nullptr, nullptr,       dots<FewInputs>, tiles,     nullptr,
-                                      nullptr, fused_columns, fused_order,     fused_dots};
+constexpr IntervalKernels kKernels = {nullptr, nullptr, nullptr,       dots<FewInputs>, tiles,
+                                      nullptr, nullptr, fused_columns, fused_order,     fused_dots};
 
 }  // namespace
 

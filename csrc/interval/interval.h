@@ -45,6 +45,7 @@
 
 #include <cstdint>
 
+#include "core/rounding.h"
 #include "matmul/matmul.h"
 
 namespace pyrobust {
@@ -70,9 +71,13 @@ struct Call {
   Weight weight;
   const float* bias;  // (rows) or null
   Rounding rounding;
-  bool int8;  // the layer rounds each input (in a convolution: each patch) to 8 bits first
+  bool int8;       // the layer rounds each input (in a convolution: each patch) to 8 bits first
+  bool rectified;  // the box is that of max(0, x): a ReLU before the layer
   float* out_lower;
   float* out_upper;
+
+  // The ends count as at least this.
+  float floor() const { return rectified ? 0.0f : -rounding::infinity(); }
 };
 
 // lower, upper (batch, weight.terms); out (batch, weight.rows).

@@ -21,8 +21,9 @@ PYROBUST_HD int64_t sum_depth(int64_t terms) {
 // Inputs side by side: a panel holds, for every term, kLanes centres and then kLanes radii.
 constexpr int64_t kLanes = 8;
 constexpr int64_t kPanelWidth = 2 * kLanes;
-// How many panels share one pass over a block of W.
+// How many panels share one pass over a block of W, and how many are packed and finished together.
 constexpr int64_t kPanelsOfTile = 2;
+constexpr int64_t kMaxPanels = 8;
 
 // The numbers of interval.h that depend on the mode and on K only.
 struct Constants {
@@ -41,6 +42,7 @@ struct Ends {
   const float* lower;
   const float* upper;
   int64_t count;
+  float floor;  // ends below count as this: 0 after a ReLU, else -inf
 };
 
 // Rows (lanes, terms) of centres and radii side by side in one panel; absent lanes become zero.
@@ -50,6 +52,23 @@ struct PackRows {
   int64_t lanes;  // at most kLanes
   int64_t terms;
   float* panel;
+};
+
+// Patches of a few panels of output pixels; absent lanes repeat the last.
+struct PackPatches {
+  const float* centre;  // images with their padding
+  const float* radius;
+  const int64_t* image;    // (panels) where the image of each starts
+  const int64_t* first;    // (panels) its first output pixel, row-major
+  int64_t panels;          // at most kMaxPanels
+  const int64_t* rows;     // (channels * kernel_height) offsets within an image
+  const int64_t* columns;  // (kernel_width)
+  int64_t channels, kernel_height, kernel_width;
+  int64_t row_size;           // floats of an image's row
+  int64_t row_step;           // rows from an output row to the next
+  int64_t out_width, pixels;  // of an output image
+  float* packed;
+  int64_t panel_stride;
 };
 
 // yc and yr of `rows` weight rows for a few inputs: sums[b * sum_stride + n].
@@ -73,6 +92,7 @@ struct PackedDots {
   const matmul::PackedMatrix* weight;
   int64_t first;
   int64_t rows;
+  float* scratch;      // (2, rows, groups of a row)
   float* centre_sums;  // (rows)
   float* radius_sums;
 };
@@ -101,7 +121,7 @@ struct FinishRow {
 };
 
 // Ends of the first `lanes` inputs of a panel: out[n * row_stride + lane * lane_stride]; one of the
-// strides is 1.
+// strides is 1. Where that is lane_stride, `lanes` may count the lanes of several panels.
 struct FinishPanel {
   const float* sums;
   const float* bias;
@@ -110,6 +130,7 @@ struct FinishPanel {
   int64_t lanes;
   int64_t row_stride;
   int64_t lane_stride;
+  int64_t sum_stride;  // from one panel's sums to the next
   float* out_lower;
   float* out_upper;
 };
@@ -117,6 +138,7 @@ struct FinishPanel {
 struct IntervalKernels {
   float (*prepare)(const Ends& ends, const Constants& constants, float* centre, float* radius);
   void (*pack)(const PackRows& work);
+  void (*patches)(const PackPatches& work);
   void (*dots)(const Dots& work);
   void (*tiles)(const Tiles& work);
   void (*finish_row)(const FinishRow& work, const Constants& constants);

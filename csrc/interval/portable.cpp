@@ -2,6 +2,7 @@
 #include "core/rounding.h"
 #include "interval/ends.h"
 #include "interval/kernels.h"
+#include "interval/patches.h"
 
 namespace pyrobust {
 namespace interval {
@@ -10,7 +11,9 @@ namespace {
 float prepare(const Ends& ends, const Constants& constants, float* centre, float* radius) {
   float largest = 0.0f;
   for (int64_t i = 0; i < ends.count; ++i) {
-    const float low = ends.lower[i], high = ends.upper[i];
+    // Written so that a NaN stays.
+    const float low = ends.lower[i] < ends.floor ? ends.floor : ends.lower[i];
+    const float high = ends.upper[i] < ends.floor ? ends.floor : ends.upper[i];
     const float c = low == high ? low : 0.5f * low + 0.5f * high;
     const float reach = std::fmax(high - c, c - low), size = std::fabs(c);
     const float magnitude = std::fmax(std::fabs(low), std::fabs(high));
@@ -137,17 +140,18 @@ void finish_panel(const FinishPanel& work, const Constants& constants) {
     const float* sums = work.sums + n * kPanelWidth;
     const float shift = work.bias != nullptr ? work.bias[n] : 0.0f;
     for (int64_t lane = 0; lane < work.lanes; ++lane) {
-      const int64_t at = n * work.row_stride + lane * work.lane_stride;
-      finish_one(sums[lane], sums[kLanes + lane], shift, work.offsets[lane], constants,
-                 work.out_lower + at, work.out_upper + at);
+      const int64_t at = n * work.row_stride + lane * work.lane_stride, place = lane % kLanes;
+      const float* pair = sums + lane / kLanes * work.sum_stride + place;
+      finish_one(pair[0], pair[kLanes], shift, work.offsets[place], constants, work.out_lower + at,
+                 work.out_upper + at);
     }
   }
 }
 
 }  // namespace
 
-const IntervalKernels kPortableKernels = {prepare,      pack,    dots,    tiles,  finish_row,
-                                          finish_panel, nullptr, nullptr, nullptr};
+const IntervalKernels kPortableKernels = {prepare,    pack,         pack_patches, dots,    tiles,
+                                          finish_row, finish_panel, nullptr,      nullptr, nullptr};
 
 }  // namespace interval
 }  // namespace pyrobust

@@ -27,7 +27,7 @@ from pyrobust.interval.arithmetic import div, mul
 from pyrobust.interval.errors import reject
 from pyrobust.interval.operands import Rule, refuse, require_box, working
 from pyrobust.interval.outward import UNIT, Ends, enclose, straight_through
-from pyrobust.interval.type import Interval, assign, wrap
+from pyrobust.interval.type import Interval, assign, rectify, wrap
 from pyrobust.ops._interval_fallback import round_outward
 
 __all__ = ["GELU_TANH_TURN", "GELU_TURN", "MISH_TURN", "RULES", "SILU_TURN", "Curve", "trace"]
@@ -153,7 +153,7 @@ def _finish(box: Interval, result: Interval, inplace: bool) -> Interval:
 
 def _relu(input: Any, inplace: bool = False) -> Interval:
     box = require_box(input, "relu")
-    return _finish(box, wrap(box.lower.relu(), box.upper.relu(), box.rounding), inplace)
+    return _finish(box, rectify(box), inplace)
 
 
 def _clamp(input: Any, min: Any = None, max: Any = None, inplace: bool = False) -> Interval:

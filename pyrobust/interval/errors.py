@@ -88,11 +88,12 @@ def check_ends(lower: Any, upper: Any) -> None:
         )
     if torch.compiler.is_compiling():  # data cannot be looked at while tracing
         return
+    if bool((lower <= upper).all()):  # false where either is NaN
+        return
     if bool((lower.isnan() | upper.isnan()).any()):
         raise ValueError("Interval: lower and upper must not be NaN; they hold NaN values.")
-    if bool((lower > upper).any()):
-        count = int((lower > upper).sum())
-        raise ValueError(
-            f"Interval: lower must be at most upper; got lower > upper in {count} of "
-            f"{lower.numel()} elements."
-        )
+    count = int((lower > upper).sum())
+    raise ValueError(
+        f"Interval: lower must be at most upper; got lower > upper in {count} of "
+        f"{lower.numel()} elements."
+    )

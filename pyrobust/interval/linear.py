@@ -12,7 +12,7 @@ from torch import Tensor
 from pyrobust.interval.arithmetic import add
 from pyrobust.interval.operands import Rule, refuse, require_box
 from pyrobust.interval.outward import straight_through
-from pyrobust.interval.type import Interval, wrap
+from pyrobust.interval.type import Interval, unclipped, wrap
 from pyrobust.ops import matmul as packed_matmul
 from pyrobust.ops import packed_layers
 from pyrobust.ops._interval_fallback import outward_image
@@ -40,12 +40,14 @@ def _transformed() -> bool:
 def linear(input: Any, weight: Any, bias: Any = None) -> Interval:
     """``x W^T + b``."""
     box = require_box(input, "linear")
-    _plain("linear", weight, bias)
+    if isinstance(weight, Interval) or isinstance(bias, Interval):
+        raise refuse("linear with intervals as weight or bias")
     if _transformed():
         return affine(box, weight, bias, F.linear, weight.shape[1])
-    return wrap(
-        *interval_linear(box.lower, box.upper, weight, bias, rounding=box.rounding), box.rounding
-    )
+    lower, upper, rectified = unclipped(box)
+    rounding = box.rounding
+    ends = interval_linear(lower, upper, weight, bias, rounding=rounding, rectified=rectified)
+    return wrap(*ends, rounding)
 
 
 def affine(
@@ -105,9 +107,10 @@ def _conv2d(
     if _transformed():
         any_device: Interval = _any_conv2d(box, weight, bias, stride, padding, dilation, groups)
         return any_device
+    lower, upper, rectified = unclipped(box)
     ends = interval_conv2d(
-        box.lower,
-        box.upper,
+        lower,
+        upper,
         weight,
         bias,
         stride=_sizes(stride),
@@ -115,6 +118,7 @@ def _conv2d(
         dilation=_sizes(dilation),
         groups=groups,
         rounding=box.rounding,
+        rectified=rectified,
     )
     return wrap(*ends, box.rounding)
 
@@ -159,8 +163,9 @@ def _packed_linear(
 ) -> Interval:
     box = require_box(x, "packed_linear")
     shift = None if bias is None else bias.to(box.dtype)
+    lower, upper, options["rectified"] = unclipped(box)
     ends = interval_packed_linear(
-        box.lower, box.upper, codes, scale, zero, shift, rounding=box.rounding, **options
+        lower, upper, codes, scale, zero, shift, rounding=box.rounding, **options
     )
     return wrap(*ends, box.rounding)
 
@@ -175,8 +180,9 @@ def _packed_conv2d(
 ) -> Interval:
     box = require_box(x, "packed_conv2d")
     shift = None if bias is None else bias.to(box.dtype)
+    lower, upper, options["rectified"] = unclipped(box)
     ends = interval_packed_conv2d(
-        box.lower, box.upper, codes, scale, zero, shift, rounding=box.rounding, **options
+        lower, upper, codes, scale, zero, shift, rounding=box.rounding, **options
     )
     return wrap(*ends, box.rounding)
 

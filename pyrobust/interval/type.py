@@ -17,11 +17,22 @@ from pyrobust._checks import check_choice
 from pyrobust.interval.errors import MissingRule, check_ends, check_float, missing, name_of, where
 from pyrobust.interval.outward import sum_ends
 from pyrobust.ops._interval_fallback import round_outward
+from pyrobust.ops._library import dispatcher_needed
 
-__all__ = ["ROUNDINGS", "Interval", "assign", "install", "weakest", "wrap"]
+__all__ = [
+    "ROUNDINGS",
+    "Interval",
+    "assign",
+    "install",
+    "rectify",
+    "unclipped",
+    "weakest",
+    "wrap",
+]
 
 ROUNDINGS = ("nearest", "real", "deployed")  # from the weakest promise to the strongest
 _rules: dict[Any, Callable[..., Any]] = {}
+_any_autocast = getattr(torch._C, "_is_any_autocast_enabled", None)  # one call instead of two
 
 
 class Interval:
@@ -56,6 +67,7 @@ class Interval:
     _upper: Tensor
     _memory: list[int]  # shared with views: how often the memory was changed in place
     _seen: int  # the count at which this object is current
+    _rectified: bool  # whether a ReLU of the ends is still to come: layers do it on the way in
 
     def __init__(self, lower: Tensor, upper: Tensor, *, rounding: str = "real") -> None:
         check_choice("Interval", "rounding", rounding, ROUNDINGS)
@@ -117,14 +129,16 @@ class Interval:
 
     @property
     def lower(self) -> Tensor:
-        """The lower ends."""
-        _check_current(self)
+        """The lower ends, not to be changed in place: results may still read them."""
+        if self._rectified or self._seen != self._memory[0]:
+            _settle(self)
         return self._lower
 
     @property
     def upper(self) -> Tensor:
-        """The upper ends."""
-        _check_current(self)
+        """The upper ends, not to be changed in place: results may still read them."""
+        if self._rectified or self._seen != self._memory[0]:
+            _settle(self)
         return self._upper
 
     @property
@@ -231,6 +245,8 @@ class Interval:
             yield wrap(low, high, self.rounding, base=self)
 
     def __repr__(self) -> str:
+        if self._rectified:
+            _settle(self)
         return f"Interval(lower={self._lower!r}, upper={self._upper!r}, rounding={self.rounding!r})"
 
     # -- operations ----------------------------------------------------------------------------
@@ -244,7 +260,7 @@ class Interval:
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Look ``func`` up in the table of rules and apply its rule."""
-        return _apply(func, *args, **(kwargs or {}))
+        return _apply(func, *args, **kwargs) if kwargs else _apply(func, *args)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         """Methods of ``torch.Tensor`` that have a rule."""
@@ -361,8 +377,26 @@ def assign(box: Interval, result: Interval) -> Interval:
     _check_current(box)
     box._memory[0] += 1
     box._seen = box._memory[0]
-    box._lower, box._upper, box.rounding = result.lower, result.upper, result.rounding
+    box._lower, box._upper, box.rounding = result._lower, result._upper, result.rounding
+    box._rectified = result._rectified
     return box
+
+
+def rectify(box: Interval) -> Interval:
+    """``max(0, x)``. Without gradients the next layer clips on the way in, or the first reader."""
+    if dispatcher_needed(box._lower, box._upper):
+        return wrap(box.lower.relu(), box.upper.relu(), box.rounding)
+    _check_current(box)
+    result = Interval.__new__(Interval)
+    result._lower, result._upper, result.rounding = box._lower, box._upper, box.rounding
+    result._memory, result._seen, result._rectified = [0], 0, True
+    return result
+
+
+def unclipped(box: Interval) -> tuple[Tensor, Tensor, bool]:
+    """The ends, and whether their ReLU is still to come."""
+    _check_current(box)
+    return box._lower, box._upper, box._rectified
 
 
 def weakest(*values: Any) -> str:
@@ -380,13 +414,28 @@ def _set(box: Interval, lower: Tensor, upper: Tensor, rounding: str, base: Inter
     box._lower, box._upper, box.rounding = lower, upper, rounding
     box._memory = [0] if base is None else base._memory
     box._seen = box._memory[0]
+    box._rectified = False
+
+
+def _settle(box: Interval) -> None:
+    """Carry out a ReLU that is still to come; raise where the memory was changed in place."""
+    _check_current(box)
+    if box._rectified:
+        box._lower, box._upper = box._lower.relu(), box._upper.relu()
+        box._rectified = False
+
+
+def _autocasting() -> bool:
+    if _any_autocast is None or torch.compiler.is_compiling():
+        return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+    return bool(_any_autocast())
 
 
 def _apply(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     rule = _rules.get(func)
     if rule is None:
         raise MissingRule(missing(name_of(func)))
-    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+    if _autocasting():
         raise RuntimeError(
             "Interval: autocast must be off, as it would round the bounds inwards; wrap the call "
             "in torch.autocast(device_type, enabled=False)."

@@ -15,6 +15,7 @@ __all__ = [
     "check_box",
     "check_operand",
     "check_terms",
+    "clipped_at_zero",
     "dense",
     "map_one_by_one",
 ]
@@ -59,6 +60,11 @@ def check_terms(subject: str, terms: int) -> None:
         raise ValueError(
             f"{subject}: an output may sum at most {_MAX_TERMS} products; got {terms}."
         )
+
+
+def clipped_at_zero(lower: Tensor, upper: Tensor) -> Ends:
+    """The ends after a ReLU."""
+    return lower.relu(), upper.relu()
 
 
 def dense(tensor: Tensor) -> Tensor:

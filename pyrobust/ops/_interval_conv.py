@@ -21,6 +21,7 @@ from pyrobust.ops._interval_checks import (
     check_box,
     check_operand,
     check_terms,
+    clipped_at_zero,
     dense,
     map_one_by_one,
 )
@@ -54,6 +55,7 @@ def interval_conv2d(
     dilation: Pair = 1,
     groups: int = 1,
     rounding: str = "real",
+    rectified: bool = False,
 ) -> Ends:
     """Image of a box of images under a convolution, as ``torch.nn.functional.conv2d``.
 
@@ -69,6 +71,8 @@ def interval_conv2d(
         dilation: steps inside the window, ``>= 1``.
         groups: divides ``C`` and ``O``.
         rounding: ``"real"``, ``"deployed"`` or ``"nearest"``.
+        rectified: whether a ReLU stands before the layer: the box is that of ``max(0, x)``. The
+            kernels clip on the way in.
 
     Returns:
         ``(lower, upper)``, each ``(B, O, H', W')``; differentiable in all four tensors (the exact
@@ -81,7 +85,7 @@ def interval_conv2d(
     tensors = (lower, upper, weight, bias)
     if has_torch_function(tensors):
         options: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
-        options |= {"groups": groups, "rounding": rounding}
+        options |= {"groups": groups, "rounding": rounding, "rectified": rectified}
         result: Ends = handle_torch_function(interval_conv2d, tensors, *tensors, **options)
         return result
     check_box(_SUBJECT, lower, upper, rounding)
@@ -96,12 +100,15 @@ def interval_conv2d(
     check_images(_SUBJECT, lower, weight.shape, groups)
     output_size(_SUBJECT, lower.shape, weight.shape[2:], step, pad, gap)
     low, high = (lower, upper) if lower.ndim == 4 else (lower.unsqueeze(0), upper.unsqueeze(0))
+    through_torch = dispatcher_needed(*tensors)
+    if rectified and (through_torch or lower.dtype != torch.float32):
+        low, high = clipped_at_zero(low, high)
     arguments = (low, high, weight, bias, step, pad, gap, groups, rounding)
-    if dispatcher_needed(*tensors):
+    if through_torch:
         refuse_forward_mode(_SUBJECT, *tensors)
         ends: Ends = torch.ops.pyrobust.interval_conv2d(*arguments)
     else:
-        ends = _conv_cpu(*arguments)
+        ends = _conv_cpu(*arguments, rectified=rectified)
     return ends if lower.ndim == 4 else (ends[0].squeeze(0), ends[1].squeeze(0))
 
 
@@ -184,6 +191,8 @@ def _conv_cpu(
     dilation: list[int],
     groups: int,
     rounding: str,
+    *,
+    rectified: bool = False,
 ) -> Ends:
     if lower.dtype != torch.float32:
         return _conv_fallback(lower, upper, weight, bias, stride, pad, dilation, groups, rounding)
@@ -200,6 +209,7 @@ def _conv_cpu(
         dilation,
         groups,
         rounding,
+        rectified,
         out_low,
         out_high,
         torch.get_num_threads(),

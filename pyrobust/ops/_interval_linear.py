@@ -17,6 +17,7 @@ from pyrobust.ops._interval_checks import (
     check_box,
     check_operand,
     check_terms,
+    clipped_at_zero,
     dense,
     map_one_by_one,
 )
@@ -33,6 +34,7 @@ def interval_linear(
     bias: Tensor | None = None,
     *,
     rounding: str = "real",
+    rectified: bool = False,
 ) -> Ends:
     """Image of a box under ``x @ weight.T + bias``.
 
@@ -42,6 +44,8 @@ def interval_linear(
         weight: ``(N, K)``, same dtype, ``K <= 2**21``.
         bias: ``(N,)``, same dtype, or None.
         rounding: ``"real"``, ``"deployed"`` or ``"nearest"``.
+        rectified: whether a ReLU stands before the layer: the box is that of ``max(0, x)``. The
+            kernels clip on the way in.
 
     Returns:
         ``(lower, upper)``, each ``(..., N)``; differentiable in all four tensors (the exact
@@ -58,17 +62,50 @@ def interval_linear(
         (True, True)
     """
     tensors = (lower, upper, weight, bias)
-    if has_torch_function(tensors):
-        result: Ends = handle_torch_function(
-            interval_linear, tensors, lower, upper, weight, bias, rounding=rounding
-        )
+    plain = not dispatcher_needed(*tensors)
+    if plain:
+        done = _try_kernel(lower, upper, weight, bias, rounding, rectified)
+        if done is not None:
+            return done
+    elif has_torch_function(tensors):
+        options: dict[str, Any] = {"rounding": rounding, "rectified": rectified}
+        result: Ends = handle_torch_function(interval_linear, tensors, *tensors, **options)
         return result
     _check_linear(lower, upper, weight, bias, rounding)
-    if not dispatcher_needed(*tensors):
+    if rectified:
+        lower, upper = clipped_at_zero(lower, upper)
+    if plain:
         return _linear_cpu(lower, upper, weight, bias, rounding)
     refuse_forward_mode("interval_linear", *tensors)
     ends: Ends = torch.ops.pyrobust.interval_linear(lower, upper, weight, bias, rounding)
     return ends
+
+
+def _try_kernel(
+    lower: Tensor,
+    upper: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rounding: str,
+    rectified: bool,
+) -> Ends | None:
+    """The kernel's result where dense float32 matrices suit each other, else None.
+
+    The binding checks all that it relies on; what it refuses is left to the checks above, which
+    say it better. In small layers every microsecond before the kernel counts.
+    """
+    if lower.ndim != 2 or weight.ndim != 2 or lower.is_neg() or upper.is_neg() or weight.is_neg():
+        return None
+    out_low = lower.new_empty((lower.shape[0], weight.shape[0]))
+    out_high = torch.empty_like(out_low)
+    threads = torch.get_num_threads()
+    try:
+        _native.interval_linear(
+            lower, upper, weight, bias, rounding, rectified, out_low, out_high, threads
+        )
+    except (TypeError, ValueError):
+        return None
+    return out_low, out_high
 
 
 def _check_linear(
@@ -103,6 +140,7 @@ def _linear_cpu(
         dense(weight),
         None if bias is None else dense(bias),
         rounding,
+        False,
         out_low,
         out_high,
         torch.get_num_threads(),

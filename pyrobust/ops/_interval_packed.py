@@ -26,6 +26,7 @@ from pyrobust.ops._interval_checks import (
     check_box,
     check_operand,
     check_terms,
+    clipped_at_zero,
     dense,
 )
 from pyrobust.ops._interval_fallback import half_step_of_int8, outward_image
@@ -60,6 +61,7 @@ def interval_packed_linear(
     activations: str | None = None,
     rounding: str = "real",
     extras: WeightExtras | None = None,
+    rectified: bool = False,
 ) -> Ends:
     """Image of a box under :func:`pyrobust.ops.matmul.packed_linear`.
 
@@ -78,6 +80,8 @@ def interval_packed_linear(
             input to 8 bits first.
         rounding: ``"real"``, ``"deployed"`` or ``"nearest"``.
         extras: row scales, codebook and sparse remainder, where the weight has them.
+        rectified: whether a ReLU stands before the layer: the box is that of ``max(0, x)``. The
+            kernels clip on the way in.
 
     Returns:
         ``(lower, upper)``, each ``(..., out_features)``; differentiable in both ends and ``bias``.
@@ -88,10 +92,16 @@ def interval_packed_linear(
     """
     subject = "interval_packed_linear"
     tensors = (lower, upper, codes, scale, zero, bias)
-    if has_torch_function(tensors):
+    through_torch = dispatcher_needed(*tensors)
+    if not through_torch and not (extras or group_dim == 0 or activations):
+        weight_format = (in_features, bits, group_size)
+        done = _try_kernel(*tensors, *weight_format, rounding=rounding, rectified=rectified)
+        if done is not None:
+            return done
+    if through_torch and has_torch_function(tensors):
         options: dict[str, Any] = {"in_features": in_features, "bits": bits, "group_dim": group_dim}
         options |= {"group_size": group_size, "activations": activations, "rounding": rounding}
-        options["extras"] = extras
+        options |= {"extras": extras, "rectified": rectified}
         result: Ends = handle_torch_function(interval_packed_linear, tensors, *tensors, **options)
         return result
     extras = extras or NO_EXTRAS
@@ -103,12 +113,48 @@ def interval_packed_linear(
             f"got shape {tuple(lower.shape)}."
         )
     packed = (in_features, float(bits), group_size, group_dim, activations)
-    arguments = (*tensors, *packed, rounding, *extras)
-    if dispatcher_needed(*tensors):
+    if rectified and (through_torch or lower.dtype != torch.float32):
+        lower, upper = clipped_at_zero(lower, upper)
+    arguments = (lower, upper, *tensors[2:], *packed, rounding, *extras)
+    if through_torch:
         refuse_forward_mode(subject, *tensors)
         ends: Ends = torch.ops.pyrobust.interval_packed_linear(*arguments)
         return ends
-    return _linear_cpu(*arguments)
+    return _linear_cpu(*arguments, rectified=rectified)
+
+
+def _try_kernel(
+    lower: Tensor,
+    upper: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    in_features: int,
+    bits: float,
+    group_size: int,
+    *,
+    rounding: str,
+    rectified: bool,
+) -> Ends | None:
+    """The kernel's result for a dense float32 matrix and a weight without extras, else None.
+
+    The binding checks all that it relies on; what it refuses is left to the checks below.
+    """
+    if lower.ndim != 2 or lower.is_neg() or upper.is_neg() or (zero is not None and bits < 2):
+        return None
+    out_low = lower.new_empty((lower.shape[0], codes.shape[0]))
+    out_high = torch.empty_like(out_low)
+    threads = torch.get_num_threads()
+    try:
+        weight_format = [in_features, levels_of(bits), group_size, 1]
+        _native.interval_packed_linear(
+            lower, upper, codes, scale, zero, bias, weight_format, None, False, rounding,
+            rectified, out_low, out_high, threads,
+        )  # fmt: skip
+    except (KeyError, TypeError, ValueError):
+        return None
+    return out_low, out_high
 
 
 def interval_packed_conv2d(
@@ -131,6 +177,7 @@ def interval_packed_conv2d(
     activations: str | None = None,
     rounding: str = "real",
     extras: WeightExtras | None = None,
+    rectified: bool = False,
 ) -> Ends:
     """Image of a box of images under a convolution whose weight is packed.
 
@@ -156,6 +203,8 @@ def interval_packed_conv2d(
         activations: None or ``"int8"``.
         rounding: ``"real"``, ``"deployed"`` or ``"nearest"``.
         extras: row scales, codebook and sparse remainder, where the weight has them.
+        rectified: whether a ReLU stands before the layer: the box is that of ``max(0, x)``. The
+            kernels clip on the way in.
 
     Returns:
         ``(lower, upper)``, each ``(B, O, H', W')``; differentiable in both ends and ``bias``.
@@ -171,6 +220,7 @@ def interval_packed_conv2d(
         options |= {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
         options |= {"bits": bits, "group_size": group_size, "group_dim": group_dim}
         options |= {"activations": activations, "rounding": rounding, "extras": extras}
+        options["rectified"] = rectified
         result: Ends = handle_torch_function(interval_packed_conv2d, tensors, *tensors, **options)
         return result
     kernel = conv.pair(subject, "kernel_size", kernel_size)
@@ -187,12 +237,15 @@ def interval_packed_conv2d(
     low, high = (lower, upper) if lower.ndim == 4 else (lower.unsqueeze(0), upper.unsqueeze(0))
     packed = (terms, float(bits), group_size, group_dim, activations)
     window = (kernel, step, pad, gap, groups)
+    through_torch = dispatcher_needed(*tensors)
+    if rectified and (through_torch or lower.dtype != torch.float32):
+        low, high = clipped_at_zero(low, high)
     arguments = (low, high, *tensors[2:], *packed, *window, rounding, *extras)
-    if dispatcher_needed(*tensors):
+    if through_torch:
         refuse_forward_mode(subject, *tensors)
         ends: Ends = torch.ops.pyrobust.interval_packed_conv2d(*arguments)
     else:
-        ends = _conv_cpu(*arguments)
+        ends = _conv_cpu(*arguments, rectified=rectified)
     return ends if lower.ndim == 4 else (ends[0].squeeze(0), ends[1].squeeze(0))
 
 
@@ -236,6 +289,7 @@ def _linear_cpu(
     activations: str | None,
     rounding: str,
     *extras: Tensor | None,
+    rectified: bool = False,
 ) -> Ends:
     weight_format = [in_features, levels_of(bits), group_size, group_dim]
     if lower.dtype != torch.float32:
@@ -265,6 +319,7 @@ def _linear_cpu(
         native_extras(extras),
         activations == "int8",
         rounding,
+        rectified,
         out_low,
         out_high,
         torch.get_num_threads(),
@@ -432,6 +487,7 @@ def _conv_cpu(
     groups: int,
     rounding: str,
     *extras: Tensor | None,
+    rectified: bool = False,
 ) -> Ends:
     if lower.dtype != torch.float32:
         weight = _weight(codes, scale, zero, terms, bits, group_size, group_dim, extras)
@@ -469,6 +525,7 @@ def _conv_cpu(
         dilation,
         groups,
         rounding,
+        rectified,
         out_low,
         out_high,
         torch.get_num_threads(),
