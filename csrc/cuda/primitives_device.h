@@ -26,8 +26,8 @@ PYROBUST_DEVICE uint32_t shared_address(const void* pointer) {
 
 // --- asynchronous copies ------------------------------------------------------------------------
 
-// Past L1. No cache policy: with one, ptxas 13.0 addresses some copies for sm_90 through a descriptor
-// in an odd uniform register, which the hardware refuses as an illegal instruction.
+// Past L1. No cache policy: with one, ptxas 13.0 addresses some copies for sm_90 through a
+// descriptor in an odd uniform register, which the hardware refuses as an illegal instruction.
 PYROBUST_DEVICE void copy16_async(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(shared_address(shared)),
                "l"(global)
