@@ -19,7 +19,7 @@ ring_sum(const int32_t* in, int tiles, int32_t* out) {
   const int at = static_cast<int>(threadIdx.x) * 4;
   const auto start = [&](int tile) {
     if (tile < tiles) {
-      cuda::copy16_async(ring + tile % kStages * kTile + at, in + tile * kTile + at, true);
+      cuda::copy16_async(ring + tile % kStages * kTile + at, in + tile * kTile + at);
     }
     cuda::commit_copies();
   };
