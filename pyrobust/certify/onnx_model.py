@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from pyrobust._checks import require_extra
-from pyrobust.certify.onnx_operators import OPERATORS, Unsupported, leaves
+from pyrobust.certify.onnx_operators import OPERATORS
+from pyrobust.certify.onnx_shapes import Unsupported, leaves
 
 __all__ = ["load_onnx"]
 
@@ -28,7 +29,8 @@ def load_onnx(path: str | Path) -> nn.Module:
     """Read an ONNX network of one input and one output.
 
     Args:
-        path: the ``.onnx`` file; needs the ``onnx`` package.
+        path: the ``.onnx`` file; needs the ``onnx`` package. Weights may lie in files beside it,
+            as torch's exporter leaves them.
 
     Returns:
         A module in evaluation mode, float32, batch first; ``module.input_shape`` is the shape of
@@ -45,12 +47,14 @@ def load_onnx(path: str | Path) -> nn.Module:
         from onnx import numpy_helper
     except ImportError as error:
         raise require_extra("load_onnx", "onnx", "onnx") from error
-    data = Path(path).read_bytes()
+    with open(path, "rb"):  # a missing file keeps its own error
+        pass
     try:
-        proto = onnx.load_from_string(data)
+        proto = onnx.load(str(path), format="protobuf")  # with weights that lie in files beside it
         onnx.checker.check_model(proto)
     except Exception as error:
-        raise ValueError(f"load_onnx: {path} is not a valid ONNX model: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"load_onnx: {path} is not a valid ONNX model: {reason}") from error
     constants = {
         t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in proto.graph.initializer
     }
@@ -60,7 +64,7 @@ def load_onnx(path: str | Path) -> nn.Module:
             f"load_onnx: the model must have one input and one output; {path} has {len(inputs)} "
             f"and {len(proto.graph.output)}."
         )
-    reader = Reader(constants, onnx.helper.get_attribute_value, _ranks(proto))
+    reader = Reader(constants, onnx.helper.get_attribute_value, _shapes(proto), _opset(proto))
     reader.begin(inputs[0].name)
     for node in proto.graph.node:
         reader.read(node)
@@ -70,36 +74,44 @@ def load_onnx(path: str | Path) -> nn.Module:
     return module
 
 
-def _ranks(proto: Any) -> dict[str, int]:
-    """Number of axes of each value, by ONNX's own shape inference."""
+def _shapes(proto: Any) -> dict[str, tuple[int, ...]]:
+    """Sizes of each value by ONNX's own shape inference, 0 where one is not fixed."""
     from onnx import shape_inference
 
     graph = shape_inference.infer_shapes(proto).graph
     known = [*graph.value_info, *graph.input, *graph.output]
-    return {v.name: len(v.type.tensor_type.shape.dim) for v in known}
+    return {v.name: tuple(d.dim_value for d in v.type.tensor_type.shape.dim) for v in known}
+
+
+def _opset(proto: Any) -> int:
+    """Version of ONNX's own operators."""
+    return next((int(o.version) for o in proto.opset_import if o.domain in ("", "ai.onnx")), 1)
 
 
 class Reader:
     """Builds the graph; values are fx nodes, or tensors where they are constant.
 
     Attributes:
-        rank: number of axes of the current node's first input; 0 where unknown.
+        shape: sizes of the current node's first input, 0 where not fixed; empty where unknown.
+        opset: version of the operator set.
     """
 
     def __init__(
         self,
         constants: dict[str, Tensor],
         attribute: Callable[[Any], Any],
-        ranks: dict[str, int],
+        shapes: dict[str, tuple[int, ...]],
+        opset: int,
     ) -> None:
         self.root = nn.Module()
         self.graph = fx.Graph()
         self.values: dict[str, Any] = dict(constants)
         self.values[""] = None
         self.attribute = attribute
-        self.ranks = ranks
+        self.shapes = shapes
+        self.opset = opset
         self.layers = 0
-        self.rank = 0
+        self.shape: tuple[int, ...] = ()
 
     def begin(self, name: str) -> None:
         """The network's input."""
@@ -107,21 +119,28 @@ class Reader:
 
     def read(self, node: Any) -> None:
         """Translate one ONNX node."""
-        make = OPERATORS.get(node.op_type)
+        own = node.domain in ("", "ai.onnx")
+        make = OPERATORS.get(node.op_type) if own else None
+        where = f"(node {node.name or node.output[0]!r})"
         if make is None:
+            kind = node.op_type if own else f"{node.domain}.{node.op_type}"
             raise ValueError(
-                f"load_onnx: operator {node.op_type} (node {node.name or node.output[0]!r}) is not "
-                f"supported; supported are {', '.join(sorted(OPERATORS))}."
+                f"load_onnx: operator {kind} {where} is not supported; supported are "
+                f"{', '.join(sorted(OPERATORS))}."
             )
         options = {a.name: self.attribute(a) for a in node.attribute}
+        missing = [name for name in node.input if name not in self.values]
+        if missing:
+            raise ValueError(
+                f"load_onnx: {node.op_type} {where} takes {missing[0]!r}, the second output of an "
+                "operator of which only the first is supported."
+            )
         inputs = [self.values[name] for name in node.input]
-        self.rank = self.ranks.get(node.input[0], 0) if node.input else 0
+        self.shape = self.shapes.get(node.input[0], ()) if node.input else ()
         try:
             value = make(self, inputs, options)
         except Unsupported as reason:
-            raise ValueError(
-                f"load_onnx: {node.op_type} (node {node.name or node.output[0]!r}): {reason}."
-            ) from None
+            raise ValueError(f"load_onnx: {node.op_type} {where}: {reason}.") from None
         self.values[node.output[0]] = value
 
     def finish(self, name: str) -> fx.GraphModule:

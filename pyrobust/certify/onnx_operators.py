@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -10,27 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyrobust.certify.onnx_shapes import SHAPE_OPERATORS, Unsupported, axes_of, constant
+
 if TYPE_CHECKING:
     from pyrobust.certify.onnx_model import Reader
 
-__all__ = ["OPERATORS", "Unsupported", "leaves"]
-
-
-class Unsupported(Exception):
-    """An option that has no translation."""
-
-
-def leaves(args: Any) -> list[Any]:
-    """The items of nested lists and tuples."""
-    if isinstance(args, tuple | list):
-        return [leaf for a in args for leaf in leaves(a)]
-    return [args]
-
-
-def _constant(value: Any, what: str) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise Unsupported(f"{what} must be constant")
-    return value
+__all__ = ["OPERATORS"]
 
 
 def _unary(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -56,9 +40,9 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 def _gemm(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> Any:
     if options.get("transA", 0):
         raise Unsupported("transA")
-    weight = _constant(inputs[1], "the second matrix")
+    weight = constant(inputs[1], "the second matrix")
     weight = weight if options.get("transB", 0) else weight.mT
-    bias = _constant(inputs[2], "the bias").flatten() if len(inputs) > 2 else None
+    bias = constant(inputs[2], "the bias").flatten() if len(inputs) > 2 else None
     beta = options.get("beta", 1.0)
     bias = bias if bias is None or beta == 1.0 else beta * bias
     return reader.layer(_linear(options.get("alpha", 1.0) * weight, bias), inputs[0])
@@ -83,8 +67,8 @@ def _window(options: dict[str, Any], axes: int) -> tuple[Any, list[int] | None]:
 
 
 def _conv(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> Any:
-    weight = _constant(inputs[1], "the weight")
-    bias = _constant(inputs[2], "the bias") if len(inputs) > 2 else None
+    weight = constant(inputs[1], "the weight")
+    bias = constant(inputs[2], "the bias") if len(inputs) > 2 else None
     axes = weight.ndim - 2
     padding, amounts = _window(options, axes)
     value = inputs[0] if amounts is None else reader.call(F.pad, inputs[0], amounts)
@@ -104,8 +88,8 @@ def _conv(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> Any:
 
 
 def _conv_transpose(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> Any:
-    weight = _constant(inputs[1], "the weight")
-    bias = _constant(inputs[2], "the bias") if len(inputs) > 2 else None
+    weight = constant(inputs[1], "the weight")
+    bias = constant(inputs[2], "the bias") if len(inputs) > 2 else None
     axes = weight.ndim - 2
     padding, amounts = _window(options, axes)
     if amounts is not None or "output_shape" in options:
@@ -144,10 +128,10 @@ def _batch_norm(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> A
         4: nn.BatchNorm2d,
         5: nn.BatchNorm3d,
     }
-    if reader.rank not in kinds:
-        raise Unsupported(f"an input of {reader.rank} axes")
-    statistics = [_constant(v, "every statistic") for v in inputs[1:5]]
-    module = kinds[reader.rank](len(statistics[0]), eps=options.get("epsilon", 1e-5))
+    if len(reader.shape) not in kinds:
+        raise Unsupported(f"an input of {len(reader.shape)} axes")
+    statistics = [constant(v, "every statistic") for v in inputs[1:5]]
+    module = kinds[len(reader.shape)](len(statistics[0]), eps=options.get("epsilon", 1e-5))
     targets = (module.weight, module.bias, module.running_mean, module.running_var)
     with torch.no_grad():
         for target, value in zip(targets, statistics, strict=True):
@@ -181,39 +165,16 @@ def _pool(average: bool) -> Callable[..., Any]:
 
 
 def _global_pool(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> Any:
-    if reader.rank < 3:
-        raise Unsupported(f"an input of {reader.rank} axes")
-    return reader.call(torch.mean, inputs[0], list(range(2, reader.rank)), keepdim=True)
-
-
-def _flatten(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> Any:
-    if options.get("axis", 1) != 1:
-        raise Unsupported(f"axis={options['axis']}")
-    return reader.call(torch.flatten, inputs[0], 1)
-
-
-def _reshape(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> Any:
-    sizes = _constant(inputs[1], "the shape").tolist()
-    if isinstance(inputs[0], Tensor):
-        return inputs[0].reshape(sizes)
-    if 0 in sizes[1:]:
-        raise Unsupported("sizes of 0 behind the first axis")
-    if sizes[0] in (0, 1) or (sizes[0] == -1 and -1 not in sizes[1:]):
-        batch = reader.method("size", inputs[0], 0)
-        return reader.method("reshape", inputs[0], batch, *sizes[1:])
-    raise Unsupported(f"a shape that does not keep the batch, {sizes}")
-
-
-def _axes(inputs: list[Any], options: dict[str, Any]) -> tuple[int, ...]:
-    if len(inputs) > 1 and inputs[1] is not None:
-        return tuple(int(a) for a in _constant(inputs[1], "axes").tolist())
-    return tuple(options.get("axes", ()))
+    axes = len(reader.shape)
+    if axes < 3:
+        raise Unsupported(f"an input of {axes} axes")
+    return reader.call(torch.mean, inputs[0], list(range(2, axes)), keepdim=True)
 
 
 def _reduce(function: Callable[..., Any]) -> Callable[..., Any]:
     def make(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> Any:
-        axes = _axes(inputs, options)
-        if not axes or 0 in axes:
+        axes = axes_of(inputs, options)
+        if not axes or 0 in axes or -len(reader.shape) in axes:
             raise Unsupported("a reduction over the batch")
         keep = bool(options.get("keepdims", 1))
         return reader.call(function, inputs[0], list(axes), keepdim=keep)
@@ -221,23 +182,9 @@ def _reduce(function: Callable[..., Any]) -> Callable[..., Any]:
     return make
 
 
-def _unsqueeze(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> Any:
-    value = inputs[0]
-    for axis in sorted(_axes(inputs, options)):
-        value = reader.call(torch.unsqueeze, value, axis)
-    return value
-
-
-def _squeeze(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> Any:
-    value = inputs[0]
-    for axis in sorted(_axes(inputs, options), reverse=True):
-        value = reader.call(torch.squeeze, value, axis)
-    return value
-
-
 def _clip(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> Any:
     ends = [
-        float(_constant(inputs[i], "a limit"))
+        float(constant(inputs[i], "a limit"))
         if len(inputs) > i and inputs[i] is not None
         else options.get(name)
         for i, name in ((1, "min"), (2, "max"))
@@ -248,35 +195,14 @@ def _clip(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> Any:
 def _pad(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> Any:
     if options.get("mode", b"constant") != b"constant":
         raise Unsupported(f"mode={options['mode'].decode()}")
-    pads = list(options["pads"]) if "pads" in options else _constant(inputs[1], "pads").tolist()
+    pads = list(options["pads"]) if "pads" in options else constant(inputs[1], "pads").tolist()
     given = inputs[2] if len(inputs) > 2 else None
-    value = float(_constant(given, "the value")) if given is not None else options.get("value", 0.0)
+    value = float(constant(given, "the value")) if given is not None else options.get("value", 0.0)
     half = len(pads) // 2
     pairs = zip(reversed(pads[:half]), reversed(pads[half:]), strict=True)
     amounts = [int(n) for pair in pairs for n in pair]
     extra = {} if value == 0 else {"value": value}
     return reader.call(F.pad, inputs[0], amounts, **extra)
-
-
-def _transpose(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> Any:
-    if "perm" not in options:
-        raise Unsupported("no perm")
-    return reader.call(torch.permute, inputs[0], tuple(options["perm"]))
-
-
-def _concat(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> Any:
-    return reader.call(torch.cat, list(inputs), options["axis"])
-
-
-def _gather(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> Any:
-    index = _constant(inputs[1], "the index")
-    axis = options.get("axis", 0)
-    if isinstance(inputs[0], Tensor):
-        chosen = torch.index_select(inputs[0], axis, index.flatten())
-        return chosen if index.ndim else chosen.squeeze(axis)
-    if index.ndim:
-        raise Unsupported("an index of several elements")
-    return reader.call(torch.select, inputs[0], axis, int(index))
 
 
 def _constant_node(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> Any:
@@ -302,24 +228,43 @@ def _cast(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> Any:
     raise Unsupported("a type other than float32")
 
 
-def _slice(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> Any:
-    values = [_constant(v, "every bound").tolist() for v in inputs[1:] if v is not None]
-    starts, ends = values[:2]
-    axes = values[2] if len(values) > 2 else list(range(len(starts)))
-    steps = values[3] if len(values) > 3 else [1] * len(starts)
-    if any(s != 1 for s in steps):
-        raise Unsupported(f"steps {steps}")
-    value = inputs[0]
-    for axis, start, end in zip(axes, starts, ends, strict=True):
-        if start < 0 or end < 0 or axis < 0:
-            raise Unsupported("negative bounds")
-        index = (*[slice(None)] * axis, slice(start, end))
-        value = (
-            value[index]
-            if isinstance(value, Tensor)
-            else reader.call(operator.getitem, value, index)
-        )
-    return value
+def _layer_norm(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> Any:
+    scale = constant(inputs[1], "the scale")
+    shift = constant(inputs[2], "the bias") if len(inputs) > 2 else torch.zeros_like(scale)
+    axis = options.get("axis", -1)
+    place = axis if axis < 0 else axis - len(reader.shape)
+    if place != -scale.ndim:
+        raise Unsupported(f"axis={axis} with a scale of {scale.ndim} axes")
+    module = nn.LayerNorm(tuple(scale.shape), eps=options.get("epsilon", 1e-5))
+    with torch.no_grad():
+        module.weight.copy_(scale)
+        module.bias.copy_(shift)
+    return reader.layer(module, inputs[0])
+
+
+def _prelu(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> Any:
+    slope = constant(inputs[1], "the slope")
+    axes = len(reader.shape)
+    sizes = [1] * (axes - slope.ndim) + list(slope.shape)
+    if slope.numel() > 1 and (axes < 2 or sizes[1] != slope.numel()):
+        raise Unsupported("slopes that are neither one nor one per channel")
+    module = nn.PReLU(slope.numel())
+    with torch.no_grad():
+        module.weight.copy_(slope.flatten())
+    return reader.layer(module, inputs[0])
+
+
+def _softmax(function: Callable[..., Any]) -> Callable[..., Any]:
+    def make(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> Any:
+        if reader.opset >= 13:
+            return reader.call(function, inputs[0], options.get("axis", -1))
+        # before, all axes from this one on were taken together; only a last axis means the same
+        axis = options.get("axis", 1)
+        if axis not in (-1, len(reader.shape) - 1):
+            raise Unsupported(f"axis={axis} of operator set {reader.opset}")
+        return reader.call(function, inputs[0], -1)
+
+    return make
 
 
 def _hard_sigmoid(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> Any:
@@ -334,7 +279,6 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "BatchNormalization": _batch_norm,
     "Cast": _cast,
     "Clip": _clip,
-    "Concat": _concat,
     "Constant": _constant_node,
     "Conv": _conv,
     "ConvTranspose": _conv_transpose,
@@ -343,8 +287,6 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "Elu": _with(F.elu, alpha=("alpha", 1.0)),
     "Erf": _unary(torch.erf),
     "Exp": _unary(torch.exp),
-    "Flatten": _flatten,
-    "Gather": _gather,
     "Gelu": lambda reader, inputs, options: reader.call(
         F.gelu, inputs[0], approximate=options.get("approximate", b"none").decode()
     ),
@@ -353,26 +295,26 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "HardSigmoid": _hard_sigmoid,
     "HardSwish": _unary(F.hardswish),
     "Identity": lambda reader, inputs, options: inputs[0],
+    "LayerNormalization": _layer_norm,
     "LeakyRelu": _with(F.leaky_relu, negative_slope=("alpha", 0.01)),
+    "LogSoftmax": _softmax(torch.log_softmax),
     "MatMul": _matmul,
     "MaxPool": _pool(average=False),
+    "Mish": _unary(F.mish),
     "Mul": _unary(torch.mul),
     "Neg": _unary(torch.neg),
     "Pad": _pad,
+    "PRelu": _prelu,
+    "ReduceMax": _reduce(torch.amax),
     "ReduceMean": _reduce(torch.mean),
     "ReduceSum": _reduce(torch.sum),
     "Relu": _unary(torch.relu),
-    "Reshape": _reshape,
+    "Selu": _unary(F.selu),
     "Sigmoid": _unary(torch.sigmoid),
-    "Slice": _slice,
-    "Softmax": lambda reader, inputs, options: reader.call(
-        torch.softmax, inputs[0], options.get("axis", -1)
-    ),
+    "Softmax": _softmax(torch.softmax),
     "Softplus": _unary(F.softplus),
     "Sqrt": _unary(torch.sqrt),
-    "Squeeze": _squeeze,
     "Sub": _unary(torch.sub),
     "Tanh": _unary(torch.tanh),
-    "Transpose": _transpose,
-    "Unsqueeze": _unsqueeze,
+    **SHAPE_OPERATORS,
 }

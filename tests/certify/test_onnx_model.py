@@ -24,7 +24,8 @@ def write(path, nodes, constants, shape, rank=2, inputs=("x",), opset=17):
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None] * rank)],
         [numpy_helper.from_array(v.detach().numpy(), k) for k, v in constants.items()],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
+    domains = [("", opset), *((n.domain, 1) for n in nodes if n.domain)]
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid(*d) for d in domains])
     model.ir_version = 8
     onnx.save(model, path)
     return path
@@ -153,17 +154,123 @@ def test_transposed_and_uneven_convolutions(tmp_path):
     same(path, lambda x: conv(F.pad(up(x), (0, 1, 0, 1))), torch.randn(2, 2, 4, 4))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("onnxscript") is None, reason="needs onnxscript")
-def test_torch_exports(tmp_path):
-    torch.manual_seed(0)
-    model = nn.Sequential(
+class Residual(nn.Module):
+    """Two convolutions with batch norm beside a shorter way, and a mean over the image."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(4), nn.BatchNorm2d(4)])
+        self.skip, self.last = nn.Conv2d(1, 4, 1), nn.Linear(4, 3)
+
+    def forward(self, x):
+        y = self.norms[1](self.second(torch.relu(self.norms[0](self.first(x)))))
+        y = torch.relu(y + self.skip(x))
+        return self.last(F.adaptive_avg_pool2d(y, 1).flatten(1))
+
+
+class Constants(nn.Module):
+    """Inputs that are normalised, and constants behind the last layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.rand(1, 1, 1, 1))
+        self.layer = nn.Linear(64, 3)
+        self.scale = nn.Parameter(torch.rand(3))
+
+    def forward(self, x):
+        y = self.layer(((x - self.mean) / 0.3).flatten(1))
+        return 2 * y * self.scale - torch.tensor([1.0, 2.0, 3.0])
+
+
+class Reshaped(nn.Module):
+    """A view by the number of images, which exporters turn into computations with shapes."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.layer = nn.Conv2d(1, 4, 3, stride=2, padding=1), nn.Linear(64, 3)
+
+    def forward(self, x):
+        y = self.conv(x).relu()
+        return self.layer(y.view(y.shape[0], -1))
+
+
+def sequential(*layers, features):
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, 3))
+
+
+# fmt: off
+EXPORTED = {
+    "sequential": lambda: sequential(
         nn.Conv2d(1, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(48, 10), nn.Tanh(), nn.Linear(10, 2),
-    ).eval()  # fmt: skip
+        nn.Flatten(), nn.Linear(48, 10), nn.Tanh(), features=10),
+    "perceptron": lambda: sequential(
+        nn.Flatten(), nn.Linear(64, 9), nn.BatchNorm1d(9), nn.PReLU(9), nn.Linear(9, 8),
+        nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 8), nn.SELU(), nn.LeakyReLU(0.2), features=8),
+    "residual": Residual,
+    "constants": Constants,
+    "reshaped": Reshaped,
+    "average": lambda: sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.AvgPool2d(3, 2, 1), nn.ReLU(),
+        nn.AvgPool2d(3, 2, 1, count_include_pad=False), features=16),
+    "maximum": lambda: sequential(
+        nn.MaxPool2d(3, 1, 1), nn.Conv2d(1, 4, 3), nn.MaxPool2d(4, 4, ceil_mode=True),
+        features=16),
+    "largest": lambda: sequential(
+        nn.Conv2d(1, 4, 3, dilation=2), nn.Conv2d(4, 4, 1, groups=4), nn.AdaptiveMaxPool2d(1),
+        features=4),
+    "logarithms": lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 3), nn.LogSoftmax(1)),
+}
+EXPORTERS = {
+    "dynamo": {"dynamo": True},
+    "free batch": {"dynamo": True, "dynamic_shapes": ({0: "batch"},)},
+    "script": {"dynamo": False},
+    "script, free batch": {
+        "dynamo": False, "input_names": ["x"], "dynamic_axes": {"x": {0: "batch"}}},
+}
+# fmt: on
+
+
+@pytest.mark.skipif(importlib.util.find_spec("onnxscript") is None, reason="needs onnxscript")
+@pytest.mark.filterwarnings("ignore")  # the older exporter's of its age
+@pytest.mark.parametrize(
+    ("name", "exporter"),
+    [*((name, "free batch") for name in EXPORTED)]
+    + [(n, e) for n in ("residual", "reshaped") for e in EXPORTERS if e != "free batch"]
+    + [("average", "script"), ("maximum", "script"), ("perceptron", "script")],
+)
+def test_torch_exports(tmp_path, name, exporter):
+    torch.manual_seed(0)
+    model = EXPORTED[name]()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
     path = tmp_path / "e.onnx"
-    x = torch.randn(1, 1, 8, 8)
-    torch.onnx.export(model, (x,), str(path), dynamo=True, external_data=False)
-    same(path, model, torch.randn(4, 1, 8, 8), atol=1e-6)
+    images = 2 if "free" in exporter else 1
+    options = EXPORTERS[exporter]
+    torch.onnx.export(model.eval(), (torch.randn(images, 1, 8, 8),), str(path), **options)
+    loaded, x = load_onnx(path), torch.randn(5, 1, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=1e-6)
+    assert loaded.input_shape == (1, 8, 8)
+    box = Interval.ball(x[:2], 0.01)
+    assert bool(loaded(box).contains(loaded(x[:2])).all())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("onnxscript") is None, reason="needs onnxscript")
+def test_weights_in_a_file_of_their_own(tmp_path):
+    model, path = nn.Linear(64, 30).eval(), tmp_path / "e.onnx"
+    torch.onnx.export(model, (torch.randn(1, 64),), str(path), dynamo=True, external_data=True)
+    beside = tmp_path / "e.onnx.data"
+    assert beside.is_file()
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(load_onnx(path)(x), model(x), rtol=0, atol=1e-6)
+    beside.unlink()
+    with pytest.raises(ValueError, match=r"is not a valid ONNX model: .*e\.onnx\.data"):
+        load_onnx(path)
 
 
 def test_against_an_independent_evaluation(tmp_path):
@@ -181,6 +288,30 @@ def test_against_an_independent_evaluation(tmp_path):
     torch.testing.assert_close(load_onnx(path)(x), torch.from_numpy(expected), rtol=1e-5, atol=1e-6)
 
 
+def with_sizes(*last):
+    """The input reshaped to sizes that are computed, as exporters of a free batch write them."""
+    nodes = [
+        node("Shape", ["x"], ["s"]),
+        node("Gather", ["s", "zero"], ["n"]),
+        *last,
+        node("Concat", ["m", "rest"], ["to"], axis=0),
+        node("Reshape", ["x", "to"], ["y"]),
+    ]
+    constants = {"zero": torch.tensor(0), "axis": torch.tensor([0]), "rest": torch.tensor([-1])}
+    return nodes, constants
+
+
+def test_sizes_that_are_computed(tmp_path):
+    nodes, constants = with_sizes(node("Unsqueeze", ["n", "axis"], ["m"]))
+    path = write(tmp_path / "s.onnx", nodes, constants, [2, 3])
+    same(path, lambda x: x.reshape(len(x), 6), torch.randn(4, 2, 3))
+    twice = [node("Mul", ["n", "two"], ["t"]), node("Unsqueeze", ["t", "axis"], ["m"])]
+    nodes, constants = with_sizes(*twice)
+    path = write(tmp_path / "t.onnx", nodes, constants | {"two": torch.tensor(2)}, [2, 3])
+    with pytest.raises(ValueError, match=r"Reshape .*does not keep the batch"):
+        load_onnx(path)
+
+
 def test_refusals(tmp_path):
     path = write(tmp_path / "b.onnx", [node("Sin", ["x"], ["y"], name="wave")], {}, [4])
     with pytest.raises(ValueError, match=r"operator Sin \(node 'wave'\) is not supported"):
@@ -191,6 +322,18 @@ def test_refusals(tmp_path):
     nodes = [node("Add", ["x", "z"], ["y"])]
     path = write(tmp_path / "d.onnx", nodes, {}, [4], inputs=("x", "z"))
     with pytest.raises(ValueError, match="one input and one output"):
+        load_onnx(path)
+    nodes = [node("Relu", ["x"], ["y"], domain="com.microsoft")]
+    path = write(tmp_path / "m.onnx", nodes, {}, [4])
+    with pytest.raises(ValueError, match=r"operator com\.microsoft\.Relu .* is not supported"):
+        load_onnx(path)
+    pool = node("MaxPool", ["x"], ["p", "i"], kernel_shape=[2, 2])
+    nodes = [pool, node("Cast", ["i"], ["y"], to=TensorProto.FLOAT)]
+    path = write(tmp_path / "i.onnx", nodes, {}, [1, 4, 4], 4)
+    with pytest.raises(ValueError, match=r"Cast .* takes 'i', the second output"):
+        load_onnx(path)
+    path = write(tmp_path / "s.onnx", [node("Softmax", ["x"], ["y"])], {}, [4, 4], 3, opset=11)
+    with pytest.raises(ValueError, match=r"Softmax .*axis=1 of operator set 11"):
         load_onnx(path)
     broken = tmp_path / "e.onnx"
     broken.write_bytes(b"not a model")
