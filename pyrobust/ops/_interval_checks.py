@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyrobust._checks import check_choice
+from pyrobust.ops._cuda_module import has_cuda_module
 
 __all__ = [
     "Ends",
@@ -17,6 +18,7 @@ __all__ = [
     "check_terms",
     "clipped_at_zero",
     "dense",
+    "in_dtype_of",
     "map_one_by_one",
 ]
 
@@ -46,6 +48,27 @@ def check_operand(subject: str, name: str, value: Tensor | None, dtype: torch.dt
         raise TypeError(
             f"{subject}: {name} must have the dtype of lower, {dtype}; got {value.dtype}."
         )
+
+
+def in_dtype_of(
+    lower: Tensor, upper: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of 16 bits in the dtype of the box, which holds them exactly.
+
+    A bfloat16 weight that the CUDA kernels read as it is, for a result without gradient, stays.
+    """
+    halves = (torch.float16, torch.bfloat16)
+    if bias is not None and bias.dtype in halves:
+        bias = bias.to(lower.dtype)
+    if weight.dtype not in halves:
+        return weight, bias
+    graded = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (lower, upper, weight, bias)
+    )
+    read = weight.dtype == torch.bfloat16 and lower.dtype == torch.float32 and lower.is_cuda
+    if read and not graded and has_cuda_module():
+        return weight, bias
+    return weight.to(lower.dtype), bias
 
 
 def check_bias(subject: str, bias: Tensor | None, rows: int) -> None:

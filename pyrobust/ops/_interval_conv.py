@@ -23,6 +23,7 @@ from pyrobust.ops._interval_checks import (
     check_terms,
     clipped_at_zero,
     dense,
+    in_dtype_of,
     map_one_by_one,
 )
 from pyrobust.ops._interval_fallback import outward_image
@@ -64,8 +65,9 @@ def interval_conv2d(
     Args:
         lower: ``(B, C, H, W)`` or ``(C, H, W)`` lower ends, float32 or float64.
         upper: upper ends, same dtype and shape. ``lower <= upper`` is not checked.
-        weight: ``(O, C / groups, kh, kw)``, same dtype; at most ``2**21`` values per channel.
-        bias: ``(O,)``, same dtype, or None.
+        weight: ``(O, C / groups, kh, kw)``, same dtype or of 16 bits, which count as they are; at
+            most ``2**21`` values per channel.
+        bias: ``(O,)``, likewise, or None.
         stride: steps of the window, one number or ``(vertical, horizontal)``, ``>= 1``.
         padding: zeros on both sides, ``"same"`` (stride 1 only) or ``"valid"``.
         dilation: steps inside the window, ``>= 1``.
@@ -89,7 +91,11 @@ def interval_conv2d(
         result: Ends = handle_torch_function(interval_conv2d, tensors, *tensors, **options)
         return result
     check_box(_SUBJECT, lower, upper, rounding)
-    for name, value in (("upper", upper), ("weight", weight), ("bias", bias)):
+    weight, bias = in_dtype_of(lower, upper, weight, bias)
+    tensors = (lower, upper, weight, bias)
+    kept = weight.dtype if weight.dtype == torch.bfloat16 else lower.dtype  # in_dtype_of
+    check_operand(_SUBJECT, "weight", weight, kept)
+    for name, value in (("upper", upper), ("bias", bias)):
         check_operand(_SUBJECT, name, value, lower.dtype)
     if weight.ndim != 4:
         raise ValueError(f"{_SUBJECT}: weight must have 4 dimensions; got {tuple(weight.shape)}.")

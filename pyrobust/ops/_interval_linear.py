@@ -19,6 +19,7 @@ from pyrobust.ops._interval_checks import (
     check_terms,
     clipped_at_zero,
     dense,
+    in_dtype_of,
     map_one_by_one,
 )
 from pyrobust.ops._interval_fallback import outward_image
@@ -41,8 +42,8 @@ def interval_linear(
     Args:
         lower: ``(..., K)`` lower ends, float32 or float64.
         upper: ``(..., K)`` upper ends, same dtype and shape. ``lower <= upper`` is not checked.
-        weight: ``(N, K)``, same dtype, ``K <= 2**21``.
-        bias: ``(N,)``, same dtype, or None.
+        weight: ``(N, K)``, same dtype or of 16 bits, ``K <= 2**21``. Halves count as they are.
+        bias: ``(N,)``, likewise, or None.
         rounding: ``"real"``, ``"deployed"`` or ``"nearest"``.
         rectified: whether a ReLU stands before the layer: the box is that of ``max(0, x)``. The
             kernels clip on the way in.
@@ -71,6 +72,7 @@ def interval_linear(
         options: dict[str, Any] = {"rounding": rounding, "rectified": rectified}
         result: Ends = handle_torch_function(interval_linear, tensors, *tensors, **options)
         return result
+    weight, bias = in_dtype_of(lower, upper, weight, bias)
     _check_linear(lower, upper, weight, bias, rounding)
     if rectified:
         lower, upper = clipped_at_zero(lower, upper)
@@ -113,7 +115,9 @@ def _check_linear(
 ) -> None:
     subject = "interval_linear"
     check_box(subject, lower, upper, rounding)
-    for name, value in (("upper", upper), ("weight", weight), ("bias", bias)):
+    kept = weight.dtype if weight.dtype == torch.bfloat16 else lower.dtype  # in_dtype_of
+    check_operand(subject, "weight", weight, kept)
+    for name, value in (("upper", upper), ("bias", bias)):
         check_operand(subject, name, value, lower.dtype)
     if weight.ndim != 2:
         raise ValueError(f"{subject}: weight must have shape (N, K); got {tuple(weight.shape)}.")

@@ -79,6 +79,25 @@ def test_a_convolutional_network():
     assert (gpu.width().cpu() / cpu.width()).max() < 1.05
 
 
+@pytest.mark.parametrize("batch", [5, 300])
+def test_layers_of_bfloat16(batch):
+    """Read as they are without a gradient, as float32 with one."""
+    layer = nn.Linear(300, 70).bfloat16().cuda()
+    lower, upper = (end.cuda() for end in boxes(batch, 300))
+    exact = ops.interval_linear(
+        lower.double(), upper.double(), layer.weight.double(), layer.bias.double(),
+        rounding="nearest",
+    )  # fmt: skip
+    with torch.no_grad():
+        frozen = layer(Interval(lower, upper))
+    trained = layer(Interval(lower, upper))
+    trained.upper.sum().backward()
+    assert layer.weight.grad.dtype == torch.bfloat16
+    for bounds in (frozen, trained):
+        assert (bounds.lower <= exact[0]).all()
+        assert (exact[1] <= bounds.upper).all()
+
+
 def test_calls_are_captured_in_graphs():
     lower, upper = (end.cuda() for end in boxes(8, 256))
     weight = torch.randn(64, 256, device="cuda")

@@ -7,6 +7,7 @@ from fractions import Fraction
 import pytest
 import torch
 
+import pyrobust
 from pyrobust.ops.interval import interval_linear
 
 SOUND = ["real", "deployed"]
@@ -193,3 +194,46 @@ def test_bad_input_is_named(change, error, message):
     } | change
     with pytest.raises(error, match=message):
         interval_linear(**arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_layers_of_halves_bound_boxes_of_floats(dtype):
+    """Halves are exact in float32: the bounds are those of the weights as they are stored."""
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(2, 3, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(12, 4)
+    ).to(dtype)
+    x = torch.rand(2, 2, 4, 4)
+    ends = model(pyrobust.Interval.ball(x, 0.01))
+    wide = [p.detach().float().requires_grad_() for p in model.parameters()]
+    hidden = pyrobust.Interval.ball(x, 0.01)
+    hidden = torch.nn.functional.conv2d(hidden, wide[0], wide[1]).relu().flatten(1)
+    expected = torch.nn.functional.linear(hidden, wide[2], wide[3])
+    assert torch.equal(ends.lower, expected.lower)
+    assert torch.equal(ends.upper, expected.upper)
+    ends.upper.sum().backward()
+    expected.upper.sum().backward()
+    for own, other in zip(model.parameters(), wide, strict=True):
+        assert own.grad.dtype == dtype
+        torch.testing.assert_close(own.grad, other.grad.to(dtype))
+
+
+def test_bfloat16_stays_where_cuda_kernels_read_it(monkeypatch):
+    from pyrobust.ops import _interval_checks
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    monkeypatch.setattr(_interval_checks, "has_cuda_module", lambda: True)
+    box, bias = torch.zeros(1, 3).as_subclass(OnGpu), torch.ones(2).bfloat16()
+    weight = torch.nn.Parameter(torch.ones(2, 3).bfloat16())
+    with torch.no_grad():
+        kept, shift = _interval_checks.in_dtype_of(box, box, weight, bias)
+        assert kept is weight
+        assert shift.dtype == torch.float32
+        for other in (weight.half(), torch.ones(2, 3)):
+            assert _interval_checks.in_dtype_of(box, box, other, None)[0].dtype == torch.float32
+        plain = torch.zeros(1, 3)
+        assert _interval_checks.in_dtype_of(plain, plain, weight, None)[0].dtype == torch.float32
+    trained, _ = _interval_checks.in_dtype_of(box, box, weight, bias)
+    assert trained.dtype == torch.float32
+    assert trained.requires_grad
