@@ -1,5 +1,5 @@
-// Included by avx2.cpp and avx512.cpp: one tile of the weight (four rows: codes, scales, zeros),
-// the paths a weight can take, and the working memory of a thread.
+// Included by avx2.cpp, avx512.cpp and amx.cpp: one tile of the weight (four rows: codes, scales,
+// zeros), the paths a weight can take, and the working memory of a thread.
 #pragma once
 
 #include <immintrin.h>
@@ -23,7 +23,7 @@ int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit
 
 int64_t blocks_of(const PackedMatrix& w) { return round_up(w.cols, kBlock) / kBlock; }
 
-Path path_of(const PackedMatrix& w, Mode mode) {
+inline Path path_of(const PackedMatrix& w, Mode mode) {
   const bool whole_blocks =
       w.group_dim == 1 && (w.group_size % kBlock == 0 || w.group_size >= w.cols);
   if (mode == Mode::kExact) return whole_blocks ? Path::kBlocks : Path::kScaled;
@@ -42,7 +42,7 @@ bool expands(const PackedMatrix& w) { return w.levels == kTernaryLevels || w.cod
 
 // Groups of w along k as the block paths see them, and blocks to a group.
 int64_t groups_of(const PackedMatrix& w) { return scale_cols(w); }
-int64_t group_blocks(const PackedMatrix& w) {
+inline int64_t group_blocks(const PackedMatrix& w) {
   return w.group_size >= w.cols ? blocks_of(w) : w.group_size / kBlock;
 }
 
@@ -117,7 +117,7 @@ void load_scales(const PackedMatrix& w, int64_t from, int64_t count, float* out)
 }
 
 // kMagic + zero of `count` groups from index `from` on.
-void load_zeros(const PackedMatrix& w, int64_t from, int64_t count, float* out) {
+inline void load_zeros(const PackedMatrix& w, int64_t from, int64_t count, float* out) {
   int64_t i = 0;
   const __m256 magic = _mm256_set1_ps(kMagic);
   if (w.zero == nullptr) {
@@ -134,7 +134,7 @@ void load_zeros(const PackedMatrix& w, int64_t from, int64_t count, float* out) 
 }
 
 // Per group, the scales of the tile's four rows; per row and group, the zero as kMagic + zero.
-void load_group_scales(const PackedMatrix& w, int64_t first, double* scale, float* zero) {
+inline void load_group_scales(const PackedMatrix& w, int64_t first, double* scale, float* zero) {
   constexpr int64_t kChunk = 64;
   const int64_t groups = groups_of(w);
   float row[kTile][kChunk];
@@ -156,7 +156,7 @@ void load_group_scales(const PackedMatrix& w, int64_t first, double* scale, floa
 }
 
 // Scale and kMagic + zero of every column of row n, in block order. Columns past the end get 0.
-void load_column_scales(const PackedMatrix& w, int64_t n, float* scale, float* zero) {
+inline void load_column_scales(const PackedMatrix& w, int64_t n, float* scale, float* zero) {
   const int64_t columns = blocks_of(w) * kBlock, from = scale_row(w, n);
   const int64_t run = w.group_dim == 1 ? w.group_size : 1;
   float s = 0.0f, z = kMagic;

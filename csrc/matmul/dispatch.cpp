@@ -20,6 +20,7 @@ const MatmulKernels& kernels_with(Entry MatmulKernels::* entry) {
 #if defined(PYROBUST_X86)
   tables[static_cast<int>(Isa::kAvx2)] = avx2_kernels();
   tables[static_cast<int>(Isa::kAvx512)] = avx512_kernels();
+  tables[static_cast<int>(Isa::kAmx)] = amx_kernels();
 #endif
   for (int isa = static_cast<int>(current_isa()); isa > 0; --isa) {
     if (tables[isa] != nullptr && tables[isa]->*entry != nullptr) return *tables[isa];

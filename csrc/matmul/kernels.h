@@ -15,6 +15,12 @@ namespace pyrobust::matmul {
 // small (block * cols floats).
 constexpr int64_t kMaxBlockRows = 256;
 
+// Rows of x in a block from which 8-bit activations take the tile instructions of AMX. Set from
+// counts of instructions, not measured: with 16 rows, 64 columns of 32 rows of W take two tile
+// products (16 cycles each) in place of 512 dot products (two a cycle); unpacking and scaling are
+// the same. Fewer rows would fill a tile in part only.
+constexpr int64_t kLeastTileRows = 16;
+
 // Longest int32 sum: 65536 * 127 * 255 < 2^31.
 constexpr int64_t kMaxIntegerRun = 65536;
 

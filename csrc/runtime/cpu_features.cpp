@@ -29,15 +29,22 @@ bool avx512_supported() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
 }
 
+#if defined(__linux__)
+// Linux grants tile state to a process and its threads once it asks; refused where the kernel is
+// too old, a policy forbids it, or a signal stack is too small for the larger state.
+bool request_tile_state() {
+  constexpr long kArchReqXcompPerm = 0x1023, kXfeatureXtiledata = 18;
+  return syscall(SYS_arch_prctl, kArchReqXcompPerm, kXfeatureXtiledata) == 0;
+}
+#endif
+
 bool amx_supported() {
 #if defined(__linux__)
   if (!(avx512_supported() && __builtin_cpu_supports("amx-tile") &&
-        __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("amx-bf16"))) {
+        __builtin_cpu_supports("amx-int8"))) {
     return false;
   }
-  // Linux grants tile state per process, on request only.
-  constexpr long kArchReqXcompPerm = 0x1023, kXfeatureXtiledata = 18;
-  static const bool granted = syscall(SYS_arch_prctl, kArchReqXcompPerm, kXfeatureXtiledata) == 0;
+  static const bool granted = request_tile_state();
   return granted;
 #else
   return false;
@@ -83,8 +90,10 @@ Isa best_isa() {
 }
 
 void set_isa(Isa isa) {
-  check(isa_supported(isa), "PYROBUST_ISA: this machine does not support ", isa_name(isa),
-        "; the best it has is ", isa_name(best_isa()), ".");
+  if (!isa_supported(isa)) {  // best_isa() asks for tile state, which lower sets do not need
+    fail("PYROBUST_ISA: this machine does not support ", isa_name(isa), "; the best it has is ",
+         isa_name(best_isa()), ".");
+  }
   g_isa.store(static_cast<int>(isa));
 }
 

@@ -1,0 +1,68 @@
+// Differs from avx512.cpp where 8-bit activations have kLeastTileRows rows or more and groups of
+// whole 32 columns: those go through the tile instructions (amx_int8.h). Everything else is passed
+// on. With PYROBUST_EMULATED_TILES the same code runs without AMX, for tests.
+#include "core/activation_int8.h"
+#include "matmul/amx_int8.h"
+
+namespace pyrobust::matmul {
+namespace {
+
+bool is_tiled(const PackedMatrix& w, Mode mode, int64_t rows) {
+  if (mode != Mode::kInt8 || w.group_dim != 1 || w.cols == 0 || rows < kLeastTileRows) return false;
+  const bool whole = w.group_size % (kBlock / 2) == 0 || w.group_size >= w.cols;
+  return whole && (w.group_size <= kMaxIntegerRun || w.cols <= kMaxIntegerRun);
+}
+
+// The last block of x may be too short for tiles, so that memory must serve both.
+int64_t tiled_prepared_bytes(const PackedMatrix& w, Mode mode, int64_t rows) {
+  const int64_t other = avx512_kernels()->prepared_bytes(w, mode, rows);
+  if (!is_tiled(w, mode, rows)) return other;
+  const int64_t own = TiledX::bytes(w, rows);
+  return own > other ? own : other;
+}
+
+int64_t tiled_scratch_bytes(const PackedMatrix& w, Mode mode, int64_t rows) {
+  const int64_t other = avx512_kernels()->scratch_bytes(w, mode, rows);
+  if (!is_tiled(w, mode, rows)) return other;
+  const int64_t prepare = tiled_row_bytes(w), multiply = TileScratch(nullptr, w, rows).used;
+  const int64_t own = prepare > multiply ? prepare : multiply;
+  return own > other ? own : other;
+}
+
+void tiled_prepare(const PackedMatrix& w, Mode mode, const Activations& x, int64_t first,
+                   int64_t rows, void* prepared, double* step, void* scratch) {
+  if (is_tiled(w, mode, rows)) {
+    prepare_tiled(w, x, first, rows, prepared, step, scratch);
+  } else {
+    avx512_kernels()->prepare(w, mode, x, first, rows, prepared, step, scratch);
+  }
+}
+
+void tiled_multiply(const PackedMatrix& w, Mode mode, const Block& block, int64_t begin,
+                    int64_t end, const Output& out, void* scratch) {
+  if (is_tiled(w, mode, block.rows)) {
+    multiply_tiled(w, block, begin, end, out, scratch);
+  } else {
+    avx512_kernels()->multiply(w, mode, block, begin, end, out, scratch);
+  }
+}
+
+// The other entries fall through to avx512.cpp.
+constexpr MatmulKernels kKernels = {tiled_prepared_bytes,
+                                    tiled_scratch_bytes,
+                                    tiled_prepare,
+                                    tiled_multiply,
+                                    nullptr,
+                                    nullptr,
+                                    nullptr,
+                                    nullptr,
+                                    nullptr,
+                                    nullptr,
+                                    nullptr,
+                                    kWidth};
+
+}  // namespace
+
+const MatmulKernels* amx_kernels() { return &kKernels; }
+
+}  // namespace pyrobust::matmul
