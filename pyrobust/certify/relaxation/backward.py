@@ -33,6 +33,7 @@ from pyrobust.certify.relaxation.frames import (
     joined,
     spread,
 )
+from pyrobust.certify.relaxation.gradients import bend
 from pyrobust.certify.relaxation.graph import Affine, Step
 from pyrobust.certify.relaxation.lines import Lines
 from pyrobust.interval.outward import bound_of_roundings
@@ -173,12 +174,16 @@ def _affine(problem: Problem, step: Step, part: Part, pending: dict[fx.Node, Par
     if offset is not None:
         value = _sum(a, part.frame.take(offset, a.shape[3:]))
     value = value - _residual(problem, part, _reach(problem, step))
-    for node, pulled in zip(step.inputs, _pull(problem, step, part), strict=True):
-        if node in pending:
-            pulled = joined(pending[node], pulled, problem.shape(node))
-        pending[node] = pulled
+    _put(problem, pending, step, *_pull(problem, step, part))
     result: Tensor = value
     return result
+
+
+def _put(problem: Problem, pending: dict[fx.Node, Part], step: Step, *parts: Part) -> None:
+    """Add the coefficients of a step's inputs to those of other paths."""
+    for node, part in zip(step.inputs, parts, strict=True):
+        before = pending.get(node)
+        pending[node] = part if before is None else joined(before, part, problem.shape(node))
 
 
 def offset_of(problem: Problem, step: Step) -> Tensor | None:
@@ -293,6 +298,11 @@ def _bend(
     a, own = part.a, lines.lower_slope.ndim == part.a.ndim
     lines = _met(lines, part)
     slopes = lines.lower_slope - lines.upper_slope
+    if not own and torch.is_grad_enabled() and not problem.sound and len(slopes) == a.shape[1]:
+        four = lines.lower_slope, lines.lower_shift, lines.upper_slope, lines.upper_shift
+        pulled, value = bend(a, *four)
+        _put(problem, pending, step, Part(pulled, part.frame))
+        return value
     # max(a, 0) lower + min(a, 0) upper = a upper + max(a, 0) (lower - upper): one copy less
     above = a.clamp(min=0)
     value = _line_sum(a, lines.upper_shift)
@@ -302,11 +312,10 @@ def _bend(
     else:
         pulled = above.mul_(slopes) if a.shape[1] == len(slopes) else above * slopes
         pulled.addcmul_(a, lines.upper_slope)
-    (node,) = step.inputs
-    found = Part(pulled, part.frame)
-    pending[node] = joined(pending[node], found, problem.shape(node)) if node in pending else found
+    _put(problem, pending, step, Part(pulled, part.frame))
     if not problem.sound:
         return value
+    (node,) = step.inputs
     with torch.no_grad():
         size = part.frame.take(problem.boxes[node].magnitude, a.shape[3:])
         slope = torch.maximum(lines.lower_slope.abs(), lines.upper_slope.abs())

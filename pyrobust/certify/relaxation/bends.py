@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyrobust.certify.relaxation.gradients import relu_chord
 from pyrobust.certify.relaxation.lines import Bend, Lines
 from pyrobust.interval.outward import UNIT
 
@@ -67,18 +68,12 @@ def _clamped(least: float | None, most: float | None) -> Bend:
 
 def _relu_lines(low: Tensor, high: Tensor, sound: bool) -> Lines:
     """Chord above; below, the identity or zero, whichever is higher in the middle of the box."""
-    over, under = high.clamp(min=0), low.clamp(max=0)
-    width = over - under
-    slope = torch.where(width > 0, over / torch.where(width > 0, width, 1.0), 0.0)
-    # any slope is valid above zero's value and the upper end's
-    shift = torch.maximum(-slope * under, over - slope * over)
+    slope, shift = relu_chord(low, high)
     if sound:
-        shift = shift + 4 * UNIT[low.dtype] * (over - under)
-    shift = torch.where((low < 0) & (high > 0), shift, 0.0)
+        slack = 4 * UNIT[low.dtype] * (high - low)
+        shift = torch.where((low < 0) & (high > 0), shift + slack, 0.0)
     below = (high + low > 0).to(low.dtype)
-    below = torch.where(low >= 0, 1.0, torch.where(high <= 0, 0.0, below))
-    slope = torch.where(low >= 0, 1.0, torch.where(high <= 0, 0.0, slope))
-    return Lines(below, torch.zeros_like(shift), slope, shift)
+    return Lines(below, torch.zeros_like(below), slope, shift)
 
 
 def _leaky(negative_slope: float = 0.01) -> Bend:

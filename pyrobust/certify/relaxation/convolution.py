@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.grad import conv2d_input
+from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 __all__ = ["is_plain", "pull_convolution"]
 
@@ -34,6 +36,36 @@ def pull_convolution(a: Tensor, weight: Tensor, options: dict[str, Any], size: l
         options: ``stride``, ``padding``, ``dilation``, ``groups`` of the layer.
         size: ``[H, W]``.
     """
+    if torch.is_grad_enabled() and (a.requires_grad or weight.requires_grad):
+        pulled: Tensor = _Pulled.apply(a, weight, options, size)  # type: ignore[no-untyped-call]
+        return pulled
+    return _pulled(a, weight, options, size)
+
+
+class _Pulled(torch.autograd.Function):
+    """The gradient of a pull is the convolution itself, which torch computes fastest."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, a: Tensor, weight: Tensor, options: dict[str, Any], size: list[int]
+    ) -> Tensor:
+        ctx.save_for_backward(a, weight)
+        ctx.options = options
+        return _pulled(a, weight, options, size)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_pulled: Tensor) -> tuple[Tensor | None, ...]:
+        a, weight = ctx.saved_tensors
+        by_a = by_weight = None
+        if ctx.needs_input_grad[0]:
+            by_a = F.conv2d(by_pulled, weight, None, **ctx.options)
+        if ctx.needs_input_grad[1]:
+            by_weight = conv2d_weight(by_pulled, list(weight.shape), a, **ctx.options)
+        return by_a, by_weight, None, None
+
+
+def _pulled(a: Tensor, weight: Tensor, options: dict[str, Any], size: list[int]) -> Tensor:
     stride, padding, dilation = options["stride"], options["padding"], options["dilation"]
     reach = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
     border = [r - p for r, p in zip(reach, padding, strict=True)]

@@ -17,6 +17,7 @@ they are free numbers, since every slope has a valid line.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -298,7 +299,8 @@ def _optimise(
     if not leaves:
         return best
     optimizer = torch.optim.Adam(leaves, lr=learning_rate)
-    relaxed = Problem(problem.steps, problem.boxes, problem.lines, False)
+    steps = [_without_gradients(step) for step in problem.steps]
+    relaxed = Problem(steps, problem.boxes, problem.lines, False)
     for _ in range(iterations):
         with torch.enable_grad():
             sloped = _with_slopes(bends, problem, slopes, sound=False)
@@ -313,6 +315,14 @@ def _optimise(
         optimizer.param_groups[0]["lr"] *= 0.97
     final = _with_slopes(bends, problem, kept, sound=problem.sound)
     return lower_bounds(problem, output, rows, final).expand(-1, batch)
+
+
+def _without_gradients(step: Step) -> Step:
+    """The step with constant weights: only slopes are optimised."""
+    affine = step.affine
+    if affine is None or affine.weight is None:
+        return step
+    return replace(step, affine=replace(affine, weight=affine.weight.detach()))
 
 
 def _with_slopes(

@@ -289,10 +289,21 @@ def test_memory_is_split_without_changing_the_bounds():
     torch.testing.assert_close(pieces.upper, whole.upper, rtol=1e-6, atol=1e-6)
 
 
+def small_convolution(act):
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Conv2d(1, 2, 3, padding=1), act(), nn.Conv2d(2, 2, 3, stride=2, padding=1), act(),
+        nn.Conv2d(2, 1, 3, padding=1), act(), nn.Flatten(), nn.Linear(4, 2),
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("method", ["crown-ibp", "crown"])
-def test_bounds_are_differentiable(method):
-    model = mlp(nn.ReLU, 3, (3, 6, 5, 2)).double()
-    x = torch.randn(2, 3, dtype=torch.float64)
+@pytest.mark.parametrize("act", [nn.ReLU, nn.LeakyReLU])
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_bounds_are_differentiable(kind, act, method):
+    linear = kind == "linear"
+    model = (mlp(act, 3, (3, 6, 5, 2)) if linear else small_convolution(act)).double()
+    x = torch.randn(2, *((3,) if linear else (1, 4, 4)), dtype=torch.float64)
     spec = torch.tensor([[1.0, -1.0]], dtype=torch.float64)
     names = [name for name, _ in model.named_parameters()]
 
