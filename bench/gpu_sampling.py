@@ -62,11 +62,12 @@ def _compiled() -> Iterator[Row]:
 
     @torch.compile
     def noisy(x: torch.Tensor) -> torch.Tensor:
-        return x[:, None] + 0.25 * torch.randn(1, samples, elements)
+        return x[:, None] + 0.25 * torch.randn(1, samples, elements, device="cuda")
 
     what = f"gaussian float32 {samples} x {elements}"
     try:
-        theirs = seconds_of([lambda: noisy(x)], graph=False)
+        with torch.device("cpu"):  # a default device is a mode, which cannot be traced
+            theirs = seconds_of([lambda: noisy(x)], graph=False)
     except Exception as error:  # no compiler on the machine, say
         yield Row(_PART, what, float("nan"), "x torch.compile", 1.3, None, repr(error)[:80])
         return

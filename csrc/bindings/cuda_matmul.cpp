@@ -14,12 +14,13 @@ using namespace cuda_matmul;
 struct ComplexLinear {
   gpu::LinearArguments arguments;
 
-  ComplexLinear(uintptr_t codes, int64_t rows, int64_t cols, int multiprocessors) {
+  ComplexLinear(uintptr_t codes, int64_t rows, int64_t cols, int multiprocessors, bool clusters) {
     arguments.codes = device_pointer<const uint32_t>(codes);
     arguments.rows = rows;
     arguments.cols = gpu::divide_up(cols, 8) * 8;
     arguments.group_dim = 0;
-    gpu::plan_linear(INT64_MAX, multiprocessors, &arguments);
+    arguments.clusters = clusters;
+    gpu::plan_linear(gpu::Format::kComplex, INT64_MAX, multiprocessors, &arguments);
   }
 
   py::tuple workspace(int64_t count) const {
@@ -63,14 +64,15 @@ void bind_cuda_matmul(py::module_& m) {
       .def("dequantize", &Matrix::dequantize)
       .def("int8", &Matrix::int8);
   py::class_<Linear>(m, "Linear")
-      .def(py::init<const Matrix&, uintptr_t, uintptr_t, int, uintptr_t, uintptr_t, int>())
+      .def(py::init<const Matrix&, uintptr_t, uintptr_t, int, uintptr_t, uintptr_t, int, bool>())
       .def("workspace", &Linear::workspace)
       .def("run", &Linear::run);
   py::class_<ComplexLinear>(m, "ComplexLinear")
-      .def(py::init<uintptr_t, int64_t, int64_t, int>())
+      .def(py::init<uintptr_t, int64_t, int64_t, int, bool>())
       .def("workspace", &ComplexLinear::workspace)
       .def("run", &ComplexLinear::run);
   m.def("multiprocessors", [](int device) { return usable_device(device).multiprocessors; });
+  m.def("clusters", [](int device) { return usable_device(device).capability >= 90; });
   m.def("repack", &repack);
   m.def("stored_words", &stored_words);
 }

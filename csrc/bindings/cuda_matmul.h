@@ -76,7 +76,7 @@ struct Linear {
   gpu::LinearArguments arguments;
 
   Linear(const Matrix& matrix, uintptr_t codes, uintptr_t scale, int scale_type, uintptr_t zero,
-         uintptr_t alpha, int multiprocessors) {
+         uintptr_t alpha, int multiprocessors, bool clusters) {
     const matmul::PackedMatrix& w = matrix.weight;
     format = gpu::format_of(w.levels, w.codebook != nullptr);
     gpu::LinearArguments& p = arguments;
@@ -94,7 +94,8 @@ struct Linear {
     p.levels = w.levels;
     p.symmetric_zero = static_cast<float>(matmul::symmetric_zero(w));
     const bool one_group = w.group_size >= (w.group_dim == 1 ? w.cols : w.rows);
-    gpu::plan_linear(one_group ? INT64_MAX : w.group_size, multiprocessors, &p);
+    p.clusters = clusters;
+    gpu::plan_linear(format, one_group ? INT64_MAX : w.group_size, multiprocessors, &p);
   }
 
   gpu::LinearArguments for_rows(int64_t count) const {

@@ -29,6 +29,8 @@ struct Copy {
   size_t zero_bytes;
 };
 
+struct Block;
+
 // One warp-wide operation in progress.
 struct Warp {
   const char* name = nullptr;
@@ -38,8 +40,17 @@ struct Warp {
   alignas(16) uint8_t output[kWarp][kSlot];
 };
 
+// Blocks that run together and see each other's shared memory.
+struct Cluster {
+  std::vector<Block*> blocks;
+  unsigned arrived = 0;
+  uint64_t generation = 0;
+};
+
 struct Block {
   Dim3 index;
+  Cluster* cluster = nullptr;
+  unsigned ended = 0;  // threads
   std::unique_ptr<uint8_t[]> storage;
   uint8_t* shared = nullptr;
   std::vector<Warp> warps;
@@ -68,6 +79,7 @@ struct Scheduler {
   ucontext_t main;
   void* main_stack_pointer = nullptr;
   size_t shared_bytes = 0;
+  unsigned cluster = 1;
   bool progress = false;
   std::exception_ptr error;
 };
@@ -125,6 +137,7 @@ void run_thread() {
     if (!scheduler.error) scheduler.error = std::current_exception();
   }
   fibre.done = true;
+  ++fibre.block->ended;
   scheduler.progress = true;
   leave_fibre();
 }
@@ -224,10 +237,13 @@ void run_until_done(std::vector<Fibre>& fibres) {
 void run_blocks(const Grid& grid, int64_t first, int64_t last) {
   std::vector<Block> blocks(static_cast<size_t>(last - first));
   std::vector<Fibre> fibres(blocks.size() * grid.threads.x);
+  std::vector<Cluster> clusters(blocks.size() / grid.cluster);
   for (size_t b = 0; b < blocks.size(); ++b) {
     const auto index = static_cast<unsigned>(first + static_cast<int64_t>(b));
     Block& block = blocks[b];
     block.index = {index % grid.blocks.x, index / grid.blocks.x, 0};
+    block.cluster = &clusters[b / grid.cluster];
+    block.cluster->blocks.push_back(&block);
     block.storage.reset(new uint8_t[grid.shared_bytes + 128]);
     const auto address = (reinterpret_cast<uintptr_t>(block.storage.get()) + 127) & ~uintptr_t{127};
     block.shared = reinterpret_cast<uint8_t*>(address);
@@ -267,19 +283,34 @@ void run_grid(const Grid& grid, const std::function<void()>& thread) {
       grid.threads.y != 1 || grid.threads.z != 1 || grid.blocks.z != 1) {
     throw std::logic_error("cuda fibres: a block must be 32 to 1024 threads, whole warps, along x");
   }
+  if (grid.cluster == 0 || grid.cluster > 8 || grid.blocks.x % grid.cluster != 0) {
+    throw std::logic_error("cuda fibres: a cluster must be 1 to 8 blocks that divide the grid");
+  }
   scheduler = Scheduler();
   scheduler.body = &thread;
   scheduler.shared_bytes = grid.shared_bytes;
+  scheduler.cluster = grid.cluster;
   blockDim = grid.threads;
   gridDim = grid.blocks;
   const int64_t blocks = static_cast<int64_t>(grid.blocks.x) * grid.blocks.y;
-  const int64_t wave = std::max<int64_t>(1, kResidentThreads / grid.threads.x);
+  const int64_t resident = kResidentThreads / grid.threads.x / grid.cluster * grid.cluster;
+  const int64_t wave = std::max<int64_t>(grid.cluster, resident);
   for (int64_t first = 0; first < blocks; first += wave) {
     run_blocks(grid, first, std::min(blocks, first + wave));
   }
 }
 
 uint8_t* shared_memory() { return scheduler.current->block->shared; }
+
+uint8_t* shared_memory_of(int rank) {
+  const Cluster& cluster = *scheduler.current->block->cluster;
+  if (rank < 0 || static_cast<size_t>(rank) >= cluster.blocks.size()) {
+    fault("a load from a block that the cluster does not have");
+  }
+  const Block& block = *cluster.blocks[static_cast<size_t>(rank)];
+  if (block.ended == blockDim.x) fault("a load from a block of the cluster that has ended");
+  return block.shared;
+}
 
 void check_shared(const void* address, size_t bytes, const char* operation) {
   const auto* at = static_cast<const uint8_t*>(address);
@@ -303,6 +334,17 @@ void block_barrier() {
     return;
   }
   wait_for(&block.generation, "a barrier");
+}
+
+void cluster_barrier() {
+  Cluster& cluster = *scheduler.current->block->cluster;
+  scheduler.progress = true;
+  if (++cluster.arrived == blockDim.x * scheduler.cluster) {
+    cluster.arrived = 0;
+    ++cluster.generation;
+    return;
+  }
+  wait_for(&cluster.generation, "a cluster's barrier");
 }
 
 void yield_while_spinning() {

@@ -31,6 +31,7 @@ struct Grid {
   Dim3 blocks;
   Dim3 threads;  // of a block; x a multiple of 32, y = z = 1
   size_t shared_bytes = 0;
+  unsigned cluster = 1;  // consecutive blocks along x; y = 1 where it is more
 };
 
 // In which order runnable fibres run; a correct kernel gives one result for all.
@@ -66,11 +67,14 @@ void run_grid(const Grid& grid, const std::function<void()>& thread);
 // --- for the emulated primitives; called from within a fibre ------------------------------------
 
 uint8_t* shared_memory();
+// Of block `rank` of this block's cluster. Throws where that block's threads have all ended.
+uint8_t* shared_memory_of(int rank);
 // Throws unless [address, address + bytes) is in this block's shared memory and aligned to `bytes`.
 void check_shared(const void* address, size_t bytes, const char* operation);
 [[noreturn]] void fault(const char* what);
 int lane_index();
 void block_barrier();
+void cluster_barrier();
 void yield_while_spinning();
 
 // All 32 lanes hand in `input`; the last to arrive runs `operation` over the 32 inputs and outputs;

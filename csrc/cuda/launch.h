@@ -15,6 +15,7 @@ struct LaunchShape {
   unsigned blocks_y = 1;
   unsigned threads = 128;
   size_t shared_bytes = 0;
+  unsigned cluster = 1;  // consecutive blocks along x that see each other's shared memory
 };
 
 #if defined(__CUDACC__)
@@ -30,9 +31,18 @@ Status launch(void (*kernel)(Parameters...), const LaunchShape& shape, Stream st
                                                    static_cast<int>(shape.shared_bytes));
     if (error != cudaSuccess) return static_cast<Status>(error);
   }
-  kernel<<<dim3(shape.blocks_x, shape.blocks_y), shape.threads, shape.shared_bytes,
-           reinterpret_cast<cudaStream_t>(stream)>>>(arguments...);
-  return static_cast<Status>(cudaGetLastError());
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = shape.cluster;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(shape.blocks_x, shape.blocks_y);
+  config.blockDim = shape.threads;
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = reinterpret_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = shape.cluster > 1 ? 1 : 0;
+  return static_cast<Status>(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
 }
 
 #else
@@ -40,8 +50,10 @@ Status launch(void (*kernel)(Parameters...), const LaunchShape& shape, Stream st
 template <typename... Parameters, typename... Arguments>
 Status launch(void (*kernel)(Parameters...), const LaunchShape& shape, Stream,
               const Arguments&... arguments) {
-  const fibres::Grid grid = {
-      {shape.blocks_x, shape.blocks_y, 1}, {shape.threads, 1, 1}, shape.shared_bytes};
+  const fibres::Grid grid = {{shape.blocks_x, shape.blocks_y, 1},
+                             {shape.threads, 1, 1},
+                             shape.shared_bytes,
+                             shape.cluster};
   fibres::run_grid(grid, [&] { kernel(arguments...); });
   return 0;
 }

@@ -20,6 +20,7 @@
 //   conversions           pack_f16x2, pack_bf16x2, low_f16, high_f16, low_bf16, high_bf16
 //   warps                 shuffle, shuffle_xor, shuffle_down, ballot, sync_warp, warp_sum, warp_max
 //   blocks and grids      sync_threads, lock_acquire, lock_release, arrive, atomic_add, atomic_min
+//   clusters              clusters_exist, sync_cluster, load16_of_cluster (compute capability 9.0)
 //   memory                shared_memory, load16, load16_once, store16, store8, Words4, Words2
 //   directed rounding     add_up, add_down, mul_up, fma_up, fma_down
 //

@@ -228,6 +228,43 @@ PYROBUST_DEVICE int32_t arrive(int32_t* counter, int32_t* shared) {
   return *static_cast<volatile int32_t*>(shared);
 }
 
+// --- clusters -----------------------------------------------------------------------------------
+
+// Whether code for this architecture knows clusters; `launched` is for the emulation.
+PYROBUST_DEVICE constexpr bool clusters_exist(bool) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  return true;
+#else
+  return false;
+#endif
+}
+
+// A barrier of all threads of the cluster; writes to shared memory before it are visible after it.
+PYROBUST_DEVICE void sync_cluster() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n" ::
+                   : "memory");
+#endif
+}
+
+// Sixteen bytes at this place of the shared memory of block `rank` of the cluster.
+PYROBUST_DEVICE Words4 load16_of_cluster(const void* shared, int rank) {
+  Words4 value = {};
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  uint32_t address;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;\n"
+               : "=r"(address)
+               : "r"(shared_address(shared)), "r"(rank));
+  asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(value.word[0]), "=r"(value.word[1]), "=r"(value.word[2]), "=r"(value.word[3])
+               : "r"(address)
+               : "memory");
+#endif
+  return value;
+}
+
+// --- atomics ------------------------------------------------------------------------------------
+
 PYROBUST_DEVICE void atomic_add(int64_t* to, int64_t value) {
   atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(value));
 }

@@ -207,6 +207,23 @@ PYROBUST_DEVICE int32_t arrive(int32_t* counter, int32_t* shared) {
   return *shared;
 }
 
+// --- clusters -----------------------------------------------------------------------------------
+
+// `launched`: as the host chose, so that both ways are tested.
+PYROBUST_DEVICE bool clusters_exist(bool launched) { return launched; }
+
+PYROBUST_DEVICE void sync_cluster() { fibres::cluster_barrier(); }
+
+PYROBUST_DEVICE Words4 load16_of_cluster(const void* shared, int rank) {
+  fibres::check_shared(shared, 16, "a load of the cluster");
+  const auto offset = static_cast<const uint8_t*>(shared) - fibres::shared_memory();
+  Words4 value;
+  memcpy(&value, fibres::shared_memory_of(rank) + offset, sizeof(value));
+  return value;
+}
+
+// --- atomics ------------------------------------------------------------------------------------
+
 PYROBUST_DEVICE void atomic_add(int64_t* to, int64_t value) { *to += value; }
 
 PYROBUST_DEVICE int32_t atomic_add(int32_t* to, int32_t value) {

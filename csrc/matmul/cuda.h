@@ -52,6 +52,7 @@ struct LinearArguments {
   int group_dim = 1;
   int levels = 16;
   float symmetric_zero = 0.0f;
+  bool clusters = false;  // the device has them: compute capability 9.0
   Schedule schedule;
 };
 
@@ -62,9 +63,10 @@ PYROBUST_HD bool fusible_groups(int64_t group_size, int64_t extent) {
 
 // Fills group_span, two_groups, groups and schedule from the sizes; `multiprocessors` of the
 // device.
-void plan_linear(int64_t group_size, int multiprocessors, LinearArguments* p);
+void plan_linear(Format format, int64_t group_size, int multiprocessors, LinearArguments* p);
 
-// Floats of the workspace `partials`, and int32 of `arrivals`.
+// Floats of the workspace `partials` and int32 of `arrivals`: none with clusters, or where every
+// tile has one thread block.
 int64_t partial_floats(Format format, const LinearArguments& p);
 int64_t arrival_words(const LinearArguments& p);
 

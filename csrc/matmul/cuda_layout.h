@@ -234,42 +234,54 @@ PYROBUST_HD constexpr int activation_offset(int m, int chunk) {
 }
 
 // --- schedule -----------------------------------------------------------------------------------
-// Work is cut into units, one block of columns times four strips, in the order of W. Each thread
-// block takes `per` consecutive units. Where a tile (all columns of four strips) is shared, its
-// parts meet in slots of a workspace, and whoever arrives last adds them by ascending column: the
-// order depends on the sizes of W and the number of thread blocks, never on M or on chance.
+// Four strips times all columns are a tile. A tile goes to `parts` thread blocks, and each takes
+// runs_of(format) runs of `per` consecutive blocks of columns, run after run. The sums of the runs
+// are added in their order: it depends on the sizes of W and the number of multiprocessors, never
+// on M or on chance.
 struct Schedule {
-  int64_t blocks = 0;  // units of a tile
-  int64_t total = 0;
+  int64_t tiles = 0;
+  int64_t blocks = 0;  // of columns
+  int parts = 1;       // 1, 2, 4 or 8: a cluster of thread blocks where those exist
   int64_t per = 1;
 };
 
-PYROBUST_HD Schedule make_schedule(int64_t rows, int64_t cols, int64_t thread_blocks) {
-  Schedule s;
-  s.blocks = blocks_of(cols);
-  s.total = divide_up(strips_of(rows), kTileStrips) * s.blocks;
-  s.per = s.total > thread_blocks ? divide_up(s.total, thread_blocks) : 1;
-  return s;
+constexpr int kMostParts = 8;
+
+// Runs of one thread block. Two teams of warps take them side by side (of more than 32 rows of x:
+// one after the other), since two warps a scheduler do not hide each other's waits. 8 bits keep
+// memory busy with one; integer sums need no second.
+PYROBUST_HD constexpr int runs_of(Format format) {
+  return format == Format::k8 || format == Format::kComplex ? 1 : 2;
 }
 
-PYROBUST_HD int64_t thread_blocks_of(const Schedule& s) { return divide_up(s.total, s.per); }
-PYROBUST_HD int64_t first_unit(const Schedule& s, int64_t who) { return who * s.per; }
-PYROBUST_HD int64_t last_unit(const Schedule& s, int64_t who) {
-  return (who + 1) * s.per < s.total ? (who + 1) * s.per : s.total;
+// The number of parts with the least time, in blocks of columns: two thread blocks run on a
+// multiprocessor together, and adding up costs as much as about four blocks.
+PYROBUST_HD Schedule make_schedule(Format format, int64_t rows, int64_t cols, int multiprocessors) {
+  constexpr int64_t kAdding = 4;
+  Schedule best;
+  int64_t least = 0;
+  for (int parts = 1; parts <= kMostParts; parts *= 2) {
+    Schedule s;
+    s.tiles = divide_up(strips_of(rows), kTileStrips);
+    s.blocks = blocks_of(cols);
+    s.parts = parts;
+    s.per = divide_up(s.blocks, int64_t{parts} * runs_of(format));
+    const int64_t waves = divide_up(s.tiles * parts, int64_t{2} * multiprocessors);
+    const int64_t time = waves * (s.per + (parts == 1 ? 0 : kAdding));
+    if (parts > 1 && time >= least) continue;
+    best = s;
+    least = time;
+  }
+  return best;
 }
 
-// Thread blocks [first, last] that work on a tile.
-PYROBUST_HD int64_t first_worker(const Schedule& s, int64_t tile) {
-  return tile * s.blocks / s.per;
-}
-PYROBUST_HD int64_t last_worker(const Schedule& s, int64_t tile) {
-  return ((tile + 1) * s.blocks - 1) / s.per;
-}
+PYROBUST_HD int64_t thread_blocks_of(const Schedule& s) { return s.tiles * s.parts; }
 
-// Which of its two slots thread block `who` uses for its part of a tile.
-PYROBUST_HD int64_t slot_of(const Schedule& s, int64_t who, int64_t tile) {
-  return 2 * who + (tile * s.blocks > first_unit(s, who) ? 1 : 0);
+// Blocks of columns [first, last) of run `run` of a tile; empty past the end.
+PYROBUST_HD int64_t first_of_run(const Schedule& s, int64_t run) {
+  return run * s.per < s.blocks ? run * s.per : s.blocks;
 }
+PYROBUST_HD int64_t last_of_run(const Schedule& s, int64_t run) { return first_of_run(s, run + 1); }
 
 // --- instances ----------------------------------------------------------------------------------
 // Rows of x that the kernel for `count` rows takes. Eight rows pay where tensor cores are the limit

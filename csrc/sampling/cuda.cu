@@ -10,8 +10,10 @@ namespace sampling {
 namespace gpu {
 namespace {
 
-constexpr int kBlocksPerMultiprocessor = 8;  // of 256 threads: what a multiprocessor can hold
-constexpr int64_t kVoteRowsAtLeast = 256;    // of a stretch, so that a histogram is worth its flush
+constexpr int kBlocksPerMultiprocessor = 8;       // of 256 threads: what a multiprocessor can hold
+constexpr int kNoiseBlocksPerMultiprocessor = 3;  // whose registers it can hold
+constexpr int64_t kVoteRowsTogether = 16;         // two for each warp
+constexpr int64_t kVoteRowsAtLeast = 256;  // of ten classes, so that a histogram is worth its flush
 
 // A grid over `items`, one a thread, that loops where they are more than fit at once.
 cuda::LaunchShape shape_for(int64_t items, int threads, size_t shared, const cuda::Queue& queue) {
@@ -35,14 +37,16 @@ cuda::Status launch_rows(const Distribution& distribution, int64_t channels,
 template <Noise kNoise>
 cuda::Status launch_noise(const NoiseCall& call, const cuda::Queue& queue) {
   if (call.at.elements % 4 != 0) return launch_rows(OddNoise<kNoise>{call}, 1, queue);
-  const int64_t wanted =
-      int64_t{2} * queue.multiprocessors * kBlocksPerMultiprocessor * kNoiseThreads;
-  const NoiseItems items = noise_items(call.at.images, call.at.samples, call.at.elements, wanted);
-  if (count_of(items) == 0) return 0;
+  if (call.at.images * call.at.samples * call.at.elements == 0) return 0;
+  const int64_t threads =
+      int64_t{queue.multiprocessors} * kNoiseBlocksPerMultiprocessor * kNoiseThreads;
+  const NoiseItems items = noise_items(call.at.images, call.at.samples, call.at.elements, threads);
   const NoiseWork work = {items, call.at, call.x, call.scale, call.out, philox_keys(call.at.seed)};
   const Tables tables = {kNormalTable, kLaplaceTable};
-  const cuda::LaunchShape shape = shape_for(count_of(items), kNoiseThreads,
-                                            kNoise == Noise::kGaussian ? kNormalShared : 0, queue);
+  cuda::LaunchShape shape = shape_for(count_of(items), kNoiseThreads,
+                                      kNoise == Noise::kGaussian ? kNormalShared : 0, queue);
+  const auto most = static_cast<unsigned>(threads / kNoiseThreads);
+  if (shape.blocks_x > most) shape.blocks_x = most;
   const auto kernel =
       call.out_type == FloatType::kFloat32   ? noise_kernel<kNoise, FloatType::kFloat32>
       : call.out_type == FloatType::kFloat16 ? noise_kernel<kNoise, FloatType::kFloat16>
@@ -83,7 +87,9 @@ cuda::Status choice_samples(const ChoiceCall& call, int64_t candidates, const cu
 
 cuda::Status count_votes(const CountCall& call, const cuda::Queue& queue) {
   const int64_t wanted = static_cast<int64_t>(queue.multiprocessors) * kBlocksPerMultiprocessor;
-  const VoteStretches stretches = vote_stretches(call.rows, call.samples, kVoteRowsAtLeast, wanted);
+  const int64_t per_class = 10 * kVoteRowsAtLeast / (call.classes < 10 ? 10 : call.classes);
+  const int64_t least = per_class > kVoteRowsTogether ? per_class : kVoteRowsTogether;
+  const VoteStretches stretches = vote_stretches(call.rows, call.samples, least, wanted);
   const int64_t blocks = stretches.histograms * stretches.stretches;
   if (blocks == 0) return 0;
   const size_t shared =

@@ -48,17 +48,23 @@ struct NoiseItem {
   int64_t quad;
 };
 
-// Runs as long as leaves `wanted` items, at most kLongestRun.
+// Runs of such a length that `threads`, which run at a time, end together: rounds of items times
+// the length of one and the half of a sample that beginning it costs.
 constexpr int64_t kLongestRun = 64;
 PYROBUST_HD NoiseItems noise_items(int64_t images, int64_t samples, int64_t elements,
-                                   int64_t wanted) {
-  NoiseItems items = {images, samples, tiles_of(elements) * kQuadsPerTile, 1, samples};
-  const int64_t rows = images * items.quads;  // items that one run over all samples would make
-  int64_t run = rows == 0 ? 1 : divided(samples, divided(wanted, rows).quotient + 1).quotient;
-  if (run < 1) run = 1;
-  items.run = run < kLongestRun ? run : kLongestRun;
-  items.runs = (samples + items.run - 1) / items.run;
-  return items;
+                                   int64_t threads) {
+  NoiseItems best = {images, samples, tiles_of(elements) * kQuadsPerTile, 1, samples};
+  int64_t least = 0;
+  for (int64_t run = 1; run <= kLongestRun && (run <= samples || run == 1); ++run) {
+    const int64_t runs = (samples + run - 1) / run;
+    const int64_t rounds = (images * best.quads * runs + threads - 1) / threads;
+    const int64_t time = rounds * (2 * run + 1);
+    if (run > 1 && time >= least) continue;
+    least = time;
+    best.run = run;
+    best.runs = runs;
+  }
+  return best;
 }
 
 PYROBUST_HD int64_t count_of(const NoiseItems& items) {

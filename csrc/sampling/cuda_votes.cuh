@@ -38,6 +38,23 @@ PYROBUST_HD void take(Best* best, float value, int64_t index) {
   }
 }
 
+// Classes k, k + step, ... of the row at `row`: several loads under way together.
+constexpr int kVoteLoads = 8;
+PYROBUST_DEVICE void take_some(const CountCall& call, int64_t row, int64_t k, int step,
+                               Best* best) {
+  float value[kVoteLoads];
+#pragma unroll
+  for (int i = 0; i < kVoteLoads; ++i) {
+    const int64_t at = k + int64_t{i} * step;
+    value[i] = at < call.classes ? load_float(call.logits, row + at, call.type) : 0.0f;
+  }
+#pragma unroll
+  for (int i = 0; i < kVoteLoads; ++i) {
+    const int64_t at = k + int64_t{i} * step;
+    if (at < call.classes) take(best, value[i], at);
+  }
+}
+
 // Over the lanes that share a row, in each of them.
 PYROBUST_DEVICE Best best_of_row(Best best, int lanes) {
   for (int mask = lanes / 2; mask > 0; mask /= 2) {
@@ -74,8 +91,8 @@ PYROBUST_KERNEL(kVoteThreads) vote_kernel(const __grid_constant__ VoteWork work)
     const int64_t row = base + static_cast<int>(threadIdx.x) / lanes;
     const bool present = row < stretch.end;
     Best best = {0.0f, -1, false};
-    for (int64_t k = lane; present && k < call.classes; k += lanes) {
-      take(&best, load_float(call.logits, row * call.classes + k, call.type), k);
+    for (int64_t k = lane; present && k < call.classes; k += kVoteLoads * lanes) {
+      take_some(call, row * call.classes, k, lanes, &best);
     }
     best = best_of_row(best, lanes);
     if (!present || lane != 0) continue;

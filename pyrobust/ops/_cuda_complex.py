@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from pyrobust.ops._cuda_matmul import address, multiprocessors, version, whole_chunks, workspace
+from pyrobust.ops._cuda_matmul import (
+    address,
+    clusters,
+    multiprocessors,
+    version,
+    whole_chunks,
+    workspace,
+)
 from pyrobust.ops._cuda_module import cuda_module, where
 
 __all__ = ["complex_sums"]
@@ -58,7 +65,9 @@ def _complex_weight(codes: Tensor, in_features: int) -> tuple[Any, Tensor]:
     stored = codes.new_empty(module.stored_words(4, False, rows, in_features), dtype=torch.int32)
     plain = codes.contiguous()
     module.repack(4, False, True, plain.data_ptr(), rows, in_features, stored.data_ptr(), on)
-    native = module.ComplexLinear(stored.data_ptr(), rows, in_features, multiprocessors(codes))
+    native = module.ComplexLinear(
+        stored.data_ptr(), rows, in_features, multiprocessors(codes), clusters(codes)
+    )
     if not (codes.is_cuda and torch.cuda.is_current_stream_capturing()):
         _WEIGHTS[codes] = (key, (native, stored))
     return native, stored

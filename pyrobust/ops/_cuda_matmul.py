@@ -25,6 +25,7 @@ __all__ = [
     "GpuWeight",
     "Parts",
     "address",
+    "clusters",
     "dequantize",
     "gpu_weight",
     "linear",
@@ -65,6 +66,11 @@ _SUBJECT = "packed_linear"
 def multiprocessors(tensor: Tensor) -> int:
     count: int = cuda_module(_SUBJECT).multiprocessors(where(tensor)[0])
     return count
+
+
+def clusters(tensor: Tensor) -> bool:
+    """Whether thread blocks of the tensor's device can share memory (compute capability 9.0)."""
+    return bool(cuda_module(_SUBJECT).clusters(where(tensor)[0]))
 
 
 def address(tensor: Tensor | None) -> int:
@@ -218,7 +224,7 @@ def _repack(weight: GpuWeight, dtype: torch.dtype) -> _Fused:
         zero = None if parts.zero is None else _whole_blocks(parts.zero, pairs)
     native = module.Linear(
         weight.matrix, weight.stored.data_ptr(), scale.data_ptr(), FLOAT_CODES[scale.dtype],
-        address(zero), address(alpha), multiprocessors(parts.codes),
+        address(zero), address(alpha), multiprocessors(parts.codes), clusters(parts.codes),
     )  # fmt: skip
     return _Fused(native, (scale, zero, alpha))
 

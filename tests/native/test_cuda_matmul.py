@@ -122,6 +122,24 @@ def test_every_width(bits, dtype, descending):
     check(drawn, torch.randn(5, 200).to(dtype), torch.randn(130))
 
 
+@EVERY_WIDTH
+@pytest.mark.parametrize("descending", [False, True], ids=["ascending", "descending"])
+@pytest.mark.parametrize("count", [3, 16, 20, 50])
+def test_thread_blocks_share_a_tile_with_and_without_clusters(
+    bits, descending, count, monkeypatch, emulated
+):
+    """The same sums in the same order, whether through shared or through global memory."""
+    shim.set_options(descending=descending)
+    emulated(16)
+    drawn, x = draw(300, 1400, bits, 128), torch.randn(count, 1400).half()
+    assert drawn.device.fused_for(torch.float16) is not None
+    in_clusters = check(drawn, x, torch.randn(300).fill_(0.5))
+    monkeypatch.setattr(gpu, "clusters", lambda _: False)
+    alone = weigh(drawn.packed)
+    assert gpu.workspace(alone.device.fused_for(torch.float16).native, x)[0] is not None
+    assert torch.equal(check(alone, x, torch.full((300,), 0.5)), in_clusters)
+
+
 @pytest.mark.parametrize("group_dim", [1, 0])
 @pytest.mark.parametrize("group_size", [32, 64, 128, 192, 10_000], ids=lambda g: f"group{g}")
 @pytest.mark.parametrize("parts", [(), ("zero",)], ids=["symmetric", "zero"])
@@ -342,7 +360,6 @@ def test_a_missing_wait_shows():
     shim.linear_4_late(native, x.data_ptr(), 4, out.data_ptr(), gpu.address(partials),
                        gpu.address(arrivals), 1)  # fmt: skip
     assert not torch.equal(out, expected)
-    arrivals.zero_()
     shim.linear_4_late(native, x.data_ptr(), 4, out.data_ptr(), gpu.address(partials),
                        gpu.address(arrivals), 0)  # fmt: skip
     assert torch.equal(out, expected)

@@ -101,21 +101,24 @@ def test_chunks_of_x_read_together_lie_in_different_banks():
 
 @pytest.mark.parametrize("rows", [1, 256, 257, 1024, 28672])
 @pytest.mark.parametrize("cols", [1, 64, 1000, 8192])
-@pytest.mark.parametrize("thread_blocks", [1, 3, 16, 264])
-def test_schedules_cover_every_unit_once(rows, cols, thread_blocks):
-    s = shim.layout_schedule(rows, cols, thread_blocks)
-    ends = [0, *(last for _, last in s["units"])]
-    assert [first for first, _ in s["units"]] == ends[:-1]
-    assert ends[-1] == s["total"] == -(-rows // 256) * -(-cols // 64)
-    assert all(first < last for first, last in s["units"])
-    assert len(s["units"]) <= thread_blocks
-    used = []
-    for tile, ((first, last), slots) in enumerate(zip(s["workers"], s["slots"], strict=True)):
-        for who in range(first, last + 1):
-            begin, end = s["units"][who]
-            assert begin < (tile + 1) * s["blocks"]
-            assert end > tile * s["blocks"]
-        if first != last:
-            used += slots
-    assert len(used) == len(set(used))
-    assert all(0 <= slot < 2 * len(s["units"]) for slot in used)
+@pytest.mark.parametrize("multiprocessors", [1, 3, 132])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_runs_cover_every_block_of_columns_once(rows, cols, multiprocessors, bits):
+    form = shim.layout_format(2**bits, False)
+    s = shim.layout_schedule(form, rows, cols, multiprocessors)
+    assert s["tiles"] == -(-rows // 256)
+    assert s["blocks"] == -(-cols // 64)
+    assert s["parts"] in (1, 2, 4, 8)
+    assert len(s["runs"]) == s["parts"] * (1 if bits == 8 else 2)
+    ends = [0, *(last for _, last in s["runs"])]
+    assert [first for first, _ in s["runs"]] == ends[:-1]
+    assert ends[-1] == s["blocks"]
+    assert all(0 <= last - first <= s["per"] for first, last in s["runs"])
+
+
+def test_schedules_fill_the_multiprocessors():
+    """Of an H200: 256 and 224 thread blocks of the 264 that run together."""
+    form = shim.layout_format(16, False)
+    assert shim.layout_schedule(form, 8192, 8192, 132)["parts"] == 8
+    assert shim.layout_schedule(form, 28672, 8192, 132)["parts"] == 2
+    assert shim.layout_schedule(form, 64, 64, 132)["parts"] == 1

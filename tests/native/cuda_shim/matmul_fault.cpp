@@ -15,6 +15,7 @@ void run(const LinearArguments& p) {
   shape.blocks_x = static_cast<unsigned>(thread_blocks_of(p.schedule));
   shape.threads = S::kThreads;
   shape.shared_bytes = S::kSharedBytes;
+  if (p.clusters) shape.cluster = static_cast<unsigned>(p.schedule.parts);
   cuda::launch(packed_linear_kernel<Format::k4, Float16, 8, 1, kLate>, shape, 0, p);
 }
 

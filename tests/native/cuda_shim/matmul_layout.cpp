@@ -60,28 +60,20 @@ void read(int format, py::handle stored_, py::handle codes_) {
   }
 }
 
-// (first unit, last unit) of each thread block; (first, last worker) and the workers' slots of each
-// tile; units of a tile.
-py::dict schedule(int64_t rows, int64_t cols, int64_t thread_blocks) {
-  const gpu::Schedule s = gpu::make_schedule(rows, cols, thread_blocks);
-  std::vector<std::pair<int64_t, int64_t>> units, workers;
-  std::vector<std::vector<int64_t>> slots;
-  for (int64_t who = 0; who < gpu::thread_blocks_of(s); ++who) {
-    units.emplace_back(gpu::first_unit(s, who), gpu::last_unit(s, who));
-  }
-  for (int64_t tile = 0; tile * s.blocks < s.total; ++tile) {
-    workers.emplace_back(gpu::first_worker(s, tile), gpu::last_worker(s, tile));
-    slots.emplace_back();
-    for (int64_t who = workers.back().first; who <= workers.back().second; ++who) {
-      slots.back().push_back(gpu::slot_of(s, who, tile));
-    }
+// Blocks of columns of every run of a tile, and the sizes of the schedule.
+py::dict schedule(int format, int64_t rows, int64_t cols, int multiprocessors) {
+  const auto form = static_cast<Format>(format);
+  const gpu::Schedule s = gpu::make_schedule(form, rows, cols, multiprocessors);
+  std::vector<std::pair<int64_t, int64_t>> runs;
+  for (int64_t run = 0; run < int64_t{s.parts} * gpu::runs_of(form); ++run) {
+    runs.emplace_back(gpu::first_of_run(s, run), gpu::last_of_run(s, run));
   }
   py::dict result;
-  result["units"] = units;
-  result["workers"] = workers;
-  result["slots"] = slots;
+  result["runs"] = runs;
+  result["tiles"] = s.tiles;
   result["blocks"] = s.blocks;
-  result["total"] = s.total;
+  result["parts"] = s.parts;
+  result["per"] = s.per;
   return result;
 }
 

@@ -10,9 +10,9 @@ namespace {
 
 using namespace sampling::gpu;
 
-pybind11::tuple noise_place(int64_t images, int64_t samples, int64_t elements, int64_t wanted,
+pybind11::tuple noise_place(int64_t images, int64_t samples, int64_t elements, int64_t threads,
                             int64_t index) {
-  const NoiseItems items = noise_items(images, samples, elements, wanted);
+  const NoiseItems items = noise_items(images, samples, elements, threads);
   const NoiseItem item = noise_item(items, index);
   return pybind11::make_tuple(count_of(items), item.image, item.first_sample, item.last_sample,
                               item.quad, block_of_quad(item.quad), element_of_quad(item.quad));

@@ -1,0 +1,160 @@
+// What a thread block of the fused product holds, and how a stage of its shared memory is filled.
+#pragma once
+
+#include "core/float_types.h"
+#include "cuda/primitives.h"
+#include "matmul/cuda.h"
+#include "matmul/cuda_layout.h"
+
+namespace pyrobust::matmul::gpu {
+
+// Sizes of an instance. kRows: rows of x that it takes. A team is the warps that work on one run of
+// columns: four strips, and with more than 32 rows of x two halves of those.
+template <Format kFormat, int kRows>
+struct Shape {
+  static constexpr int kBits = stored_bits(kFormat);
+  static constexpr int kSums = kFormat == Format::kComplex ? 2 : 1;
+  static constexpr int kHalves = kRows > 32 ? 2 : 1;   // warps that share a strip, by rows of x
+  static constexpr int kEights = kRows / kHalves / 8;  // rows of x of a warp, by eights
+  static constexpr int kRuns = runs_of(kFormat);       // of columns, of a thread block
+  static constexpr int kTeams = kHalves == 1 ? kRuns : 1;
+  static constexpr int kTeam = kTileStrips * kHalves * kLanes;  // threads
+  static constexpr int kThreads = kTeams * kTeam;
+  static constexpr int kBlocksPerSm = kRows <= 16 || (kRows == 32 && kTeams == 1) ? 2 : 1;
+
+  // Parts of a stage, in bytes. A strip may have two groups of scales a block.
+  static constexpr int kStripCodes = static_cast<int>(block_words(kFormat)) * 4;
+  static constexpr int kStripScales = 2 * kStrip * 4;
+  static constexpr int kStripZeros = 2 * kStrip;
+  static constexpr int kCodesAt = kRows * 128;
+  static constexpr int kScalesAt = kCodesAt + kTileStrips * kStripCodes;
+  static constexpr int kZerosAt = kScalesAt + kTileStrips * kStripScales;
+  static constexpr int kStageBytes = kZerosAt + kTileStrips * kStripZeros;
+  // Enough bytes under way at two thread blocks a multiprocessor, within the 163 KB of sm_80.
+  static constexpr int kStages = kBits == 8 || kTeams == 2 && kBits > 2 ? 3 : kBits > 2 ? 4 : 6;
+  static constexpr int kTableAt = kTeams * kStages * kStageBytes;
+  static constexpr int kTableBytes = kFormat == Format::kCodebook ? 1024 : 0;
+  static constexpr int kTicketAt = kTableAt + kTableBytes;
+  static constexpr int kStagesEnd = kTicketAt + 16;
+
+  // The sums of a run: vectors of four a thread. They lie over the stages, except those of a run
+  // that ends while copies of the next are under way.
+  static constexpr int kVectors = kSums * 4 * kEights;
+  static constexpr int kRunBytes = kVectors * kTeam * 16;
+  static constexpr bool kStash = kTeams < kRuns;
+  PYROBUST_HD constexpr int sums_at(int run) {
+    return !kStash ? run * kRunBytes : run == kRuns - 1 ? 0 : kStagesEnd;
+  }
+  static constexpr int kLastSumsEnd = (kStash ? 1 : kRuns) * kRunBytes;
+  static constexpr int kSharedBytes = kStash                      ? kStagesEnd + kRunBytes
+                                      : kLastSumsEnd > kStagesEnd ? kLastSumsEnd
+                                                                  : kStagesEnd;
+  static_assert(!kStash || kRunBytes <= kTableAt, "the last run's sums lie over the stages");
+};
+
+// Which warp of its team a thread is in.
+struct WarpPlace {
+  int lane, strip, half;  // strip within the tile; half of the rows of x
+};
+
+// Where a team is: columns [64 block, ...) of its tile and, with groups along input features, how
+// many blocks of the present group lie behind.
+struct Unit {
+  int block, within;
+};
+
+PYROBUST_DEVICE void advance(const LinearArguments& p, Unit* unit) {
+  ++unit->block;
+  if (++unit->within == p.group_span) unit->within = 0;
+}
+
+// Fills stages of one team: what this thread copies next. Places move along with the unit, without
+// multiplications; they count in 32 bits, which saves registers and is enough for 2^36 weights.
+template <Format kFormat, int kRows, int kGroupDim>
+struct Loader {
+  using S = Shape<kFormat, kRows>;
+  static constexpr int kCopies = (kRows * 8 + S::kTeam - 1) / S::kTeam;
+  static constexpr int kRowStep = S::kTeam / 8;  // rows of x between a thread's copies
+  static constexpr int kBlockVectors = static_cast<int>(block_words(kFormat)) / 4;
+
+  Unit unit;
+  int row, chunk;   // of x, of the first copy
+  uint32_t x;       // halves from p.x to it
+  uint32_t codes;   // 16-byte vectors from p.codes to the first
+  uint32_t scales;  // of the first of 64 scales
+  bool idle;        // the strip lies past the end of W
+
+  __device__ __forceinline__ void begin(const LinearArguments& p, const WarpPlace& at, int64_t tile,
+                                        int64_t block) {
+    const int thread = static_cast<int>(threadIdx.x) % S::kTeam;
+    row = thread / 8;
+    chunk = thread % 8;
+    unit = {static_cast<int>(block), static_cast<int>(block % p.group_span)};
+    x = static_cast<uint32_t>(row * p.cols + block * kBlock + chunk * 8);
+    const int64_t strip = tile * kTileStrips + at.strip, blocks = p.schedule.blocks;
+    idle = strip >= p.strips;
+    codes = static_cast<uint32_t>((strip * blocks + block) * kBlockVectors + at.lane);
+    if (kGroupDim == 1) {
+      const int64_t group = block / p.group_span * (p.two_groups + 1);
+      scales = static_cast<uint32_t>((strip * p.groups + group) * kStrip);
+    } else {
+      const int64_t group = p.two_groups ? 2 * strip : strip / p.group_span;
+      scales = static_cast<uint32_t>((group * blocks + block) * kBlock);
+    }
+  }
+
+  __device__ __forceinline__ void advance_places(const LinearArguments& p) {
+    x += kBlock;
+    codes += kBlockVectors;
+    advance(p, &unit);
+    if (kGroupDim == 0) scales += kBlock;
+    if (kGroupDim == 1 && unit.within == 0) scales += kStrip * (p.two_groups + 1);
+  }
+
+  __device__ __forceinline__ void load(const LinearArguments& p, const WarpPlace& at,
+                                       uint8_t* stage) const {
+    load_activations(p, stage);
+    if (idle) return;
+    uint8_t* to = stage + S::kCodesAt + at.strip * S::kStripCodes + at.lane * 16;
+    const uint32_t* from = p.codes + int64_t{codes} * 4;
+#pragma unroll
+    for (int j = 0; j < S::kBits; ++j) {
+      if (S::kHalves > 1 && j % S::kHalves != at.half) continue;
+      cuda::copy16_async(to + j * kLanes * 16, from + j * kLanes * 4);
+    }
+    if (kFormat != Format::kComplex && at.half == 0) load_scales(p, at, stage);
+  }
+
+  __device__ __forceinline__ void load_activations(const LinearArguments& p, uint8_t* stage) const {
+    const auto* from = static_cast<const uint16_t*>(p.x);
+    const bool columns = unit.block * kBlock + chunk * 8 < static_cast<int>(p.cols);
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      if (kRows < kRowStep && row >= kRows) break;
+      const bool valid = columns && row + i * kRowStep < static_cast<int>(p.count);
+      cuda::copy16_async_or_zero(stage + activation_offset(row, chunk) + i * kRowStep * 128,
+                                 valid ? from + x + i * kRowStep * p.cols : from, valid);
+    }
+  }
+
+  __device__ __forceinline__ void load_scales(const LinearArguments& p, const WarpPlace& at,
+                                              uint8_t* stage) const {
+    // A second group of the strip or block lies right behind (group_dim 1) or a row further.
+    const int64_t apart = kGroupDim == 1 ? kStrip : p.schedule.blocks * kBlock;
+    const int shift = p.scale_type == FloatType::kFloat32 ? 2 : 1;  // log2 of a scale's bytes
+    const int which = at.lane >> (shift + 2);
+    if (which <= p.two_groups) {
+      const int64_t first = int64_t{scales} + which * apart;
+      const auto* scale = static_cast<const uint8_t*>(p.scale) + (first << shift);
+      cuda::copy16_async(stage + S::kScalesAt + at.strip * S::kStripScales + at.lane * 16,
+                         scale + (at.lane & ((4 << shift) - 1)) * 16);
+    }
+    if (p.zero != nullptr && at.lane / 4 <= p.two_groups) {
+      const uint8_t* zero = p.zero + scales + at.lane / 4 * apart;
+      cuda::copy16_async(stage + S::kZerosAt + at.strip * S::kStripZeros + at.lane * 16,
+                         zero + at.lane % 4 * 16);
+    }
+  }
+};
+
+}  // namespace pyrobust::matmul::gpu
