@@ -1,10 +1,11 @@
 // Included by avx2.cpp and avx512_rows.h: codes of a span of columns to bytes in plain order, and
-// sums with a table of floats.
+// tables of floats.
 //
 // Whole blocks of 64 columns are split by halves: bytes to nibbles, nibbles to pairs of bits, each
 // time the low half before the high one, which is the order of the columns.
 #pragma once
 
+#include "matmul/add_registers.h"
 #include "matmul/avx2_decode.h"
 #include "matmul/decode_rows.h"
 
@@ -24,7 +25,7 @@ inline __m256i split_fields(__m128i both) {
   return _mm256_set_m128i(_mm_unpackhi_epi8(low, high), _mm_unpacklo_epi8(low, high));
 }
 
-// Codes of 32 columns in plain order, from 4 kBits bytes (and up to 16 read).
+// Codes of 32 columns in plain order, from 4 kBits bytes.
 template <int kBits>
 inline __m256i plain_codes(const uint8_t* codes) {
   if constexpr (kBits == 1) {
@@ -42,7 +43,10 @@ inline __m256i plain_codes(const uint8_t* codes) {
     return split_fields<2>(_mm256_castsi256_si128(nibbles));
   } else if constexpr (kBits == 3) {
     // 3 bytes to each 64-bit lane; 24 bits spread to two times 12, four times 6, eight times 3.
-    const __m256i both = _mm256_broadcastsi128_si256(load_128(codes));
+    int32_t last;
+    __builtin_memcpy(&last, codes + 8, sizeof(last));
+    const __m128i first = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes));
+    const __m256i both = _mm256_broadcastsi128_si256(_mm_insert_epi32(first, last, 2));
     __m256i word = _mm256_shuffle_epi8(
         both, _mm256_setr_epi8(0, 1, 2, -1, -1, -1, -1, -1, 3, 4, 5, -1, -1, -1, -1, -1,  //
                                6, 7, 8, -1, -1, -1, -1, -1, 9, 10, 11, -1, -1, -1, -1, -1));
@@ -59,36 +63,121 @@ inline __m256i plain_codes(const uint8_t* codes) {
   }
 }
 
+// 160 columns in 32 bytes, 32 columns at a time: two registers of words, which packing by lanes
+// then brings into order, each with its byte and 2^16 / 3^(t + 1) for its digit t. Rounding that up
+// errs by less than the 2^16 / 243 between two fractions, as bytes are below 243.
+struct TernaryRound {
+  static constexpr int kColumns = 160;
+  int first[5];
+  alignas(32) uint8_t byte[5][2][32];
+  alignas(32) uint16_t factor[5][2][16];
+
+  constexpr TernaryRound() : first(), byte(), factor() {
+    for (int i = 0; i < 5; ++i) {
+      first[i] = i < 4 ? 32 * i / kTritsPerByte : 24;  // eight bytes are read
+      for (int p = 0; p < 32; ++p) {                   // h, lane and word of column 32 i + p
+        const int column = 32 * i + p, h = p / 8 % 2, word = 8 * (p / 16) + p % 8;
+        byte[i][h][2 * word] = static_cast<uint8_t>(column / kTritsPerByte - first[i]);
+        byte[i][h][2 * word + 1] = 0x80;
+        int power = 3;
+        for (int t = column % kTritsPerByte; t > 0; --t) power *= 3;
+        factor[i][h][word] = static_cast<uint16_t>((65536 + power - 1) / power);
+      }
+    }
+  }
+};
+constexpr TernaryRound kTernary;
+
+#if !defined(__AVX512F__)  // which has tables of its own
+
+// Up to 16 floats in two registers: a permutation of each, the fourth bit of the code chooses.
+template <bool kWide>
+class TwoRegisters {
+ public:
+  explicit TwoRegisters(const float* table)
+      : low_(_mm256_loadu_ps(table)), high_(_mm256_loadu_ps(table + (kWide ? 8 : 0))) {}
+
+  template <bool kAlternate>
+  Pair at(const uint8_t* code) const {
+    const Indices index = load_indices<kAlternate>(code);
+    return {entries(index.first), entries(index.second)};
+  }
+
+ private:
+  __m256 entries(__m256i index) const {
+    const __m256 low = _mm256_permutevar8x32_ps(low_, index);
+    if constexpr (!kWide) return low;
+    const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
+    return _mm256_blendv_ps(low, _mm256_permutevar8x32_ps(high_, index), upper);
+  }
+
+  __m256 low_, high_;
+};
+
+// 256 floats in memory: a load for every code, which is faster than gathering.
+class ManyLoads {
+ public:
+  explicit ManyLoads(const float* table) : table_(table) {}
+
+  template <bool kAlternate>
+  Pair at(const uint8_t* code) const {
+    constexpr int kNext = kAlternate ? 2 : 1, kSecond = kAlternate ? 1 : 8;
+    return {eight<kNext>(code), eight<kNext>(code + kSecond)};
+  }
+
+ private:
+  template <int kNext>
+  __m256 eight(const uint8_t* code) const {
+    const auto value = [&](int i) { return table_[code[kNext * i]]; };
+    return _mm256_setr_ps(value(0), value(1), value(2), value(3), value(4), value(5), value(6),
+                          value(7));
+  }
+
+  const float* table_;
+};
+
+#endif
+
 struct Avx2Codes {
-  // Whole runs of 32 columns of which 16 bytes may be read.
+#if !defined(__AVX512F__)
+  template <bool kWide>
+  using Table = TwoRegisters<kWide>;
+  using Table256 = ManyLoads;
+#endif
+
+  // Whole runs of 32 columns.
   template <int kBits>
-  static int64_t expand_runs(const uint8_t* codes, int64_t bytes, int64_t count, uint8_t* out) {
+  static int64_t expand_runs(const uint8_t* codes, int64_t count, uint8_t* out) {
     int64_t k = 0;
-    for (; k + 32 <= count && k * kBits / 8 + 16 <= bytes; k += 32) {
+    for (; k + 32 <= count; k += 32) {
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + k),
                           plain_codes<kBits>(codes + k * kBits / 8));
     }
     return k;
   }
 
-  static void add_table(const uint8_t* code, int64_t count, int levels, const float* table,
-                        float* target) {
+  // Digit t of a byte b is the whole part of 3 frac(b / 3^(t + 1)), as a fraction of 2^16.
+  static void expand_ternary(const uint8_t* codes, int64_t count, uint8_t* out) {
+    constexpr int64_t kRound = TernaryRound::kColumns;
     int64_t k = 0;
-    if (levels < 256) {
-      // 16 entries lie in two registers: a permutation of each, the fourth bit of the code chooses.
-      float entries[16] = {};
-      for (int i = 0; i < levels; ++i) entries[i] = table[i];
-      const __m256 low = _mm256_loadu_ps(entries), high = _mm256_loadu_ps(entries + 8);
-      for (; k + 8 <= count; k += 8) {
-        const __m256i index =
-            _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(code + k)));
-        const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
-        const __m256 value = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index),
-                                              _mm256_permutevar8x32_ps(high, index), upper);
-        _mm256_storeu_ps(target + k, _mm256_add_ps(_mm256_loadu_ps(target + k), value));
+    for (; k + kRound <= count; k += kRound, out += kRound, codes += kRound / kTritsPerByte) {
+#pragma GCC unroll 5
+      for (int i = 0; i < 5; ++i) {
+        const __m256i both = _mm256_broadcastsi128_si256(
+            _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + kTernary.first[i])));
+        __m256i digits[2];
+        for (int h = 0; h < 2; ++h) {
+          const auto* places = reinterpret_cast<const __m256i*>(kTernary.byte[i][h]);
+          const auto* factors = reinterpret_cast<const __m256i*>(kTernary.factor[i][h]);
+          const __m256i bytes = _mm256_shuffle_epi8(both, _mm256_load_si256(places));
+          const __m256i fraction = _mm256_mullo_epi16(bytes, _mm256_load_si256(factors));
+          digits[h] = _mm256_mulhi_epu16(fraction, _mm256_set1_epi16(3));
+        }
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 32 * i),
+                            _mm256_packus_epi16(digits[0], digits[1]));
       }
     }
-    for (; k < count; ++k) target[k] += table[code[k]];  // faster than gathering at 256 entries
+    expand_digits(codes, count - k, out);
   }
 
   // At most 16 entries: one shuffle. Reads and writes up to 31 bytes of slack.

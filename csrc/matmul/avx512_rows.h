@@ -14,7 +14,14 @@ class WideTable {
     for (int i = 0; i < 16; ++i) part_[i] = _mm512_loadu_ps(table + 16 * i);
   }
 
-  __m512 operator()(__m512i code) const {
+  template <bool kAlternate>
+  Pair at(const uint8_t* codes) const {
+    const Indices index = load_indices<kAlternate>(codes);
+    return {entries(index.first), entries(index.second)};
+  }
+
+ private:
+  __m512 entries(__m512i code) const {
     __m512 value[8];
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
@@ -32,30 +39,31 @@ class WideTable {
     return value[0];
   }
 
- private:
   __m512 part_[16];
 };
 
-struct Avx512Codes : Avx2Codes {
-  static void add_table(const uint8_t* code, int64_t count, int levels, const float* table,
-                        float* target) {
-    int64_t k = 0;
-    const auto add = [&](const auto& value_of) {
-      for (; k + 16 <= count; k += 16) {
-        const __m512 value = value_of(_mm512_cvtepu8_epi32(load_128(code + k)));
-        _mm512_storeu_ps(target + k, _mm512_add_ps(_mm512_loadu_ps(target + k), value));
-      }
-    };
-    if (levels == 256) {
-      add(WideTable(table));
-    } else {
-      float entries[16] = {};
-      for (int i = 0; i < levels; ++i) entries[i] = table[i];
-      const __m512 all = _mm512_loadu_ps(entries);
-      add([all](__m512i index) { return _mm512_permutexvar_ps(index, all); });
-    }
-    for (; k < count; ++k) target[k] += table[code[k]];
+// Up to 16 floats in one register. Where there are fewer the rest is not read.
+template <bool kWide>
+class OneRegister {
+ public:
+  explicit OneRegister(const float* table)
+      : table_(kWide ? _mm512_loadu_ps(table) : _mm512_castps256_ps512(_mm256_loadu_ps(table))) {}
+
+  template <bool kAlternate>
+  Pair at(const uint8_t* code) const {
+    const Indices index = load_indices<kAlternate>(code);
+    return {_mm512_permutexvar_ps(index.first, table_),
+            _mm512_permutexvar_ps(index.second, table_)};
   }
+
+ private:
+  __m512 table_;
+};
+
+struct Avx512Codes : Avx2Codes {
+  template <bool kWide>
+  using Table = OneRegister<kWide>;
+  using Table256 = WideTable;
 };
 
 }  // namespace

@@ -195,7 +195,7 @@ void add_levels(const LevelCodes& codes, const float* table, float alpha, const 
                 int num_threads) {
   check_format(codes.levels, codes.rows, codes.cols);
   const float factor = rounded_to(target.type, alpha);
-  float scaled[256];
+  float scaled[256] = {};  // sets may load 16 entries whatever the levels
   for (int i = 0; i < codes.levels; ++i) scaled[i] = factor * rounded_to(target.type, table[i]);
   const MatmulKernels& kernels = kernels_with(&MatmulKernels::add_levels);
   for_spans(0, codes.rows, codes.cols, num_threads, [&](int64_t n, int64_t begin, int64_t end) {

@@ -1,7 +1,7 @@
 // The reference path: plain loops over core/, double sums, no intrinsics. The other paths are
 // tested against it, in int8 mode for equal bits.
 #include "core/activation_int8.h"
-#include "matmul/decode_rows.h"
+#include "matmul/add_plain.h"
 #include "matmul/kernels.h"
 #include "matmul/sparse.h"
 #include "matmul/weights.h"
@@ -111,24 +111,28 @@ void multiply(const PackedMatrix& w, Mode mode, const Block& block, int64_t begi
 struct PlainCodes {
   // Eight codes lie in kBits bytes.
   template <int kBits>
-  static int64_t expand_runs(const uint8_t* codes, int64_t, int64_t count, uint8_t* out) {
+  static int64_t expand_runs(const uint8_t* codes, int64_t count, uint8_t* out) {
+    constexpr uint64_t kField = (1u << kBits) - 1;
     for (int64_t i = 0; i < count / 8; ++i) {
-      uint32_t word = 0;
+      uint64_t word = 0;
       for (int b = 0; b < kBits; ++b) {
-        word |= static_cast<uint32_t>(codes[kBits * i + b]) << (8 * b);
+        word |= static_cast<uint64_t>(codes[kBits * i + b]) << (8 * b);
       }
-      for (int k = 0; k < 8; ++k) out[8 * i + k] = (word >> (kBits * k)) & ((1 << kBits) - 1);
+      // Eight neighbours move apart by halves: two times four of them, four times two, one a byte.
+      word = (word | word << (32 - 4 * kBits)) & ((1ull << 4 * kBits) - 1) * 0x0000000100000001ull;
+      word = (word | word << (16 - 2 * kBits)) & ((1ull << 2 * kBits) - 1) * 0x0001000100010001ull;
+      word = (word | word << (8 - kBits)) & kField * 0x0101010101010101ull;
+      for (int k = 0; k < 8; ++k) out[8 * i + k] = static_cast<uint8_t>(word >> (8 * k));
     }
     return count / 8 * 8;
   }
 
-  static void look_up(const uint8_t* codebook, int, int64_t count, uint8_t* out) {
-    for (int64_t k = 0; k < count; ++k) out[k] = codebook[out[k]];
+  static void expand_ternary(const uint8_t* codes, int64_t count, uint8_t* out) {
+    expand_digits(codes, count, out);
   }
 
-  static void add_table(const uint8_t* code, int64_t count, int, const float* table,
-                        float* target) {
-    for (int64_t k = 0; k < count; ++k) target[k] += table[code[k]];
+  static void look_up(const uint8_t* codebook, int, int64_t count, uint8_t* out) {
+    for (int64_t k = 0; k < count; ++k) out[k] = codebook[out[k]];
   }
 };
 

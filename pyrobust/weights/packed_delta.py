@@ -62,8 +62,8 @@ class PackedDelta(Mapping[str, Tensor]):
     """A packed task vector; ``packed[name]`` unpacks one tensor to float32.
 
     Made by :func:`quantize_delta`. It is added to float32, float16 and bfloat16 weights on the CPU
-    in one pass over them, decoded on the way; elsewhere, and where neither the tensor nor its rows
-    are contiguous, one tensor at a time is unpacked first.
+    in one pass over them, decoded on the way, and to a contiguous copy of a tensor whose strides do
+    not allow that (``channels_last``). Elsewhere one tensor at a time is unpacked first.
     """
 
     def __init__(
@@ -97,9 +97,11 @@ class PackedDelta(Mapping[str, Tensor]):
         """
         part = self._parts[name]
         check_shape("PackedDelta.add_to_", "target", target, self.shapes[name])
-        matrix = _as_matrix(target.detach(), part.shape)
-        if matrix is not None and can_add_in_place(matrix):
+        if (matrix := _as_matrix(target.detach(), part.shape)) is not None:
             part.add_to_(matrix, scale)
+        elif (dense := _as_matrix(target.detach().contiguous(), part.shape)) is not None:
+            part.add_to_(dense, scale)
+            target.copy_(dense.view(target.shape))
         else:
             target.add_(self[name].to(target.device, target.dtype), alpha=scale)
 
@@ -179,11 +181,12 @@ class PackedDelta(Mapping[str, Tensor]):
 
 
 def _as_matrix(target: Tensor, shape: tuple[int, int]) -> Tensor | None:
-    """A view of ``target``, or None where its strides allow none."""
+    """A view of ``target`` that can be added to, or None where there is none."""
     try:
-        return target.view(shape)
+        matrix = target.view(shape)
     except RuntimeError:
         return None
+    return matrix if can_add_in_place(matrix) else None
 
 
 def quantize_delta(

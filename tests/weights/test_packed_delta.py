@@ -1,5 +1,7 @@
 """Storage of task vectors: the published schemes, exact zeros, files, signatures of VGG-16."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -117,6 +119,27 @@ def test_a_shallow_signature_of_vgg16_is_ten_times_smaller(scheme, tmp_path):
     assert size == pytest.approx(packed.nbytes, rel=0.01)
     again = PackedDelta.load(path)
     assert all(torch.equal(again[name], packed[name]) for name in names)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("scheme", "group"), [("linear", 16), ("linear", None), ("log", None)])
+def test_other_strides_are_added_to_with_the_same_bits(scheme, group, dtype):
+    """Channels last, and a transposed matrix: no view of the codes' shape exists."""
+    model = nn.Sequential(nn.Conv2d(6, 8, 3), nn.Linear(10, 12)).to(dtype)
+    deltas = {name: torch.randn_like(value).detach() for name, value in model.named_parameters()}
+    packed = quantize_delta(TaskVector.from_deltas(deltas), 4, scheme, group_size=group)
+    strided = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    strided[1].weight.data = strided[1].weight.data.t().contiguous().t()
+    before = {name: value.clone() for name, value in strided.state_dict().items()}
+    packed.apply_to(model, 0.3)
+    with Patcher(strided) as patcher:
+        patcher.apply(packed, 0.3)
+        assert not strided[0].weight.is_contiguous()
+        assert not strided[1].weight.is_contiguous()
+        for name, value in strided.state_dict().items():
+            assert torch.equal(value, model.state_dict()[name])
+    for name, value in strided.state_dict().items():
+        assert torch.equal(value, before[name])
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path):
