@@ -59,9 +59,9 @@ def main() -> None:
     images = mark.marked(latents[:10]).detach()
 
     def prove(seen: torch.Tensor) -> Ownership:
-        # This extractor's bits are correlated over images of one kind, against the test's null
-        # hypothesis, so the accepted false-positive rate leaves a wide margin.
-        return verify_ownership(seen, extractor, message, fpr=1e-6)
+        # Images of one decoder depend on each other; the default null hypothesis allows for that.
+        # Eight bits cannot claim anything at a rate below 2^-8.
+        return verify_ownership(seen, extractor, message, fpr=0.005)
 
     print("marked images:  ", prove(images).summary())
     print("unmarked images:", prove(foreign).summary())

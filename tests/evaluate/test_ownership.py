@@ -1,4 +1,4 @@
-"""The exact binomial ownership test."""
+"""The ownership test: exact under independent bits, and under a random message without that."""
 
 import itertools
 
@@ -58,12 +58,16 @@ def test_verification_counts_over_images():
     message = torch.tensor([1, 0, 1, 1, 0, 0, 1, 0])
     logits = (2.0 * message - 1).repeat(10, 1)
     logits[0] = -logits[0]
-    result = verify_ownership(torch.zeros(10, 1, 2, 2), Fixed(logits).eval(), message)
+    images, extractor = torch.zeros(10, 1, 2, 2), Fixed(logits).eval()
+    result = verify_ownership(images, extractor, message, null="binomial")
     assert (result.matches, result.bits, result.threshold) == (72, 80, 52)
     assert result.claimed
     assert result.p_value == pytest.approx(stats.binom.sf(71, 80, 0.5))
     assert result.summary().startswith("claimed: 72 of 80")
-    assert not verify_ownership(torch.zeros(1, 1, 2, 2), Fixed(logits).eval(), message).claimed
+    assert not verify_ownership(images[:1], extractor, message).claimed
+    by_default = verify_ownership(images, extractor, message)
+    assert (by_default.matches, by_default.bits) == (72, 80)
+    assert by_default.p_value == pytest.approx(2.0**-8)  # no other message matches as well
 
 
 def test_the_null_of_a_random_message_is_exact_by_enumeration():
@@ -75,6 +79,44 @@ def test_the_null_of_a_random_message_is_exact_by_enumeration():
         result = verify_ownership(images, extractor, message, fpr=0.1, null="message")
         assert result.p_value == pytest.approx((matches >= own).double().mean().item())
         assert result.claimed == (result.p_value <= 0.1)
+    own_means = (2 * every - 1).double() @ logits.double().mean(0)
+    for message, own in zip(every, own_means, strict=True):
+        result = verify_ownership(images, extractor, message, fpr=0.1, statistic="logits")
+        # rounding to 10,000 parts moves no sum by as much as two of these lie apart
+        assert result.p_value == pytest.approx((own_means >= own - 1e-9).double().mean().item())
+        assert result.claimed == (result.p_value <= 0.1)
+
+
+def test_one_image_is_the_binomial_test_of_its_bits():
+    logits = torch.randn(1, 16, generator=torch.Generator().manual_seed(3))
+    extractor, image = Fixed(logits).eval(), torch.zeros(1, 1, 2, 2)
+    for message in torch.randint(2, (20, 16), generator=torch.Generator().manual_seed(4)):
+        one, other = (
+            verify_ownership(image, extractor, message, null=null)
+            for null in ("message", "binomial")
+        )
+        assert (one.matches, one.threshold) == (other.matches, other.threshold)
+        assert one.p_value == pytest.approx(other.p_value)
+
+
+def test_mean_logits_find_a_mark_that_is_faint_in_every_image():
+    """Bits right in 55% of the images, and a strong bias of all images of the decoder."""
+    generator = torch.Generator().manual_seed(0)
+    message = torch.randint(2, (24,), generator=generator)
+    bias = torch.zeros(24)
+    bias[:6] = 0.5 * torch.randn(6, generator=generator)
+    logits = torch.randn(400, 24, generator=generator) + 0.13 * (2 * message - 1) + bias
+    extractor, images = Fixed(logits).eval(), torch.zeros(400, 1, 2, 2)
+    result = verify_ownership(images, extractor, message, fpr=1e-3, statistic="logits")
+    assert result.claimed
+    assert 9_990 <= result.bits <= 10_010
+    claims = [
+        verify_ownership(images, extractor, other, fpr=0.05, statistic="logits").claimed
+        for other in torch.randint(2, (400, 24), generator=generator)
+    ]
+    assert 0 < sum(claims) <= 0.05 * 400 + 3 * (0.05 * 0.95 * 400) ** 0.5
+    nothing = verify_ownership(images, Fixed(0 * logits).eval(), message, statistic="logits")
+    assert not nothing.claimed
 
 
 def test_dependent_images_break_the_binomial_null_and_not_that_of_the_message():
@@ -105,6 +147,13 @@ def test_refusals():
         verify_ownership(torch.zeros(1, 1, 1, 1), extractor, message)
     with pytest.raises(ValueError, match="null must be one of"):
         verify_ownership(torch.zeros(1, 1, 1, 1), extractor, message, null="other")
+    with pytest.raises(ValueError, match="statistic must be one of bits; got 'logits'"):
+        verify_ownership(
+            torch.zeros(1, 1, 1, 1), extractor.eval(), message, null="binomial", statistic="logits"
+        )
+    with pytest.raises(ValueError, match="logits must be finite"):
+        broken = Fixed(torch.full((1, 2), float("nan"))).eval()
+        verify_ownership(torch.zeros(1, 1, 1, 1), broken, message)
     with pytest.raises(ValueError, match="gives 3 bits, the message has 2"):
         verify_ownership(torch.zeros(1, 1, 1, 1), extractor.eval(), message)
     with pytest.raises(ValueError, match="zeros and ones"):

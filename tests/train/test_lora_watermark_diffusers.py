@@ -23,18 +23,24 @@ MESSAGE = torch.tensor([1, 0, 1, 1, 0, 0, 1, 0])
 
 
 class TileExtractor(nn.Module):
-    """Projections on eight orthonormal 4x4 tiles repeated over a 32x32 image, standardised."""
+    """Projections on orthonormal square tiles repeated over a 32x32 image, standardised."""
 
-    def __init__(self):
+    def __init__(self, bits=BITS, side=4):
         super().__init__()
-        tiles = torch.randn(16, BITS)
-        tiles = torch.linalg.qr(tiles - tiles.mean(0))[0].T.reshape(BITS, 4, 4)
-        self.register_buffer("tiles", tiles.repeat(1, 8, 8))
-        self.register_buffer("mean", torch.zeros(BITS))
-        self.register_buffer("std", torch.ones(BITS))
+        tiles = torch.randn(side * side, bits)
+        tiles = torch.linalg.qr(tiles - tiles.mean(0))[0].T.reshape(bits, side, side)
+        self.register_buffer("tiles", tiles.repeat(1, 32 // side, 32 // side))
+        self.register_buffer("mean", torch.zeros(bits))
+        self.register_buffer("std", torch.ones(bits))
 
     def forward(self, images):
         return ((images * self.tiles[None]).sum((-2, -1)) - self.mean) / self.std
+
+
+def standardised(extractor, images):
+    values = extractor(images)
+    extractor.mean, extractor.std = values.mean(0), values.std(0)
+    return extractor
 
 
 def decode(model, latents):
@@ -64,22 +70,21 @@ def built():
     vae.eval()
     with torch.no_grad():
         latents, unseen = (vae.encode(x).latent_dist.mode() for x in (train, held))
-        extractor = TileExtractor().eval()
-        values = extractor(decode(vae, latents))
-        extractor.mean, extractor.std = values.mean(0), values.std(0)
+        extractor = standardised(TileExtractor().eval(), decode(vae, latents))
     return SimpleNamespace(
         vae=vae, images=train, latents=latents, unseen=unseen, extractor=extractor
     )
 
 
-def embed(built, fine_tuning=None):
-    """Four hundred steps on the last stage of a copy of the decoder."""
+def embed(built, fine_tuning=None, *, extractor=None, message=MESSAGE, psnr=25.0, steps=400):
+    """Trained on the last stage of a copy of the decoder."""
+    extractor = extractor or built.extractor
     layers = [f"up_blocks.2.resnets.{i}.conv{j}" for i in range(2) for j in (1, 2)]
     mark = LoRAWatermark(
-        copy.deepcopy(built.vae), layers, MESSAGE, built.extractor, decode=decode,
-        scheduler=DynamicLossWeights(psnr=25.0), fine_tuning=fine_tuning,
+        copy.deepcopy(built.vae), layers, message, extractor, decode=decode,
+        scheduler=DynamicLossWeights(psnr=psnr), fine_tuning=fine_tuning,
     )  # fmt: skip
-    mark.fit(built.latents[torch.randint(len(built.latents), (8,))] for _ in range(400))
+    mark.fit(built.latents[torch.randint(len(built.latents), (8,))] for _ in range(steps))
     return mark
 
 
@@ -99,10 +104,10 @@ def fine_tuned(built, model, marks):
         optimizer.step()
 
 
-def claimed_share(images, extractor, message, size, null):
+def claimed_share(images, extractor, message, size, **options):
     """Share of the whole groups of ``size`` images that are claimed at a rate of 0.005."""
     groups = [group for group in images.split(size) if len(group) == size]
-    results = [verify_ownership(x, extractor, message, null=null).claimed for x in groups]
+    results = [verify_ownership(x, extractor, message, **options).claimed for x in groups]
     return sum(results) / len(results)
 
 
@@ -122,7 +127,7 @@ def test_a_diffusers_decoder_carries_bits(built):
     # single images of its own are claimed, groups without exception; foreign ones, whatever the
     # message, no more often than the rate
     own = [verify_ownership(x[None], extractor, message, fpr=5e-3).claimed for x in marked]
-    groups = [verify_ownership(x, extractor, message, fpr=1e-6).claimed for x in marked.split(8)]
+    groups = [verify_ownership(x, extractor, message).claimed for x in marked.split(8)]
     print(f"claimed: {sum(own)} of {len(own)} images, {sum(groups)} of {len(groups)} groups of 8")
     assert sum(own) >= 0.95 * len(own)
     assert all(groups[:-1])  # the last one is smaller
@@ -163,14 +168,14 @@ def test_how_long_the_claim_outlives_fine_tuning(built, unrolled):
         accuracy[step] = bit_accuracy(built.extractor(images), MESSAGE)
         for size in (1, 16, 64):
             for null in ("binomial", "message"):
-                share = claimed_share(images, built.extractor, MESSAGE, size, null)
+                share = claimed_share(images, built.extractor, MESSAGE, size, null=null)
                 shares[step, size, null] = share
         of_step = {key[1:]: round(share, 2) for key, share in shares.items() if key[0] == step}
         print(f"after {step} steps: {accuracy[step]:.3f}; claimed: {of_step}")
     with torch.no_grad():
         clean = decode(built.vae, built.unseen)
     false = [
-        claimed_share(clean, built.extractor, other, 64, null)
+        claimed_share(clean, built.extractor, other, 64, null=null)
         for other in torch.randint(2, (50, BITS))
         for null in ("binomial", "message")
     ]
@@ -187,3 +192,41 @@ def test_how_long_the_claim_outlives_fine_tuning(built, unrolled):
     assert shares[50, 64, "binomial"] == 1
     assert accuracy[500] < 0.6  # erased, as published
     assert shares[500, 64, "message"] == 0
+
+
+@pytest.mark.slow
+def test_a_longer_message_is_claimed_after_more_fine_tuning(built):
+    """Of 32 bits some may be lost, and mean logits find faint ones; the rate stays exact."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        clean = decode(built.vae, built.latents)
+        extractor = standardised(TileExtractor(32, 8).eval(), clean)
+    message = torch.randint(2, (32,))
+    mark = embed(built, extractor=extractor, message=message, psnr=20.0, steps=800)
+    with torch.no_grad():
+        unmarked = mark.clean(built.unseen)
+        mse = F.mse_loss(mark.marked(built.unseen), unmarked)
+    print(f"\n{-10 * float(torch.log10(mse)):.1f} dB")
+    model, all_images = merge_adapters(mark.decoder), {}
+    for step, images in fine_tuned(built, model, (0, 10, 50, 100, 200, 500)):
+        row = {}
+        for size in (16, 64):
+            for statistic in ("bits", "logits"):
+                share = claimed_share(images, extractor, message, size, statistic=statistic)
+                row[size, statistic] = round(share, 2)
+        result = verify_ownership(images, extractor, message, statistic="logits")
+        all_images[step] = result.p_value
+        accuracy = bit_accuracy(extractor(images), message)
+        print(f"after {step} steps: {accuracy:.3f}; claimed: {row}; p of all {result.p_value:.1e}")
+        if step <= 10:
+            assert row[16, "logits"] == row[64, "bits"] == 1
+        if step == 50:
+            assert row[64, "logits"] >= 0.8
+    assert all_images[50] <= 0.005
+    assert all_images[500] > 0.005  # erased, as published
+    false = [
+        verify_ownership(unmarked, extractor, other, fpr=0.05, statistic="logits").claimed
+        for other in torch.randint(2, (400, 32))
+    ]
+    print(f"false claims at 0.05: {sum(false) / 400:.3f} of 400")
+    assert sum(false) <= 0.05 * 400 + 3 * (0.05 * 0.95 * 400) ** 0.5
