@@ -151,8 +151,8 @@ def test_refusals():
         verify_ownership(
             torch.zeros(1, 1, 1, 1), extractor.eval(), message, null="binomial", statistic="logits"
         )
+    broken = Fixed(torch.full((1, 2), float("nan"))).eval()
     with pytest.raises(ValueError, match="logits must be finite"):
-        broken = Fixed(torch.full((1, 2), float("nan"))).eval()
         verify_ownership(torch.zeros(1, 1, 1, 1), broken, message)
     with pytest.raises(ValueError, match="gives 3 bits, the message has 2"):
         verify_ownership(torch.zeros(1, 1, 1, 1), extractor.eval(), message)
