@@ -5,8 +5,9 @@ constraints: ``unsat`` means that no such input exists, so the property that the
 
 Read here is the part of the format that verification competitions use: ``declare-const`` of ``X_i``
 and ``Y_j``, and ``assert`` of ``<=``, ``>=``, ``<``, ``>`` between linear terms, joined by ``and``
-and ``or``. Constraints on inputs bound one variable each; strict ones are read as ``<=``, which can
-only enlarge what must be refuted. Bounds are rounded outward to float32.
+and ``or``. Constraints on inputs bound one variable each. Strict ones are read as ``<=``: that can
+only enlarge what must be refuted, and a point that satisfies them may do so with equality. Bounds
+are rounded outward to float32.
 
 Source: the VNN-LIB standard, version 1.0, and the properties of VNN-COMP.
 """
@@ -15,7 +16,9 @@ from __future__ import annotations
 
 import gzip
 import itertools
+import math
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -80,9 +83,11 @@ def load_vnnlib(path: str | Path) -> Property:
         OSError: the file cannot be read.
     """
     data = Path(path).read_bytes()
-    if data[:2] == b"\x1f\x8b":
-        data = gzip.decompress(data)
-    return parse_vnnlib(data.decode("utf-8"), name=str(path))
+    try:
+        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8")
+    except (EOFError, OSError, zlib.error, UnicodeDecodeError) as error:
+        raise ValueError(f"load_vnnlib: {path} is not text, plain or gzipped ({error}).") from error
+    return parse_vnnlib(text, name=str(path))
 
 
 def parse_vnnlib(text: str, *, name: str = "property") -> Property:
@@ -107,6 +112,8 @@ def parse_vnnlib(text: str, *, name: str = "property") -> Property:
             if len(statement) != 2:
                 raise ValueError(f"{where}: assert takes one expression.")
             parts = _clauses(statement[1], where)
+            for form in itertools.chain(*parts):
+                _check_variables(form, declared, where)
             disjunction = [a + b for a, b in itertools.product(disjunction, parts)]
             if len(disjunction) > _LIMIT:
                 raise ValueError(f"{where}: more than {_LIMIT} cases.")
@@ -114,7 +121,10 @@ def parse_vnnlib(text: str, *, name: str = "property") -> Property:
             raise ValueError(f"{where}: unknown statement {head!r}.")
     if declared["X"] == 0 or declared["Y"] == 0:
         raise ValueError(f"{name}: no inputs X_i or no outputs Y_j are declared.")
-    cases = [_case(clause, declared, name) for clause in disjunction]
+    try:
+        cases = [_case(clause, declared, name) for clause in disjunction]
+    except OverflowError:
+        raise ValueError(f"{name}: a coefficient or limit is too large for float64.") from None
     return Property(declared["X"], declared["Y"], tuple(cases))
 
 
@@ -155,11 +165,23 @@ def _declare(statement: list, declared: dict[str, int], where: str) -> None:  # 
     declared[kind] += 1
 
 
+def _check_variables(form: _Form, declared: dict[str, int], where: str) -> None:
+    """That they are declared, and that inputs stand alone."""
+    used = [k for k, v in form.items() if k and v]
+    for variable in used:
+        if int(variable[2:]) >= declared[variable[0]]:
+            raise ValueError(f"{where}: {variable} is not declared.")
+    if any(variable[0] == "X" for variable in used) and len(used) != 1:
+        raise ValueError(f"{where}: a constraint on inputs must bound one variable; got {used}.")
+
+
 def _clauses(expression: object, where: str) -> list[_Clause]:
     """The expression in disjunctive form."""
     if not isinstance(expression, list) or not expression:
         raise ValueError(f"{where}: a constraint must be a list; got {expression!r}.")
     head, *rest = expression
+    if head in ("or", "and") and not rest:
+        raise ValueError(f"{where}: {head!r} of no constraints.")
     if head == "or":
         return [clause for part in rest for clause in _clauses(part, where)]
     if head == "and":
@@ -182,6 +204,9 @@ def _linear(term: object, where: str) -> _Form:
         if _NAME.match(term):
             return {term: Fraction(1)}
         try:
+            # float() first: it finds at once what would take Fraction forever, as 1e999999999
+            if "/" not in term and not math.isfinite(float(term)):
+                raise ValueError
             return {"": Fraction(term)}
         except (ValueError, ZeroDivisionError):
             raise ValueError(f"{where}: {term!r} is neither a variable nor a number.") from None
@@ -218,11 +243,8 @@ def _case(clause: _Clause, declared: dict[str, int], name: str) -> PropertyCase:
     limits: list[float] = []
     for form in clause:
         used = [k for k, v in form.items() if k and v]
-        for k in used:
-            if int(k[2:]) >= declared[k[0]]:
-                raise ValueError(f"{name}: {k} is not declared.")
-        if any(k[0] == "X" for k in used):
-            _bound_input(form, used, low, high, name)
+        if used and used[0][0] == "X":
+            _bound_input(form, used[0], low, high)
         else:
             rows.append([float(form.get(f"Y_{j}", 0)) for j in range(declared["Y"])])
             limits.append(float(-form.get("", Fraction(0))))
@@ -246,15 +268,8 @@ def _case(clause: _Clause, declared: dict[str, int], name: str) -> PropertyCase:
 
 
 def _bound_input(
-    form: _Form,
-    used: list[str],
-    low: list[Fraction | None],
-    high: list[Fraction | None],
-    name: str,
+    form: _Form, variable: str, low: list[Fraction | None], high: list[Fraction | None]
 ) -> None:
-    if len(used) != 1:
-        raise ValueError(f"{name}: a constraint on inputs must bound one variable; got {used}.")
-    (variable,) = used
     index, slope = int(variable[2:]), form[variable]
     value = -form.get("", Fraction(0)) / slope
     side, tighter = (high, min) if slope > 0 else (low, max)

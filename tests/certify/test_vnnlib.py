@@ -73,8 +73,15 @@ def test_files_plain_and_packed(tmp_path):
         ("(check-sat)", "line 10: unknown statement 'check-sat'"),
         ("(assert (<= Y_0 abc))", "line 10: 'abc' is neither a variable nor a number"),
         ("(declare-const X_5 Real)", "line 10: X_2 must be declared next; got X_5"),
-        ("(assert (<= Y_7 0))", "Y_7 is not declared"),
-        ("(assert (<= X_0 X_1))", "must bound one variable"),
+        ("(assert (<= Y_7 0))", "line 10: Y_7 is not declared"),
+        ("(assert (<= X_0 X_1))", "line 10: a constraint on inputs must bound one variable"),
+        ("(assert (<= X_0 Y_1))", "line 10: a constraint on inputs must bound one variable"),
+        ("(assert (or))", "line 10: 'or' of no constraints"),
+        ("(assert (<= Y_0 1e999999999))", "line 10: '1e999999999' is neither"),
+        ("(assert (<= (* 1e300 (* 1e300 Y_0)) 0))", "is too large for float64"),
+        ("(assert)", "line 10: assert takes one expression"),
+        ("((assert) Y_0)", "line 10: unknown statement"),
+        ("(assert (and (<= Y_0 0)\n(<= Y_1 word)))", "line 10: 'word' is neither"),
         ("(assert (<= X_0 0.05))", "bounds of X_0 are out of order"),
         ("word", "line 10: 'word' stands outside parentheses"),
     ],
@@ -87,6 +94,14 @@ def test_malformed_text_names_its_line(text, message):
 def test_unbounded_inputs_are_refused():
     with pytest.raises(ValueError, match="X_0 must be bounded on both sides"):
         parse_vnnlib("(declare-const X_0 Real)(declare-const Y_0 Real)(assert (<= X_0 1))")
+
+
+def test_files_that_are_no_text(tmp_path):
+    path = tmp_path / "a.vnnlib"
+    for data in (b"\xff\xfe(", gzip.compress(b"(assert)" * 99)[:-20], b"\x1f\x8bnothing"):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"a\.vnnlib is not text, plain or gzipped"):
+            load_vnnlib(path)
 
 
 def network():
