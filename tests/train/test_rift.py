@@ -179,8 +179,9 @@ def test_one_module_and_a_line_keep_what_full_fine_tuning_destroys():
     start, chosen = (
         next(row for row in result.curve if row[0] == place) for place in (0.0, result.alpha)
     )
-    assert chosen[1] >= start[1] + 0.005
-    assert chosen[2] >= start[2] - 0.005
+    # how much is gained differs from nothing to a point between starts (docs/methods.md, row 30)
+    assert chosen[1] >= start[1]
+    assert chosen[2] >= start[2] - 0.001  # the default tolerance
     whole = copy.deepcopy(model).train()
     optimizer = torch.optim.SGD(whole.parameters(), 0.01, 0.9, weight_decay=5e-4)
     for _ in range(10):
