@@ -13,27 +13,33 @@ using namespace cuda_matmul;
 // The sums of the complex product: 2 count rows of x in float16, real parts first.
 struct ComplexLinear {
   gpu::LinearArguments arguments;
+  int multiprocessors;
 
-  ComplexLinear(uintptr_t codes, int64_t rows, int64_t cols, int multiprocessors, bool clusters) {
+  ComplexLinear(uintptr_t codes, int64_t rows, int64_t cols, int processors, bool clusters)
+      : multiprocessors(processors) {
     arguments.codes = device_pointer<const uint32_t>(codes);
     arguments.rows = rows;
     arguments.cols = gpu::divide_up(cols, 8) * 8;
     arguments.group_dim = 0;
     arguments.clusters = clusters;
-    gpu::plan_linear(gpu::Format::kComplex, INT64_MAX, multiprocessors, &arguments);
+    gpu::plan_linear(INT64_MAX, &arguments);
+  }
+
+  gpu::LinearArguments for_rows(int64_t count) const {
+    gpu::LinearArguments p = arguments;
+    gpu::plan_rows(gpu::Format::kComplex, count, multiprocessors, &p);
+    return p;
   }
 
   py::tuple workspace(int64_t count) const {
-    gpu::LinearArguments p = arguments;
-    p.count = count;
+    const gpu::LinearArguments p = for_rows(count);
     return py::make_tuple(gpu::partial_floats(gpu::Format::kComplex, p), gpu::arrival_words(p));
   }
 
   void run(uintptr_t x, int64_t count, uintptr_t sums, uintptr_t partials, uintptr_t arrivals,
            const Where& where) const {
     const Launching on(where.first, where.second);
-    gpu::LinearArguments p = arguments;
-    p.count = count;
+    gpu::LinearArguments p = for_rows(count);
     p.x = device_pointer<const void>(x);
     p.sums = device_pointer<int32_t>(sums);
     p.partials = device_pointer<float>(partials);

@@ -74,9 +74,11 @@ struct Matrix {
 struct Linear {
   gpu::Format format;
   gpu::LinearArguments arguments;
+  int multiprocessors;
 
   Linear(const Matrix& matrix, uintptr_t codes, uintptr_t scale, int scale_type, uintptr_t zero,
-         uintptr_t alpha, int multiprocessors, bool clusters) {
+         uintptr_t alpha, int processors, bool clusters)
+      : multiprocessors(processors) {
     const matmul::PackedMatrix& w = matrix.weight;
     format = gpu::format_of(w.levels, w.codebook != nullptr);
     gpu::LinearArguments& p = arguments;
@@ -95,12 +97,12 @@ struct Linear {
     p.symmetric_zero = static_cast<float>(matmul::symmetric_zero(w));
     const bool one_group = w.group_size >= (w.group_dim == 1 ? w.cols : w.rows);
     p.clusters = clusters;
-    gpu::plan_linear(format, one_group ? INT64_MAX : w.group_size, multiprocessors, &p);
+    gpu::plan_linear(one_group ? INT64_MAX : w.group_size, &p);
   }
 
   gpu::LinearArguments for_rows(int64_t count) const {
     gpu::LinearArguments p = arguments;
-    p.count = count;
+    gpu::plan_rows(format, count, multiprocessors, &p);
     return p;
   }
 

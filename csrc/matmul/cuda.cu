@@ -203,21 +203,27 @@ unsigned blocks_for(int64_t work, int64_t of_each) {
 
 }  // namespace
 
-void plan_linear(Format format, int64_t group_size, int multiprocessors, LinearArguments* p) {
+void plan_linear(int64_t group_size, LinearArguments* p) {
   const int64_t extent = p->group_dim == 1 ? p->cols : p->rows;
   p->strips = strips_of(p->rows);
   p->two_groups = group_size == 32 && group_size < extent ? 1 : 0;
   const int64_t whole = p->group_dim == 1 ? blocks_of(p->cols) : p->strips;
   p->groups = group_size >= extent ? 1 : p->two_groups ? 2 * whole : divide_up(extent, group_size);
   p->group_span = static_cast<int>(p->groups == 1 ? whole : p->two_groups ? 1 : group_size / 64);
-  p->schedule = make_schedule(format, p->rows, p->cols, multiprocessors);
+}
+
+void plan_rows(Format format, int64_t count, int multiprocessors, LinearArguments* p) {
+  p->count = count;
+  const int rows = instance_rows(format, p->group_dim, count);
+  p->schedule = make_schedule(rows, p->rows, p->cols, multiprocessors);
 }
 
 int64_t partial_floats(Format format, const LinearArguments& p) {
   if (p.clusters || p.schedule.parts == 1) return 0;
-  const int64_t rows = instance_rows(format, p.group_dim, p.count);
+  const int rows = instance_rows(format, p.group_dim, p.count);
   const int64_t sums = format == Format::kComplex ? 2 : 1;
-  return thread_blocks_of(p.schedule) * runs_of(format) * sums * kTileStrips * kStrip * rows;
+  return thread_blocks_of(p.schedule) * teams_of(rows) * strips_of_tile(rows) * sums * kStrip *
+         rows;
 }
 
 int64_t arrival_words(const LinearArguments& p) { return p.schedule.tiles; }

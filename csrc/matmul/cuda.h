@@ -9,8 +9,8 @@
 //
 // with groups along output features each weight is first rounded to the type of x: 2^-11 |x| |W|
 // more in float16, 2^-8 |x| |W| more in bfloat16 (its scale and its product). A row of y depends on
-// its row of x alone, not on M, as long as the same path serves it: up to 64 rows of x in one call,
-// fused.
+// its row of x alone; not on M within 1 .. 16, 17 .. 32, 33 .. 64, and what is above FUSED_ROWS
+// (pyrobust/ops/_cuda_matmul.py).
 #pragma once
 
 #include <cstdint>
@@ -61,9 +61,10 @@ PYROBUST_HD bool fusible_groups(int64_t group_size, int64_t extent) {
   return group_size == 32 || group_size % 64 == 0 || group_size >= extent;
 }
 
-// Fills group_span, two_groups, groups and schedule from the sizes; `multiprocessors` of the
-// device.
-void plan_linear(Format format, int64_t group_size, int multiprocessors, LinearArguments* p);
+// Fills strips, group_span, two_groups and groups from the sizes; then, for `count` rows of x and
+// the multiprocessors of the device, count and schedule.
+void plan_linear(int64_t group_size, LinearArguments* p);
+void plan_rows(Format format, int64_t count, int multiprocessors, LinearArguments* p);
 
 // Floats of the workspace `partials` and int32 of `arrivals`: none with clusters, or where every
 // tile has one thread block.

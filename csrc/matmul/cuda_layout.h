@@ -47,7 +47,6 @@ constexpr int kSteps = kBlock / kStepColumns;
 constexpr int kLanes = 32;
 constexpr int kPairRows = 8;  // rows of a strip that one lane holds
 constexpr int kMaxStepWords = 8;
-constexpr int kTileStrips = 4;  // strips that a thread block multiplies at a time
 
 PYROBUST_HD constexpr int stored_bits(Format format) {
   switch (format) {
@@ -234,39 +233,40 @@ PYROBUST_HD constexpr int activation_offset(int m, int chunk) {
 }
 
 // --- schedule -----------------------------------------------------------------------------------
-// Four strips times all columns are a tile. A tile goes to `parts` thread blocks, and each takes
-// runs_of(format) runs of `per` consecutive blocks of columns, run after run. The sums of the runs
-// are added in their order: it depends on the sizes of W and the number of multiprocessors, never
-// on M or on chance.
+// A tile is one strip, or two where many rows of x make it worth to share them, times all columns.
+// It goes to `parts` thread blocks of eight warps. Teams of warps work side by side, each on a run
+// of `per` consecutive blocks of columns; the sums of all runs of a tile are added in their order.
+// It depends on the sizes of W and the number of multiprocessors, never on chance.
+constexpr int kWarps = 8;
+
+PYROBUST_HD constexpr int strips_of_tile(int rows) { return rows <= 16 ? 1 : 2; }
+PYROBUST_HD constexpr int row_halves(int rows) { return rows <= 32 ? 1 : 2; }
+PYROBUST_HD constexpr int teams_of(int rows) {
+  return kWarps / (strips_of_tile(rows) * row_halves(rows));
+}
+
 struct Schedule {
   int64_t tiles = 0;
   int64_t blocks = 0;  // of columns
-  int parts = 1;       // 1, 2, 4 or 8: a cluster of thread blocks where those exist
+  int parts = 1;       // a cluster of thread blocks where those exist
   int64_t per = 1;
 };
 
-constexpr int kMostParts = 8;
-
-// Runs of one thread block. Two teams of warps take them side by side (of more than 32 rows of x:
-// one after the other), since two warps a scheduler do not hide each other's waits. 8 bits keep
-// memory busy with one; integer sums need no second.
-PYROBUST_HD constexpr int runs_of(Format format) {
-  return format == Format::k8 || format == Format::kComplex ? 1 : 2;
-}
-
-// The number of parts with the least time, in blocks of columns: two thread blocks run on a
-// multiprocessor together, and adding up costs as much as about four blocks.
-PYROBUST_HD Schedule make_schedule(Format format, int64_t rows, int64_t cols, int multiprocessors) {
-  constexpr int64_t kAdding = 4;
+// For the instance that takes `rows` rows of x: the number of parts with the least time, in blocks
+// of columns. Adding up costs as much as about two. A cluster of up to twice the thread blocks
+// that a multiprocessor holds always finds room: multiprocessors come in pairs.
+PYROBUST_HD Schedule make_schedule(int rows, int64_t rows_of_w, int64_t cols, int multiprocessors) {
+  constexpr int64_t kAdding = 2;
+  const int resident = rows <= 16 ? 2 : 1;
   Schedule best;
   int64_t least = 0;
-  for (int parts = 1; parts <= kMostParts; parts *= 2) {
+  for (int parts = 1; parts <= 2 * resident; parts *= 2) {
     Schedule s;
-    s.tiles = divide_up(strips_of(rows), kTileStrips);
+    s.tiles = divide_up(strips_of(rows_of_w), strips_of_tile(rows));
     s.blocks = blocks_of(cols);
     s.parts = parts;
-    s.per = divide_up(s.blocks, int64_t{parts} * runs_of(format));
-    const int64_t waves = divide_up(s.tiles * parts, int64_t{2} * multiprocessors);
+    s.per = divide_up(s.blocks, int64_t{parts} * teams_of(rows));
+    const int64_t waves = divide_up(s.tiles * parts, int64_t{resident} * multiprocessors);
     const int64_t time = waves * (s.per + (parts == 1 ? 0 : kAdding));
     if (parts > 1 && time >= least) continue;
     best = s;
@@ -284,14 +284,11 @@ PYROBUST_HD int64_t first_of_run(const Schedule& s, int64_t run) {
 PYROBUST_HD int64_t last_of_run(const Schedule& s, int64_t run) { return first_of_run(s, run + 1); }
 
 // --- instances ----------------------------------------------------------------------------------
-// Rows of x that the kernel for `count` rows takes. Eight rows pay where tensor cores are the limit
-// (1 and 2 bits); 32 where 64 would make them so; every instance costs seconds of compilation.
+// Rows of x that the kernel for `count` rows takes; every instance costs seconds of compilation.
+// Instances of 8 and of 16 rows add in the same order.
 PYROBUST_HD constexpr int instance_rows(Format format, int group_dim, int64_t count) {
-  const bool narrow = format == Format::k1 || format == Format::k2;
-  if (count <= 8 && ((narrow && group_dim == 1) || format == Format::kComplex)) return 8;
-  if (count <= 16) return 16;
-  const bool middle = narrow || format == Format::k3 || format == Format::k4;
-  return count <= 32 && middle && group_dim == 1 ? 32 : 64;
+  if (count <= 8 && (group_dim == 1 || format == Format::kComplex)) return 8;
+  return count <= 16 ? 16 : count <= 32 && group_dim == 1 ? 32 : 64;
 }
 
 }  // namespace pyrobust::matmul::gpu

@@ -5,11 +5,12 @@
 //     group_dim 1   the float32 sums of a group: no weight is rounded
 //     group_dim 0   the weights: each is rounded once to the type of x
 //
-// A thread block takes a tile of four strips of 64 rows of W, a warp a strip; W is the 16-row side
-// of the tensor core product, so that 8 rows of x cost half of what 16 do. Its columns come block
-// after block through a ring of stages in shared memory (cuda_stage.cuh), filled by asynchronous
-// copies; the codes of a lane are read by that lane alone, without a dequantized copy in shared
-// memory. How thread blocks share a tile: cuda_layout.h; how their sums meet: cuda_results.cuh.
+// A warp multiplies strips of 64 rows of W; W is the 16-row side of the tensor core product, so
+// that 8 rows of x cost half of what 16 do. The columns of a team of warps come block after block
+// through its own ring of stages in shared memory (cuda_stage.cuh), filled by asynchronous copies;
+// the codes of a lane are read by that lane alone, without a dequantized copy in shared memory. Up
+// to 16 rows of x a team is one warp, so that nothing in the loop waits for another warp. How
+// teams and thread blocks share W: cuda_layout.h; how their sums meet: cuda_results.cuh.
 #pragma once
 
 #include "cuda/launch.h"
@@ -26,7 +27,15 @@ struct Linear {
 
   PYROBUST_DEVICE WarpPlace place() {
     const int warp = static_cast<int>(threadIdx.x) % S::kTeam / kLanes;
-    return {static_cast<int>(threadIdx.x) % kLanes, warp % kTileStrips, warp / kTileStrips};
+    return {static_cast<int>(threadIdx.x) % kLanes, warp % S::kStrips, warp / S::kStrips};
+  }
+
+  PYROBUST_DEVICE void sync_team() {
+    if (S::kTeam == kLanes) {
+      cuda::sync_warp();
+    } else {
+      cuda::sync_threads();
+    }
   }
 
   PYROBUST_DEVICE void run(const LinearArguments& p) {
@@ -34,13 +43,12 @@ struct Linear {
     const int64_t tile = blockIdx.x / static_cast<unsigned>(parts);
     const int part = static_cast<int>(blockIdx.x % static_cast<unsigned>(parts));
     const int team = static_cast<int>(threadIdx.x) / S::kTeam;
-    // Every team walks as many blocks as the longest, since they share barriers.
-    constexpr int kRunsOfTeam = S::kRuns / S::kTeams;
-    const int64_t first = first_of_run(p.schedule, part * S::kRuns + team);
-    const int64_t last = last_of_run(p.schedule, part * S::kRuns + team + kRunsOfTeam - 1);
-    const int count = static_cast<int>(last - first), walk = per * kRunsOfTeam;
+    const int64_t first = first_of_run(p.schedule, part * S::kTeams + team);
+    const int64_t last = last_of_run(p.schedule, part * S::kTeams + team);
+    const int count = static_cast<int>(last - first);
 
     const uint32_t* table = M::make_table(p, cuda::shared_memory());
+    if (kFormat == Format::kCodebook) cuda::sync_threads();
     uint8_t* stages = cuda::shared_memory() + team * S::kStages * S::kStageBytes;
     const WarpPlace at = place();
     Loader<kFormat, kRows, kGroupDim> loader;
@@ -58,20 +66,15 @@ struct Linear {
     Unit unit = {static_cast<int>(first), static_cast<int>(first % p.group_span)};
     bool begins = true;
     int stage = 0, free = (S::kStages - 1) * S::kStageBytes;  // offsets in shared memory
-    for (int i = 0; i < walk; ++i) {
+    for (int i = 0; i < per; ++i) {  // all teams as often, since some share barriers
       cuda::wait_copies<S::kStages - 2 + kLate>();
-      cuda::sync_threads();
+      sync_team();
       if (i + S::kStages - 1 < count) loader.load(p, at, stages + free);
       loader.advance_places(p);
       cuda::commit_copies();
-      const bool leaves = i == count - 1 || (S::kStash && i == per - 1);
-      const bool ends = leaves || unit.within == p.group_span - 1;
+      const bool ends = i == count - 1 || unit.within == p.group_span - 1;
       if (i < count && !loader.idle) {
         M::multiply(p, stages + stage, at, begins, ends, table, offset, part_of_group, sum);
-      }
-      if (S::kStash && i == per - 1) {
-        R::stash(p, tile, part, sum);
-        M::clear(sum);
       }
       begins = ends;
       advance(p, &unit);

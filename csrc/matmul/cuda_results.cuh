@@ -44,15 +44,15 @@ struct Results {
     const int at = (i * S::kTeam + thread_of_team()) * 16;
     const uint8_t* own = cuda::shared_memory() + at;
     if (share.clusters) {  // a thread block alone is a cluster of one
-      return cuda::load16_of_cluster(own + S::sums_at(run % S::kRuns), run / S::kRuns);
+      return cuda::load16_of_cluster(own + run % S::kTeams * S::kRunBytes, run / S::kTeams);
     }
-    if (p.schedule.parts == 1) return cuda::load16(own + S::sums_at(run));
+    if (p.schedule.parts == 1) return cuda::load16(own + run * S::kRunBytes);
     return cuda::load16(global_run(p, share.tile, share.runs, run) + at);
   }
 
   PYROBUST_DEVICE void add_runs(const LinearArguments& p, const Share& share, int i,
                                 float (&sum)[4]) {
-    constexpr int kTogether = 4;  // loads under way
+    constexpr int kTogether = 8;  // loads under way
     for (int first = 0; first < share.runs; first += kTogether) {
       cuda::Words4 v[kTogether];
 #pragma unroll
@@ -117,44 +117,32 @@ struct Results {
     add_runs(p, share, i, sum);
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      const int64_t n =
-          (share.tile * kTileStrips + at.strip) * kStrip + pair_row(at.lane, pair + k);
+      const int64_t n = (share.tile * S::kStrips + at.strip) * kStrip + pair_row(at.lane, pair + k);
       if (n < p.rows) store_row(p, n, row, side, sum[2 * k], sum[2 * k + 1]);
     }
   }
 
-  // All copies have landed and all teams are past their stages. `sum`: of this team's last run.
+  // All copies have landed and all teams are past their stages. `sum`: of this team's run.
   PYROBUST_DEVICE void finish(const LinearArguments& p, int64_t tile, int part, int team,
                               const WarpPlace& at, const Sums& sum) {
-    const int parts = p.schedule.parts, runs = parts * S::kRuns;
+    const int parts = p.schedule.parts, runs = parts * S::kTeams;
     uint8_t* shared = cuda::shared_memory();
     Share share = {tile, runs, team, S::kTeams, cuda::clusters_exist(p.clusters)};
-    const int own = S::kStash ? S::kRuns - 1 : team;  // of the thread block's runs
     if (share.clusters || parts == 1) {
-      store_sums(sum, shared + S::sums_at(own), thread_of_team());
+      store_sums(sum, shared + team * S::kRunBytes, thread_of_team());
       cuda::sync_threads();
       if (parts > 1) {
         cuda::sync_cluster();
         share.first = part * S::kTeams + team;
-        share.step = parts * S::kTeams;
+        share.step = runs;
       }
     } else {
-      const int last = part * S::kRuns + own;
-      store_sums(sum, global_run(p, tile, runs, last), thread_of_team());
+      store_sums(sum, global_run(p, tile, runs, part * S::kTeams + team), thread_of_team());
       auto* ticket = reinterpret_cast<int32_t*>(shared + S::kTicketAt);
       if (cuda::arrive(p.arrivals + tile, ticket) != parts - 1) return;
     }
     for (int i = share.first; i < S::kVectors; i += share.step) finish_vector(p, share, at, i);
     if (share.clusters && parts > 1) cuda::sync_cluster();  // others read this block's sums
-  }
-
-  // A run that ends before the thread block's last.
-  PYROBUST_DEVICE void stash(const LinearArguments& p, int64_t tile, int part, const Sums& sum) {
-    const int parts = p.schedule.parts;
-    uint8_t* to = cuda::clusters_exist(p.clusters) || parts == 1
-                      ? cuda::shared_memory() + S::sums_at(0)
-                      : global_run(p, tile, parts * S::kRuns, part * S::kRuns);
-    store_sums(sum, to, thread_of_team());
   }
 };
 

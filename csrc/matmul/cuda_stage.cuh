@@ -8,48 +8,40 @@
 
 namespace pyrobust::matmul::gpu {
 
-// Sizes of an instance. kRows: rows of x that it takes. A team is the warps that work on one run of
-// columns: four strips, and with more than 32 rows of x two halves of those.
+// Sizes of an instance. kRows: rows of x that it takes.
 template <Format kFormat, int kRows>
 struct Shape {
   static constexpr int kBits = stored_bits(kFormat);
   static constexpr int kSums = kFormat == Format::kComplex ? 2 : 1;
-  static constexpr int kHalves = kRows > 32 ? 2 : 1;   // warps that share a strip, by rows of x
+  static constexpr int kStrips = strips_of_tile(kRows);
+  static constexpr int kHalves = row_halves(kRows);    // warps that share a strip, by rows of x
   static constexpr int kEights = kRows / kHalves / 8;  // rows of x of a warp, by eights
-  static constexpr int kRuns = runs_of(kFormat);       // of columns, of a thread block
-  static constexpr int kTeams = kHalves == 1 ? kRuns : 1;
-  static constexpr int kTeam = kTileStrips * kHalves * kLanes;  // threads
-  static constexpr int kThreads = kTeams * kTeam;
-  static constexpr int kBlocksPerSm = kRows <= 16 || (kRows == 32 && kTeams == 1) ? 2 : 1;
+  static constexpr int kTeams = teams_of(kRows);
+  static constexpr int kTeam = kStrips * kHalves * kLanes;  // threads
+  static constexpr int kThreads = kWarps * kLanes;
+  static constexpr int kBlocksPerSm = kRows <= 16 ? 2 : 1;
 
-  // Parts of a stage, in bytes. A strip may have two groups of scales a block.
+  // Parts of a stage of one team, in bytes. A strip may have two groups of scales a block.
   static constexpr int kStripCodes = static_cast<int>(block_words(kFormat)) * 4;
   static constexpr int kStripScales = 2 * kStrip * 4;
   static constexpr int kStripZeros = 2 * kStrip;
   static constexpr int kCodesAt = kRows * 128;
-  static constexpr int kScalesAt = kCodesAt + kTileStrips * kStripCodes;
-  static constexpr int kZerosAt = kScalesAt + kTileStrips * kStripScales;
-  static constexpr int kStageBytes = kZerosAt + kTileStrips * kStripZeros;
-  // Enough bytes under way at two thread blocks a multiprocessor, within the 163 KB of sm_80.
-  static constexpr int kStages = kBits == 8 || kTeams == 2 && kBits > 2 ? 3 : kBits > 2 ? 4 : 6;
+  static constexpr int kScalesAt = kCodesAt + kStrips * kStripCodes;
+  static constexpr int kZerosAt = kScalesAt + kStrips * kStripScales;
+  static constexpr int kStageBytes = kZerosAt + kStrips * kStripZeros;
+  // As many as fit, two thread blocks to a multiprocessor of sm_90 or one to one of sm_80.
+  static constexpr int kRoom = (kBlocksPerSm == 2 ? 110 : 160) * 1024 / (kTeams * kStageBytes);
+  static constexpr int kStages = kRoom < 4 ? kRoom : 4;
+  static_assert(kStages >= 2, "copies need a stage of their own");
   static constexpr int kTableAt = kTeams * kStages * kStageBytes;
   static constexpr int kTableBytes = kFormat == Format::kCodebook ? 1024 : 0;
   static constexpr int kTicketAt = kTableAt + kTableBytes;
-  static constexpr int kStagesEnd = kTicketAt + 16;
+  static constexpr int kSharedBytes = kTicketAt + 16;
 
-  // The sums of a run: vectors of four a thread. They lie over the stages, except those of a run
-  // that ends while copies of the next are under way.
+  // The sums of a team, vectors of four a thread, lie over the stages in the end.
   static constexpr int kVectors = kSums * 4 * kEights;
   static constexpr int kRunBytes = kVectors * kTeam * 16;
-  static constexpr bool kStash = kTeams < kRuns;
-  PYROBUST_HD constexpr int sums_at(int run) {
-    return !kStash ? run * kRunBytes : run == kRuns - 1 ? 0 : kStagesEnd;
-  }
-  static constexpr int kLastSumsEnd = (kStash ? 1 : kRuns) * kRunBytes;
-  static constexpr int kSharedBytes = kStash                      ? kStagesEnd + kRunBytes
-                                      : kLastSumsEnd > kStagesEnd ? kLastSumsEnd
-                                                                  : kStagesEnd;
-  static_assert(!kStash || kRunBytes <= kTableAt, "the last run's sums lie over the stages");
+  static_assert(kTeams * kRunBytes <= kTableAt, "the sums lie over the stages");
 };
 
 // Which warp of its team a thread is in.
@@ -91,7 +83,7 @@ struct Loader {
     chunk = thread % 8;
     unit = {static_cast<int>(block), static_cast<int>(block % p.group_span)};
     x = static_cast<uint32_t>(row * p.cols + block * kBlock + chunk * 8);
-    const int64_t strip = tile * kTileStrips + at.strip, blocks = p.schedule.blocks;
+    const int64_t strip = tile * S::kStrips + at.strip, blocks = p.schedule.blocks;
     idle = strip >= p.strips;
     codes = static_cast<uint32_t>((strip * blocks + block) * kBlockVectors + at.lane);
     if (kGroupDim == 1) {
@@ -132,7 +124,7 @@ struct Loader {
     for (int i = 0; i < kCopies; ++i) {
       if (kRows < kRowStep && row >= kRows) break;
       const bool valid = columns && row + i * kRowStep < static_cast<int>(p.count);
-      cuda::copy16_async_or_zero(stage + activation_offset(row, chunk) + i * kRowStep * 128,
+      cuda::copy16_async_or_zero(stage + activation_offset(row + i * kRowStep, chunk),
                                  valid ? from + x + i * kRowStep * p.cols : from, valid);
     }
   }

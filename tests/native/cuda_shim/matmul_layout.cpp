@@ -61,11 +61,10 @@ void read(int format, py::handle stored_, py::handle codes_) {
 }
 
 // Blocks of columns of every run of a tile, and the sizes of the schedule.
-py::dict schedule(int format, int64_t rows, int64_t cols, int multiprocessors) {
-  const auto form = static_cast<Format>(format);
-  const gpu::Schedule s = gpu::make_schedule(form, rows, cols, multiprocessors);
+py::dict schedule(int count, int64_t rows, int64_t cols, int multiprocessors) {
+  const gpu::Schedule s = gpu::make_schedule(count, rows, cols, multiprocessors);
   std::vector<std::pair<int64_t, int64_t>> runs;
-  for (int64_t run = 0; run < int64_t{s.parts} * gpu::runs_of(form); ++run) {
+  for (int64_t run = 0; run < int64_t{s.parts} * gpu::teams_of(count); ++run) {
     runs.emplace_back(gpu::first_of_run(s, run), gpu::last_of_run(s, run));
   }
   py::dict result;
