@@ -246,10 +246,11 @@ PYROBUST_HD constexpr int teams_of(int rows) {
 }
 
 struct Schedule {
-  int64_t tiles = 0;
-  int64_t blocks = 0;  // of columns
-  int parts = 1;       // a cluster of thread blocks where those exist
-  int64_t per = 1;
+  int tiles = 0;
+  int blocks = 0;      // of columns
+  int parts_log2 = 0;  // a cluster of thread blocks where those exist
+  int parts = 1;
+  int per = 1;
 };
 
 // For the instance that takes `rows` rows of x: the number of parts with the least time, in blocks
@@ -260,13 +261,15 @@ PYROBUST_HD Schedule make_schedule(int rows, int64_t rows_of_w, int64_t cols, in
   const int resident = rows <= 16 ? 2 : 1;
   Schedule best;
   int64_t least = 0;
-  for (int parts = 1; parts <= 2 * resident; parts *= 2) {
+  for (int log2 = 0; log2 <= resident; ++log2) {
+    const int parts = 1 << log2;
     Schedule s;
-    s.tiles = divide_up(strips_of(rows_of_w), strips_of_tile(rows));
-    s.blocks = blocks_of(cols);
+    s.tiles = static_cast<int>(divide_up(strips_of(rows_of_w), strips_of_tile(rows)));
+    s.blocks = static_cast<int>(blocks_of(cols));
+    s.parts_log2 = log2;
     s.parts = parts;
-    s.per = divide_up(s.blocks, int64_t{parts} * teams_of(rows));
-    const int64_t waves = divide_up(s.tiles * parts, int64_t{resident} * multiprocessors);
+    s.per = static_cast<int>(divide_up(s.blocks, int64_t{parts} * teams_of(rows)));
+    const int64_t waves = divide_up(int64_t{s.tiles} * parts, int64_t{resident} * multiprocessors);
     const int64_t time = waves * (s.per + (parts == 1 ? 0 : kAdding));
     if (parts > 1 && time >= least) continue;
     best = s;
@@ -275,13 +278,13 @@ PYROBUST_HD Schedule make_schedule(int rows, int64_t rows_of_w, int64_t cols, in
   return best;
 }
 
-PYROBUST_HD int64_t thread_blocks_of(const Schedule& s) { return s.tiles * s.parts; }
+PYROBUST_HD int64_t thread_blocks_of(const Schedule& s) { return int64_t{s.tiles} * s.parts; }
 
 // Blocks of columns [first, last) of run `run` of a tile; empty past the end.
-PYROBUST_HD int64_t first_of_run(const Schedule& s, int64_t run) {
+PYROBUST_HD int first_of_run(const Schedule& s, int run) {
   return run * s.per < s.blocks ? run * s.per : s.blocks;
 }
-PYROBUST_HD int64_t last_of_run(const Schedule& s, int64_t run) { return first_of_run(s, run + 1); }
+PYROBUST_HD int last_of_run(const Schedule& s, int run) { return first_of_run(s, run + 1); }
 
 // --- instances ----------------------------------------------------------------------------------
 // Rows of x that the kernel for `count` rows takes; every instance costs seconds of compilation.

@@ -39,20 +39,20 @@ struct Linear {
   }
 
   PYROBUST_DEVICE void run(const LinearArguments& p) {
-    const int parts = p.schedule.parts, per = static_cast<int>(p.schedule.per);
-    const int64_t tile = blockIdx.x / static_cast<unsigned>(parts);
-    const int part = static_cast<int>(blockIdx.x % static_cast<unsigned>(parts));
+    const int per = p.schedule.per;
+    const int tile = static_cast<int>(blockIdx.x >> p.schedule.parts_log2);
+    const int part = static_cast<int>(blockIdx.x) & (p.schedule.parts - 1);
     const int team = static_cast<int>(threadIdx.x) / S::kTeam;
-    const int64_t first = first_of_run(p.schedule, part * S::kTeams + team);
-    const int64_t last = last_of_run(p.schedule, part * S::kTeams + team);
-    const int count = static_cast<int>(last - first);
+    const int first = first_of_run(p.schedule, part * S::kTeams + team);
+    const int last = last_of_run(p.schedule, part * S::kTeams + team), count = last - first;
 
     const uint32_t* table = M::make_table(p, cuda::shared_memory());
     if (kFormat == Format::kCodebook) cuda::sync_threads();
     uint8_t* stages = cuda::shared_memory() + team * S::kStages * S::kStageBytes;
     const WarpPlace at = place();
     Loader<kFormat, kRows, kGroupDim> loader;
-    loader.begin(p, at, tile, first);
+    loader.begin(p, at, tile, first, last);
+    Unit unit = loader.unit;
     for (int i = 0; i < S::kStages - 1; ++i) {
       if (i < count) loader.load(p, at, stages + i * S::kStageBytes);
       loader.advance_places(p);
@@ -63,7 +63,6 @@ struct Linear {
     M::clear(part_of_group);
     uint32_t offset[8];
     M::set_offsets(kGroupDim == 0 && p.zero != nullptr ? 0.0f : p.symmetric_zero, offset);
-    Unit unit = {static_cast<int>(first), static_cast<int>(first % p.group_span)};
     bool begins = true;
     int stage = 0, free = (S::kStages - 1) * S::kStageBytes;  // offsets in shared memory
     for (int i = 0; i < per; ++i) {  // all teams as often, since some share barriers

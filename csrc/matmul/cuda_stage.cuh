@@ -70,28 +70,34 @@ struct Loader {
   static constexpr int kBlockVectors = static_cast<int>(block_words(kFormat)) / 4;
 
   Unit unit;
+  int last;         // block of the run
   int row, chunk;   // of x, of the first copy
   uint32_t x;       // halves from p.x to it
   uint32_t codes;   // 16-byte vectors from p.codes to the first
   uint32_t scales;  // of the first of 64 scales
   bool idle;        // the strip lies past the end of W
 
-  __device__ __forceinline__ void begin(const LinearArguments& p, const WarpPlace& at, int64_t tile,
-                                        int64_t block) {
+  // Blocks [block, end) of a tile. In 32 bits: a division of 64 costs about 100 instructions.
+  __device__ __forceinline__ void begin(const LinearArguments& p, const WarpPlace& at, int tile,
+                                        int block, int end) {
     const int thread = static_cast<int>(threadIdx.x) % S::kTeam;
     row = thread / 8;
     chunk = thread % 8;
-    unit = {static_cast<int>(block), static_cast<int>(block % p.group_span)};
-    x = static_cast<uint32_t>(row * p.cols + block * kBlock + chunk * 8);
-    const int64_t strip = tile * S::kStrips + at.strip, blocks = p.schedule.blocks;
-    idle = strip >= p.strips;
-    codes = static_cast<uint32_t>((strip * blocks + block) * kBlockVectors + at.lane);
+    last = end - 1;
+    const auto span = static_cast<uint32_t>(p.group_span);
+    const auto group = static_cast<uint32_t>(block) / span;
+    unit = {block, block - static_cast<int>(group * span)};
+    x = static_cast<uint32_t>(row * static_cast<int>(p.cols) + block * kBlock + chunk * 8);
+    const auto strip = static_cast<uint32_t>(tile * S::kStrips + at.strip);
+    const auto blocks = static_cast<uint32_t>(p.schedule.blocks), pairs = p.two_groups + 1u;
+    idle = strip >= static_cast<uint32_t>(p.strips);
+    codes = (strip * blocks + static_cast<uint32_t>(block)) * kBlockVectors +
+            static_cast<uint32_t>(at.lane);
     if (kGroupDim == 1) {
-      const int64_t group = block / p.group_span * (p.two_groups + 1);
-      scales = static_cast<uint32_t>((strip * p.groups + group) * kStrip);
+      scales = (strip * static_cast<uint32_t>(p.groups) + group * pairs) * kStrip;
     } else {
-      const int64_t group = p.two_groups ? 2 * strip : strip / p.group_span;
-      scales = static_cast<uint32_t>((group * blocks + block) * kBlock);
+      const uint32_t groups = p.two_groups ? 2 * strip : strip / span;
+      scales = (groups * blocks + static_cast<uint32_t>(block)) * kBlock;
     }
   }
 
@@ -114,7 +120,10 @@ struct Loader {
       if (S::kHalves > 1 && j % S::kHalves != at.half) continue;
       cuda::copy16_async(to + j * kLanes * 16, from + j * kLanes * 4);
     }
-    if (kFormat != Format::kComplex && at.half == 0) load_scales(p, at, stage);
+    // Scales multiply the sums of a group at its end; zeros are wanted at its beginning.
+    const bool scaled = kGroupDim == 0 || p.zero != nullptr || p.two_groups ||
+                        unit.within == p.group_span - 1 || unit.block == last;
+    if (kFormat != Format::kComplex && at.half == 0 && scaled) load_scales(p, at, stage);
   }
 
   __device__ __forceinline__ void load_activations(const LinearArguments& p, uint8_t* stage) const {
@@ -125,14 +134,15 @@ struct Loader {
       if (kRows < kRowStep && row >= kRows) break;
       const bool valid = columns && row + i * kRowStep < static_cast<int>(p.count);
       cuda::copy16_async_or_zero(stage + activation_offset(row + i * kRowStep, chunk),
-                                 valid ? from + x + i * kRowStep * p.cols : from, valid);
+                                 valid ? from + x + i * kRowStep * static_cast<int>(p.cols) : from,
+                                 valid);
     }
   }
 
   __device__ __forceinline__ void load_scales(const LinearArguments& p, const WarpPlace& at,
                                               uint8_t* stage) const {
     // A second group of the strip or block lies right behind (group_dim 1) or a row further.
-    const int64_t apart = kGroupDim == 1 ? kStrip : p.schedule.blocks * kBlock;
+    const int64_t apart = kGroupDim == 1 ? kStrip : int64_t{p.schedule.blocks} * kBlock;
     const int shift = p.scale_type == FloatType::kFloat32 ? 2 : 1;  // log2 of a scale's bytes
     const int which = at.lane >> (shift + 2);
     if (which <= p.two_groups) {
