@@ -37,9 +37,8 @@ __all__ = [
     "workspace",
 ]
 
-# Rows of x up to which the fused kernels serve, by bits. Not measured yet: the arithmetic of
-# instruction and memory rates puts the crossing at 128 to 192 rows on an H200 (bench/gpu.py, part
-# "switch", prints both sides).
+# Rows of x up to which the fused kernels serve, by bits; more are one launch for every 64. The part
+# "switch" of bench/gpu.py prints both sides.
 FUSED_ROWS: dict[float, int] = {1: 128, 1.58: 128, 2: 128, 3: 128, 4: 128, 8: 128}
 
 _CALL_ROWS = 64  # of one launch; kMaxFusedRows
@@ -357,8 +356,11 @@ def _decoded_linear(weight: GpuWeight, x: Tensor, bias: Tensor | None) -> Tensor
     piece = max(_STRIP, _CACHE_BYTES // size // _STRIP * _STRIP)
     for begin in range(0, weight.rows, piece):
         end = min(weight.rows, begin + piece)
-        part = None if bias is None else bias[begin:end].to(x.dtype)
-        out[:, begin:end] = F.linear(x, dequantize(weight, begin, end, x.dtype), part)
+        columns, transposed = out[:, begin:end], dequantize(weight, begin, end, x.dtype).T
+        if bias is None:
+            torch.mm(x, transposed, out=columns)
+        else:
+            torch.addmm(bias[begin:end].to(x.dtype), x, transposed, out=columns)
     return out
 
 
