@@ -19,12 +19,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from gpu_timing import Clock, Row, table
 
-# Module of each part, with a function measure(clock) that yields rows; the most important first.
+# Module of each part, with a function measure(clock) that yields rows, and its share of the time.
 PARTS = {
-    "ceilings": "gpu_ceilings",
-    "matmul": "gpu_matmul",
-    "sampling": "gpu_sampling",
-    "interval": "gpu_interval",
+    "ceilings": ("gpu_ceilings", 1),
+    "matmul": ("gpu_matmul", 6),
+    "sampling": ("gpu_sampling", 2),
+    "interval": ("gpu_interval", 3),
 }
 
 
@@ -44,8 +44,9 @@ def main() -> int:
     rows: list[Row] = []
     notes: list[str] = []
     for index, part in enumerate(parts):
-        # An equal share of what is left, so that a slow part starves no other.
-        share = Clock(clock.left() / (len(parts) - index))
+        # A share of what is left, so that a slow part starves no other.
+        still = sum(PARTS[later][1] for later in parts[index:])
+        share = Clock(clock.left() * PARTS[part][1] / still)
         rows += _measured(part, share, notes)
     name = torch.cuda.get_device_name()
     text = _heading(name, parts, options.budget) + table(rows)
@@ -62,7 +63,7 @@ def _measured(part: str, clock: Clock, notes: list[str]) -> list[Row]:
     """The rows of one part; an error ends the part, not the report."""
     rows: list[Row] = []
     try:
-        for row in importlib.import_module(PARTS[part]).measure(clock):
+        for row in importlib.import_module(PARTS[part][0]).measure(clock):
             rows.append(row)
             print(f"{row.part}: {row.what}: {row.value:.3g} {row.unit} {row.verdict()}", flush=True)
     except Exception as error:

@@ -37,7 +37,7 @@ _FEW = {
 }
 _MANY = {256: (0.5, 0.9), 1024: (0.8, 0.9), 4096: (0.93, 0.9)}
 _PEER_ROWS = (1, 16, 64, 256)
-_SWITCH_ROWS = (64, 96, 128, 192, 256)
+_SWITCH_ROWS = (48, 64, 128, 192)
 # Issued instructions a weight of decoding in float16 (tests/native/test_cuda_matmul_gates.py).
 _ISSUED = {8: 1.00, 4: 1.13, 3: 1.22, 2: 1.06, 1.58: 1.06, 1: 0.98}
 _CLOCK = 1.83e9  # Hz under load, of an H200
@@ -47,16 +47,16 @@ _TENSOR = 490e12  # operations a second that mma.sync reaches at best there
 def measure(clock: Clock) -> Iterator[Row]:
     """Few rows at every width, 64 rows, many rows, the switch, other groups, peers."""
     copy_rate = copy_bandwidth()
-    for count in (1, 16, 64):
+    for count in (1, 8, 16, 32, 64):
         dense = _dense(count, torch.bfloat16)
         for bits in _WIDTHS:
             if clock.left() < 20:
                 return
             yield from _fused(count, bits, dense, copy_rate)
     yield from _many(clock)
-    yield from _switch(clock)
-    yield from _groups(clock)
     yield from _peers(clock)
+    yield from _groups(clock)
+    yield from _switch(clock)
 
 
 def _dense(count: int, dtype: torch.dtype, size: int = _SIZE) -> float:
