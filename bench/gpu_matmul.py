@@ -50,7 +50,7 @@ def measure(clock: Clock) -> Iterator[Row]:
     for count in (1, 8, 16, 32, 64):
         dense = _dense(count, torch.bfloat16)
         for bits in _WIDTHS:
-            if clock.left() < 20:
+            if clock.left() < 3:
                 return
             yield from _fused(count, bits, dense, copy_rate)
     yield from _many(clock)
@@ -121,7 +121,7 @@ def _many(clock: Clock) -> Iterator[Row]:
     for count, (must, lead) in _MANY.items():
         dense = _dense(count, torch.bfloat16)
         for bits in (4, 2):
-            if clock.left() < 15:
+            if clock.left() < 3:
                 return
             seconds = _product(count, bits, torch.bfloat16)
             detail = f"{seconds * 1e6:.0f} us, bf16 {dense * 1e6:.0f}"
@@ -136,7 +136,7 @@ def _switch(clock: Clock) -> Iterator[Row]:
     try:
         for bits in (8, 4, 2, 1):
             for count in _SWITCH_ROWS:
-                if clock.left() < 12:
+                if clock.left() < 3:
                     return
                 table[bits] = 1 << 30
                 fused = _product(count, bits, torch.float16)
@@ -160,7 +160,7 @@ def _groups(clock: Clock) -> Iterator[Row]:
         ("bfloat16", {}, torch.bfloat16),
         ("float32", {}, torch.float32),
     ):
-        if clock.left() < 10:
+        if clock.left() < 3:
             return
         seconds = _product(16, 4, dtype, **options)
         detail = f"{seconds * 1e6:.1f} us, base {base * 1e6:.1f}"
@@ -172,7 +172,7 @@ def _peers(clock: Clock) -> Iterator[Row]:
     for name, build in PEERS.items():
         dtype = torch.bfloat16 if name == "torch's tinygemm" else torch.float16
         for bits in (4, 2, 8, 3, 1) if name == "humming" else (4, 2) if name == "gemlite" else (4,):
-            if clock.left() < 10:
+            if clock.left() < 3:
                 yield Row(
                     _PART, f"{bits} bits against {name}: no time left", math.nan, "x the peer"
                 )
