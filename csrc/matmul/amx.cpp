@@ -30,11 +30,11 @@ int64_t tiled_scratch_bytes(const PackedMatrix& w, Mode mode, int64_t rows) {
 }
 
 void tiled_prepare(const PackedMatrix& w, Mode mode, const Activations& x, int64_t first,
-                   int64_t rows, void* prepared, double* step, void* scratch) {
+                   int64_t rows, RowRange part, void* prepared, double* step, void* scratch) {
   if (is_tiled(w, mode, rows)) {
-    prepare_tiled(w, x, first, rows, prepared, step, scratch);
+    prepare_tiled(w, x, first, rows, part, prepared, step, scratch);
   } else {
-    avx512_kernels()->prepare(w, mode, x, first, rows, prepared, step, scratch);
+    avx512_kernels()->prepare(w, mode, x, first, rows, part, prepared, step, scratch);
   }
 }
 

@@ -121,13 +121,13 @@ void store_tiled_row(const PackedMatrix& w, const int8_t* q, int64_t m, const Co
 int64_t tiled_row_bytes(const PackedMatrix& w) { return blocks_of(w) * kBlock * 5 + 64; }
 
 void prepare_tiled(const PackedMatrix& w, const Activations& x, int64_t first, int64_t rows,
-                   void* prepared, double* step, void* scratch) {
+                   RowRange part, void* prepared, double* step, void* scratch) {
   const TiledX out(prepared, w, rows);
   const ColumnOrder order(stored_bits(w));
   const int64_t columns = blocks_of(w) * kBlock;
   auto* row = static_cast<float*>(scratch);
   auto* q = reinterpret_cast<int8_t*>(row + columns);
-  for (int64_t m = 0; m < rows; ++m) {
+  for (int64_t m = part.begin; m < part.end; ++m) {
     for (int64_t k = 0; k < w.cols; ++k) {
       row[k] = load_float(x.data, (first + m) * w.cols + k, x.type);
     }
@@ -136,7 +136,7 @@ void prepare_tiled(const PackedMatrix& w, const Activations& x, int64_t first, i
     for (int64_t k = w.cols; k < columns; ++k) q[k] = 0;
     store_tiled_row(w, q, m, order, out);
   }
-  for (int64_t m = rows; m % kXRows != 0; ++m) {
+  for (int64_t m = rows; part.end == rows && m % kXRows != 0; ++m) {
     for (int64_t b = 0; b < blocks_of(w); ++b) __builtin_memset(out.block(m, b), 0, kBlock);
   }
 }

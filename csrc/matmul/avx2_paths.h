@@ -87,12 +87,12 @@ int64_t scratch_bytes(const PackedMatrix& w, Mode mode, int64_t rows) {
 }
 
 void prepare(const PackedMatrix& w, Mode mode, const Activations& x, int64_t first, int64_t rows,
-             void* prepared, double* step, void* scratch) {
+             RowRange part, void* prepared, double* step, void* scratch) {
   const Path path = path_of(w, mode);
   const int64_t blocks = blocks_of(w), columns = blocks * kBlock;
   auto* row = static_cast<float*>(scratch);
   auto* q = reinterpret_cast<int8_t*>(row + columns);
-  for (int64_t m = 0; m < rows; ++m) {
+  for (int64_t m = part.begin; m < part.end; ++m) {
     load_row(x, first + m, w.cols, row);
     if (mode == Mode::kInt8) {
       step[m] = activation_step(row, w.cols);

@@ -7,10 +7,10 @@
 //   4 bits    bytes 0..31: even columns          bytes 32..63: odd columns
 //   2 bits    bytes 16 l .. 16 l + 15: columns 4 i + l, from byte i
 //   1 bit     bytes 8 l .. 8 l + 7: columns 8 i + l
-//   3 bits    dword d of half h: columns 8 d + 4 h .. 8 d + 4 h + 3
+//   3 bits    as stored, after two shuffles
 //   8 bits    as stored
 //
-// No shuffle of the weights is needed but for 3 bits; x is put into the same order once a call.
+// x is put into the same order once a call.
 #pragma once
 
 #include <immintrin.h>
@@ -27,8 +27,6 @@ inline int wide_order(int bits, int p) {
       return 8 * (p % 8) + p / 8;
     case 2:
       return 4 * (p % 16) + p / 16;
-    case 3:
-      return 8 * (p % 32 / 4) + 4 * (p / 32) + p % 4;
     case 4:
       return 2 * (p % 32) + p / 32;
     default:
@@ -49,15 +47,20 @@ inline __m512i wide_bytes(const uint8_t* codes) {
     const __m512i shift = _mm512_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6);
     return _mm512_and_si512(_mm512_srlv_epi32(_mm512_broadcast_i32x4(quarter), shift), mask);
   } else if constexpr (kBits == 3) {
-    const __m512i both = _mm512_broadcast_i64x4(load_words<3>(codes).low);
-    const __m512i shift = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 12, 12, 12, 12, 12, 12, 12, 12);
-    const __m512i four = _mm512_srlv_epi32(both, shift);  // 12 bits of each dword count
+    // Each quarter of the register gets the dwords that hold its 16 codes, each word of it the two
+    // bytes that hold two codes; a shift a word brings those down.
+    const __m512i dwords = _mm512_maskz_loadu_epi64(0x07, codes);
+    const __m512i quarters = _mm512_permutexvar_epi32(
+        _mm512_setr_epi32(0, 1, 0, 0, 1, 2, 0, 0, 3, 4, 0, 0, 4, 5, 0, 0), dwords);
+    const __m128i even = _mm_setr_epi8(0, 1, 0, 1, 1, 2, 2, 3, 3, 4, 3, 4, 4, 5, 5, 6);
+    const __m128i odd = _mm_add_epi8(even, _mm_set1_epi8(2));
+    const __m256i both = _mm256_set_m128i(odd, even);
+    const __m512i words = _mm512_shuffle_epi8(quarters, _mm512_broadcast_i64x4(both));
+    const __m512i shift = _mm512_set1_epi64(0x0002000400060000);
     const __m512i pairs =
-        _mm512_or_si512(_mm512_and_si512(four, _mm512_set1_epi32(0x3f)),
-                        _mm512_and_si512(_mm512_slli_epi32(four, 10), _mm512_set1_epi32(0x3f0000)));
-    return _mm512_or_si512(
-        _mm512_and_si512(pairs, _mm512_set1_epi32(0x00070007)),
-        _mm512_and_si512(_mm512_slli_epi32(pairs, 5), _mm512_set1_epi32(0x07000700)));
+        _mm512_and_si512(_mm512_srlv_epi16(words, shift), _mm512_set1_epi16(0x3f));
+    return _mm512_and_si512(_mm512_or_si512(pairs, _mm512_slli_epi16(pairs, 5)),
+                            _mm512_set1_epi16(0x0707));
   } else if constexpr (kBits == 4) {
     const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
     const __m512i shift = _mm512_setr_epi64(0, 0, 0, 0, 4, 4, 4, 4);
@@ -65,6 +68,69 @@ inline __m512i wide_bytes(const uint8_t* codes) {
   } else {
     return _mm512_loadu_si512(codes);
   }
+}
+
+// Bytes of 64 columns to the order of wide_bytes().
+inline void store_ordered(int bits, __m512i q, int8_t* out) {
+  switch (bits) {
+    case 1:
+      for (int l = 0; l < 8; ++l, q = _mm512_srli_epi64(q, 8)) {
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(out + 8 * l), _mm512_cvtepi64_epi8(q));
+      }
+      return;
+    case 2:
+      for (int l = 0; l < 4; ++l, q = _mm512_srli_epi32(q, 8)) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 16 * l), _mm512_cvtepi32_epi8(q));
+      }
+      return;
+    case 4:
+      for (int l = 0; l < 2; ++l, q = _mm512_srli_epi16(q, 8)) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 32 * l), _mm512_cvtepi16_epi8(q));
+      }
+      return;
+    default:
+      _mm512_storeu_si512(out, q);
+  }
+}
+
+// ternary_to_two_bits() of 32 bytes at a time: with q_i = v / 3^i rounded down, the digits
+// q_i - 3 q_(i+1) in two bits each are v + q_1 + 4 q_2 + 16 q_3 + 64 q_4.
+inline void wide_ternary_to_two_bits(const uint8_t* row, int64_t bytes, uint8_t* out) {
+  const __m512i five = _mm512_broadcast_i32x4(
+      _mm_setr_epi8(0, 1, 2, 3, 4, 8, 9, 10, 11, 12, -1, -1, -1, -1, -1, -1));
+  int64_t i = 0;
+  for (; i + 32 <= bytes; i += 32) {
+    const __m512i v =
+        _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + i)));
+    const auto quotient = [&](short inverse, int shift) {  // exact below 256
+      return _mm512_slli_epi16(_mm512_mulhi_epu16(v, _mm512_set1_epi16(inverse)), shift);
+    };
+    const __m512i two = _mm512_add_epi16(_mm512_add_epi16(quotient(21846, 0), quotient(7282, 2)),
+                                         _mm512_add_epi16(quotient(2428, 4), quotient(810, 6)));
+    // Bytes above 242 are no code; their last digit is taken modulo 3 as elsewhere.
+    const __mmask32 odd = _mm512_cmpgt_epu16_mask(v, _mm512_set1_epi16(242));
+    const __m512i sum = _mm512_add_epi16(v, two);
+    const __m512i ten =
+        _mm512_mask_sub_epi16(sum, odd, sum, _mm512_set1_epi16(3 << 8));           // bits a word
+    const __m512i twenty = _mm512_madd_epi16(ten, _mm512_set1_epi32(0x04000001));  // a dword
+    const __m512i forty = _mm512_or_si512(_mm512_and_si512(twenty, _mm512_set1_epi64(0xfffff)),
+                                          _mm512_slli_epi64(_mm512_srli_epi64(twenty, 32), 20));
+    const __m512i packed = _mm512_shuffle_epi8(forty, five);
+    const auto store = [&](int at, __m128i part) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i / 4 * 5 + at), part);
+    };
+    store(0, _mm512_castsi512_si128(packed));
+    store(10, _mm512_extracti32x4_epi32(packed, 1));
+    store(20, _mm512_extracti32x4_epi32(packed, 2));
+    store(30, _mm512_extracti32x4_epi32(packed, 3));
+  }
+  ternary_to_two_bits(row + i, bytes - i, out + i / 4 * 5);
+}
+
+// sum += codes x, four products a lane. An asm statement because gcc 12 copies the sums of the
+// intrinsic from register to register and spills some: a panel ran at half its speed.
+inline void add_dots(__m512i& sum, __m512i codes, __m512i x) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(x));
 }
 
 // Lane i: the sum of the lanes of v[i].

@@ -1,242 +1,109 @@
 // Included by avx512.cpp alone: the product with activations rounded to 8 bits, for groups of whole
 // blocks, on the dot-product instruction of AVX-512 VNNI (unsigned codes times signed x).
 //
-// One or two rows of x: codes are unpacked in registers and used once; 16 sums over lanes are taken
-// together. More rows: 32 rows of W are unpacked into a panel whose register holds 4 columns of 16
-// rows, so that sums need no lanes added; x is broadcast, 8 rows at a time:
+// Up to four rows of x: avx512_few.h. More: 32 rows of W are unpacked into a panel whose register
+// holds 4 columns of 16 rows, so that sums need no lanes added; x is broadcast, 8 rows at a time:
 //
 //   panel   block 0, columns 0..3: rows 0..15, rows 16..31; columns 4..7: ...     64 bytes each
 //
 // Both give the integer sums and the double epilogue of matmul.h, hence the same bits.
 #pragma once
 
-#include "matmul/avx2_tile.h"
-#include "matmul/avx512_decode.h"
+#include "matmul/avx512_few.h"
 
 namespace pyrobust::matmul {
 namespace {
 
-constexpr int64_t kLanes = 16;
-constexpr int64_t kWideTiles = 2;        // of 16 rows of W in a panel
-constexpr int64_t kWideBlocks = 8;       // 512 columns: 16 KiB of panel stay in L1
-constexpr int64_t kWideRows = 8;         // rows of x at a time: 16 accumulators
-constexpr int64_t kUnpackedInPlace = 2;  // rows of x up to which no panel is made
+constexpr int64_t kWidth = kWideTiles * kLanes;
 
-// Prepared x: rows of bytes in wide_order(), then the sums per row and group.
-struct WideRows {
-  int8_t* q;
-  int32_t* q_sum;
-  int64_t stride;
-
-  WideRows(void* data, const PackedMatrix& w, int64_t rows)
-      : q(static_cast<int8_t*>(data)), stride(blocks_of(w) * kBlock) {
-    q_sum = reinterpret_cast<int32_t*>(q + rows * stride);
-  }
-  static int64_t bytes(const PackedMatrix& w, int64_t rows) {
-    return rows * (blocks_of(w) * kBlock + groups_of(w) * static_cast<int64_t>(sizeof(int32_t)));
-  }
-};
-
-int64_t wide_chunk(const PackedMatrix& w) {  // blocks of a panel: whole groups
-  const int64_t group = group_blocks(w);
-  if (group == 0) return 1;  // no columns
-  return group >= kWideBlocks ? group : kWideBlocks / group * group;
-}
-
-struct WideScratch {
-  uint8_t* expanded;
-  TileRows* rows;  // of four rows of W each
-  float* scale;    // per group, for each lane of each tile
-  int32_t* zero;
-  int32_t* q_lane;  // per group, sums of x for each lane
-  uint8_t* panel;
-  double* total;  // (rows of x, 32)
-  int64_t used;
-
-  WideScratch(void* memory, const PackedMatrix& w, int64_t rows_of_x) {
-    Arena arena{static_cast<char*>(memory)};
-    const int64_t width = kWideTiles * kLanes, groups = groups_of(w);
-    expanded = arena.take<uint8_t>(width * expanded_row_bytes(w));
-    rows = arena.take<TileRows>(width / kTile);
-    scale = arena.take<float>(width * groups);
-    zero = arena.take<int32_t>(width * groups);
-    q_lane = arena.take<int32_t>(kLanes * groups);
-    panel = arena.take<uint8_t>(width * wide_chunk(w) * kBlock);
-    total = arena.take<double>(rows_of_x * width);
-    used = arena.used;
-  }
-};
-
-// Rows [first, first + count) of W, count a multiple of four, and their scales and zeros, group by
-// group: lane c * count + i of a group's lanes belongs to row first + i. Zeros of a symmetric
-// weight are written for the first rows of a call only (`fresh`).
-void load_wide(const PackedMatrix& w, int64_t first, int64_t count, int64_t copies, bool fresh,
-               const WideScratch& s) {
-  constexpr int64_t kChunk = 64;
-  const int64_t groups = groups_of(w), width = count * copies;
-  PackedMatrix codes = w;  // entries of a codebook are looked up in registers
-  codes.codebook = nullptr;
-  for (int64_t t = 0; t < count / kTile; ++t) {
-    load_tile(codes, first + t * kTile, s.expanded + t * kTile * expanded_row_bytes(w), s.rows + t);
-  }
-  if (fresh && w.zero == nullptr) {
-    const int zero = symmetric_zero(w);
-    for (int64_t i = 0; i < groups * width; ++i) s.zero[i] = zero;
-  }
-  float row[kChunk];
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t n = first + i < w.rows ? first + i : w.rows - 1;
-    const int64_t from = scale_row(w, n);
-    for (int64_t g = 0; g < groups; g += kChunk) {
-      const int64_t some = groups - g < kChunk ? groups - g : kChunk;
-      load_scales(w, from + g, some, row);
-      for (int64_t lane = g * width + i; lane < g * width + width; lane += count) {
-        for (int64_t j = 0; j < some; ++j) s.scale[lane + j * width] = row[j];
-        if (w.zero == nullptr) continue;
-        const uint8_t* zero = w.zero + from + g;
-        for (int64_t j = 0; j < some; ++j) s.zero[lane + j * width] = zero[j];
-      }
-    }
+// Four columns of 16 rows each, v transposed, to places `from` .. `from` + 15 of tile t's panel.
+inline void store_panel(__m512i* v, int count, uint8_t* panel, int64_t t) {
+#pragma GCC unroll 16
+  for (int j = 0; j < count; ++j) {
+    _mm512_storeu_si512(panel + (j * kWideTiles + t) * kBlock, v[j]);
   }
 }
 
-// 64 codes, or with kBook the entries of the codebook in `table` that they name.
 template <int kBits, bool kBook>
-inline __m512i wide_values(const uint8_t* codes, __m512i table) {
-  const __m512i bytes = wide_bytes<kBits>(codes);
-  return kBook ? _mm512_shuffle_epi8(table, bytes) : bytes;
-}
-
-__m512i codebook_table(const PackedMatrix& w) {
-  uint8_t entries[16] = {};
-  if (w.codebook != nullptr) {
-    __builtin_memcpy(entries, w.codebook, static_cast<size_t>(w.levels));
-  }
-  return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(entries)));
-}
-
-// total += scale * (multiplier sums - zero q), all lanes; the products are exact.
-template <bool kDouble>
-inline void add_group(__m512i sums, const float* scale, const int32_t* zero, __m512i q,
-                      __m512d* low, __m512d* high) {
-  if constexpr (kDouble) sums = _mm512_add_epi32(sums, sums);
-  const __m512i offset = _mm512_mullo_epi32(_mm512_loadu_si512(zero), q);
-  const __m512i exact = _mm512_sub_epi32(sums, offset);
-  *low = _mm512_fmadd_pd(_mm512_cvtepi32_pd(_mm512_castsi512_si256(exact)),
-                         _mm512_cvtps_pd(_mm256_loadu_ps(scale)), *low);
-  *high = _mm512_fmadd_pd(_mm512_cvtepi32_pd(_mm512_extracti64x4_epi64(exact, 1)),
-                          _mm512_cvtps_pd(_mm256_loadu_ps(scale + 8)), *high);
-}
-
-// --- one or two rows of x
-// -------------------------------------------------------------------------
-
-template <int kBits, bool kBook, int kRows>
-void multiply_wide_rows(const PackedMatrix& w, const WideRows& x, const Block& block, int64_t begin,
-                        int64_t end, const Output& out, const WideScratch& s) {
-  constexpr int kWide = kLanes / kRows;  // rows of W at a time
-  constexpr int kBytes = 8 * kBits;
-  const __m512i table = codebook_table(w);
-  const int64_t groups = groups_of(w), per_group = group_blocks(w), blocks = blocks_of(w);
-  const int64_t row_bytes = packed_row_bytes(w.cols, w.levels);
-  for (int64_t g = 0; g < groups; ++g) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      s.q_lane[g * kLanes + lane] = x.q_sum[lane / kWide * groups + g];
-    }
-  }
-  for (int64_t first = begin; first < end; first += kWide) {
-    load_wide(w, first, kWide, kRows, first == begin, s);
-    const uint8_t* row[kWide];
-    for (int i = 0; i < kWide; ++i) row[i] = s.rows[i / kTile].row[i % kTile];
-    const int64_t whole = s.rows[0].whole;
-    __m512d low = _mm512_setzero_pd(), high = low;
-    for (int64_t g = 0, b = 0; g < groups; ++g) {
-      const int64_t stop = blocks - b < per_group ? blocks : b + per_group;
-      __m512i sum[kLanes];
+inline void unpack_block(const WideScratch& s, __m512i table, int64_t b, int64_t t,
+                         uint8_t* panel) {
+  __m512i v[kLanes];
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) sum[i] = _mm512_setzero_si512();
-      for (; b < stop; ++b) {
-        __m512i q[kRows];
-        for (int m = 0; m < kRows; ++m) q[m] = _mm512_loadu_si512(x.q + m * x.stride + b * kBlock);
-#pragma GCC unroll 16
-        for (int i = 0; i < kWide; ++i) {
-          const uint8_t* at = b < whole ? row[i] + b * kBytes : s.rows[i / kTile].tail[i % kTile];
-          const __m512i codes = wide_values<kBits, kBook>(at, table);
-          // The same block of the next rows, as in avx2_exact.h.
-          _mm_prefetch(reinterpret_cast<const char*>(row[i] + kWide * row_bytes + b * kBytes),
-                       _MM_HINT_T0);
-#pragma GCC unroll 2
-          for (int m = 0; m < kRows; ++m) {
-            sum[m * kWide + i] = _mm512_dpbusd_epi32(sum[m * kWide + i], codes, q[m]);
-          }
-        }
-      }
-      add_group<kBits == 1 && !kBook>(sums_of_16(sum), s.scale + g * kLanes, s.zero + g * kLanes,
-                                      _mm512_loadu_si512(s.q_lane + g * kLanes), &low, &high);
-    }
-    double value[kLanes];
-    _mm512_storeu_pd(value, low);
-    _mm512_storeu_pd(value + 8, high);
-    for (int m = 0; m < kRows; ++m) {
-      for (int64_t i = 0; i < kWide && first + i < end; ++i) {
-        store_result(out, m, first + i, value[m * kWide + i], block.step[m]);
-      }
-    }
+  for (int i = 0; i < kLanes; ++i) {
+    v[i] =
+        wide_values<kBits, kBook>(s.rows[t * 4 + i / kTile].block(i % kTile, b, 8 * kBits), table);
+    if constexpr (kBits == 1 && !kBook) v[i] = _mm512_add_epi8(v[i], v[i]);
   }
+  transpose_16(v);
+  store_panel(v, kLanes, panel, t);
 }
 
-// --- many rows of x
-// -------------------------------------------------------------------------------
+// Two blocks of 4 bits: of either register the lower eight dwords belong to the first block.
+template <bool kBook>
+inline void unpack_pair(const WideScratch& s, __m512i table, int64_t b, int64_t t, uint8_t* panel) {
+  constexpr int64_t kHalf = 8 * kWideTiles * kBlock;
+  __m512i low[kLanes], high[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    const Pair pair = nibble_pair<kBook>(s.rows[t * 4 + i / kTile].row[i % kTile] + b * 32, table);
+    low[i] = pair.low;
+    high[i] = pair.high;
+  }
+  transpose_16(low);
+  store_panel(low, 8, panel, t);
+  store_panel(low + 8, 8, panel + 2 * kHalf, t);
+  transpose_16(high);
+  store_panel(high, 8, panel + kHalf, t);
+  store_panel(high + 8, 8, panel + 3 * kHalf, t);
+}
 
 // Blocks [from, to) of 32 rows of W to the panel.
 template <int kBits, bool kBook>
 void unpack_wide(const WideScratch& s, __m512i table, int64_t from, int64_t to) {
-  for (int64_t b = from; b < to; ++b) {
-    for (int64_t t = 0; t < kWideTiles; ++t) {
-      __m512i v[kLanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) {
-        v[i] = wide_values<kBits, kBook>(s.rows[t * 4 + i / kTile].block(i % kTile, b, 8 * kBits),
-                                         table);
+  constexpr int64_t kPitch = kLanes * kWideTiles * kBlock;
+  for (int64_t t = 0; t < kWideTiles; ++t) {
+    int64_t b = from;
+    if constexpr (kBits == 4) {
+      for (; b + 2 <= to && b + 2 <= s.rows->whole; b += 2) {
+        unpack_pair<kBook>(s, table, b, t, s.panel + (b - from) * kPitch);
       }
-      transpose_16(v);
-#pragma GCC unroll 16
-      for (int j = 0; j < kLanes; ++j) {
-        uint8_t* out = s.panel + (((b - from) * kLanes + j) * kWideTiles + t) * kBlock;
-        _mm512_storeu_si512(out, v[j]);
-      }
+    }
+    for (; b < to; ++b) unpack_block<kBits, kBook>(s, table, b, t, s.panel + (b - from) * kPitch);
+  }
+}
+
+// kRows rows of one tile of x times `steps` times four columns of the panel.
+template <int kRows>
+inline void panel_sums(const uint8_t* panel, const int8_t* q, int64_t steps,
+                       __m512i (&sum)[kRows][kWideTiles]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) sum[i][0] = sum[i][1] = _mm512_setzero_si512();
+  for (int64_t j = 0; j < steps; ++j, panel += kWideTiles * kBlock, q += 4 * kTileRows) {
+    const __m512i left = _mm512_loadu_si512(panel);
+    const __m512i right = _mm512_loadu_si512(panel + kBlock);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      int32_t four;
+      __builtin_memcpy(&four, q + 4 * i, sizeof(four));
+      const __m512i value = _mm512_set1_epi32(four);
+      add_dots(sum[i][0], left, value);
+      add_dots(sum[i][1], right, value);
     }
   }
 }
 
-// kRows rows of x from row m on, times the panel of blocks [from, to), onto their totals.
-template <int kBits, bool kBook, int kRows>
+// kRows rows of x from row m on, a multiple of 8, times the panel of blocks [from, to), onto their
+// totals.
+template <int kRows>
 void panel_wide(const PackedMatrix& w, const WideRows& x, int64_t m, int64_t from, int64_t to,
                 const WideScratch& s) {
-  constexpr int64_t kWidth = kWideTiles * kLanes;
   const int64_t groups = groups_of(w), per_group = group_blocks(w);
   for (int64_t b = from; b < to;) {
     const int64_t g = b / per_group;
     const int64_t stop = to - b < per_group ? to : b + per_group;
     __m512i sum[kRows][kWideTiles];
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) {
-      sum[i][0] = sum[i][1] = _mm512_setzero_si512();
-    }
-    const uint8_t* panel = s.panel + (b - from) * kLanes * kWideTiles * kBlock;
-    const int8_t* q = x.q + m * x.stride + b * kBlock;
-    for (int64_t j = 0; j < (stop - b) * kLanes; ++j, panel += kWideTiles * kBlock, q += 4) {
-      const __m512i left = _mm512_loadu_si512(panel);
-      const __m512i right = _mm512_loadu_si512(panel + kBlock);
-#pragma GCC unroll 8
-      for (int i = 0; i < kRows; ++i) {
-        int32_t four;
-        __builtin_memcpy(&four, q + i * x.stride, sizeof(four));
-        const __m512i value = _mm512_set1_epi32(four);
-        sum[i][0] = _mm512_dpbusd_epi32(sum[i][0], left, value);
-        sum[i][1] = _mm512_dpbusd_epi32(sum[i][1], right, value);
-      }
-    }
+    panel_sums<kRows>(s.panel + (b - from) * kLanes * kWideTiles * kBlock,
+                      x.tile(m) + b * kBlock * kTileRows, (stop - b) * kLanes, sum);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
       const __m512i all = _mm512_set1_epi32(x.q_sum[(m + i) * groups + g]);
@@ -245,12 +112,34 @@ void panel_wide(const PackedMatrix& w, const WideRows& x, int64_t m, int64_t fro
         double* total = s.total + (m + i) * kWidth + t * kLanes;
         __m512d low = _mm512_loadu_pd(total), high = _mm512_loadu_pd(total + 8);
         const int64_t at = g * kWidth + t * kLanes;
-        add_group<kBits == 1 && !kBook>(sum[i][t], s.scale + at, s.zero + at, all, &low, &high);
+        add_group(sum[i][t], s.scale + at, s.zero + at, all, &low, &high);
         _mm512_storeu_pd(total, low);
         _mm512_storeu_pd(total + 8, high);
       }
     }
     b = stop;
+  }
+}
+
+void panel_rows_of_x(const PackedMatrix& w, const WideRows& x, int64_t m, int64_t count,
+                     int64_t from, int64_t to, const WideScratch& s) {
+  switch (count) {
+    case 1:
+      return panel_wide<1>(w, x, m, from, to, s);
+    case 2:
+      return panel_wide<2>(w, x, m, from, to, s);
+    case 3:
+      return panel_wide<3>(w, x, m, from, to, s);
+    case 4:
+      return panel_wide<4>(w, x, m, from, to, s);
+    case 5:
+      return panel_wide<5>(w, x, m, from, to, s);
+    case 6:
+      return panel_wide<6>(w, x, m, from, to, s);
+    case 7:
+      return panel_wide<7>(w, x, m, from, to, s);
+    default:
+      return panel_wide<8>(w, x, m, from, to, s);
   }
 }
 
@@ -271,23 +160,23 @@ void store_16(const Output& out, int64_t m, int64_t n, const double* total, doub
 }
 
 template <int kBits, bool kBook>
-void multiply_wide_panel(const PackedMatrix& w, const WideRows& x, const Block& block,
-                         int64_t begin, int64_t end, const Output& out, const WideScratch& s) {
-  constexpr int64_t kWidth = kWideTiles * kLanes;
+void multiply_panels(const PackedMatrix& w, const WideRows& x, const Block& block, int64_t begin,
+                     int64_t end, const Output& out, const WideScratch& s) {
   const int64_t blocks = blocks_of(w), chunk = wide_chunk(w), rows = block.rows;
   const __m512i table = codebook_table(w);
   const bool plain = out.type == FloatType::kFloat32 && out.remainder == nullptr;
   for (int64_t first = begin; first < end; first += kWidth) {
-    load_wide(w, first, kWidth, 1, first == begin, s);
+    load_wide_codes(w, first, kWidth, s);
+    for (int64_t t = 0; t < kWideTiles; ++t) {
+      load_lanes<kLanes>(w, first + t * kLanes, kWidth, t * kLanes, first == begin, s);
+    }
     __builtin_memset(s.total, 0, static_cast<size_t>(rows * kWidth) * sizeof(double));
     for (int64_t from = 0; from < blocks; from += chunk) {
       const int64_t to = blocks - from < chunk ? blocks : from + chunk;
       unpack_wide<kBits, kBook>(s, table, from, to);
-      int64_t m = 0;
-      for (; m + kWideRows <= rows; m += kWideRows)
-        panel_wide<kBits, kBook, 8>(w, x, m, from, to, s);
-      for (; m + 4 <= rows; m += 4) panel_wide<kBits, kBook, 4>(w, x, m, from, to, s);
-      for (; m < rows; ++m) panel_wide<kBits, kBook, 1>(w, x, m, from, to, s);
+      for (int64_t m = 0; m < rows; m += kTileRows) {
+        panel_rows_of_x(w, x, m, rows - m, from, to, s);
+      }
     }
     const int64_t count = end - first < kWidth ? end - first : kWidth;
     for (int64_t m = 0; m < rows; ++m) {
@@ -305,13 +194,18 @@ template <int kBits, bool kBook>
 void multiply_wide(const PackedMatrix& w, const Block& block, int64_t begin, int64_t end,
                    const Output& out, void* memory) {
   const WideRows x(const_cast<void*>(block.data), w, block.rows);
-  const WideScratch scratch(memory, w, block.rows);
-  if (block.rows == 1) {
-    multiply_wide_rows<kBits, kBook, 1>(w, x, block, begin, end, out, scratch);
-  } else if (block.rows == kUnpackedInPlace) {
-    multiply_wide_rows<kBits, kBook, 2>(w, x, block, begin, end, out, scratch);
-  } else {
-    multiply_wide_panel<kBits, kBook>(w, x, block, begin, end, out, scratch);
+  const WideScratch s(memory, w, block.rows);
+  switch (block.rows) {
+    case 1:
+      return multiply_few_rows<kBits, kBook, 1>(w, x, block, begin, end, out, s);
+    case 2:
+      return multiply_few_rows<kBits, kBook, 2>(w, x, block, begin, end, out, s);
+    case 3:
+      return multiply_few_rows<kBits, kBook, 3>(w, x, block, begin, end, out, s);
+    case kFewRows:
+      return multiply_few_rows<kBits, kBook, 4>(w, x, block, begin, end, out, s);
+    default:
+      return multiply_panels<kBits, kBook>(w, x, block, begin, end, out, s);
   }
 }
 

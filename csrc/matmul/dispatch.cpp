@@ -118,8 +118,11 @@ void packed_linear(const Activations& x, const PackedMatrix& weight, RowRange ra
   SparseBlock sparse(weight, mode, x);
   for (int64_t first = 0; first < x.rows; first += block_rows) {
     const int64_t rows = std::min(block_rows, x.rows - first);
-    kernels.prepare(weight, mode, x, first, rows, prepared, step,
-                    thread_scratch(ScratchSlot::kThread, scratch_bytes));
+    parallel_for(rows, grain_rows(16 * weight.cols), 8, num_threads,
+                 [&](int64_t begin, int64_t end) {
+                   kernels.prepare(weight, mode, x, first, rows, {begin, end}, prepared, step,
+                                   thread_scratch(ScratchSlot::kThread, scratch_bytes));
+                 });
     sparse.prepare(first, rows);
     const Block block{prepared, step, rows};
     const Output output{out, bias, x.type, first, count, range.begin, weight.row_scale};

@@ -54,9 +54,10 @@ struct MatmulKernels {
   // Bytes that `prepare` writes for `rows` rows, and scratch bytes that `multiply` needs a thread.
   int64_t (*prepared_bytes)(const PackedMatrix& weight, Mode mode, int64_t rows);
   int64_t (*scratch_bytes)(const PackedMatrix& weight, Mode mode, int64_t rows);
-  // Converts rows [first, first + rows) of x; writes `step` in int8 mode. `scratch` is as above.
+  // Converts the rows `part` of the block [first, first + rows) of x; writes their `step` in int8
+  // mode. `scratch` is as above. Parts begin at multiples of 8.
   void (*prepare)(const PackedMatrix& weight, Mode mode, const Activations& x, int64_t first,
-                  int64_t rows, void* prepared, double* step, void* scratch);
+                  int64_t rows, RowRange part, void* prepared, double* step, void* scratch);
   // Writes columns [begin, end) of the output (rows of W) for one block.
   void (*multiply)(const PackedMatrix& weight, Mode mode, const Block& block, int64_t begin,
                    int64_t end, const Output& out, void* scratch);

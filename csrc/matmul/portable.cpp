@@ -54,9 +54,9 @@ int64_t scratch_bytes(const PackedMatrix& w, Mode, int64_t) {
   return w.cols * static_cast<int64_t>(sizeof(float));
 }
 
-void prepare(const PackedMatrix& w, Mode mode, const Activations& x, int64_t first, int64_t rows,
-             void* prepared, double* step, void* scratch) {
-  for (int64_t m = 0; m < rows; ++m) {
+void prepare(const PackedMatrix& w, Mode mode, const Activations& x, int64_t first, int64_t,
+             RowRange part, void* prepared, double* step, void* scratch) {
+  for (int64_t m = part.begin; m < part.end; ++m) {
     float* row = mode == Mode::kExact ? static_cast<float*>(prepared) + m * w.cols
                                       : static_cast<float*>(scratch);
     for (int64_t k = 0; k < w.cols; ++k) {
