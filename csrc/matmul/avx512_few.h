@@ -10,7 +10,7 @@ namespace {
 
 // Some rows of W, at equal distances, against kRows rows of x: 16 sums, of two groups with one row
 // (and 12 with three). Not 16 rows of W: rows of 4096 bytes fall into the same sets of the cache,
-// which have 12 places; 8 bits took 1.5 times as long.
+// which have 12 places; 8 bits took 311 us against 299 (4096 x 4096, Zen 5).
 template <int kRows>
 struct FewRows {
   static constexpr int kWide = kRows <= 2 ? 8 : 4;  // rows of W at a time
@@ -25,7 +25,7 @@ struct FewRows {
 };
 
 // Blocks of a group of 128 columns, the usual one: without tails (kWhole) its code has no loops,
-// which takes a quarter off one row of x at 4 bits.
+// which takes a tenth off one row of x at 4 bits.
 constexpr int64_t kUsualBlocks = 2;
 
 // sum[m * kWide + i] over blocks [b, stop) of row i of W and row m of x. Plain loops, since gcc 12
