@@ -1,4 +1,4 @@
-"""Damaged and absurd input of the packer and the product: a sentence or some numbers, never a fault.
+"""Damaged and absurd input of the packer and the product gives a sentence or numbers, no fault.
 
 Shows that nothing crashes and that equal input gives equal bits; with ``PYROBUST_SANITIZE`` (see
 ``CMakeLists.txt``) also that no buffer is left. The file loader's fuzz is in ``tests/test_io.py``.
