@@ -113,8 +113,10 @@ cuda::Status interval_linear(const LinearCall& call, const cuda::Queue& queue) {
   const Shape shape = operand_shape(call.batch, call.terms);
   auto* operands = static_cast<uint16_t*>(call.scratch);
   auto* offsets = reinterpret_cast<float*>(operands + kPlanes * shape.batch * shape.terms);
-  const int bits = call.kind == WeightKind::kPacked ? code_bits(call.packed.levels) : 0;
-  const PrepareWork prepare = {call.lower, call.upper, call.batch, call.terms, bits,
+  const int order = call.kind == WeightKind::kPacked    ? code_bits(call.packed.levels)
+                    : call.kind == WeightKind::kFloat32 ? kFloat32Order
+                                                        : kBFloat16Order;
+  const PrepareWork prepare = {call.lower, call.upper, call.batch, call.terms, order,
                                call.int8,  constants,  operands,   offsets};
   const cuda::Status status =
       cuda::launch(prepare_kernel, {static_cast<unsigned>(shape.batch), 1, kPrepareThreads, 128},

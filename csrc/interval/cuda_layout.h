@@ -1,10 +1,11 @@
 // Where operands of the interval product lie: index arithmetic only, tested on the CPU.
 //
-// A step is kStep = 128 terms. Lane t of the four that share a row of a fragment holds terms
-// 32 t .. 32 t + 31 of the step, in weights and in inputs alike: which four terms of 128 meet in
-// one mma does not matter to the sum, and 32 consecutive weights are one to eight whole words at
-// every width. The 32 terms of a lane form 16 pairs, and pairs 2 s and 2 s + 1 are what fragment s
-// of 8 takes (a[0], a[2] and b[0], b[1]).
+// A step is kStep = 128 terms, of which each of the four lanes that share a row of a fragment holds
+// 32, in weights and in inputs alike: which four terms of 128 meet in one mma does not matter to
+// the sum. Of packed weights lane t holds terms 32 t .. 32 t + 31, one to eight whole words at
+// every width; of dense ones every fourth 16 bytes, so that the four lanes read 64 bytes on end.
+// The 32 terms of a lane form 16 pairs, and pairs 2 s and 2 s + 1 are what fragment s of 8 takes
+// (a[0], a[2] and b[0], b[1]).
 #pragma once
 
 #include <cstdint>
@@ -34,13 +35,29 @@ PYROBUST_HD BlockPlace block_place(int64_t block, int64_t input_groups) {
   return {block / input_groups, block % input_groups};
 }
 
-// Where term i of 32 stands in its lane's pairs. Codes of `bits` bits are taken from a word with
-// one shift and one mask a pair, which pairs a code with the one half a word further; 0 (dense
-// weights) and 3 bits keep the order.
+// Where term i of 32 consecutive ones of packed weights stands in its lane's pairs. Codes of `bits`
+// bits are taken from a word with one shift and one mask a pair, which pairs a code with the one
+// half a word further; 3 bits keep the order.
 PYROBUST_HD int64_t place_of_term(int bits, int64_t i) {
-  if (bits == 0 || bits == 3) return i;
+  if (bits == 3) return i;
   const int64_t word = 32 / bits, half = word / 2;
   return i / word * word + i % half * 2 + i % word / half;
+}
+
+// Orders of the terms of dense weights, beside the bits of packed ones.
+constexpr int kBFloat16Order = 16;
+constexpr int kFloat32Order = 32;
+
+struct TermPlace {
+  int64_t lane;   // 0 .. 3
+  int64_t place;  // among the lane's 32 terms
+};
+PYROBUST_HD TermPlace place_in_step(int order, int64_t term) {
+  if (order < kBFloat16Order) {
+    return {term / kTermsOfLane, place_of_term(order, term % kTermsOfLane)};
+  }
+  const int64_t piece = 128 / order, run = 4 * piece;  // terms of 16 bytes, and of four lanes
+  return {term % run / piece, term / run * piece + term % piece};
 }
 
 struct Shape {
@@ -59,12 +76,11 @@ PYROBUST_HD Shape operand_shape(int64_t batch, int64_t terms) {
 //   (input, step, eighth of the lane's terms 0 .. 3, lane 0 .. 3, plane, term 0 .. 7)
 constexpr int64_t kEight = 8;
 PYROBUST_HD int64_t operand_index(const Shape& shape, int plane, int64_t input, int64_t term,
-                                  int bits) {
-  const int64_t lane = term % kStep / kTermsOfLane;
-  const int64_t place = place_of_term(bits, term % kTermsOfLane);
+                                  int order) {
+  const TermPlace at = place_in_step(order, term % kStep);
   const int64_t step = input * (shape.terms / kStep) + term / kStep;
-  return ((step * 4 + place / kEight) * 4 + lane) * kPlanes * kEight + plane * kEight +
-         place % kEight;
+  return ((step * 4 + at.place / kEight) * 4 + at.lane) * kPlanes * kEight + plane * kEight +
+         at.place % kEight;
 }
 
 // How many float32 roundings a term meets on its way from an accumulator to the result: a product

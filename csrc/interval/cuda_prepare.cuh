@@ -15,7 +15,7 @@ struct PrepareWork {
   const float* upper;
   int64_t batch;
   int64_t terms;
-  int bits;  // order of the terms
+  int order;  // of the terms
   bool int8;
   Constants constants;
   uint16_t* operands;
@@ -30,10 +30,10 @@ PYROBUST_DEVICE void store_term(const PrepareWork& work, const Shape& shape, int
   const auto radius_high = static_cast<uint16_t>(bits_of_float(radius) >> 16);  // cut
   const float rest = radius - float_from_bfloat16(radius_high);
   const auto radius_low = static_cast<uint16_t>((bits_of_float(rest) + 0xffffu) >> 16);  // up
-  to[operand_index(shape, 0, input, term, work.bits)] = centre_high;
-  to[operand_index(shape, 1, input, term, work.bits)] = centre_low;
-  to[operand_index(shape, 2, input, term, work.bits)] = radius_high;
-  to[operand_index(shape, 3, input, term, work.bits)] = radius_low;
+  to[operand_index(shape, 0, input, term, work.order)] = centre_high;
+  to[operand_index(shape, 1, input, term, work.order)] = centre_low;
+  to[operand_index(shape, 2, input, term, work.order)] = radius_high;
+  to[operand_index(shape, 3, input, term, work.order)] = radius_low;
 }
 
 PYROBUST_DEVICE float offset_of(float largest, int64_t terms, const Constants& constants) {

@@ -99,12 +99,23 @@ PYROBUST_DEVICE void add_step(const ProductWork<Source>& work, const Shape& shap
     const int64_t n = row + 8 * i + g;
     lanes[i / 2][i % 2] = work.source.begin(n < work.rows ? n : work.rows - 1, step, t);
   }
-  const int64_t tile_size = kColumns * shape.terms * kPlanes;
-  const uint16_t* inputs =
-      work.operands + ((first + g) * (shape.terms / kStep) + step) * kStep * kPlanes;
+  // Lanes past the batch read the last input again, which costs no traffic; finish_outputs leaves
+  // their columns out.
+  const uint16_t* inputs[kTiles];
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+    const int64_t wanted = first + tile * kColumns + g;
+    const int64_t input = wanted < work.batch ? wanted : work.batch - 1;
+    inputs[tile] = work.operands + (input * (shape.terms / kStep) + step) * kStep * kPlanes;
+  }
   Sums<kTiles> sums = {};
-  // Unrolled with four tiles, packed weights of all quarters are decoded early and spill.
-  constexpr int kUnroll = kTiles == 4 && Source::kBits != 0 ? 1 : 4;
+  // Unrolled, weights of all quarters are decoded early: with four tiles packed ones spill, and
+  // with one tile, where two blocks leave 128 registers, those of even widths and float32.
+  constexpr bool kPacked = Source::kBits != 0;
+  constexpr bool kRolled = kTiles == 4   ? kPacked
+                           : kTiles == 1 ? Source::kSecond || (kPacked && Source::kBits % 2 == 0)
+                                         : false;
+  constexpr int kUnroll = kRolled ? 1 : 4;
 #pragma unroll kUnroll
   for (int quarter = 0; quarter < 4; ++quarter) {
     Eight eights[kRows][2];
@@ -116,7 +127,7 @@ PYROBUST_DEVICE void add_step(const ProductWork<Source>& work, const Shape& shap
       cuda::Words4 x[kPlanes];
 #pragma unroll
       for (int plane = 0; plane < kPlanes; ++plane) {
-        x[plane] = cuda::load16(inputs + tile * tile_size + offset + plane * kEight);
+        x[plane] = cuda::load16(inputs[tile] + offset + plane * kEight);
       }
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
@@ -183,8 +194,12 @@ PYROBUST_DEVICE void finish_outputs(const ProductWork<Source>& work, int64_t row
   }
 }
 
+// Of one multiprocessor: two where the registers of a thread suffice.
+template <int kTiles>
+constexpr int kBlocks = kTiles == 1 ? 2 : 1;
+
 template <class Source, int kTiles>
-PYROBUST_KERNEL_OF(kProductThreads, 1)
+PYROBUST_KERNEL_OF(kProductThreads, kBlocks<kTiles>)
 product_kernel(const __grid_constant__ ProductWork<Source> work) {
   auto* shared = reinterpret_cast<float*>(cuda::shared_memory());
   const Shape shape = operand_shape(work.batch, work.terms);

@@ -14,12 +14,13 @@ struct Eight {
   uint32_t second[4];
 };
 
-// Each source: kSecond (whether `second` is used), kBits (order of the terms), begin(row, step,
-// lane) to fetch a lane's 32 terms, eight(i) for i in 0 .. 3, scale().
+// Each source: kSecond (whether `second` is used), kBits (0: dense), kOrder (of the terms),
+// begin(row, step, lane) to fetch a lane's 32 terms, eight(i) for i in 0 .. 3, scale().
 
 struct Float32Source {
   static constexpr bool kSecond = true;
   static constexpr int kBits = 0;
+  static constexpr int kOrder = kFloat32Order;
   const float* weight;
   int64_t terms;
   bool vectors;  // rows begin on vector borders
@@ -31,17 +32,17 @@ struct Float32Source {
     bool vectors;
 
     __device__ __forceinline__ void load(int i, float (&w)[8]) const {
-      const int64_t at = first + 8 * i;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        if (vectors && at + 4 * half < terms) {
-          const cuda::Words4 four = cuda::load16_once(row + at + 4 * half);
+        const int64_t at = first + 32 * i + 16 * half;
+        if (vectors && at < terms) {
+          const cuda::Words4 four = cuda::load16_once(row + at);
 #pragma unroll
           for (int k = 0; k < 4; ++k) w[4 * half + k] = float_from_bits(four.word[k]);
         } else {
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
-            w[4 * half + k] = at + 4 * half + k < terms ? row[at + 4 * half + k] : 0.0f;
+            w[4 * half + k] = at + k < terms ? row[at + k] : 0.0f;
           }
         }
       }
@@ -61,13 +62,14 @@ struct Float32Source {
   };
 
   __device__ __forceinline__ Lane begin(int64_t row, int64_t step, int lane) const {
-    return {weight + row * terms, step * kStep + lane * kTermsOfLane, terms, vectors};
+    return {weight + row * terms, step * kStep + lane * 4, terms, vectors};
   }
 };
 
 struct BFloat16Source {
   static constexpr bool kSecond = false;
   static constexpr int kBits = 0;
+  static constexpr int kOrder = kBFloat16Order;
   const uint16_t* weight;
   int64_t terms;
   bool vectors;
@@ -79,7 +81,7 @@ struct BFloat16Source {
     bool vectors;
 
     __device__ __forceinline__ void eight(int i, Eight* out) const {
-      const int64_t at = first + 8 * i;
+      const int64_t at = first + 32 * i;
       if (vectors && at < terms) {
         const cuda::Words4 words = cuda::load16_once(row + at);
 #pragma unroll
@@ -97,7 +99,7 @@ struct BFloat16Source {
   };
 
   __device__ __forceinline__ Lane begin(int64_t row, int64_t step, int lane) const {
-    return {weight + row * terms, step * kStep + lane * kTermsOfLane, terms, vectors};
+    return {weight + row * terms, step * kStep + lane * 8, terms, vectors};
   }
 };
 
@@ -106,6 +108,7 @@ template <int kBits_>
 struct PackedSource {
   static constexpr bool kSecond = false;
   static constexpr int kBits = kBits_;
+  static constexpr int kOrder = kBits_;
   const uint8_t* codes;
   int64_t row_bytes;
   const void* scales;

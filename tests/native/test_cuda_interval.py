@@ -169,7 +169,7 @@ def test_it_is_about_as_tight_as_the_cpu(emulated_cuda):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 70), st.integers(1, 700), st.sampled_from([0, 1, 2, 3, 4, 8]))
+@given(st.integers(1, 70), st.integers(1, 700), st.sampled_from([1, 2, 3, 4, 8, 16, 32]))
 def test_operands_fill_their_scratch_once(batch, terms, bits):
     shim = pytest.importorskip("pyrobust._cuda_shim")
     inputs, padded = shim.operand_sizes(batch, terms)
@@ -188,12 +188,18 @@ def test_operand_places_beyond_2_31(batch, terms, data):
     shim = pytest.importorskip("pyrobust._cuda_shim")
     inputs, padded = shim.operand_sizes(batch, terms)
     image, term = data.draw(st.integers(0, inputs - 1)), data.draw(st.integers(0, padded - 1))
-    place = shim.operand_place(batch, terms, 2, image, term, 0)
+    order = data.draw(st.sampled_from([3, 16, 32]))
+    place = shim.operand_place(batch, terms, 2, image, term, order)
     assert place // (4 * padded) == image
     step, within = place % (4 * padded) // 512, place % 512
     eighth, lane, plane, i = within // 128, within // 32 % 4, within // 8 % 4, within % 8
     assert plane == 2
-    assert step * 128 + lane * 32 + eighth * 8 + i == term
+    own = {
+        3: lane * 32 + eighth * 8 + i,
+        16: eighth * 32 + lane * 8 + i,
+        32: eighth * 32 + i // 4 * 16 + lane * 4 + i % 4,
+    }
+    assert step * 128 + own[order] == term
 
 
 # --- the operators' CUDA functions, on CPU tensors ----------------------------------------------
