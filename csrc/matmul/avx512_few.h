@@ -48,14 +48,14 @@ __attribute__((always_inline)) inline void few_sums(const FewRows<kRows>& from, 
 #pragma GCC unroll 4
       for (int m = 0; m < kRows; ++m) {
         const int8_t* at = from.q + m * from.stride + b * kBlock;
-        const Pair x = zip_halves(_mm512_loadu_si512(at), _mm512_loadu_si512(at + kBlock));
+        const IntegerPair x = zip_halves(_mm512_loadu_si512(at), _mm512_loadu_si512(at + kBlock));
         low[m] = x.low;
         high[m] = x.high;
       }
       const uint8_t* at = from.base + b * kBytes;
 #pragma GCC unroll 16
       for (int i = 0; i < kWide; ++i, at += pitch) {
-        const Pair codes = nibble_pair<kBook>(at, table);
+        const IntegerPair codes = nibble_pair<kBook>(at, table);
         _mm_prefetch(reinterpret_cast<const char*>(at + kAhead), _MM_HINT_T0);
 #pragma GCC unroll 4
         for (int m = 0; m < kRows; ++m) {

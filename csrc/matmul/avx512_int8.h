@@ -45,7 +45,8 @@ inline void unpack_pair(const WideScratch& s, __m512i table, int64_t b, int64_t 
   __m512i low[kLanes], high[kLanes];
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) {
-    const Pair pair = nibble_pair<kBook>(s.rows[t * 4 + i / kTile].row[i % kTile] + b * 32, table);
+    const IntegerPair pair =
+        nibble_pair<kBook>(s.rows[t * 4 + i / kTile].row[i % kTile] + b * 32, table);
     low[i] = pair.low;
     high[i] = pair.high;
   }

@@ -163,20 +163,20 @@ __m512i codebook_table(const PackedMatrix& w) {
 }
 
 // Low half at 0..31, high at 32..63, of a pair of registers: (a low, b low), (a high, b high).
-struct Pair {
+struct IntegerPair {
   __m512i low, high;
 };
-inline Pair zip_halves(__m512i a, __m512i b) {
+inline IntegerPair zip_halves(__m512i a, __m512i b) {
   return {_mm512_shuffle_i64x2(a, b, 0x44), _mm512_shuffle_i64x2(a, b, 0xee)};
 }
 
 // Two blocks of 4-bit codes at once: the first registers of both blocks, and the second ones, as
 // zip_halves() orders x.
 template <bool kBook>
-inline Pair nibble_pair(const uint8_t* codes, __m512i table) {
+inline IntegerPair nibble_pair(const uint8_t* codes, __m512i table) {
   const __m512i all = _mm512_loadu_si512(codes), mask = _mm512_set1_epi8(15);
-  const Pair pair = {_mm512_and_si512(all, mask),
-                     _mm512_and_si512(_mm512_srli_epi16(all, 4), mask)};
+  const IntegerPair pair = {_mm512_and_si512(all, mask),
+                            _mm512_and_si512(_mm512_srli_epi16(all, 4), mask)};
   if constexpr (!kBook) return pair;
   return {_mm512_shuffle_epi8(table, pair.low), _mm512_shuffle_epi8(table, pair.high)};
 }
