@@ -57,8 +57,10 @@ def bound(
             bounds of the hidden values; ``"crown"``, relaxation throughout; ``"alpha-crown"``, with
             optimised slopes. Each is at least as tight as those before it, up to rounding
             ("crown-ibp" and "crown" are intersected with "ibp"), and takes longer.
-        max_memory: bytes that the coefficients of the relaxation may take at a time; specifications
-            and neurons are split accordingly.
+        max_memory: bytes that the relaxation may use at a time, beyond the model and the box;
+            images, specifications and neurons are split accordingly, down to one of each. Kept
+            within 10% where one of each and copies of the weights fit (one copy, or in sound modes
+            three in float64), without gradients.
         iterations: optimisation steps of ``"alpha-crown"``, ``>= 1``.
         lower_only: bound upper ends by intervals only, which halves the work of the relaxation on
             the specification; margins need no more.
@@ -94,10 +96,6 @@ def bound(
         check_float_tensor("bound", "spec", spec)
     if method == "ibp":
         return _interval_bound(model, x, spec)
-
-    def plain(output: Interval, layer: nn.Module | None, entering: Interval | None) -> Interval:
-        return _of_output(output, layer, entering, spec)
-
     return crown_bound(
         model,
         x,
@@ -106,7 +104,7 @@ def bound(
         max_memory=max_memory,
         iterations=iterations,
         lower_only=lower_only,
-        plain=plain,
+        plain=_of_output,
     )
 
 

@@ -223,7 +223,7 @@ def _pull(problem: Problem, step: Step, part: Part) -> list[Part]:
     if affine.pull is not None:
         pulls = affine.pull(a, problem.shape(step.inputs[0]))
         return [Part(pulled, frame) for pulled in pulls]
-    count = len(frame.take(problem.boxes[step.inputs[0]].lower, torch.Size()))
+    count = frame.count(len(problem.boxes[step.inputs[0]].lower))
     points = [a.new_zeros(count, *problem.shape(n)) for n in step.inputs]
     pull = torch.func.vjp(affine.apply, *points)[1]
     wide = a.expand(-1, count, *a.shape[2:])

@@ -126,7 +126,40 @@ def _gelu(approximate: str = "none") -> Bend:
     )
 
 
-BENDS: dict[str, Callable[..., Bend]] = {
+def _curve(
+    function: Callable[..., Any],
+    slope: Callable[[Tensor], Tensor],
+    largest: Callable[[Tensor, Tensor], Tensor],
+) -> Callable[..., Bend]:
+    """A function whose derivative is monotone, with ``|f''|`` that grows with the box."""
+    return lambda: Bend(function, slope, curvature=largest)
+
+
+def _logarithm(
+    function: Callable[..., Any], base: float, offset: float = 0.0
+) -> Callable[[], Bend]:
+    rate = 1 / math.log(base)
+    return _curve(
+        function,
+        lambda x: rate / (x + offset),
+        lambda low, high: rate / (low + offset).square(),
+    )
+
+
+def _power(exponent: Any) -> Bend | None:
+    """Whole powers from 2 on; others have no lines."""
+    if isinstance(exponent, Tensor) or exponent != int(exponent) or exponent < 2:
+        return None
+    n = int(exponent)
+    return Bend(
+        lambda x: x**n,
+        lambda x: n * x ** (n - 1),
+        () if n % 2 == 0 else (0.0,),
+        curvature=lambda low, high: n * (n - 1) * torch.maximum(low.abs(), high.abs()) ** (n - 2),
+    )
+
+
+BENDS: dict[str, Callable[..., Bend | None]] = {
     "relu": lambda: Bend(torch.relu, _step(0.0, 0.0, 1.0), (0.0,), lines=_relu_lines),
     "relu6": lambda: _clamped(0.0, 6.0),
     "hardtanh": lambda min_val=-1.0, max_val=1.0: _clamped(min_val, max_val),
@@ -161,4 +194,15 @@ BENDS: dict[str, Callable[..., Bend]] = {
         lambda x: torch.where(x.abs() < 3, 1 / 6, 0.0).to(x.dtype),
         (-3.0, 3.0),
     ),
+    "exp": _curve(torch.exp, torch.exp, lambda low, high: torch.exp(high)),
+    "expm1": _curve(torch.expm1, torch.exp, lambda low, high: torch.exp(high)),
+    "log": _logarithm(torch.log, math.e),
+    "log2": _logarithm(torch.log2, 2.0),
+    "log10": _logarithm(torch.log10, 10.0),
+    "log1p": _logarithm(torch.log1p, math.e, 1.0),
+    "sqrt": _curve(
+        torch.sqrt, lambda x: 0.5 / x.sqrt(), lambda low, high: 0.25 / (low * low.sqrt())
+    ),
+    "square": lambda: _power(2),
+    "pow": _power,
 }

@@ -17,7 +17,7 @@ they are free numbers, since every slope has a valid line.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,13 +28,14 @@ from pyrobust.certify.relaxation.frames import Frame
 from pyrobust.certify.relaxation.graph import Step, step_of, trace_graph
 from pyrobust.certify.relaxation.hidden import ALPHA_COPIES, hidden_bounds, rows_that_fit
 from pyrobust.certify.relaxation.lines import Lines, best_lines, lines_for
+from pyrobust.certify.relaxation.memory import split_of
 from pyrobust.interval.outward import straight_through
 from pyrobust.interval.type import Interval, wrap
 from pyrobust.ops._interval_fallback import round_outward
 
 __all__ = ["crown_bound"]
 
-Plain = Callable[[Interval, nn.Module | None, Interval | None], Interval]
+Plain = Callable[[Interval, nn.Module | None, Interval | None, Tensor | None], Interval]
 
 
 def crown_bound(
@@ -57,25 +58,57 @@ def crown_bound(
         x: the box, rounding ``"real"`` or ``"nearest"``.
         spec: ``(S, K)``, ``(B, S, K)`` or None.
         method: ``"crown-ibp"``, ``"crown"`` or ``"alpha-crown"``.
-        max_memory: bytes for coefficients at a time.
+        max_memory: bytes to use at a time; images, rows and neurons are split accordingly.
         iterations: of ``"alpha-crown"``.
         learning_rate: of its Adam optimiser.
         intersect: cut hidden intervals by those of interval propagation; without, they are those
             of the relaxation alone, to compare with other implementations.
         lower_only: leave the upper ends infinite, which halves the last backward pass.
         plain: gives the interval bounds of the specification from the output's box, the last
-            layer and its input's box; the result is cut by them, which saves a pass of its own.
+            layer, its input's box and the specification; the result is cut by them, which saves a
+            pass of its own.
     """
-    sound = x.rounding != "nearest"
-    problem, output, values_of = _forward(model, x, method != "crown-ibp", max_memory, intersect)
+    graph, root = trace_graph(model, "bound")
+    split = split_of(graph, root, x, max_memory, method == "alpha-crown")
+    work = Work(method, split.coefficients, iterations, learning_rate, intersect, lower_only, plain)
+    if split.images >= len(x):
+        return _bound_part(graph, root, x, spec, work)
+    found = []
+    for first in range(0, len(x), split.images):
+        part = slice(first, first + split.images)
+        box = wrap(x.lower[part], x.upper[part], x.rounding)
+        own = spec if spec is None or spec.ndim == 2 else spec[part]
+        found.append(_bound_part(graph, root, box, own, work))
+    lower, upper = torch.cat([f.lower for f in found]), torch.cat([f.upper for f in found])
+    return wrap(lower, upper, x.rounding)
+
+
+@dataclass(frozen=True)
+class Work:
+    """The arguments of :func:`crown_bound` that every part of a batch shares."""
+
+    method: str
+    max_memory: int
+    iterations: int
+    learning_rate: float
+    intersect: bool
+    lower_only: bool
+    plain: Plain | None
+
+
+def _bound_part(
+    graph: fx.Graph, root: nn.Module, x: Interval, spec: Tensor | None, work: Work
+) -> Interval:
+    sound, tight = x.rounding != "nearest", work.method != "crown-ibp"
+    problem, output, values_of = _forward(graph, root, x, tight, work.max_memory, work.intersect)
     rows = _rows(problem.boxes[output], spec)
-    both = rows if lower_only else torch.cat([rows, -rows])
-    if method == "alpha-crown":
-        values = _optimised(problem, output, both, max_memory, iterations, learning_rate)
+    both = rows if work.lower_only else torch.cat([rows, -rows])
+    if work.method == "alpha-crown":
+        values = _optimised(problem, output, both, work)
     else:
-        values = _chunked(problem, output, both, max_memory)
+        values = _chunked(problem, output, both, work.max_memory)
     lower = values[: len(rows)].mT
-    upper = torch.full_like(lower, torch.inf) if lower_only else -values[len(rows) :].mT
+    upper = torch.full_like(lower, torch.inf) if work.lower_only else -values[len(rows) :].mT
     shape = (len(x), *problem.boxes[output].lower.shape[1:]) if spec is None else lower.shape
     lower, upper = lower.reshape(shape), upper.reshape(shape)
     if not sound:
@@ -88,20 +121,19 @@ def crown_bound(
             straight_through(upper.to(x.dtype), ends[1]),
             x.rounding,
         )
-    if plain is None:
+    if work.plain is None:
         return found
-    box = plain(values_of[output], *_last_layer(model, output, values_of))
+    box = work.plain(values_of[output], *_last_layer(root, output, values_of), spec)
     lower = torch.maximum(box.lower, found.lower)
     return wrap(lower, torch.maximum(torch.minimum(box.upper, found.upper), lower), x.rounding)
 
 
 def _last_layer(
-    model: nn.Module, output: fx.Node, values: dict[fx.Node, Any]
+    root: nn.Module, output: fx.Node, values: dict[fx.Node, Any]
 ) -> tuple[nn.Module | None, Interval | None]:
     """The module that made the output and what entered it, where that is one value."""
     if output.op != "call_module" or len(output.all_input_nodes) != 1:
         return None, None
-    root = nn.Sequential(model) if not any(True for _ in model.children()) else model
     return root.get_submodule(str(output.target)), values[output.all_input_nodes[0]]
 
 
@@ -120,9 +152,8 @@ def _rows(box: Box, spec: Tensor | None) -> Tensor:
 
 
 def _forward(
-    model: nn.Module, x: Interval, tight: bool, max_memory: int, intersect: bool
+    graph: fx.Graph, root: nn.Module, x: Interval, tight: bool, max_memory: int, intersect: bool
 ) -> tuple[Problem, fx.Node, dict[fx.Node, Any]]:
-    graph, root = trace_graph(model, "bound")
     sound = x.rounding != "nearest"
     dtype = torch.float64 if sound else x.dtype
     values: dict[fx.Node, Any] = {}
@@ -233,7 +264,7 @@ def _undecided(step: Step, box: Box) -> Tensor:
     """``(B, N)``, true where an element needs lines that a tighter interval may change."""
     assert step.bend is not None
     low, high = box.lower.detach(), box.upper.detach()
-    if step.bend.curvature > 0:
+    if step.bend.curved:
         open_ = high > low
     else:
         open_ = torch.zeros_like(low, dtype=torch.bool)
@@ -263,19 +294,13 @@ def _chunked(problem: Problem, output: fx.Node, rows: Tensor, max_memory: int) -
     return torch.cat(results, 1)
 
 
-def _optimised(
-    problem: Problem,
-    output: fx.Node,
-    rows: Tensor,
-    max_memory: int,
-    iterations: int,
-    learning_rate: float,
-) -> Tensor:
-    batch = len(problem.boxes[output].lower)
-    size = max(rows_that_fit(problem, max_memory, ALPHA_COPIES) // batch, 1)
-    plain = _chunked(problem, output, rows, max_memory)
+def _optimised(problem: Problem, output: fx.Node, rows: Tensor, work: Work) -> Tensor:
+    numbers = sum(box.lower.numel() for box in problem.boxes.values())
+    size = max(work.max_memory // (ALPHA_COPIES * numbers * rows.element_size()), 1)
+    plain = _chunked(problem, output, rows, work.max_memory)
     found = [
-        _optimise(problem, output, part, iterations, learning_rate) for part in rows.split(size)
+        _optimise(problem, output, part, work.iterations, work.learning_rate)
+        for part in rows.split(size)
     ]
     return torch.maximum(plain, torch.cat(found))
 
@@ -345,7 +370,7 @@ def _limit(
     """Keep slopes of piecewise linear functions between those of their pieces."""
     for node, step in bends.items():
         assert step.bend is not None
-        if step.bend.curvature == 0:
+        if not step.bend.curved:
             box = problem.boxes[step.inputs[0]]
             ends = torch.stack([step.bend.slope(box.lower), step.bend.slope(box.upper)])
             chord = torch.stack([problem.lines[node].lower_slope, problem.lines[node].upper_slope])

@@ -68,6 +68,11 @@ class Frame:
     images: slice | Tensor
     window: Window | None = None
 
+    def count(self, batch: int) -> int:
+        """How many places it has in a batch."""
+        images = self.images
+        return len(images) if isinstance(images, Tensor) else len(range(batch)[images])
+
     def take(self, values: Tensor, size: torch.Size) -> Tensor:
         """``(b, *part)`` of ``(B or 1, *value)``: what coefficients with ``size`` last axes meet.
 

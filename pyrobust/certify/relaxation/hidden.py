@@ -20,9 +20,11 @@ from pyrobust.certify.relaxation.graph import Step
 
 __all__ = ["ALPHA_COPIES", "hidden_bounds", "rows_that_fit"]
 
-# Copies of the coefficients of the largest value that are alive at once, measured.
-_COPIES = 5
-ALPHA_COPIES = 16
+# Copies of the coefficients of the largest value that are alive at once, measured; convolutions of
+# few channels make most of them, whose layout inside has a multiple of 16.
+_COPIES = {False: 14, True: 24}  # in sound mode magnitudes too
+# Numbers kept per number of all values and row whose slopes are optimised.
+ALPHA_COPIES = 24
 # Undecided elements of an image from which units that are off pay for passes of their own.
 _MANY = 64
 # Bytes of coefficients treated together: twice and four times as many were slower, whose new
@@ -32,15 +34,15 @@ _CACHE = 2 << 20
 _FEWEST = 128
 
 
-def rows_that_fit(problem: Problem, max_memory: int, copies: int = _COPIES) -> int:
+def rows_that_fit(problem: Problem, max_memory: int) -> int:
     """Rows of coefficients of the largest value to treat together, at least 1."""
     largest = max(box.lower[0].numel() for box in problem.boxes.values())
-    return _fitting(problem, largest, max_memory, copies)
+    return _fitting(problem, largest, max_memory)
 
 
-def _fitting(problem: Problem, largest: int, max_memory: int, copies: int = _COPIES) -> int:
+def _fitting(problem: Problem, largest: int, max_memory: int) -> int:
     item = next(iter(problem.boxes.values())).lower.element_size()
-    rows = max_memory // (largest * item * copies)
+    rows = max_memory // (largest * item * _COPIES[problem.sound])
     if not torch.is_grad_enabled():
         rows = min(rows, max(_CACHE // (largest * item), _FEWEST))
     return max(rows, 1)

@@ -41,7 +41,8 @@ class Bend:
         slope: its derivative, away from kinks.
         borders: increasing points between which the derivative is monotone; kinks among them.
             Numbers, or tensors that broadcast with the input.
-        curvature: largest ``|f''|`` away from kinks; 0 for piecewise linear functions.
+        curvature: largest ``|f''|`` away from kinks, a number or a function of the ends; 0 for
+            piecewise linear functions.
         slack: absolute error of ``function`` against the function meant, if any.
         lines: the best lines in closed form on finite boxes, where there is one.
     """
@@ -49,9 +50,20 @@ class Bend:
     function: Callable[..., object]
     slope: Callable[[Tensor], Tensor]
     borders: tuple[float | Tensor, ...] = ()
-    curvature: float = 0.0
+    curvature: float | Callable[[Tensor, Tensor], Tensor] = 0.0
     slack: float = 0.0
     lines: Callable[[Tensor, Tensor, bool], Lines] | None = None
+
+    @property
+    def curved(self) -> bool:
+        """Whether it bends between kinks."""
+        return callable(self.curvature) or self.curvature > 0
+
+    def curvature_over(self, low: Tensor, high: Tensor) -> Tensor:
+        """The largest ``|f''|`` over boxes."""
+        if callable(self.curvature):
+            return self.curvature(low, high)
+        return torch.full_like(low, self.curvature)
 
 
 @dataclass
@@ -103,6 +115,9 @@ def lines_for(
     lower = _shifts(bend, low, high, lower_slope, sound)[0]
     upper = _shifts(bend, low, high, upper_slope, sound)[1]
     bounded = torch.isfinite(low) & torch.isfinite(high)
+    if callable(bend.curvature):  # flat where it is infinite, as of a root at 0
+        with torch.no_grad():
+            bounded &= torch.isfinite(bend.curvature(low, high))
     if not bool(bounded.all()):
         flat = _image(bend, low, high)
         lower = torch.where(bounded, lower, flat[0])
@@ -121,7 +136,7 @@ def _image(bend: Bend, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
 def _candidates(bend: Bend, low: Tensor, high: Tensor) -> list[Tensor]:
     low, high = low.detach(), high.detach()
     slopes = [_chord(bend, low, high), bend.slope(low), bend.slope(high)]
-    if bend.curvature > 0:
+    if bend.curved:
         slopes += [bend.slope(low + share * (high - low)) for share in (0.25, 0.5, 0.75)]
     return [torch.where(torch.isfinite(slope), slope, 0.0) for slope in slopes]
 
@@ -141,7 +156,7 @@ def _shifts(
     """Minimum and maximum of ``f(x) - slope x`` over the box, pushed outward where sound."""
     # borders first: at a tie, as of a ReLU with slope 0 or 1, theirs is the derivative that counts
     points = [*(_inside(border, low, high) for border in bend.borders), low, high]
-    if bend.curvature > 0:
+    if bend.curved:
         points += _roots(bend, low.detach(), high.detach(), slope.detach())
     lowest, highest = [], []
     for point in points:
@@ -164,8 +179,11 @@ def _missed(bend: Bend, low: Tensor, high: Tensor) -> Tensor:
     """What bisection may miss: its last width, and the rounding of ``f'`` over the box."""
     width = (high - low).detach()
     last = width * 2.0**-_HALVINGS + 4 * UNIT[low.dtype] * torch.maximum(low.abs(), high.abs())
-    rounding = 32 * UNIT[low.dtype] * width if bend.curvature > 0 else 0.0 * width
-    return bend.curvature * last * last + rounding + bend.slack + 1e-300
+    if not bend.curved:
+        return 0.0 * width + bend.slack + 1e-300
+    steep = torch.maximum(bend.slope(low).abs(), bend.slope(high).abs()).clamp(min=1.0)
+    rounding = 32 * UNIT[low.dtype] * width * steep
+    return (bend.curvature_over(low, high) * last * last + rounding).detach() + bend.slack + 1e-300
 
 
 def _values(bend: Bend, point: Tensor, sound: bool) -> tuple[Tensor, Tensor]:

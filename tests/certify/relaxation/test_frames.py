@@ -9,6 +9,7 @@ from pyrobust import Interval
 from pyrobust.certify.relaxation import crown
 from pyrobust.certify.relaxation.elements import element_bounds, pair_bounds
 from pyrobust.certify.relaxation.frames import WHOLE, Frame, Part, Window, cleaned, joined, spread
+from pyrobust.certify.relaxation.graph import trace_graph
 
 
 class Branches(nn.Module):
@@ -66,7 +67,8 @@ def problem_of(name, rounding, batch=3):
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
     box = Interval.ball(torch.randn(batch, 1, *size).double(), 0.3, rounding=rounding)
-    return crown._forward(model.double(), box, True, 1 << 28, True)[:2]
+    graph, root = trace_graph(model.double(), "test")
+    return crown._forward(graph, root, box, True, 1 << 28, True)[:2]
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "real"])
