@@ -81,7 +81,7 @@ struct BFloat16Source {
     bool vectors;
 
     __device__ __forceinline__ void eight(int i, Eight* out) const {
-      const int64_t at = first + 32 * i;
+      const int64_t at = first + 8 * i;
       if (vectors && at < terms) {
         const cuda::Words4 words = cuda::load16_once(row + at);
 #pragma unroll
@@ -99,7 +99,7 @@ struct BFloat16Source {
   };
 
   __device__ __forceinline__ Lane begin(int64_t row, int64_t step, int lane) const {
-    return {weight + row * terms, step * kStep + lane * 8, terms, vectors};
+    return {weight + row * terms, step * kStep + lane * kTermsOfLane, terms, vectors};
   }
 };
 

@@ -51,12 +51,14 @@ def test_sampling_kernels_keep_their_registers(sampling):
 
 
 def test_interval_kernels_do_not_spill(interval):
-    """With one tile of inputs 128 registers leave room for two blocks of 256 threads."""
+    """With one tile of inputs 128 registers leave room for two blocks of 256 threads; bfloat16
+    weights have one."""
     for kernel in interval.values():
         assert kernel.spills == 0
         assert not kernel.has(gates.ODD_DESCRIPTOR)
-    for kernel in matching(interval, "product_kernel<.*, 1>"):
-        assert kernel.registers <= 128
+    for name, kernel in interval.items():
+        if re.search("product_kernel<.*, 1>", name):
+            assert kernel.registers <= (208 if "BFloat16" in name else 128)
 
 
 def test_kernels_around_a_library_leave_room_for_many_threads(around_library):

@@ -196,7 +196,7 @@ def test_operand_places_beyond_2_31(batch, terms, data):
     assert plane == 2
     own = {
         3: lane * 32 + eighth * 8 + i,
-        16: eighth * 32 + lane * 8 + i,
+        16: lane * 32 + eighth * 8 + i,
         32: eighth * 32 + i // 4 * 16 + lane * 4 + i % 4,
     }
     assert step * 128 + own[order] == term
