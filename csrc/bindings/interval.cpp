@@ -13,11 +13,22 @@
 namespace pyrobust {
 namespace {
 
-interval::Rounding parse_rounding(const std::string& name) {
-  if (name == "nearest") return interval::Rounding::kNearest;
-  if (name == "real") return interval::Rounding::kReal;
-  if (name == "deployed") return interval::Rounding::kDeployed;
-  fail("interval: rounding must be one of real, deployed, nearest; got '", name, "'.");
+// The promise, and how far the arithmetic that it covers moves an operand.
+struct Promise {
+  interval::Rounding rounding;
+  float operand_error;
+};
+
+Promise parse_rounding(const std::string& name) {
+  if (name == "nearest") return {interval::Rounding::kNearest, 0.0f};
+  if (name == "real") return {interval::Rounding::kReal, 0.0f};
+  if (name == "deployed") return {interval::Rounding::kDeployed, 0.0f};
+  if (name == "deployed-tf32") return {interval::Rounding::kDeployed, 1.0f / 1024};
+  if (name == "deployed-bfloat16") return {interval::Rounding::kDeployed, 1.0f / 256};
+  fail(
+      "interval: rounding must be one of real, deployed, nearest, deployed-tf32, "
+      "deployed-bfloat16; got '",
+      name, "'.");
 }
 
 // The arguments that every entry point shares, in the order of its Python call.
@@ -46,12 +57,14 @@ struct Ends {
       bias.require_dtype(DType::kFloat32).require_ndim(1).require_size(0, weight.rows);
       shift = bias.as<float>();
     }
+    const Promise promise = parse_rounding(rounding);
     return {lower.as<float>(),
             upper.as<float>(),
             weight,
             shift,
-            parse_rounding(rounding),
+            promise.rounding,
             int8,
+            promise.operand_error,
             rectified,
             out_lower.as<float>(),
             out_upper.as<float>()};

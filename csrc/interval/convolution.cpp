@@ -132,7 +132,7 @@ void prepare_image(const Convolution& conv, int64_t image, const Buffers& own, f
     spread_columns(conv, line_centre, centre);
     spread_columns(conv, line_radius, radius);
   }
-  *offset = offset_for(largest, conv.call.weight.terms);
+  *offset = offset_for(conv.call, largest);
 }
 
 // Patches of panels [first, last) of one group.

@@ -56,10 +56,13 @@ Constants constants_for(const Call& call) {
   double any = gamma_bound(static_cast<double>(call.weight.terms + 2));
   if (call.weight.packed != nullptr) any = std::max(any, kPackedError);
   const bool deployed = mode == Rounding::kDeployed;
+  // G' of interval.h; the last factor covers the roundings of this line
+  const double moved =
+      (1.0 + call.operand_error) * (1.0 + call.operand_error) * (1.0 + any) * (1.0 + 1e-14) - 1.0;
   Constants out{};
   out.outward = mode != Rounding::kNearest;
-  out.centre_gain = to_float_up(deployed ? own + any : own);
-  out.radius_gain = to_float_up(deployed ? 1.0 + any : 1.0);
+  out.centre_gain = to_float_up(deployed ? own + moved : own);
+  out.radius_gain = to_float_up(deployed ? 1.0 + moved : 1.0);
   out.input_floor = out.outward ? to_float_up(kInputFloor) : 0.0f;
   out.inflate = to_float_up((1.0 + 8.0 * rounding::kUnit) / (1.0 - own));
   out.bias_gain = deployed ? to_float_up(any) : 0.0f;
@@ -67,8 +70,9 @@ Constants constants_for(const Call& call) {
   return out;
 }
 
-float offset_for(float largest, int64_t terms) {
-  const double scale = kFlush * static_cast<double>(terms + 8);
+float offset_for(const Call& call, float largest) {
+  if (call.operand_error > 0.0f && !(largest < 8.507059e37f)) return rounding::infinity();
+  const double scale = kFlush * static_cast<double>(call.weight.terms + 8);
   return rounding::to_float_up(scale * (1.0 + 2.0 * static_cast<double>(largest)));
 }
 
@@ -206,7 +210,7 @@ void interval_linear(const Call& call, int64_t batch, int num_threads) {
       const float largest = table.prepare({call.lower + at, call.upper + at, terms, call.floor()},
                                           constants, centre, radius);
       if (call.int8) widen_to_int8(centre, radius, terms, 1, constants);
-      input.offsets[b] = offset_for(largest, terms);
+      input.offsets[b] = offset_for(call, largest);
     }
   });
   const bool fusible = call.weight.packed != nullptr && table.fused_dots != nullptr;

@@ -32,6 +32,13 @@
 // yc + b, and the ends are below(below(yc + b) - R), above(above(yc + b) + R), where below and
 // above step over at least one neighbour and so cover the rounding of each sum.
 //
+// Coarser arithmetic (TF32, bfloat16) rounds the operands of a product first, x to x (1 + d) and W
+// to W (1 + d'), |d|, |d'| <= v, and sums in float32. Then G of the terms becomes
+//   G' = (1 + v)^2 (1 + G) - 1,   g_c = gamma_D + G',   g_x = G',
+// and that of the bias stays G. What flushing loses grows by (1 + v)^2 < 4 at most, which kFlush
+// has to spare. An input from 2^126 on may round to infinity: its ends are infinite. So may such a
+// weight: callers refuse them.
+//
 // Overflow. An infinity or NaN in yc + b or in R (it never becomes finite again) gives the ends
 // -inf and +inf, never NaN; so do infinite or NaN inputs. A deployed sum cannot overflow while
 // R < G 2^126, as S(|x|) + |b| <= R / G then; otherwise the ends are infinite.
@@ -71,8 +78,9 @@ struct Call {
   Weight weight;
   const float* bias;  // (rows) or null
   Rounding rounding;
-  bool int8;       // the layer rounds each input (in a convolution: each patch) to 8 bits first
-  bool rectified;  // the box is that of max(0, x): a ReLU before the layer
+  bool int8;  // the layer rounds each input (in a convolution: each patch) to 8 bits first
+  float operand_error;  // v of the arithmetic that kDeployed covers; 0 for float32
+  bool rectified;       // the box is that of max(0, x): a ReLU before the layer
   float* out_lower;
   float* out_upper;
 

@@ -19,7 +19,7 @@ IntervalKernels pick_kernels();
 Constants constants_for(const Call& call);
 void check_terms(const char* subject, int64_t terms);
 // The absolute term of one input: what flushing and underflow lose.
-float offset_for(float largest, int64_t terms);
+float offset_for(const Call& call, float largest);
 
 inline int64_t blocks(int64_t count, int64_t size) { return (count + size - 1) / size; }
 

@@ -25,9 +25,10 @@ from pyrobust._checks import (
 from pyrobust.certify.relaxation import crown_bound
 from pyrobust.interval import Interval
 from pyrobust.interval.attention import matmul
-from pyrobust.interval.outward import UNIT, bound_of_roundings, enclose
+from pyrobust.interval.outward import UNIT, bound_of_roundings, enclose, error_of_products
 from pyrobust.interval.type import wrap
 from pyrobust.nn.packed_linear import PackedLinear
+from pyrobust.ops._interval_checks import is_deployed
 
 __all__ = ["bound", "margin_specification"]
 
@@ -88,9 +89,9 @@ def bound(
         raise TypeError(f"bound: x must be an Interval; got {type(x).__name__}.")
     check_integer("bound", "max_memory", max_memory, 1)
     check_integer("bound", "iterations", iterations, 1)
-    if method != "ibp" and x.rounding == "deployed":
+    if method != "ibp" and is_deployed(x.rounding):
         raise ValueError(
-            f'bound: method must be "ibp" for a box with rounding="deployed"; got {method!r}.'
+            f'bound: method must be "ibp" for a box with rounding={x.rounding!r}; got {method!r}.'
         )
     if spec is not None:
         check_float_tensor("bound", "spec", spec)
@@ -227,8 +228,8 @@ def _error_of_folding(
     terms = matrix.shape[0] + matrix.shape[1] + 8
     logits = largest @ matrix.abs().mT + shift.abs()
     error = 3 * bound_of_roundings(terms, torch.float64) * _times(rows.abs(), logits)
-    if x.rounding == "deployed":
+    if is_deployed(x.rounding):
         flushed = 8 * torch.finfo(x.dtype).tiny * terms * (1 + largest.amax(-1, keepdim=True))
-        own = bound_of_roundings(matrix.shape[1] + 2, x.dtype) * logits + flushed
+        own = error_of_products(matrix.shape[1] + 2, x.dtype, x.rounding) * logits + flushed
         error = error + _times(rows.abs(), own) * (1 + 8 * UNIT[x.dtype])
     return error

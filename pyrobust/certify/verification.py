@@ -40,6 +40,8 @@ __all__ = ["verified"]
 _ASSUMPTION = {
     "real": "real arithmetic on the stored weights",
     "deployed": "any order of float32 evaluation of the stored weights, as listed in the guide",
+    "deployed-tf32": "any order of evaluation, operands of products in float32 or TF32",
+    "deployed-bfloat16": "any order of evaluation, operands of products in float32 or bfloat16",
     "nearest": "none: bounds in plain floating point are an estimate",
 }
 

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from pyrobust.interval.arithmetic import mul
+from pyrobust.interval.elementwise import sigmoid
 from pyrobust.interval.errors import where
 from pyrobust.interval.linear import linear
 from pyrobust.interval.operands import Rule, common_dtype, ends_of, refuse, require_box, working
-from pyrobust.interval.outward import UNIT, bound_of_roundings, enclose
+from pyrobust.interval.outward import UNIT, bound_of_roundings, enclose, error_of_products
 from pyrobust.interval.shape import to_dtype
 from pyrobust.interval.type import Interval, weakest, wrap
+from pyrobust.ops._interval_checks import is_deployed
 
 __all__ = ["RULES", "attention", "matmul", "softmax"]
 
@@ -53,9 +55,11 @@ def matmul(input: Any, other: Any, *, out: None = None) -> Interval:
     with torch.no_grad():
         terms = int(low_a.shape[-1])
         error = 8 * bound_of_roundings(terms + 8, torch.float64) * most
-        if rounding == "deployed":
-            error = error + bound_of_roundings(terms + 4, dtype) * most
-            error = error + torch.finfo(dtype).tiny * (terms + 4)
+        if is_deployed(rounding):
+            error = error + error_of_products(terms + 4, dtype, rounding) * most
+            error = error + torch.finfo(dtype).tiny * (terms + 4) * (
+                1 + size_a.amax() + rad_a.amax()
+            )
     return wrap(*enclose(lower, upper, error, dtype), rounding)
 
 
@@ -89,16 +93,16 @@ def softmax(
     low, high = working(box)
     rest_low, rest_high = _others(low, dim), _others(high, dim)
     drop_low, drop_high = low - rest_high, high - rest_low
-    curve = torch.nn.functional.logsigmoid if log else torch.sigmoid
+    curve = torch.nn.functional.logsigmoid if log else sigmoid
     lower, upper = curve(drop_low), curve(drop_high)
     if box.rounding == "nearest":
         return wrap(lower, upper, box.rounding)
     with torch.no_grad():
         relative = _softmax_error(low, high, dim, torch.float64)
-        if box.rounding == "deployed":
+        if is_deployed(box.rounding):
             relative = relative + _softmax_error(low, high, dim, box.dtype)
         errors = [relative * (1 + end.abs() if log else end) for end in (lower, upper)]
-        if box.rounding == "deployed":
+        if is_deployed(box.rounding):
             largest = torch.maximum(*errors) + torch.finfo(box.dtype).tiny
             errors = [largest, largest]
     floor, ceiling = (None, 0.0) if log else (0.0, 1.0)
@@ -148,11 +152,10 @@ def attention(
         value = value.repeat_interleave(groups, -3)
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     if not isinstance(query, Interval) and not isinstance(key, Interval):
-        scores = query @ key.mT * factor
-        raise_for = require_box(value, "scaled_dot_product_attention")
-        weights = Interval(scores, scores, rounding=raise_for.rounding)
-    else:
-        weights = mul(matmul(query, key.mT), factor)
+        # a point's scores have rounding errors too
+        box = require_box(value, "scaled_dot_product_attention")
+        query = Interval(query, query, rounding=box.rounding)
+    weights = mul(matmul(query, key.mT), factor)
     mask = attn_mask
     if is_causal:
         size = weights.shape[-2:]
@@ -170,8 +173,8 @@ def _cut_to_range(mixed: Interval, value: Any) -> Interval:
     """A mean of values lies between the least and the greatest of them, up to its own rounding."""
     low, high = ends_of(value, mixed, mixed.rounding)
     least, most = low.amin(-2, keepdim=True), high.amax(-2, keepdim=True)
-    if mixed.rounding == "deployed":
-        slack = bound_of_roundings(2 * low.shape[-2] + 64, mixed.dtype)
+    if is_deployed(mixed.rounding):
+        slack = error_of_products(2 * low.shape[-2] + 64, mixed.dtype, mixed.rounding)
         least, most = least - slack * least.abs(), most + slack * most.abs()
     kind = mixed.dtype
     least, most = enclose(least, most, 0.0, kind) if mixed.rounding != "nearest" else (least, most)

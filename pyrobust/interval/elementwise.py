@@ -28,9 +28,19 @@ from pyrobust.interval.errors import reject
 from pyrobust.interval.operands import Rule, refuse, require_box, working
 from pyrobust.interval.outward import UNIT, Ends, enclose, straight_through
 from pyrobust.interval.type import Interval, assign, rectify, wrap
+from pyrobust.ops._interval_checks import is_deployed
 from pyrobust.ops._interval_fallback import round_outward
 
-__all__ = ["GELU_TANH_TURN", "GELU_TURN", "MISH_TURN", "RULES", "SILU_TURN", "Curve", "trace"]
+__all__ = [
+    "GELU_TANH_TURN",
+    "GELU_TURN",
+    "MISH_TURN",
+    "RULES",
+    "SILU_TURN",
+    "Curve",
+    "sigmoid",
+    "trace",
+]
 
 # Lowest points, the float64 next to the exact root of the derivative.
 GELU_TURN = -0.7517915246935645
@@ -96,7 +106,7 @@ def _error(curve: Curve, x: Interval, values: Ends, at: Ends) -> Ends:
         (curve.relative + curve.steep * where.square().clamp(max=2000.0)) * 2.0**-53 * value.abs()
         for where, value in zip(at, values, strict=True)
     )
-    if x.rounding != "deployed":
+    if not is_deployed(x.rounding):
         return lower, upper
     # an evaluation at any point of the box may err, so the largest magnitudes count
     size = torch.maximum(values[0].abs(), values[1].abs()) * curve.deployed
@@ -109,6 +119,13 @@ def _error(curve: Curve, x: Interval, values: Ends, at: Ends) -> Ends:
 # -- float64 evaluations that keep their relative accuracy -----------------------------------
 
 
+def sigmoid(x: Tensor) -> Tensor:
+    """The logistic function, also where it is denormal."""
+    # torch's own is 0 in float64 below -709.8, where the function is not; e^x differs from it by
+    # less than 2^-57 of it below -40
+    return torch.where(x < -40.0, torch.exp(x), torch.sigmoid(x))
+
+
 def _gelu(x: Tensor) -> Tensor:
     tail: Tensor = torch.special.erfc(x * -math.sqrt(0.5))
     return 0.5 * x * tail
@@ -116,7 +133,7 @@ def _gelu(x: Tensor) -> Tensor:
 
 def _gelu_tanh(x: Tensor) -> Tensor:
     inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)
-    return x * torch.sigmoid(2 * inner)  # (1 + tanh z) / 2 without cancellation
+    return x * sigmoid(2 * inner)  # (1 + tanh z) / 2 without cancellation
 
 
 def _mish(x: Tensor) -> Tensor:
@@ -278,7 +295,7 @@ def _mish_rule(input: Any, inplace: bool = False) -> Interval:
     return _finish(box, trace(Curve(_mish, turn=MISH_TURN, relative=16.0), box), inplace)
 
 
-_SIGMOID = Curve(torch.sigmoid, floor=0.0, ceiling=1.0)
+_SIGMOID = Curve(sigmoid, floor=0.0, ceiling=1.0)
 _HARDSIGMOID = Curve(
     lambda x: torch.clamp(x + 3, 0, 6) / 6, floor=0.0, ceiling=1.0, deployed_absolute=4.0
 )
@@ -299,7 +316,7 @@ RULES: dict[str, Rule] = {
     "selu": _selu,
     "celu": _celu,
     "gelu": _gelu_rule,
-    "silu": _curve(Curve(lambda x: x * torch.sigmoid(x), turn=SILU_TURN)),
+    "silu": _curve(Curve(lambda x: x * sigmoid(x), turn=SILU_TURN)),
     "mish": _mish_rule,
     "hardswish": _curve(Curve(_hardswish, turn=HARDSWISH_TURN, deployed_input=2.0)),
     "hardsigmoid": _curve(_HARDSIGMOID),

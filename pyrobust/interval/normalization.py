@@ -20,6 +20,7 @@ from pyrobust.interval.errors import where
 from pyrobust.interval.operands import Rule, refuse, require_box, working
 from pyrobust.interval.outward import UNIT, Ends, bound_of_roundings, enclose
 from pyrobust.interval.type import Interval, wrap
+from pyrobust.ops._interval_checks import is_deployed
 
 __all__ = ["RULES", "normalized"]
 
@@ -67,7 +68,7 @@ def _shifted_and_scaled(box: Interval, mean: Tensor, scale: Tensor, shift: Tenso
     with torch.no_grad():
         size = torch.maximum(a.abs(), b.abs())
         error = 2.0**-49 * size + 2.0**-52 * shift.abs()
-        if box.rounding == "deployed":
+        if is_deployed(box.rounding):
             # also for x alpha + (shift - mean alpha), which cancels where x is close to mean
             reach = torch.maximum(low.abs(), high.abs()) + mean.abs()
             error = error + 12 * UNIT[box.dtype] * (reach * scale.abs() + shift.abs())
@@ -86,7 +87,7 @@ def normalized(box: Interval, dims: Sequence[int], eps: float, *, centred: bool)
     """
     low, high = working(box)
     count = math.prod(box.shape[d] for d in dims)
-    noisy = torch.float64 if box.rounding != "deployed" else box.dtype
+    noisy = torch.float64 if not is_deployed(box.rounding) else box.dtype
     unit = 0.0 if box.rounding == "nearest" else bound_of_roundings(count + 16, noisy)
     size = torch.maximum(low.abs(), high.abs()).detach()
     if centred:
@@ -102,7 +103,7 @@ def normalized(box: Interval, dims: Sequence[int], eps: float, *, centred: bool)
         relative = 2 * bound_of_roundings(16, torch.float64) + 8 * unit
         tiny = torch.finfo(box.dtype).tiny
         errors = lower.abs() * relative + tiny, upper.abs() * relative + tiny
-        if box.rounding == "deployed":
+        if is_deployed(box.rounding):
             error = torch.maximum(*errors)
             errors = error, error
     return wrap(*enclose(lower, upper, errors, box.dtype), box.rounding)

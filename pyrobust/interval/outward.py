@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyrobust.ops._interval_checks import operand_error
 from pyrobust.ops._interval_fallback import round_outward
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Ends",
     "bound_of_roundings",
     "enclose",
+    "error_of_products",
     "step_where",
     "straight_through",
     "sum_ends",
@@ -34,6 +36,16 @@ def bound_of_roundings(count: int, dtype: torch.dtype) -> float:
     """``gamma_n``: relative error of a product of ``count`` factors ``1 + d``, ``|d| <= u``."""
     total = count * UNIT[dtype]
     return total / (1.0 - total) * (1.0 + 2.0**-48)
+
+
+def error_of_products(count: int, dtype: torch.dtype, rounding: str) -> float:
+    """Relative error of sums of products after ``count`` roundings, operands rounded first.
+
+    ``(1 + v)^2 (1 + gamma_n) - 1``, where ``v`` is the operands' error in the arithmetic that
+    ``rounding`` promises to cover.
+    """
+    operands = (1.0 + operand_error(rounding)) ** 2
+    return (operands * (1.0 + bound_of_roundings(count, dtype)) - 1.0) * (1.0 + 2.0**-40)
 
 
 def straight_through(value: Tensor, exact: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from pyrobust.interval.operands import Rule, on_ends, refuse, require_box, working
 from pyrobust.interval.outward import bound_of_roundings, enclose
 from pyrobust.interval.type import Interval, wrap
+from pyrobust.ops._interval_checks import is_deployed
 
 __all__ = ["RULES", "averaged"]
 
@@ -39,7 +40,7 @@ def averaged(
     with torch.no_grad():
         gamma = bound_of_roundings(terms + 4, torch.float64)
         errors = [reach_of(end.abs()) * gamma for end in (low, high)]
-        if box.rounding == "deployed":
+        if is_deployed(box.rounding):
             reach = reach_of(torch.maximum(low.abs(), high.abs()))
             slack = bound_of_roundings(terms + 4, box.dtype) * reach
             slack = slack + torch.finfo(box.dtype).tiny * (terms + 4)

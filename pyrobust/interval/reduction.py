@@ -13,6 +13,7 @@ from pyrobust.interval.outward import bound_of_roundings, enclose
 from pyrobust.interval.pooling import averaged
 from pyrobust.interval.shape import to_dtype
 from pyrobust.interval.type import Interval, wrap
+from pyrobust.ops._interval_checks import is_deployed
 
 __all__ = ["RULES", "Extremum"]
 
@@ -96,7 +97,7 @@ def log_sum_exp(input: Any, dim: Any, keepdim: bool = False) -> Interval:
         scale = torch.maximum(low.abs(), high.abs()).amax(dims, keepdim)
         scale = torch.nan_to_num(scale, posinf=0.0)
         error = bound_of_roundings(terms + 16, torch.float64) * (1 + scale)
-        if box.rounding == "deployed":
+        if is_deployed(box.rounding):
             error = error + bound_of_roundings(terms + 16, box.dtype) * (1 + scale) * 4
     return wrap(*enclose(lower, upper, error, box.dtype), box.rounding)
 

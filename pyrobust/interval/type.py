@@ -16,6 +16,7 @@ from torch import Tensor
 from pyrobust._checks import check_choice
 from pyrobust.interval.errors import MissingRule, check_ends, check_float, missing, name_of, where
 from pyrobust.interval.outward import sum_ends
+from pyrobust.ops._interval_checks import is_deployed
 from pyrobust.ops._interval_fallback import round_outward
 from pyrobust.ops._library import dispatcher_needed
 
@@ -30,7 +31,8 @@ __all__ = [
     "wrap",
 ]
 
-ROUNDINGS = ("nearest", "real", "deployed")  # from the weakest promise to the strongest
+# from the weakest promise to the strongest
+ROUNDINGS = ("nearest", "real", "deployed", "deployed-tf32", "deployed-bfloat16")
 _rules: dict[Any, Callable[..., Any]] = {}
 _any_autocast = getattr(torch._C, "_is_any_autocast_enabled", None)  # one call instead of two
 
@@ -43,6 +45,8 @@ class Interval:
 
     - ``"real"`` (default): the exact real-number image, for the weights as stored.
     - ``"deployed"``: also what any float32 evaluation returns, in any order of summation.
+    - ``"deployed-tf32"``, ``"deployed-bfloat16"``: also what products (linear, convolution, matmul)
+      return whose operands are rounded to TF32 or bfloat16 first and summed in float32.
     - ``"nearest"``: plain floating point, fast and unsound, for training.
 
     Where intervals meet, the result carries the weakest of their promises.
@@ -406,7 +410,7 @@ def weakest(*values: Any) -> str:
 
 
 def _set(box: Interval, lower: Tensor, upper: Tensor, rounding: str, base: Interval | None) -> None:
-    if rounding == "deployed":
+    if is_deployed(rounding):
         # hardware that flushes denormals may replace them by zero: let the box hold it
         tiny = torch.finfo(lower.dtype).tiny
         lower = torch.where((lower > 0) & (lower < tiny), 0.0, lower)

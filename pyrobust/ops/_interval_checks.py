@@ -16,15 +16,42 @@ __all__ = [
     "check_box",
     "check_operand",
     "check_terms",
+    "check_weight_range",
     "clipped_at_zero",
     "dense",
     "in_dtype_of",
+    "is_deployed",
     "map_one_by_one",
+    "operand_error",
 ]
 
-ROUNDINGS = ("real", "deployed", "nearest")
+ROUNDINGS = ("real", "deployed", "nearest", "deployed-tf32", "deployed-bfloat16")
+# How far arithmetic may move an operand of a product, relatively. TF32 keeps 10 bits of the
+# mantissa and may cut the others off; bfloat16 keeps 7 and rounds to nearest.
+_OPERAND_ERROR = {"deployed-tf32": 2.0**-10, "deployed-bfloat16": 2.0**-8}
 _MAX_TERMS = 2**21
 Ends = tuple[Tensor, Tensor]
+
+
+def is_deployed(rounding: str) -> bool:
+    """Whether the promise covers evaluations in floating point."""
+    return rounding.startswith("deployed")
+
+
+def operand_error(rounding: str) -> float:
+    """Relative error of an operand of a product under this promise's arithmetic; 0 for float32."""
+    return _OPERAND_ERROR.get(rounding, 0.0)
+
+
+def check_weight_range(subject: str, name: str, weight: Tensor, rounding: str, most: float) -> None:
+    """Raise ValueError where coarser arithmetic could round a weight to infinity."""
+    if operand_error(rounding) == 0.0 or torch.compiler.is_compiling() or weight.numel() == 0:
+        return
+    if not bool(weight.detach().abs().amax() < most):
+        raise ValueError(
+            f"{subject}: {name} must be below {most:.3g} in magnitude with rounding "
+            f"{rounding!r}; it is not."
+        )
 
 
 def check_box(subject: str, lower: Tensor, upper: Tensor, rounding: str) -> None:

@@ -21,10 +21,12 @@ from pyrobust.ops._interval_checks import (
     check_box,
     check_operand,
     check_terms,
+    check_weight_range,
     clipped_at_zero,
     dense,
     in_dtype_of,
     map_one_by_one,
+    operand_error,
 )
 from pyrobust.ops._interval_fallback import outward_image
 from pyrobust.ops._library import define, dispatcher_needed, refuse_forward_mode
@@ -101,6 +103,7 @@ def interval_conv2d(
         raise ValueError(f"{_SUBJECT}: weight must have 4 dimensions; got {tuple(weight.shape)}.")
     check_bias(_SUBJECT, bias, weight.shape[0])
     check_terms(_SUBJECT, weight[0].numel() if weight.shape[0] else 0)
+    check_weight_range(_SUBJECT, "weight", weight, rounding, 2.0**126)
     step, gap = pair(_SUBJECT, "stride", stride), pair(_SUBJECT, "dilation", dilation)
     pad = four_sides(_SUBJECT, padding, weight.shape[2:], step, gap)
     check_images(_SUBJECT, lower, weight.shape, groups)
@@ -258,7 +261,8 @@ def _conv_cuda(
     groups: int,
     rounding: str,
 ) -> Ends:
-    if lower.dtype != torch.float32 or not has_cuda_module() or lower.shape[0] == 0:
+    unsuited = not has_cuda_module() or lower.shape[0] == 0 or operand_error(rounding) > 0
+    if lower.dtype != torch.float32 or unsuited:
         return _conv_fallback(lower, upper, weight, bias, stride, pad, dilation, groups, rounding)
     size = output_size(_SUBJECT, lower.shape, weight.shape[2:], stride, pad, dilation)
     low, high = padded(lower, pad), padded(upper, pad)

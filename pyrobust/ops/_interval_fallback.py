@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pyrobust.ops._interval_checks import is_deployed, operand_error
+
 __all__ = ["half_step_of_int8", "largest_magnitude", "outward_image", "round_outward"]
 
 _UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
@@ -60,7 +62,7 @@ def outward_image(
         bias: broadcastable to the product's shape, or None.
         product: linear in each argument, with float64 operands.
         terms: how many products one output sums, at most ``2**21``.
-        rounding: ``"real"``, ``"deployed"`` or ``"nearest"``.
+        rounding: the promise, as for the operators.
         half_step: how far the layer may move an input before it multiplies; broadcastable to it.
     """
     dtype = lower.dtype
@@ -74,16 +76,20 @@ def outward_image(
         middle, reach = product(centre, matrix) + shift, product(radius, matrix.abs())
         return _finite_or_everything(middle - reach, middle + reach, middle, reach, dtype)
     own = _gamma(terms + 2, _UNIT[torch.float64])
-    deployed = _gamma(terms + 2, _UNIT[dtype]) if rounding == "deployed" else 0.0
+    deployed = _gamma(terms + 2, _UNIT[dtype]) if is_deployed(rounding) else 0.0
+    moved = (1.0 + operand_error(rounding)) ** 2 * (1.0 + deployed) * (1.0 + 2.0**-48) - 1.0
+    moved = moved if deployed else 0.0
     tiny = torch.finfo(dtype).tiny
     slack = 1.0 + 2.0**-49
-    radius = radius * (slack * (1.0 + deployed)) + centre.abs() * (slack * (own + deployed)) + tiny
+    radius = radius * (slack * (1.0 + moved)) + centre.abs() * (slack * (own + moved)) + tiny
     middle = product(centre, matrix) + shift
     # Flushed denormals and underflow, as in interval.h; the largest |x| serves every output.
     flush = 4.0 * tiny * (terms + 8)
     largest = largest_magnitude(low, high, None)
     reach = product(radius, matrix.abs()) / (1.0 - own) + shift.abs() * deployed
     reach = (reach + flush * (1.0 + 2.0 * largest)) * slack
+    if operand_error(rounding):  # an operand next to the largest number rounds to infinity
+        reach = torch.where(largest < torch.finfo(dtype).max / 4, reach, _INFINITY)
     if deployed:
         reach = torch.where(reach < deployed * torch.finfo(dtype).max / 4, reach, _INFINITY)
     infinity = torch.full((), _INFINITY, dtype=torch.float64, device=low.device)

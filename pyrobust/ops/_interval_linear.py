@@ -17,10 +17,12 @@ from pyrobust.ops._interval_checks import (
     check_box,
     check_operand,
     check_terms,
+    check_weight_range,
     clipped_at_zero,
     dense,
     in_dtype_of,
     map_one_by_one,
+    operand_error,
 )
 from pyrobust.ops._interval_fallback import outward_image
 from pyrobust.ops._library import define, dispatcher_needed, refuse_forward_mode
@@ -96,6 +98,8 @@ def _try_kernel(
     The binding checks all that it relies on; what it refuses is left to the checks above, which
     say it better. In small layers every microsecond before the kernel counts.
     """
+    if operand_error(rounding):
+        return None
     if lower.ndim != 2 or weight.ndim != 2 or lower.is_neg() or upper.is_neg() or weight.is_neg():
         return None
     out_low = lower.new_empty((lower.shape[0], weight.shape[0]))
@@ -127,6 +131,7 @@ def _check_linear(
             f"{tuple(weight.shape)}); got shape {tuple(lower.shape)}."
         )
     check_terms(subject, weight.shape[1])
+    check_weight_range(subject, "weight", weight, rounding, 2.0**126)
     check_bias(subject, bias, weight.shape[0])
 
 
@@ -157,7 +162,7 @@ def _linear_cpu(
 def _linear_cuda(
     lower: Tensor, upper: Tensor, weight: Tensor, bias: Tensor | None, rounding: str
 ) -> Ends:
-    if lower.dtype != torch.float32 or not has_cuda_module():
+    if lower.dtype != torch.float32 or not has_cuda_module() or operand_error(rounding):
         return _linear_fallback(lower, upper, weight, bias, rounding)
     shape, low, high = flat_ends(lower, upper)
     shift = None if bias is None else dense(bias)

@@ -26,8 +26,10 @@ from pyrobust.ops._interval_checks import (
     check_box,
     check_operand,
     check_terms,
+    check_weight_range,
     clipped_at_zero,
     dense,
+    operand_error,
 )
 from pyrobust.ops._interval_fallback import half_step_of_int8, outward_image
 from pyrobust.ops._library import define, dispatcher_needed, refuse_forward_mode
@@ -141,6 +143,8 @@ def _try_kernel(
 
     The binding checks all that it relies on; what it refuses is left to the checks below.
     """
+    if operand_error(rounding):
+        return None
     if lower.ndim != 2 or lower.is_neg() or upper.is_neg() or (zero is not None and bits < 2):
         return None
     out_low = lower.new_empty((lower.shape[0], codes.shape[0]))
@@ -266,6 +270,7 @@ def _check_packed(
     check_terms(subject, terms)
     check_weight(subject, codes, scale, zero, terms, bits, group_size, group_dim, extras)
     check_bias(subject, bias, codes.shape[0])
+    check_weight_range(subject, "scale", scale, rounding, 2.0**116)
 
 
 # --- operators --------------------------------------------------------------------------------
@@ -292,7 +297,7 @@ def _linear_cpu(
     rectified: bool = False,
 ) -> Ends:
     weight_format = [in_features, levels_of(bits), group_size, group_dim]
-    if lower.dtype != torch.float32:
+    if lower.dtype != torch.float32 or not lower.is_cpu:
         weight = _weight(codes, scale, zero, in_features, bits, group_size, group_dim, extras)
         moved = half_step_of_int8(lower, upper, (-1,)) if activations else None
         return outward_image(
@@ -346,7 +351,7 @@ def _linear_cuda(
 ) -> Ends:
     """Codes go to the kernel as stored where it takes the format, else decoded."""
     packed = (codes, scale, zero, bias, terms, bits, group_size, group_dim, activations)
-    if lower.dtype != torch.float32:
+    if lower.dtype != torch.float32 or operand_error(rounding):
         return _linear_cpu(lower, upper, *packed, rounding, *extras)
     shape, low, high = linear.flat_ends(lower, upper)
     ends = _packed_product(low, high, *packed, rounding, extras)
@@ -406,7 +411,7 @@ def _conv_cuda(
     """Convolutions decode the weight: its rows rarely suit the kernel, and patches are many."""
     packed = (codes, scale, zero, bias, terms, bits, group_size, group_dim, activations)
     window = (kernel, stride, pad, dilation, groups)
-    if lower.dtype != torch.float32 or lower.shape[0] == 0:
+    if lower.dtype != torch.float32 or lower.shape[0] == 0 or operand_error(rounding):
         return _conv_cpu(lower, upper, *packed, *window, rounding, *extras)
     size = conv.output_size("interval_packed_conv2d", lower.shape, kernel, stride, pad, dilation)
     weight = _weight(codes, scale, zero, terms, bits, group_size, group_dim, extras)
@@ -489,7 +494,7 @@ def _conv_cpu(
     *extras: Tensor | None,
     rectified: bool = False,
 ) -> Ends:
-    if lower.dtype != torch.float32:
+    if lower.dtype != torch.float32 or not lower.is_cpu:
         weight = _weight(codes, scale, zero, terms, bits, group_size, group_dim, extras)
 
         def product(images: Tensor, matrix: Tensor) -> Tensor:

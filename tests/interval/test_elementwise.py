@@ -97,3 +97,14 @@ def test_a_box_around_the_turning_point_reaches_the_lowest_value(name):
         least = CURVES[name](mpmath.mpf(turn))
         assert mpmath.mpf(float(result.lower)) <= least
         assert float(least) - float(result.lower) < 1e-7
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "silu", "gelu"])
+def test_float64_tails_do_not_vanish(name):
+    points = torch.tensor([-36.0, -45.0, -300.0, -700.0, -720.0], dtype=torch.float64)
+    result = BY_NAME[name](Interval(points, points))
+    with mpmath.workdps(60):
+        for x, low, high in zip(
+            points.tolist(), result.lower.tolist(), result.upper.tolist(), strict=True
+        ):
+            assert mpmath.mpf(low) <= CURVES[name](mpmath.mpf(x)) <= mpmath.mpf(high), x

@@ -134,6 +134,27 @@ def test_no_attained_corner_of_a_million_lies_outside(isa, kind):
     assert total > 600_000  # 8 kinds and every instruction set: several millions
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [1, 1.58, 2, 3, 4, 8])
+def test_no_attained_corner_of_a_million_packed_ones_lies_outside(isa, bits):
+    total = 0
+    for seed in range(10):
+        torch.manual_seed(seed)
+        for kind in (ordinary, wide_exponents, cancelling, huge_bias):
+            # many inputs meet decoded rows, a few meet rows that some sets decode in registers
+            for batch, rows, group_size in ((40, 25, 8), (4, 125, 64)):
+                lower, upper, weight, bias = kind(batch, 5 + 9 * seed, rows)
+                packed = round_to_nearest(weight, bits=bits, group_size=group_size)
+                form = {"in_features": weight.shape[1], "bits": bits, "group_size": group_size}
+                parts = (packed.codes, packed.scale, packed.zero, bias)
+                for rounding in SOUND:
+                    ends = interval_packed_linear(lower, upper, *parts, rounding=rounding, **form)
+                    outside, checked = violations(ends, lower, upper, packed.dequantize(), bias)
+                    assert outside == 0
+                    total += checked
+    assert total == 240_000  # six formats: 1.44 million on every instruction set
+
+
 @pytest.mark.parametrize("rounding", SOUND)
 @pytest.mark.parametrize("batch", [1, 9])
 def test_long_sums(isa, batch, rounding):
