@@ -91,7 +91,7 @@ def bound(
     check_integer("bound", "iterations", iterations, 1)
     if method != "ibp" and is_deployed(x.rounding):
         raise ValueError(
-            f'bound: method must be "ibp" for a box with rounding={x.rounding!r}; got {method!r}.'
+            f'bound: method must be "ibp" for a box with rounding="{x.rounding}"; got {method!r}.'
         )
     if spec is not None:
         check_float_tensor("bound", "spec", spec)
