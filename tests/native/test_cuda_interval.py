@@ -1,6 +1,8 @@
 """The CUDA interval kernels on fibres: sound against float64 and rationals, tight."""
 
+import sys
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,21 +13,10 @@ from pyrobust import ops
 from pyrobust.ops import _cuda_interval
 from pyrobust.quantize import round_to_nearest
 
+sys.path.insert(0, str(Path(__file__).parent))
+from interval_images import boxes, exact_ends
+
 ROUNDINGS = ["real", "deployed", "nearest"]
-
-
-def boxes(batch, terms, width=0.1):
-    centre = torch.randn(batch, terms)
-    radius = torch.rand(batch, terms) * width
-    return centre - radius, centre + radius
-
-
-def exact_ends(lower, upper, weight, bias=None):
-    """The image in float64, whose own error is 2^-29 of what the kernels add."""
-    low, high, matrix = lower.double(), upper.double(), weight.double()
-    middle, reach = (low + high) / 2 @ matrix.T, (high - low) / 2 @ matrix.abs().T
-    shift = 0.0 if bias is None else bias.double()
-    return middle + shift - reach, middle + shift + reach
 
 
 def check_sound(ends, exact, lower, upper, weight, slack=3e-4):

@@ -1,7 +1,9 @@
 """Interval products around the library's: kernels on fibres, torch's product of floats between."""
 
 import gc
+import sys
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,9 @@ from pyrobust import Interval, ops
 from pyrobust.ops import _cuda_interval
 from pyrobust.ops import _cuda_interval_library as library
 from pyrobust.quantize import round_to_nearest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from interval_images import boxes, exact_ends
 
 ROUNDINGS = ["real", "deployed", "nearest"]
 
@@ -63,18 +68,6 @@ def calls(monkeypatch):
     original = library._product
     monkeypatch.setattr(library, "_product", lambda a, b: made.append(a.shape) or original(a, b))
     return made
-
-
-def boxes(batch, terms, width=0.1):
-    centre, radius = torch.randn(batch, terms), torch.rand(batch, terms) * width
-    return centre - radius, centre + radius
-
-
-def exact_ends(lower, upper, weight, bias=None):
-    low, high, matrix = lower.double(), upper.double(), weight.double()
-    middle, reach = (low + high) / 2 @ matrix.T, (high - low) / 2 @ matrix.abs().T
-    shift = 0.0 if bias is None else bias.double()
-    return middle + shift - reach, middle + shift + reach
 
 
 def check_sound(ends, exact, magnitude, reach, slack):
