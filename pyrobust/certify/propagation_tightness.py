@@ -16,13 +16,12 @@ of special layers: any module is called on an :class:`~pyrobust.Interval`, round
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pyrobust._checks import (
     check_at_least,
@@ -32,6 +31,12 @@ from pyrobust._checks import (
     check_integer,
     check_shape,
     require_extra,
+)
+from pyrobust.certify._linearised_chain import (
+    layer_chain,
+    linearisation_point,
+    linearised_chain,
+    weight_of,
 )
 from pyrobust.certify._linearised_graph import graph_ranges, has_branches
 from pyrobust.certify.bound import bound, margin_specification
@@ -50,7 +55,6 @@ __all__ = [
 
 _FLOOR = 1e-8
 _WEIGHTED = (nn.Linear, PackedLinear, nn.Conv2d)
-_PLAIN = (nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 
 
 def interval_bounds(model: nn.Module, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,9 +150,9 @@ def propagation_tightness(
     subject = "propagation_tightness"
     _check_inputs(subject, model, x, eps)
     check_choice(subject, "relu", relu, ("local", "identity", "center"))
-    if has_branches(_chain(subject, model)):
+    if has_branches(layer_chain(subject, model)):
         return _graph_tightness(subject, model, x, eps, y, relu, clamp)
-    steps, radius, point, output = _linearised(subject, model, x, eps, relu, clamp)
+    steps, radius, point, output = linearised_chain(subject, model, x, eps, relu, clamp)
     classes = _classes(subject, output)
     spec = torch.eye(classes, dtype=x.dtype, device=x.device).expand(len(x), -1, -1)
     if y is not None:
@@ -165,7 +169,7 @@ def propagation_tightness(
     if y is None:
         wide = steps[-1].widen(radius)
     else:
-        wide = torch.einsum("nsk,nk->ns", (spec @ _weight(steps[-1].layer).to(x)).abs(), radius)
+        wide = torch.einsum("nsk,nk->ns", (spec @ weight_of(steps[-1].layer).to(x)).abs(), radius)
     return true.clamp_min(_FLOOR) / wide.clamp_min(_FLOOR)
 
 
@@ -218,10 +222,10 @@ def tightness_by_layer(
     _check_inputs(subject, model, x, eps)
     check_choice(subject, "relu", relu, ("local", "identity", "center"))
     check_integer(subject, "max_units", max_units, 1)
-    layers = _chain(subject, model)
+    layers = layer_chain(subject, model)
     names, values = [], []
     if has_branches(layers):
-        point, radius = _place(x, eps, relu, clamp)
+        point, radius = linearisation_point(x, eps, relu, clamp)
         ranges = graph_ranges(subject, model, point, radius, relu, None, _WEIGHTED)
         for found in ranges[:-1]:
             names.append(found.name)
@@ -231,7 +235,7 @@ def tightness_by_layer(
         if not isinstance(layer, _WEIGHTED):
             continue
         prefix = nn.Sequential(*(module for _, module in layers[: i + 1]))
-        steps, radius, point, output = _linearised(subject, prefix, x, eps, relu, clamp)
+        steps, radius, point, output = linearised_chain(subject, prefix, x, eps, relu, clamp)
         wide = radius
         for step in steps:
             wide = step.widen(wide)
@@ -303,7 +307,7 @@ def _graph_tightness(
     if y is not None:
         _check_labels(subject, y, len(x), classes)
         fold = spec = -margin_specification(y, classes).to(x)
-    point, radius = _place(x, eps, relu, clamp)
+    point, radius = linearisation_point(x, eps, relu, clamp)
     whole = graph_ranges(subject, model, point, radius, relu, fold)[-1]
     true = _true_ranges(whole.output, point, radius, spec)
     return true.clamp_min(_FLOOR) / whole.radius.clamp_min(_FLOOR)
@@ -320,95 +324,6 @@ def _mean_ratio(
     true = _true_ranges(flat[:, units], point, radius, spec)
     ratio = true.clamp_min(_FLOOR) / wide.flatten(1)[:, units].clamp_min(_FLOOR)
     return float(ratio.mean())
-
-
-def _place(
-    x: Tensor, eps: float, relu: str, clamp: tuple[float, float] | None
-) -> tuple[Tensor, Tensor]:
-    """The point at which ReLUs are fixed, ready for gradients, and the radius of the box."""
-    low, high = x.detach() - eps, x.detach() + eps
-    if clamp is not None:
-        low, high = low.clamp(*clamp), high.clamp(*clamp)
-    point = (low + high) / 2 if relu == "center" else x.detach().clone()
-    return point.requires_grad_(), (high - low) / 2
-
-
-@dataclass(frozen=True)
-class _Step:
-    """One layer and how it widens a radius, its ReLU fixed."""
-
-    layer: nn.Module
-    widen: Callable[[Tensor], Tensor]
-
-
-def _linearised(
-    subject: str,
-    model: nn.Module,
-    x: Tensor,
-    eps: float,
-    relu: str,
-    clamp: tuple[float, float] | None,
-) -> tuple[list[_Step], Tensor, Tensor, Tensor]:
-    """Steps, input radius, input point and the output of the linearised network at it."""
-    point, radius = _place(x, eps, relu, clamp)
-    steps, value = [], point
-    with torch.enable_grad():
-        for name, layer in _chain(subject, model):
-            if isinstance(layer, nn.ReLU):
-                active = (value.detach() > 0).to(x.dtype)
-                mask = torch.ones_like(active) if relu == "identity" else active
-                value = value * mask
-                steps.append(_Step(layer, mask.mul))
-            else:
-                value = layer(value)
-                steps.append(_Step(layer, _widening(subject, name, layer)))
-    return steps, radius, point, value
-
-
-def _chain(subject: str, model: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
-    """The layers of a nested ``nn.Sequential`` with their names."""
-    if type(model) is not nn.Sequential:
-        return [(prefix or type(model).__name__, model)]
-    layers = []
-    for name, child in model.named_children():
-        layers += _chain(subject, child, f"{prefix}.{name}" if prefix else name)
-    if not layers:
-        raise ValueError(f"{subject}: the model must hold a layer; got an empty nn.Sequential.")
-    return layers
-
-
-def _widening(subject: str, name: str, layer: nn.Module) -> Callable[[Tensor], Tensor]:
-    if isinstance(layer, (nn.Linear, PackedLinear)):
-        size = _weight(layer).abs()
-        return lambda radius: F.linear(radius, size.to(radius))
-    if isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros":
-        kernel, geometry = layer.weight.detach().abs(), layer
-        return lambda radius: F.conv2d(
-            radius,
-            kernel,
-            None,
-            geometry.stride,
-            geometry.padding,
-            geometry.dilation,
-            geometry.groups,
-        )
-    if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)) and layer.running_var is not None:
-        factor = (layer.running_var + layer.eps).rsqrt()
-        if layer.weight is not None:
-            factor = factor * layer.weight.detach().abs()
-        return lambda radius: radius * factor.reshape(1, -1, *[1] * (radius.ndim - 2))
-    if isinstance(layer, _PLAIN):
-        return layer
-    raise NotImplementedError(
-        f"{subject}: layer '{name}' of type {type(layer).__name__} is not supported."
-    )
-
-
-def _weight(layer: nn.Module) -> Tensor:
-    if isinstance(layer, PackedLinear):
-        return layer.dequantize()
-    weight: Tensor = layer.get_parameter("weight").detach()
-    return weight
 
 
 def _true_ranges(output: Tensor, point: Tensor, radius: Tensor, spec: Tensor) -> Tensor:

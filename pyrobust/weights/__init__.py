@@ -1,5 +1,6 @@
 """Arithmetic, matching and spectra of whole state dicts."""
 
+from pyrobust.weights.activation_matching import activation_match
 from pyrobust.weights.anisotropic_composition import AnisotropicComposition
 from pyrobust.weights.atlas import (
     NoFeasibleCoefficients,
@@ -42,7 +43,6 @@ from pyrobust.weights.task_vector import TaskVector, WeightDelta, state_checksum
 from pyrobust.weights.trace_spec import trace_spec
 from pyrobust.weights.weight_matching import (
     Matching,
-    activation_match,
     average_states,
     match_many,
     merge_models,
