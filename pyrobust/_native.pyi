@@ -84,6 +84,22 @@ def packed_linear(
     first_row: int,
     num_threads: int,
 ) -> None: ...
+def eager_linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    in_features: int,
+    bits: float,
+    group_size: int,
+    group_dim: int,
+    activations: str | None,
+    extras: tuple[Tensor | None, ...] | None,
+    num_threads: int,
+    grad_enabled: bool,
+    /,
+) -> Tensor | None: ...
 def dequantize(
     codes: Tensor,
     scale: Tensor,

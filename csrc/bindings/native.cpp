@@ -27,6 +27,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("set_isa", [](const std::string& name) { pyrobust::set_isa(pyrobust::parse_isa(name)); });
   m.def("supported_isas", &supported_isas);
   pyrobust::bind_matmul(m);
+  pyrobust::bind_eager_linear(m);
   pyrobust::bind_sampling(m);
   pyrobust::bind_interval(m);
 }

@@ -37,6 +37,9 @@ inline bool add_extras(py::handle extras, int levels, matmul::PackedMatrix* weig
   const TensorView values = view_optional(parts[2], "values");
   const TensorView columns = view_optional(parts[3], "columns");
   const TensorView offsets = view_optional(parts[4], "offsets");
+  const bool sparse = offsets.ndim != 0;
+  check(sparse == (values.ndim != 0) && sparse == (columns.ndim != 0),
+        "values, columns and offsets must be given together.");
   if (row_scale.ndim != 0) {
     row_scale.require_dtype(DType::kFloat32).require_ndim(1).require_size(0, weight->rows);
     weight->row_scale = row_scale.as<const float>();
@@ -45,7 +48,7 @@ inline bool add_extras(py::handle extras, int levels, matmul::PackedMatrix* weig
     codebook.require_dtype(DType::kUInt8).require_ndim(1).require_size(0, levels);
     weight->codebook = codebook.as<const uint8_t>();
   }
-  if (offsets.ndim != 0) {
+  if (sparse) {
     offsets.require_dtype(DType::kInt64).require_ndim(1).require_size(0, weight->rows + 1);
     values.require_ndim(1);
     columns.require_dtype(DType::kInt32).require_ndim(1).require_size(0, values.shape[0]);

@@ -132,12 +132,13 @@ class PackedLinear(PackedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(*, in_features)`` -> ``(*, out_features)``, dtype of ``x``."""
+        codes, scale, zero, bias = self._operands()
         return packed_linear(
             x,
-            self.codes,
-            self.scale,
-            self.zero,
-            self.bias,
+            codes,
+            scale,
+            zero,
+            bias,
             in_features=self.in_features,
             bits=self.bits,
             group_size=self.group_size,

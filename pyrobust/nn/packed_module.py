@@ -223,6 +223,17 @@ class PackedModule(nn.Module):
             return None
         return WeightExtras(*(self._buffers[name] for name in _EXTRAS))
 
+    def _operands(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Codes, scale, zero and bias, as attributes of these names would give them.
+
+        From the dictionaries of ``nn.Module``: attribute access takes 0.5 us a tensor, half of what
+        a small product takes.
+        """
+        if "parametrizations" in self._modules:  # moves tensors out of the dictionaries
+            return self.codes, self.scale, self.zero, self.bias
+        buffers: Any = self._buffers
+        return buffers["codes"], buffers["scale"], buffers["zero"], self._parameters["bias"]
+
     @property
     def qtensor(self) -> QTensor:
         """The packed weight, sharing memory with the buffers; ``(rows, columns)`` as multiplied."""

@@ -12,6 +12,7 @@ __all__ = [
     "define",
     "differentiation_transforms",
     "dispatcher_needed",
+    "dispatcher_watched",
     "refuse_forward_mode",
     "slice_by_slice",
 ]
@@ -20,7 +21,7 @@ __all__ = [
 _LIBRARY = torch.library.Library("pyrobust", "DEF")
 
 try:  # private names of torch; where one is missing the operator is always taken
-    from torch._C import _len_torch_dispatch_stack
+    from torch._C import _is_tracing, _len_torch_dispatch_stack
     from torch._C._functorch import maybe_current_level
     from torch.autograd import forward_ad as _forward_ad
 
@@ -87,22 +88,36 @@ def slice_by_slice(name: str) -> Callable[..., Any]:
 def dispatcher_needed(*tensors: Tensor | None) -> bool:
     """Whether a call must go through torch's dispatcher instead of straight to the native kernel.
 
-    False only in plain eager inference: exact ``torch.Tensor`` (or Parameter) on the CPU, gradients
-    off, no forward-mode level, no functorch transform, no dispatch mode, not compiling.
+    False only in plain eager inference: exact ``torch.Tensor`` (or Parameter) on the CPU, none of
+    which asks for a gradient while gradients are on, and nothing of :func:`dispatcher_watched`.
     """
-    if not _GUARD_AVAILABLE or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if dispatcher_watched():
         return True
-    if _forward_ad._current_level >= 0 or maybe_current_level() is not None:
-        return True
-    if _len_torch_dispatch_stack() != 0:
-        return True
+    grad_enabled = torch.is_grad_enabled()
     for tensor in tensors:  # a generator would cost another 0.5 us
         kind = type(tensor)
         if tensor is not None and not (
-            (kind is Tensor or kind is torch.nn.Parameter) and tensor.is_cpu
+            (kind is Tensor or kind is torch.nn.Parameter)
+            and tensor.is_cpu
+            and not (grad_enabled and tensor.requires_grad)
         ):
             return True
     return False
+
+
+def dispatcher_watched() -> bool:
+    """Whether something sees every call of an operator, whatever its tensors.
+
+    A compiler or tracer, a forward-mode level, a functorch transform or a dispatch mode.
+    """
+    return (
+        not _GUARD_AVAILABLE
+        or torch.compiler.is_compiling()
+        or _is_tracing()
+        or _forward_ad._current_level >= 0
+        or maybe_current_level() is not None
+        or _len_torch_dispatch_stack() != 0
+    )
 
 
 def differentiation_transforms() -> bool:

@@ -8,13 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads, is_grad_enabled
 from torch.overrides import handle_torch_function, has_torch_function
 
 from pyrobust import _native
 from pyrobust._checks import check_choice, check_integer, check_shape
 from pyrobust.ops import _cuda_matmul
-from pyrobust.ops._library import define, dispatcher_needed, refuse_forward_mode
+from pyrobust.ops._library import define, dispatcher_needed, dispatcher_watched, refuse_forward_mode
 from pyrobust.ops.formats import check_bits, levels_of, row_bytes
 from pyrobust.ops.packed_weight import (
     EXTRAS_SCHEMA,
@@ -88,6 +88,13 @@ def packed_linear(
         ValueError: a shape, ``bits``, ``group_size``, ``group_dim`` or ``activations`` is wrong.
         NotImplementedError: ``x`` or ``bias`` carries a forward-mode tangent.
     """
+    if not (has_torch_function((x,)) or dispatcher_watched()):
+        eager = _native.eager_linear(
+            x, codes, scale, zero, bias, in_features, bits, group_size, group_dim, activations,
+            extras, get_num_threads(), is_grad_enabled(),
+        )  # fmt: skip
+        if eager is not None:
+            return eager
     options: dict[str, Any] = {
         "in_features": in_features,
         "bits": bits,
@@ -100,23 +107,15 @@ def packed_linear(
         relevant = (x, codes, scale, zero, bias)
         result: Tensor = handle_torch_function(packed_linear, relevant, *relevant, **options)
         return result
-    if dispatcher_needed(x, codes, scale, zero, bias):
-        _check_product(x, codes, scale, zero, bias, **options)
-        refuse_forward_mode("packed_linear", x, scale, bias)
-        int8 = activations == "int8"
-        product: Tensor = torch.ops.pyrobust.packed_linear(
-            x, codes, scale, zero, bias, in_features, bits, group_size, group_dim, int8,
-            *(extras or NO_EXTRAS),
-        )  # fmt: skip
-        return product
-    try:  # plain inference: the binding checks everything, Python words what it refuses
-        return linear_kernel(
-            x, codes, scale, zero, bias, in_features, bits, group_size, group_dim,
-            _INT8[activations], *(extras or NO_EXTRAS),
-        )  # fmt: skip
-    except (KeyError, TypeError, ValueError):
-        _check_product(x, codes, scale, zero, bias, **options)
-        raise
+    _check_product(x, codes, scale, zero, bias, **options)
+    refuse_forward_mode("packed_linear", x, scale, bias)
+    needed = dispatcher_needed(x, codes, scale, zero, bias)
+    run = torch.ops.pyrobust.packed_linear if needed else linear_kernel
+    product: Tensor = run(
+        x, codes, scale, zero, bias, in_features, bits, group_size, group_dim,
+        _INT8[activations], *(extras or NO_EXTRAS),
+    )  # fmt: skip
+    return product
 
 
 def dequantize_codes(

@@ -36,7 +36,7 @@ SHAPES = [
 ]
 AMX = "amx" in _native.supported_isas()
 OBJECTS = sorted((Path(__file__).resolve().parents[2] / "build").rglob("csrc/matmul/amx.cpp.o"))
-PRODUCT = _native.packed_linear
+PRODUCTS = {name: getattr(_native, name) for name in ("packed_linear", "eager_linear")}
 
 
 def load_shim():
@@ -47,15 +47,24 @@ def load_shim():
     return shim
 
 
+def install(products):
+    """Lets packed_linear call these functions in place of those of ``_native``; returns those."""
+    before = {name: getattr(_native, name) for name in PRODUCTS}
+    for name, function in products.items():
+        setattr(_native, name, function)
+    return before
+
+
 @pytest.fixture(params=["emulated", "processor"])
-def amx(request, monkeypatch):
+def amx(request):
     """Sends products through emulated tiles (returns their module) or real ones (None)."""
     before = _native.isa()
     if request.param == "emulated":
         shim = load_shim()
-        monkeypatch.setattr(_native, "packed_linear", shim.packed_linear)
+        installed = install({name: getattr(shim, name) for name in PRODUCTS})
         shim.take_counters()
         yield shim
+        install(installed)
         return
     if not AMX:
         pytest.skip("no AMX here: run this file on a processor that has it")
@@ -106,13 +115,12 @@ def multiply(x, packed, bias=None, activations="int8"):
 
 def on_portable(x, packed, bias=None):
     """The reference, whatever the fixture has put in place."""
-    before, installed = _native.isa(), _native.packed_linear
+    before, installed = _native.isa(), install(PRODUCTS)
     _native.set_isa("portable")
-    _native.packed_linear = PRODUCT
     try:
         return multiply(x, packed, bias)
     finally:
-        _native.packed_linear = installed
+        install(installed)
         _native.set_isa(before)
 
 
@@ -200,7 +208,7 @@ def test_what_takes_no_tiles(amx):
     results = [multiply(rows, packed, activations=mode) for rows, packed, mode in calls]
     if amx is not None:
         assert amx.take_counters()["products"] == 0
-        _native.packed_linear = PRODUCT
+        install(PRODUCTS)
     _native.set_isa("avx512")
     try:
         for result, (rows, packed, mode) in zip(results, calls, strict=True):

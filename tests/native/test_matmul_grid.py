@@ -13,6 +13,7 @@ LEVELS = {1: 2, 1.58: 3, 2: 4, 3: 8, 4: 16, 8: 256}
 BATCHES = [0, 1, 2, 3, 4, 5, 8, 15, 16, 17, 33, 64, 200]
 # rows, cols, group_size: whole blocks, one group, odd groups, tails of rows, columns and groups
 SHAPES = [(9, 256, 128), (6, 150, 150), (7, 200, 32), (5, 131, 13), (3, 77, 64), (70, 640, 64)]
+SHAPES += [(17, 70, 128), (9, 100, 25)]  # one group and four beside each other
 ISAS = _native.supported_isas()
 
 

@@ -41,4 +41,5 @@ PYBIND11_MODULE(_amx_shim, m) {
   m.def("tile_product", &pyrobust::product);
   m.def("tile_fault", &pyrobust::tile_fault);
   pyrobust::bind_matmul(m);
+  pyrobust::bind_eager_linear(m);
 }
