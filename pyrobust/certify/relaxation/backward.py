@@ -36,6 +36,7 @@ from pyrobust.certify.relaxation.frames import (
 from pyrobust.certify.relaxation.gradients import bend
 from pyrobust.certify.relaxation.graph import Affine, Step
 from pyrobust.certify.relaxation.lines import Lines
+from pyrobust.certify.relaxation.planes import Planes
 from pyrobust.interval.outward import bound_of_roundings
 
 __all__ = ["Box", "Problem", "lower_bounds", "offset_of"]
@@ -62,10 +63,12 @@ class Problem:
         steps: operations in order, the input first.
         boxes: intervals by node.
         lines: of each bending operation, by its node.
+        planes: of each operation of several numbers that has them, by its node.
         sound: account for rounding.
         offsets: values of affine operations at 0, filled on demand.
         reaches: sums of magnitudes of affine operations, filled on demand.
         separable: whether every operation can be applied to a part of the batch.
+        tightened: ``(B, N)`` bool, the elements that have had a backward pass, by node.
     """
 
     steps: list[Step]
@@ -75,6 +78,8 @@ class Problem:
     offsets: dict[fx.Node, Tensor | None] = field(default_factory=dict)
     reaches: dict[fx.Node, Tensor] = field(default_factory=dict)
     separable: bool = True
+    planes: dict[fx.Node, Planes] = field(default_factory=dict)
+    tightened: dict[fx.Node, Tensor] = field(default_factory=dict)
 
     def step_of(self, node: fx.Node) -> Step:
         """The step that computes a node's value."""
@@ -101,22 +106,47 @@ def lower_bounds(
         lines: to use; :attr:`Problem.lines` or others of the same boxes.
         frame: the images, and the windows, that the coefficients are of.
     """
+    total, joint = _pulled_back(problem, start, coefficients, lines, frame, cut=False)
+    if not joint:
+        return total
+    # planes can be looser than the interval of the value that they bound
+    at_intervals, _ = _pulled_back(problem, start, coefficients, lines, frame, cut=True)
+    return torch.maximum(total, at_intervals)
+
+
+def _pulled_back(
+    problem: Problem,
+    start: fx.Node,
+    coefficients: Tensor,
+    lines: dict[fx.Node, Lines],
+    frame: Frame,
+    *,
+    cut: bool,
+) -> tuple[Tensor, bool]:
+    """Bounds, and whether planes or operations written out were met; ``cut`` stops at those."""
     pending = {start: Part(coefficients, frame, clean=frame.window is None)}
     total = coefficients.new_zeros(1, 1)
+    joint = False
     for step in reversed(problem.steps):
         part = pending.pop(step.node, None)
         if part is None:
             continue
         part = _fitted(problem, step, part)
-        if step.affine is not None:
+        several = step.planes is not None or step.closed
+        joint |= several
+        if several and cut:
+            total = total + _concretise(problem, step.node, part)
+        elif step.affine is not None:
             total = total + _affine(problem, step, part, pending)
         elif step.bend is not None:
             total = total + _bend(problem, step, part, pending, lines[step.node])
+        elif step.planes is not None:
+            total = total + _planes(problem, step, part, pending)
         else:
             total = total + _concretise(problem, step.node, part)
         if not pending:
             break
-    return total
+    return total, joint
 
 
 def _fitted(problem: Problem, step: Step, part: Part) -> Part:
@@ -127,6 +157,7 @@ def _fitted(problem: Problem, step: Step, part: Part) -> Part:
     shape = problem.shape(step.node)
     affine = step.affine
     serves = affine is None or affine.options is not None or affine.local
+    serves = serves and step.planes is None
     if not serves or part.a.shape[-2:].numel() >= shape[1:].numel():
         part = spread(part, shape)
     return part if affine is None else cleaned(part, shape)
@@ -324,6 +355,19 @@ def _bend(
         share = 4 * bound_of_roundings(count, a.dtype)
         slack = _line_sum(a.abs(), slope * size + shift) * share
     return value - slack - 1e-300
+
+
+def _planes(problem: Problem, step: Step, part: Part, pending: dict[fx.Node, Part]) -> Tensor:
+    a, frame = part.a, part.frame
+    planes = problem.planes[step.node]
+    pulled = planes.pull(a, lambda values: frame.take(values, a.shape[3:]))
+    _put(problem, pending, step, *(Part(some, frame) for some in pulled.parts))
+    if not problem.sound or pulled.reach is None:
+        return pulled.value
+    with torch.no_grad():
+        count = 16 + len(problem.steps) + 3 * a[0, 0].numel() + planes.terms
+        slack = pulled.reach * (4 * bound_of_roundings(count, a.dtype))
+    return pulled.value - slack - 1e-300
 
 
 def _line_sum(a: Tensor, values: Tensor) -> Tensor:

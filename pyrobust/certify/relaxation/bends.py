@@ -12,6 +12,12 @@ from torch import Tensor
 
 from pyrobust.certify.relaxation.gradients import relu_chord
 from pyrobust.certify.relaxation.lines import Bend, Lines
+from pyrobust.certify.relaxation.powers import (
+    inverse_root_bend,
+    power_bend,
+    reciprocal_bend,
+    root_bend,
+)
 from pyrobust.interval.outward import UNIT
 
 __all__ = ["BENDS"]
@@ -146,19 +152,6 @@ def _logarithm(
     )
 
 
-def _power(exponent: Any) -> Bend | None:
-    """Whole powers from 2 on; others have no lines."""
-    if isinstance(exponent, Tensor) or exponent != int(exponent) or exponent < 2:
-        return None
-    n = int(exponent)
-    return Bend(
-        lambda x: x**n,
-        lambda x: n * x ** (n - 1),
-        () if n % 2 == 0 else (0.0,),
-        curvature=lambda low, high: n * (n - 1) * torch.maximum(low.abs(), high.abs()) ** (n - 2),
-    )
-
-
 BENDS: dict[str, Callable[..., Bend | None]] = {
     "relu": lambda: Bend(torch.relu, _step(0.0, 0.0, 1.0), (0.0,), lines=_relu_lines),
     "relu6": lambda: _clamped(0.0, 6.0),
@@ -200,9 +193,9 @@ BENDS: dict[str, Callable[..., Bend | None]] = {
     "log2": _logarithm(torch.log2, 2.0),
     "log10": _logarithm(torch.log10, 10.0),
     "log1p": _logarithm(torch.log1p, math.e, 1.0),
-    "sqrt": _curve(
-        torch.sqrt, lambda x: 0.5 / x.sqrt(), lambda low, high: 0.25 / (low * low.sqrt())
-    ),
-    "square": lambda: _power(2),
-    "pow": _power,
+    "sqrt": root_bend,
+    "rsqrt": inverse_root_bend,
+    "reciprocal": reciprocal_bend,
+    "square": lambda: power_bend(2),
+    "pow": power_bend,
 }

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pyrobust.certify.relaxation.backward import Box, Problem, lower_bounds
+from pyrobust.certify.relaxation.decomposition import decomposed
 from pyrobust.certify.relaxation.frames import Frame
 from pyrobust.certify.relaxation.graph import Step, step_of, trace_graph
 from pyrobust.certify.relaxation.hidden import ALPHA_COPIES, hidden_bounds, rows_that_fit
@@ -69,6 +70,7 @@ def crown_bound(
             pass of its own.
     """
     graph, root = trace_graph(model, "bound")
+    graph = decomposed(graph, root, x.lower[:1])
     split = split_of(graph, root, x, max_memory, method == "alpha-crown")
     work = Work(method, split.coefficients, iterations, learning_rate, intersect, lower_only, plain)
     if split.images >= len(x):
@@ -176,8 +178,8 @@ def _forward(
             continue
         else:
             step = step_of(node, root, values, dtype)
-            if step.bend is not None and tight:
-                _tighten(problem, values, step, max_memory, intersect)
+            if tight:
+                _tighten_inputs(problem, values, step, max_memory, intersect)
             values[node] = step.run(*(values[n] for n in step.inputs))
         if isinstance(values[node], Interval):
             _enter(problem, step, values[node], len(x), dtype)
@@ -204,6 +206,8 @@ def _enter(problem: Problem, step: Step, value: Interval, batch: int, dtype: tor
     if step.bend is not None:
         box = problem.boxes[step.inputs[0]]
         problem.lines[step.node] = best_lines(step.bend, box.lower, box.upper, problem.sound)
+    elif step.planes is not None:
+        problem.planes[step.node] = step.planes.planes(_ends(problem, step), problem.sound)
 
 
 @torch.no_grad()
@@ -232,18 +236,43 @@ def _keeps_images_apart(problem: Problem, step: Step) -> bool:
 # -- hidden values -------------------------------------------------------------------------------
 
 
-def _tighten(
+def _tighten_inputs(
     problem: Problem, values: dict[fx.Node, Any], step: Step, max_memory: int, intersect: bool
 ) -> None:
-    """Replace the interval of an activation's input by what a backward pass gives, if tighter."""
-    (node,) = step.inputs
+    """Replace the intervals of a relaxed operation's inputs by those of backward passes."""
+    if step.bend is not None:
+        undecided = [_undecided(step, problem.boxes[step.inputs[0]])]
+    elif step.planes is not None:
+        undecided = step.planes.undecided(_ends(problem, step))
+    else:
+        return
+    for node, open_ in zip(step.inputs, undecided, strict=True):
+        done = problem.tightened.get(node)
+        _tighten(
+            problem, values, node, open_ if done is None else open_ & ~done, max_memory, intersect
+        )
+        problem.tightened[node] = open_ if done is None else open_ | done
+
+
+def _ends(problem: Problem, step: Step) -> list[tuple[Tensor, Tensor]]:
+    return [(problem.boxes[n].lower, problem.boxes[n].upper) for n in step.inputs]
+
+
+def _tighten(
+    problem: Problem,
+    values: dict[fx.Node, Any],
+    node: fx.Node,
+    undecided: Tensor,
+    max_memory: int,
+    intersect: bool,
+) -> None:
+    """Replace an interval by what a backward pass gives, where undecided and tighter."""
     producer = problem.step_of(node)
-    if producer.affine is None or _is_first(problem, producer):
+    if producer.affine is None and producer.planes is None:
+        return
+    if _is_first(problem, producer) or not bool(undecided.any()):
         return  # the interval is exact there
     box = problem.boxes[node]
-    undecided = _undecided(step, box)
-    if not bool(undecided.any()):
-        return
     low, high = box.lower.flatten(1), box.upper.flatten(1)
     lower, upper = hidden_bounds(problem, node, undecided, max_memory)
     if intersect:
@@ -257,7 +286,8 @@ def _tighten(
 
 
 def _is_first(problem: Problem, producer: Step) -> bool:
-    return all(n is problem.steps[0].node for n in producer.inputs)
+    linear = producer.affine is not None and not producer.closed
+    return linear and all(n is problem.steps[0].node for n in producer.inputs)
 
 
 def _undecided(step: Step, box: Box) -> Tensor:
@@ -325,7 +355,7 @@ def _optimise(
         return best
     optimizer = torch.optim.Adam(leaves, lr=learning_rate)
     steps = [_without_gradients(step) for step in problem.steps]
-    relaxed = Problem(steps, problem.boxes, problem.lines, False)
+    relaxed = Problem(steps, problem.boxes, problem.lines, False, planes=problem.planes)
     for _ in range(iterations):
         with torch.enable_grad():
             sloped = _with_slopes(bends, problem, slopes, sound=False)

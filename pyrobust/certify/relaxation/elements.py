@@ -23,14 +23,13 @@ def element_bounds(
 
     Args:
         problem: the model and its intervals.
-        node: the value, the result of an affine step.
+        node: the value, the result of an affine step or one with planes.
         elements: ``(P,)`` indices into the flattened value of an image.
         frame: some images.
     """
     step = problem.step_of(node)
     affine = step.affine
-    assert affine is not None
-    if affine.weight is None or len(problem.shape(node)) > 1:
+    if affine is None or affine.weight is None or len(problem.shape(node)) > 1:
         start = _one_hot(problem, node, elements).unsqueeze(1)
         return lower_bounds(problem, node, torch.cat([start, -start]), problem.lines, frame)
     rows = affine.weight[elements].unsqueeze(1)
@@ -50,15 +49,16 @@ def pair_bounds(problem: Problem, node: fx.Node, images: Tensor, elements: Tenso
 
     Args:
         problem: the model and its intervals.
-        node: the value, the result of an affine step.
+        node: the value, the result of an affine step or one with planes.
         images: ``(P,)`` int64, rising.
         elements: ``(P,)`` indices into the flattened value of an image.
     """
     step = problem.step_of(node)
     affine = step.affine
-    assert affine is not None
     shape = problem.shape(node)
-    if affine.weight is not None and len(shape) == 1:
+    if affine is None:
+        rows, start, frame = _one_hot(problem, node, elements), node, Frame(images)
+    elif affine.weight is not None and len(shape) == 1:
         rows, start, frame = affine.weight[elements], step.inputs[0], Frame(images)
     elif affine.weight is None or not is_plain(affine.options):
         rows, start, frame = _one_hot(problem, node, elements), node, Frame(images)

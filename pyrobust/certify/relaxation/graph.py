@@ -3,8 +3,13 @@
 - *affine*: pulled back exactly. Any affine torch operation serves, through its vector-Jacobian
   product; linear and convolution layers have products of their own.
 - *bend*: a function of one number with lines (:mod:`pyrobust.certify.relaxation.bends`).
-- *cut*: everything else (products of intervals, softmax, layer norm, maxima): the value is replaced
-  by its interval, which is valid for every operation that has an interval rule.
+- *planes*: an operation of several numbers that has planes
+  (:mod:`pyrobust.certify.relaxation.joint`).
+- *cut*: everything else: the value is replaced by its interval, which is valid for every operation
+  that has an interval rule.
+
+Softmax, norms, attention, quotients and their kin are written out as such operations first
+(:mod:`pyrobust.certify.relaxation.decomposition`).
 """
 
 from __future__ import annotations
@@ -19,7 +24,15 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from pyrobust.certify.relaxation.bends import BENDS
+from pyrobust.certify.relaxation.compositions.parts import (
+    centred,
+    magnitude_of_centred,
+    meet,
+)
+from pyrobust.certify.relaxation.decomposition import function_name
+from pyrobust.certify.relaxation.joint import relaxation_of
 from pyrobust.certify.relaxation.lines import Bend
+from pyrobust.certify.relaxation.planes import Relaxation
 from pyrobust.interval.type import Interval
 from pyrobust.nn.packed_conv import PackedConv2d
 from pyrobust.nn.packed_linear import PackedLinear
@@ -66,6 +79,9 @@ class Step:
         run: computes the value from the boxes.
         affine: where the operation is affine.
         bend: where it bends one number.
+        planes: where it is an operation of several numbers with planes.
+        closed: whether a value before it was replaced by parts, whose bounds may be looser than
+            the interval of the result.
     """
 
     node: fx.Node
@@ -73,6 +89,8 @@ class Step:
     run: Callable[..., Any]
     affine: Affine | None = None
     bend: Bend | None = None
+    planes: Relaxation | None = None
+    closed: bool = False
 
 
 class _Tracer(fx.Tracer):
@@ -111,6 +129,8 @@ def _is_leaf(model: nn.Module) -> bool:
 def step_of(node: fx.Node, root: nn.Module, values: dict[fx.Node, Any], dtype: torch.dtype) -> Step:
     """The step of a node whose arguments are known."""
     inputs = [n for n in node.all_input_nodes if isinstance(values[n], Interval)]
+    if node.target is meet:
+        inputs = inputs[:1]
 
     def run(*points: Any) -> Any:
         known = {**values, **dict(zip(inputs, points, strict=True))}
@@ -308,14 +328,23 @@ _MOVES = {
 }  # fmt: skip
 _OUTER = {"neg", "sub", "isub", "rsub"}
 _SCALED = {"mul", "imul", "div", "truediv", "itruediv", "true_divide", "multiply"}
-_ALIASES = {"absolute": "abs", "clamp_min": "clamp", "clamp_max": "clamp"}
+_ALIASES = {
+    "absolute": "abs",
+    "clamp_min": "clamp",
+    "clamp_max": "clamp",
+    "log_sigmoid": "logsigmoid",
+    "expit": "sigmoid",
+    "special_expit": "sigmoid",
+    "__pow__": "pow",
+}
 
 
 def _sort_function(step: Step, root: nn.Module, values: dict[fx.Node, Any], dtype: Any) -> None:
     node = step.node
-    target = node.target
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    name = name.removesuffix("_") if name.endswith("_") and not name.endswith("__") else name
+    name = function_name(node)
+    if node.target in (meet, centred):
+        step.affine, step.closed = _own(node), node.target is meet
+        return
     if len(step.inputs) == 1 and node.args and node.args[0] is step.inputs[0]:
         step.bend = _bend(name, node, values)
     if step.bend is not None:
@@ -327,6 +356,27 @@ def _sort_function(step: Step, root: nn.Module, values: dict[fx.Node, Any], dtyp
         if name in ("add", "iadd") and len(boxes) == 2 and _alike(step, values):
             step.affine.pull = lambda a, shape: [a, a]
             step.affine.local = True
+    else:
+        step.planes = relaxation_of(name, node, values, step.inputs)
+
+
+def _own(node: fx.Node) -> Affine:
+    """The affine operations that composite ones are written with."""
+    if node.target is meet:
+        same = lambda x: x  # noqa: E731
+        return Affine(same, same, pull=lambda a, shape: [a], per_image=True, local=True)
+    dims: Any = node.args[1]
+
+    def pull(a: Tensor, shape: torch.Size) -> list[Tensor]:
+        return [a - a.mean(dims, keepdim=True)]  # it is its own adjoint
+
+    return Affine(
+        lambda x: centred(x, dims),
+        lambda x: magnitude_of_centred(x, dims),
+        pull=pull,
+        offset=lambda like: None,
+        per_image=True,
+    )
 
 
 def _alike(step: Step, values: dict[fx.Node, Any]) -> bool:

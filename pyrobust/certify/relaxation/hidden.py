@@ -55,7 +55,7 @@ def hidden_bounds(
 
     Args:
         problem: the model so far.
-        node: the value, the result of an affine step.
+        node: the value, the result of an affine step or one with planes.
         undecided: ``(B, N)`` bool.
         max_memory: bytes that coefficients may take.
     """
@@ -125,6 +125,8 @@ def _widest(problem: Problem, node: fx.Node) -> int:
 def _before(step: Step, window: list[int]) -> list[int] | None:
     """The window of the input that a window of the result reads; None for all of it."""
     affine = step.affine
+    if step.planes is not None:
+        return None
     if affine is None or affine.local:
         return window
     if affine.options is None or affine.weight is None:

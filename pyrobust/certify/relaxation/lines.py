@@ -191,7 +191,8 @@ def _values(bend: Bend, point: Tensor, sound: bool) -> tuple[Tensor, Tensor]:
     assert isinstance(value, Tensor)
     if not sound:
         return value, value
-    finite = torch.where(torch.isfinite(point), point, 0.0).detach()
+    # 1 lies in the domain of every function; what it gives there is not used
+    finite = torch.where(torch.isfinite(point), point, 1.0).detach()
     below, above = _image(bend, finite, finite)
     return below, above
 

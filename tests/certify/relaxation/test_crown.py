@@ -161,18 +161,18 @@ def test_an_affine_model_is_exact():
 
 
 def test_operations_without_lines_are_cut_at_their_interval():
-    class Gated(nn.Module):
+    class Squeezed(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.b = nn.Linear(4, 6), nn.Linear(4, 6)
-            self.norm, self.out = nn.LayerNorm(6), nn.Linear(6, 2)
+            self.a, self.b = nn.Linear(4, 9), nn.Linear(4, 6)
+            self.out = nn.Linear(6, 2)
 
         def forward(self, x):
-            gate = torch.softmax(self.b(x), -1)
-            return self.out(self.norm(F.relu(self.a(x)) * gate))
+            coarse = F.interpolate(self.a(x).unflatten(-1, (1, 9)), 6, mode="linear").flatten(1)
+            return self.out(F.relu(coarse) * self.b(x).cumsum(-1))
 
     torch.manual_seed(0)
-    model = Gated().eval()
+    model = Squeezed().eval()
     box = Interval.ball(torch.randn(2, 4), 0.05)
     bounds = bound(model, box, method="crown")
     assert escapes(model, box, bounds) <= 1e-12

@@ -8,15 +8,19 @@ import torch.nn.functional as F
 from pyrobust.certify.relaxation.bends import BENDS
 from pyrobust.certify.relaxation.lines import best_lines, lines_for
 
-NAMES = sorted(BENDS)
-
-
-LEAST = {"log": 0.0, "log2": 0.0, "log10": 0.0, "sqrt": 0.0, "log1p": -1.0}
+POWERS = {"pow": 3, "fourth power": 4, "power 1.5": 1.5, "power 0.3": 0.3, "power -2": -2,
+          "power -1.5": -1.5}  # fmt: skip
+NAMES = sorted({**BENDS, **POWERS})
+OPEN = {"rsqrt", "reciprocal", "power -2", "power -1.5"}  # infinite at 0
+LEAST = {
+    **dict.fromkeys(("log", "log2", "log10", "sqrt", "power 1.5", "power 0.3", *OPEN), 0.0),
+    "log1p": -1.0,
+}
 
 
 def bend_of(name):
-    if name == "pow":
-        return BENDS[name](3)
+    if name in POWERS:
+        return BENDS["pow"](POWERS[name])
     if name in ("clamp", "clip"):
         return BENDS[name](-0.7, 1.3)
     if name == "prelu":
@@ -84,7 +88,8 @@ def test_points_and_infinite_boxes(name):
         (lines.upper_slope, lines.upper_shift),
     ):
         torch.testing.assert_close(slope * point + shift, value, rtol=1e-9, atol=1e-8)
-    ends = torch.tensor([LEAST.get(name, -torch.inf)]), torch.tensor([torch.inf])
+    least = LEAST.get(name, -torch.inf) + 0.5 * (name in OPEN)
+    ends = torch.tensor([least]), torch.tensor([torch.inf])
     lines = best_lines(bend, ends[0].double(), ends[1].double(), sound=True)
     assert float(lines.lower_slope) == float(lines.upper_slope) == 0.0
     assert not bool(lines.lower_shift.isnan() | lines.upper_shift.isnan())
@@ -120,6 +125,10 @@ MPMATH = {
     "log": mpmath.log,
     "sqrt": mpmath.sqrt,
     "pow": lambda x: x**3,
+    "power 1.5": lambda x: x ** mpmath.mpf(1.5),
+    "power -2": lambda x: 1 / x**2,
+    "reciprocal": lambda x: 1 / x,
+    "rsqrt": lambda x: 1 / mpmath.sqrt(x),
 }
 
 
@@ -137,6 +146,13 @@ def test_lines_enclose_exact_values(name):
                 value = MPMATH[name](mpmath.mpf(x))
                 assert slopes[0] * mpmath.mpf(x) + shifts[0] <= value
                 assert slopes[1] * mpmath.mpf(x) + shifts[1] >= value
+
+
+@pytest.mark.parametrize("name", ["reciprocal", "power -2", "pow"])
+def test_powers_on_the_negative_side(name):
+    bend = bend_of(name)
+    low, high = boxes(500, "reciprocal")
+    check(bend, -high, -low, best_lines(bend, -high, -low, sound=True))
 
 
 def test_intercepts_have_the_gradient_of_the_extremum():
