@@ -9,7 +9,7 @@ it. They are computed in float64 and rounded outward by a bound on the error of 
 In deployed mode the float32 function of torch may differ from the exact one by its own error,
 bounded by ``deployed`` units of 2^-24 of the value and ``deployed_input`` units of ``min(|x|, 8)``
 (functions such as ``x (1 + erf(x / sqrt 2)) / 2`` cancel near their flat side, which they reach
-before 8).
+before 8). ``tests/interval/test_all_float32.py`` measures both errors over all float32 numbers.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from pyrobust.ops._interval_checks import is_deployed
 from pyrobust.ops._interval_fallback import round_outward
 
 __all__ = [
+    "CURVES",
     "GELU_TANH_TURN",
     "GELU_TURN",
     "MISH_TURN",
@@ -110,9 +111,13 @@ def _error(curve: Curve, x: Interval, values: Ends, at: Ends) -> Ends:
         return lower, upper
     # an evaluation at any point of the box may err, so the largest magnitudes count
     size = torch.maximum(values[0].abs(), values[1].abs()) * curve.deployed
-    reach = torch.maximum(x.lower.abs(), x.upper.abs()).double().clamp(max=8.0)
-    slack = size + curve.deployed_input * reach + curve.deployed_absolute
-    slack = UNIT[x.dtype] * slack + torch.finfo(x.dtype).tiny
+    reach = torch.maximum(x.lower.abs(), x.upper.abs()).double()
+    slack = size + curve.deployed_input * reach.clamp(max=8.0) + curve.deployed_absolute
+    kind = torch.finfo(x.dtype)
+    # an exponential that underflows, or overflows below a fraction line, is multiplied by x yet
+    slack = UNIT[x.dtype] * slack + kind.tiny * (2 + reach.clamp(max=-2 * math.log(kind.tiny)))
+    if curve.turn is not None:  # such as x (1 + erf) / 2, multiplied in any order
+        slack = torch.where(reach < kind.max / 8, slack, math.inf)
     return lower + slack, upper + slack
 
 
@@ -149,6 +154,33 @@ def _hardswish(x: Tensor) -> Tensor:
 
 def _softplus(x: Tensor) -> Tensor:
     return torch.logaddexp(x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+CURVES = {
+    "gelu": Curve(_gelu, turn=GELU_TURN, steep=4.0, deployed=16.0, deployed_input=8.0),
+    "gelu_tanh": Curve(
+        _gelu_tanh, turn=GELU_TANH_TURN, steep=8.0, deployed=16.0, deployed_input=4.0
+    ),
+    "silu": Curve(lambda x: x * sigmoid(x), turn=SILU_TURN),
+    "mish": Curve(_mish, turn=MISH_TURN, relative=16.0),
+    "hardswish": Curve(_hardswish, turn=HARDSWISH_TURN, deployed_input=2.0),
+    "hardsigmoid": Curve(
+        lambda x: torch.clamp(x + 3, 0, 6) / 6, floor=0.0, ceiling=1.0, deployed_absolute=4.0
+    ),
+    "softplus": Curve(_softplus, floor=0.0),
+    "logsigmoid": Curve(lambda x: -_softplus(-x), ceiling=0.0),
+    "sigmoid": Curve(sigmoid, floor=0.0, ceiling=1.0),
+    "tanh": Curve(torch.tanh, floor=-1.0, ceiling=1.0),
+    "softsign": Curve(lambda x: x / (1 + x.abs()), floor=-1.0, ceiling=1.0),
+    "exp": Curve(torch.exp, floor=0.0),
+    "expm1": Curve(torch.expm1, floor=-1.0),
+    "erf": Curve(torch.erf, floor=-1.0, ceiling=1.0),
+    "atan": Curve(torch.atan),
+    "log": Curve(torch.log),
+    "log2": Curve(torch.log2),
+    "log10": Curve(torch.log10),
+    "log1p": Curve(torch.log1p),
+}
 
 
 # -- rules -----------------------------------------------------------------------------------
@@ -250,13 +282,7 @@ def _celu(input: Any, alpha: float = 1.0, inplace: bool = False) -> Interval:
 
 def _gelu_rule(input: Any, *, approximate: str = "none") -> Interval:
     box = require_box(input, "gelu")
-    if approximate == "none":
-        return trace(
-            Curve(_gelu, turn=GELU_TURN, steep=4.0, deployed=16.0, deployed_input=4.0), box
-        )
-    return trace(
-        Curve(_gelu_tanh, turn=GELU_TANH_TURN, steep=8.0, deployed=16.0, deployed_input=4.0), box
-    )
+    return trace(CURVES["gelu" if approximate == "none" else "gelu_tanh"], box)
 
 
 def _softplus_rule(input: Any, beta: float = 1.0, threshold: float = 20.0) -> Interval:
@@ -268,7 +294,7 @@ def _softplus_rule(input: Any, beta: float = 1.0, threshold: float = 20.0) -> In
         low, high = (F.softplus(end, beta, threshold) for end in (box.lower, box.upper))
         return wrap(low, high, box.rounding)
     scaled = box if beta == 1 else mul(box, beta)
-    smooth = trace(Curve(_softplus, floor=0.0), scaled)
+    smooth = trace(CURVES["softplus"], scaled)
     smooth = smooth if beta == 1 else div(smooth, beta)
     # beyond the border the function drops to x itself, but never below the border
     border = threshold / beta * (1 - 2.0**-20)
@@ -277,8 +303,8 @@ def _softplus_rule(input: Any, beta: float = 1.0, threshold: float = 20.0) -> In
     return wrap(lower, smooth.upper, box.rounding)
 
 
-def _log(function: Callable[[Tensor], Tensor], least: float) -> Rule:
-    curve = Curve(function)
+def _log(name: str, least: float) -> Rule:
+    curve = CURVES[name]
 
     def rule(input: Any, *, out: None = None) -> Interval:
         if out is not None:
@@ -289,16 +315,6 @@ def _log(function: Callable[[Tensor], Tensor], least: float) -> Rule:
 
     return rule
 
-
-def _mish_rule(input: Any, inplace: bool = False) -> Interval:
-    box = require_box(input, "mish")
-    return _finish(box, trace(Curve(_mish, turn=MISH_TURN, relative=16.0), box), inplace)
-
-
-_SIGMOID = Curve(sigmoid, floor=0.0, ceiling=1.0)
-_HARDSIGMOID = Curve(
-    lambda x: torch.clamp(x + 3, 0, 6) / 6, floor=0.0, ceiling=1.0, deployed_absolute=4.0
-)
 
 RULES: dict[str, Rule] = {
     "relu": _relu,
@@ -316,22 +332,17 @@ RULES: dict[str, Rule] = {
     "selu": _selu,
     "celu": _celu,
     "gelu": _gelu_rule,
-    "silu": _curve(Curve(lambda x: x * sigmoid(x), turn=SILU_TURN)),
-    "mish": _mish_rule,
-    "hardswish": _curve(Curve(_hardswish, turn=HARDSWISH_TURN, deployed_input=2.0)),
-    "hardsigmoid": _curve(_HARDSIGMOID),
     "softplus": _softplus_rule,
-    "logsigmoid": _curve(Curve(lambda x: -_softplus(-x), ceiling=0.0)),
-    "sigmoid": _curve(_SIGMOID),
-    "expit": _curve(_SIGMOID),
-    "tanh": _curve(Curve(torch.tanh, floor=-1.0, ceiling=1.0)),
-    "softsign": _curve(Curve(lambda x: x / (1 + x.abs()), floor=-1.0, ceiling=1.0)),
-    "exp": _curve(Curve(torch.exp, floor=0.0)),
-    "expm1": _curve(Curve(torch.expm1, floor=-1.0)),
-    "erf": _curve(Curve(torch.erf, floor=-1.0, ceiling=1.0)),
-    "atan": _curve(Curve(torch.atan)),
-    "log": _log(torch.log, 0.0),
-    "log2": _log(torch.log2, 0.0),
-    "log10": _log(torch.log10, 0.0),
-    "log1p": _log(torch.log1p, -1.0),
+    **{
+        name: _curve(CURVES[name])
+        for name in (
+            *("silu", "mish", "hardswish", "hardsigmoid", "logsigmoid", "sigmoid", "tanh"),
+            *("softsign", "exp", "expm1", "erf", "atan"),
+        )
+    },
+    "expit": _curve(CURVES["sigmoid"]),
+    "log": _log("log", 0.0),
+    "log2": _log("log2", 0.0),
+    "log10": _log("log10", 0.0),
+    "log1p": _log("log1p", -1.0),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -10,9 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["MissingRule", "check_ends", "check_float", "missing", "name_of", "reject", "where"]
+__all__ = [
+    "MissingRule",
+    "check_ends",
+    "check_float",
+    "missing",
+    "name_of",
+    "reject",
+    "visible",
+    "where",
+]
 
 _DTYPES = (torch.float32, torch.float64)
+_functorch = getattr(torch._C, "_functorch", None)
 
 
 class MissingRule(NotImplementedError, AttributeError):
@@ -51,12 +62,27 @@ def where() -> str:
     return f" (in {outer})" if not path else f" (in {path}, a {inner}, of {outer})"
 
 
+def visible(*tensors: Tensor) -> bool:
+    """Whether control flow may depend on the numbers of ``tensors``."""
+    return not torch.compiler.is_compiling() and all(_readable(tensor) for tensor in tensors)
+
+
+def _readable(tensor: Tensor) -> bool:
+    if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+        return False  # a fake tensor, as torch.export makes
+    while _functorch is not None and _functorch.is_functorch_wrapped_tensor(tensor):
+        if _functorch.is_batchedtensor(tensor):
+            return False
+        tensor = _functorch.get_unwrapped(tensor)
+    return not tensor.is_meta
+
+
 def reject(requirement: str, violated: Tensor) -> None:
     """Raise ValueError where the data of a rule break its ``requirement``.
 
-    While tracing the data cannot be looked at; rules answer with NaN or infinite ends instead.
+    Where data cannot be looked at (:func:`visible`) rules answer with infinite ends instead.
     """
-    if not torch.compiler.is_compiling() and bool(violated.any()):
+    if visible(violated) and bool(violated.any()):
         count = int(violated.sum())
         raise ValueError(f"Interval: {requirement}; {count} elements break this{where()}.")
 
@@ -86,14 +112,23 @@ def check_ends(lower: Any, upper: Any) -> None:
         raise ValueError(
             f"Interval: upper must be on the device of lower, {lower.device}; got {upper.device}."
         )
-    if torch.compiler.is_compiling():  # data cannot be looked at while tracing
+    if lower.numel() == 0 or not visible(lower, upper):
         return
-    if bool((lower <= upper).all()):  # false where either is NaN
+    width = (upper - lower).detach()
+    # the width is infinite or NaN where an end is
+    if float(width.amin()) >= 0 and math.isfinite(float(width.sum())):
         return
     if bool((lower.isnan() | upper.isnan()).any()):
         raise ValueError("Interval: lower and upper must not be NaN; they hold NaN values.")
+    infinite = lower.isinf() | upper.isinf()
+    if bool(infinite.any()):
+        raise ValueError(
+            f"Interval: lower and upper must be finite; {int(infinite.sum())} of {lower.numel()} "
+            "elements are infinite."
+        )
     count = int((lower > upper).sum())
-    raise ValueError(
-        f"Interval: lower must be at most upper; got lower > upper in {count} of "
-        f"{lower.numel()} elements."
-    )
+    if count:
+        raise ValueError(
+            f"Interval: lower must be at most upper; got lower > upper in {count} of "
+            f"{lower.numel()} elements."
+        )

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyrobust.interval.arithmetic import add, mul
 from pyrobust.interval.errors import where
 from pyrobust.interval.operands import Rule, refuse, require_box, working
 from pyrobust.interval.outward import UNIT, Ends, bound_of_roundings, enclose
@@ -146,9 +147,9 @@ def _quotient(end: Tensor, squares: Ends, count: int, eps: float, centred: bool)
 def _with_weight(box: Interval, weight: Any, bias: Any, shape: Sequence[int]) -> Interval:
     _plain("a norm", weight, bias)
     if weight is not None:
-        box = box * weight.reshape(shape)
+        box = mul(box, weight.reshape(shape))
     if bias is not None:
-        box = box + bias.reshape(shape)
+        box = add(box, bias.reshape(shape))
     return box
 
 

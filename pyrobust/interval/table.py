@@ -7,6 +7,7 @@ torch has a form in place (``relu_``), for that too.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from pyrobust.interval import (
@@ -21,7 +22,7 @@ from pyrobust.interval import (
 )
 from pyrobust.interval.operands import Rule, in_place, spellings
 
-__all__ = ["BY_NAME", "RULES"]
+__all__ = ["BY_NAME", "KINDS", "RULES"]
 
 _CHANGES_IN_PLACE = {
     **arithmetic.RULES,
@@ -52,3 +53,30 @@ def _table() -> dict[Any, Rule]:
 
 
 RULES = _table()
+
+_BOUNDED = (
+    *("relu", "relu6", "leaky_relu", "clamp", "clip", "clamp_min", "clamp_max", "hardtanh"),
+    *("sigmoid", "expit", "tanh", "hardsigmoid", "softsign", "erf", "atan", "softmax", "softmin"),
+    *("neg", "negative", "abs", "absolute", "amax", "amin"),
+    *(f"{kind}max_pool{n}d" for kind in ("", "adaptive_") for n in (1, 2, 3)),
+    *(name for name in normalization.RULES if "dropout" in name),
+)
+_CONVERSIONS = ("to", "type_as", "float", "double")
+_JOINS = ("masked_fill", "where", "pad", "cat", "concat", "concatenate", "stack")
+_TAKES_INFINITY = (*_JOINS, "add", "sub", "subtract", "rsub", "maximum", "minimum", "max", "min")
+
+
+def _functions(names: Iterable[str]) -> frozenset[Any]:
+    return frozenset(
+        function
+        for name in names
+        for spelling in (name, f"{name}_")
+        for function in spellings(spelling)
+    )
+
+
+KINDS: dict[str, frozenset[Any]] = {
+    "finite": _functions([*_BOUNDED, *set(shape.RULES).difference(_CONVERSIONS, _JOINS)]),
+    "deferred": _functions(["linear", "conv2d"]) | frozenset(linear.PACKED_RULES),
+    "takes infinity": _functions(_TAKES_INFINITY),
+}

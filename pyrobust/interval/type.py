@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from pyrobust._checks import check_choice
-from pyrobust.interval.errors import MissingRule, check_ends, check_float, missing, name_of, where
+from pyrobust.interval.errors import (
+    MissingRule,
+    check_ends,
+    check_float,
+    missing,
+    name_of,
+    visible,
+    where,
+)
+from pyrobust.interval.finite import check_result
 from pyrobust.interval.outward import sum_ends
 from pyrobust.ops._interval_checks import is_deployed
 from pyrobust.ops._interval_fallback import round_outward
@@ -34,6 +43,7 @@ __all__ = [
 # from the weakest promise to the strongest
 ROUNDINGS = ("nearest", "real", "deployed", "deployed-tf32", "deployed-bfloat16")
 _rules: dict[Any, Callable[..., Any]] = {}
+_kinds: dict[str, frozenset[Any]] = {}
 _any_autocast = getattr(torch._C, "_is_any_autocast_enabled", None)  # one call instead of two
 
 
@@ -52,13 +62,16 @@ class Interval:
     Where intervals meet, the result carries the weakest of their promises.
 
     Args:
-        lower: lower ends, float32 or float64, finite or infinite, never NaN.
+        lower: lower ends, float32 or float64, finite.
         upper: upper ends, same shape, dtype and device, ``>= lower``.
         rounding: the promise, see above.
 
     Raises:
         TypeError: an end is not a float32 or float64 tensor, or the dtypes differ.
-        ValueError: the shapes differ, an end is NaN, ``lower > upper``, or ``rounding`` is unknown.
+        ValueError: the shapes differ, an end is NaN or infinite, ``lower > upper``, or ``rounding``
+            is unknown.
+        OverflowError: an operation on a box leaves the range of its dtype (where data can be looked
+            at: not while compiling, in ``torch.vmap`` or on a GPU, where ends become infinite).
 
     Example:
         >>> box = Interval(torch.tensor([-1.0, 2.0]), torch.tensor([1.0, 3.0]))
@@ -72,6 +85,7 @@ class Interval:
     _memory: list[int]  # shared with views: how often the memory was changed in place
     _seen: int  # the count at which this object is current
     _rectified: bool  # whether a ReLU of the ends is still to come: layers do it on the way in
+    _unchecked: Any  # the layer that made ends not yet known to be finite, else None
 
     def __init__(self, lower: Tensor, upper: Tensor, *, rounding: str = "real") -> None:
         check_choice("Interval", "rounding", rounding, ROUNDINGS)
@@ -96,13 +110,13 @@ class Interval:
             rounding: see :class:`Interval`.
 
         Raises:
-            ValueError: ``eps`` is negative or NaN, ``clamp`` is out of order, ``x`` holds NaN, or
-                no point of the clamp range lies within ``eps`` of ``x``.
+            ValueError: ``eps`` is negative or NaN, ``clamp`` is out of order, an end is NaN or
+                infinite, or no point of the clamp range lies within ``eps`` of ``x``.
         """
         check_choice("Interval.ball", "rounding", rounding, ROUNDINGS)
         check_float("Interval.ball", "x", x)
         radius = torch.as_tensor(eps, dtype=torch.float64, device=x.device)
-        if not torch.compiler.is_compiling() and not bool((radius >= 0).all()):
+        if visible(radius) and not bool((radius >= 0).all()):
             raise ValueError(f"Interval.ball: eps must be at least 0; got {eps}.")
         centre = x.double()
         if rounding == "nearest":
@@ -134,14 +148,14 @@ class Interval:
     @property
     def lower(self) -> Tensor:
         """The lower ends, not to be changed in place: results may still read them."""
-        if self._rectified or self._seen != self._memory[0]:
+        if self._rectified or self._unchecked or self._seen != self._memory[0]:
             _settle(self)
         return self._lower
 
     @property
     def upper(self) -> Tensor:
         """The upper ends, not to be changed in place: results may still read them."""
-        if self._rectified or self._seen != self._memory[0]:
+        if self._rectified or self._unchecked or self._seen != self._memory[0]:
             _settle(self)
         return self._upper
 
@@ -348,9 +362,17 @@ class Interval:
         return assign(self, self / other)
 
 
-def install(rules: Mapping[Any, Callable[..., Any]]) -> None:
-    """Make ``rules`` the table that intervals look torch functions up in."""
+def install(rules: Mapping[Any, Callable[..., Any]], kinds: Mapping[str, frozenset[Any]]) -> None:
+    """Make ``rules`` the table that intervals look torch functions up in.
+
+    Args:
+        rules: torch function to rule.
+        kinds: the functions whose results are ``"finite"`` already where operands are, those whose
+            results are checked only when they are read (``"deferred"``: kernels, which pass
+            infinities on), and those that ``"takes infinity"`` from operands that are no boxes.
+    """
     _rules.update(rules)
+    _kinds.update(kinds)
 
 
 def wrap(lower: Tensor, upper: Tensor, rounding: str, *, base: Interval | None = None) -> Interval:
@@ -382,7 +404,7 @@ def assign(box: Interval, result: Interval) -> Interval:
     box._memory[0] += 1
     box._seen = box._memory[0]
     box._lower, box._upper, box.rounding = result._lower, result._upper, result.rounding
-    box._rectified = result._rectified
+    box._rectified, box._unchecked = result._rectified, result._unchecked
     return box
 
 
@@ -394,6 +416,7 @@ def rectify(box: Interval) -> Interval:
     result = Interval.__new__(Interval)
     result._lower, result._upper, result.rounding = box._lower, box._upper, box.rounding
     result._memory, result._seen, result._rectified = [0], 0, True
+    result._unchecked = box._unchecked
     return result
 
 
@@ -418,12 +441,21 @@ def _set(box: Interval, lower: Tensor, upper: Tensor, rounding: str, base: Inter
     box._lower, box._upper, box.rounding = lower, upper, rounding
     box._memory = [0] if base is None else base._memory
     box._seen = box._memory[0]
-    box._rectified = False
+    box._rectified, box._unchecked = False, None
 
 
 def _settle(box: Interval) -> None:
-    """Carry out a ReLU that is still to come; raise where the memory was changed in place."""
+    """Carry out what was put off: the check of the ends and a ReLU.
+
+    Raises:
+        NotImplementedError: the memory was changed in place.
+        OverflowError: the ends are not finite.
+    """
     _check_current(box)
+    if box._unchecked is not None:
+        name = f"{name_of(box._unchecked)}, or a layer before it,"
+        check_result(name, box._lower, box._upper, (), takes_infinity=False)
+        box._unchecked = None
     if box._rectified:
         box._lower, box._upper = box._lower.relu(), box._upper.relu()
         box._rectified = False
@@ -444,7 +476,15 @@ def _apply(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             "Interval: autocast must be off, as it would round the bounds inwards; wrap the call "
             "in torch.autocast(device_type, enabled=False)."
         )
-    return rule(*args, **kwargs)
+    result = rule(*args, **kwargs)
+    if func in _kinds["deferred"]:
+        result._unchecked = func
+    elif func not in _kinds["finite"]:
+        box = result[0] if isinstance(result, tuple) else result
+        takes_infinity = func in _kinds["takes infinity"]
+        operands = (*args, *kwargs.values())
+        check_result(name_of(func), box._lower, box._upper, operands, takes_infinity=takes_infinity)
+    return result
 
 
 def _check_current(box: Interval) -> None:
@@ -461,7 +501,7 @@ def _clamped(low: Tensor, high: Tensor, clamp: tuple[float, float]) -> tuple[Ten
         raise ValueError(f"Interval.ball: clamp must be (lowest, highest); got {clamp}.")
     bounds = torch.tensor([least, most], dtype=torch.float64, device=low.device)
     first, last = round_outward(bounds[0], bounds[1], low.dtype)
-    if not torch.compiler.is_compiling() and bool(((high < first) | (low > last)).any()):
+    if visible(low) and bool(((high < first) | (low > last)).any()):
         raise ValueError(
             f"Interval.ball: x must lie within eps of the clamp range {clamp}; it does not."
         )

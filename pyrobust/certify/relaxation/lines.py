@@ -24,8 +24,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyrobust.interval.finite import infinite_ends
 from pyrobust.interval.outward import UNIT
-from pyrobust.interval.type import Interval
+from pyrobust.interval.type import Interval, wrap
 
 __all__ = ["Bend", "Lines", "best_lines", "lines_for"]
 
@@ -128,7 +129,8 @@ def lines_for(
 
 
 def _image(bend: Bend, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    box = bend.function(Interval(low, high))
+    with infinite_ends():  # of a box without end, or of a logarithm's at 0
+        box = bend.function(wrap(low, high, "real"))
     assert isinstance(box, Interval)
     return box.lower, box.upper
 

@@ -1,0 +1,92 @@
+"""Ends must be finite: how infinite ones are found, where they are allowed, how they are refused.
+
+A box says something about every element, so an end that overflows is an error and not an answer.
+Infinities that the model itself puts in (a mask of ``-inf`` before a softmax) pass through. Where
+data cannot be looked at (while tracing, in ``torch.vmap``) or looking would stop a GPU, ends that
+overflow stay infinite, which contains everything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyrobust.interval.errors import visible, where
+
+__all__ = ["all_finite", "check_result", "infinite_ends"]
+
+_allowed: ContextVar[bool] = ContextVar("infinite ends allowed", default=False)
+
+
+@contextmanager
+def infinite_ends() -> Iterator[None]:
+    """Let results be infinite inside the block, for callers that look at each end themselves."""
+    token = _allowed.set(True)
+    try:
+        yield
+    finally:
+        _allowed.reset(token)
+
+
+def all_finite(lower: Tensor, upper: Tensor) -> bool:
+    """Whether no end is infinite or NaN."""
+    lower, upper = lower.detach(), upper.detach()
+    # two sums read the memory once, five times as fast as isfinite; they may overflow themselves
+    if math.isfinite(float(lower.sum())) and math.isfinite(float(upper.sum())):
+        return True
+    return bool(torch.isfinite(lower).all()) and bool(torch.isfinite(upper).all())
+
+
+def check_result(
+    name: str, lower: Tensor, upper: Tensor, operands: Iterable[Any], *, takes_infinity: bool
+) -> None:
+    """Raise where an operation ``name`` made ends that are not finite.
+
+    Args:
+        name: of the operation, for the error.
+        lower: lower ends of the result.
+        upper: upper ends.
+        operands: what the operation was called with.
+        takes_infinity: whether the model may put infinities in by an operand that is no box.
+
+    Raises:
+        OverflowError: the result left the range of its dtype.
+        ValueError: an operand is NaN, or infinite without ``takes_infinity``.
+    """
+    if lower.is_cuda or not visible(lower, upper) or all_finite(lower, upper) or _allowed.get():
+        return
+    for operand in _leaves(operands):
+        box = not isinstance(operand, Tensor)
+        parts = (operand.lower, operand.upper) if box else (operand,)
+        if any(bool(part.isnan().any()) for part in parts):
+            raise ValueError(f"Interval: an operand of {name} must not be NaN; it is{where()}.")
+        if any(bool(part.isinf().any()) for part in parts):
+            if box or takes_infinity:
+                return
+            raise ValueError(
+                f"Interval: an operand of {name} must be finite; it holds infinite values{where()}."
+            )
+    count = int((~(torch.isfinite(lower) & torch.isfinite(upper))).sum())
+    raise OverflowError(
+        f"Interval: the ends must stay finite; {name} leaves the range of {lower.dtype} in "
+        f"{count} of {lower.numel()} elements{where()}."
+    )
+
+
+def _leaves(operands: Iterable[Any]) -> Iterator[Any]:
+    """Floating tensors (numbers among them) and boxes, also inside lists."""
+    for operand in operands:
+        if isinstance(operand, (list, tuple)):
+            yield from _leaves(operand)
+        elif isinstance(operand, (float, Tensor)):
+            tensor = torch.as_tensor(operand)
+            if tensor.is_floating_point():
+                yield tensor
+        elif hasattr(operand, "rounding"):
+            yield operand
