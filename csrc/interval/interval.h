@@ -43,11 +43,11 @@
 // -inf and +inf, never NaN; so do infinite or NaN inputs. A deployed sum cannot overflow while
 // R < G 2^126, as S(|x|) + |b| <= R / G then; otherwise the ends are infinite.
 // Packed weights are the floats they stand for, exactly. The packed layer's own float product
-// promises 1e-6 (sum |W x| + |b|), so kDeployed takes G no smaller than that. With int8 activations
-// the layer multiplies step q in place of x, |step q - x| <= step / 2, step = max |x| / 127 of that
-// input: every mode adds the half step of the largest |x| in the box to r (panels.h).
-// Limits. K <= kMaxTerms keeps gamma <= 1/7. Every kernel runs with the default floating-point
-// environment (round to nearest, denormals kept) and restores the caller's.
+// promises 1e-6 (sum |W x| + |b|) for float32 inputs, so kDeployed takes G no smaller than that.
+// With int8 activations the layer multiplies step q in place of x, |step q - x| <= step / 2, step =
+// max |x| / 127 of that input: every mode adds the half step of the largest |x| in the box to r
+// (panels.h). Limits. K <= kMaxTerms keeps gamma <= 1/7. Every kernel runs with the default
+// floating-point environment (round to nearest, denormals kept) and restores the caller's.
 #pragma once
 
 #include <cstdint>

@@ -48,7 +48,8 @@ void tiled_multiply(const PackedMatrix& w, Mode mode, const Block& block, int64_
 }
 
 // The other entries fall through to avx512.cpp.
-constexpr MatmulKernels kKernels = {tiled_prepared_bytes,
+constexpr MatmulKernels kKernels = {nullptr,
+                                    tiled_prepared_bytes,
                                     tiled_scratch_bytes,
                                     tiled_prepare,
                                     tiled_multiply,

@@ -5,18 +5,11 @@
 namespace pyrobust::matmul {
 namespace {
 
-constexpr MatmulKernels kKernels = {prepared_bytes,
-                                    scratch_bytes,
-                                    prepare,
-                                    multiply,
-                                    decode_span<Avx2Codes>,
-                                    add_span<Avx2Codes>,
-                                    add_levels_span<Avx2Codes>,
-                                    sparse_prepare,
-                                    sparse_multiply,
-                                    complex_order,
-                                    complex_multiply,
-                                    kTile};
+constexpr MatmulKernels kKernels = {
+    nullptr,        prepared_bytes,         scratch_bytes,       prepare,
+    multiply,       decode_span<Avx2Codes>, add_span<Avx2Codes>, add_levels_span<Avx2Codes>,
+    sparse_prepare, sparse_multiply,        complex_order,       complex_multiply,
+    kTile};
 
 }  // namespace
 

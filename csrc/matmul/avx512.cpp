@@ -1,6 +1,6 @@
 // Differs from portable.cpp in working on tiles and in 512-bit registers with VNNI where that was
-// written (avx512_int8.h: 8-bit activations, groups of whole blocks); the other formats take the
-// code of avx2_paths.h, compiled with these wider flags.
+// written (avx512_int8.h: activations of 8 or 16 bits, groups of whole blocks); the other formats
+// take the code of avx2_paths.h, compiled with these wider flags.
 #include "matmul/avx2_paths.h"
 #include "matmul/avx512_int8.h"
 #include "matmul/avx512_rows.h"
@@ -8,10 +8,13 @@
 namespace pyrobust::matmul {
 namespace {
 
-bool is_wide(const PackedMatrix& w, Mode mode) { return path_of(w, mode) == Path::kIntegerBlocks; }
+bool takes_parts(const PackedMatrix& w) { return path_of(w, Mode::kInt8) == Path::kIntegerBlocks; }
+
+bool is_wide(const PackedMatrix& w, Mode mode) { return mode != Mode::kExact && takes_parts(w); }
 
 int64_t wide_prepared_bytes(const PackedMatrix& w, Mode mode, int64_t rows) {
-  return is_wide(w, mode) ? WideRows::bytes(w, rows) : prepared_bytes(w, mode, rows);
+  if (!is_wide(w, mode)) return prepared_bytes(w, mode, rows);
+  return WideRows(nullptr, w, rows, mode).used;
 }
 
 int64_t wide_scratch_bytes(const PackedMatrix& w, Mode mode, int64_t rows) {
@@ -22,21 +25,25 @@ int64_t wide_scratch_bytes(const PackedMatrix& w, Mode mode, int64_t rows) {
 void wide_prepare(const PackedMatrix& w, Mode mode, const Activations& x, int64_t first,
                   int64_t rows, RowRange part, void* prepared, double* step, void* scratch) {
   if (!is_wide(w, mode)) return prepare(w, mode, x, first, rows, part, prepared, step, scratch);
-  const WideRows out(prepared, w, rows);
+  const WideRows out(prepared, w, rows, mode);
   const int64_t row_bytes = w.cols * float_type_bytes(x.type);
   for (int64_t m = part.begin; m < part.end; ++m) {
     const auto* row = static_cast<const char*>(x.data) + (first + m) * row_bytes;
-    prepare_wide_row(w, row, x.type, m, out, step + m);
+    if (mode == Mode::kParts) {
+      prepare_parts_row(w, row, x.type, m, out);
+    } else {
+      prepare_wide_row(w, row, x.type, m, out, step + m);
+    }
   }
 }
 
 template <int kBits>
-void multiply_wide_bits(const PackedMatrix& w, const Block& block, int64_t begin, int64_t end,
-                        const Output& out, void* scratch) {
+void multiply_wide_bits(const PackedMatrix& w, Mode mode, const Block& block, int64_t begin,
+                        int64_t end, const Output& out, void* scratch) {
   if (w.codebook != nullptr) {
-    multiply_wide<kBits, true>(w, block, begin, end, out, scratch);
+    multiply_wide<kBits, true>(w, mode, block, begin, end, out, scratch);
   } else {
-    multiply_wide<kBits, false>(w, block, begin, end, out, scratch);
+    multiply_wide<kBits, false>(w, mode, block, begin, end, out, scratch);
   }
 }
 
@@ -45,29 +52,24 @@ void wide_multiply(const PackedMatrix& w, Mode mode, const Block& block, int64_t
   if (!is_wide(w, mode)) return multiply(w, mode, block, begin, end, out, scratch);
   switch (stored_bits(w)) {
     case 1:
-      return multiply_wide_bits<1>(w, block, begin, end, out, scratch);
+      return multiply_wide_bits<1>(w, mode, block, begin, end, out, scratch);
     case 2:
-      return multiply_wide_bits<2>(w, block, begin, end, out, scratch);
+      return multiply_wide_bits<2>(w, mode, block, begin, end, out, scratch);
     case 3:
-      return multiply_wide_bits<3>(w, block, begin, end, out, scratch);
+      return multiply_wide_bits<3>(w, mode, block, begin, end, out, scratch);
     case 4:
-      return multiply_wide_bits<4>(w, block, begin, end, out, scratch);
+      return multiply_wide_bits<4>(w, mode, block, begin, end, out, scratch);
     default:
-      return multiply_wide<8, false>(w, block, begin, end, out, scratch);
+      return multiply_wide<8, false>(w, mode, block, begin, end, out, scratch);
   }
 }
 
-constexpr MatmulKernels kKernels = {wide_prepared_bytes,
-                                    wide_scratch_bytes,
-                                    wide_prepare,
-                                    wide_multiply,
-                                    decode_span<Avx512Codes>,
-                                    add_span<Avx512Codes>,
-                                    add_levels_span<Avx512Codes>,
-                                    sparse_prepare,
-                                    sparse_multiply,
-                                    complex_order,
-                                    complex_multiply,
+constexpr MatmulKernels kKernels = {takes_parts,           wide_prepared_bytes,
+                                    wide_scratch_bytes,    wide_prepare,
+                                    wide_multiply,         decode_span<Avx512Codes>,
+                                    add_span<Avx512Codes>, add_levels_span<Avx512Codes>,
+                                    sparse_prepare,        sparse_multiply,
+                                    complex_order,         complex_multiply,
                                     kWideTiles * kLanes};
 
 }  // namespace

@@ -3,7 +3,7 @@
 // taken together. This is bound by reading W where memory is the slower part.
 #pragma once
 
-#include "matmul/avx512_lanes.h"
+#include "matmul/avx512_parts.h"
 
 namespace pyrobust::matmul {
 namespace {
@@ -39,6 +39,9 @@ __attribute__((always_inline)) inline void few_sums(const FewRows<kRows>& from, 
   if (kWhole) stop = b + kUsualBlocks;
   const int64_t whole = kWhole || stop < from.rows->whole ? stop : from.rows->whole;
   const int64_t pitch = from.pitch;
+  // Past the end of its row, the same columns of the rows that come next.
+  int64_t ahead = kAhead;
+  if (b * kBytes + kAhead >= pitch) ahead += (kWide - 1) * pitch;
   const __m512i table = from.table;
 #pragma GCC unroll 16
   for (int i = 0; i < kRows * kWide; ++i) sum[i] = _mm512_setzero_si512();
@@ -56,7 +59,7 @@ __attribute__((always_inline)) inline void few_sums(const FewRows<kRows>& from, 
 #pragma GCC unroll 16
       for (int i = 0; i < kWide; ++i, at += pitch) {
         const IntegerPair codes = nibble_pair<kBook>(at, table);
-        _mm_prefetch(reinterpret_cast<const char*>(at + kAhead), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(at + ahead), _MM_HINT_T0);
 #pragma GCC unroll 4
         for (int m = 0; m < kRows; ++m) {
           add_dots(sum[m * kWide + i], codes.low, low[m]);
@@ -78,7 +81,7 @@ __attribute__((always_inline)) inline void few_sums(const FewRows<kRows>& from, 
     for (int i = 0; i < kWide; ++i, at += step) {
       if (i % kTile == 0 && tail) at = from.rows[i / kTile].tail[0];
       const __m512i codes = wide_values<kBits, kBook>(at, table);
-      _mm_prefetch(reinterpret_cast<const char*>(at + kAhead), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(at + ahead), _MM_HINT_T0);
 #pragma GCC unroll 4
       for (int m = 0; m < kRows; ++m) add_dots(sum[m * kWide + i], codes, x[m]);
     }
@@ -105,9 +108,14 @@ __attribute__((always_inline)) inline __m512i lane_sums_of(const FewRows<kRows>&
 }
 
 // The rows [first, first + count) of W, copied where W has fewer rows than a tile.
-template <typename Rows>
+template <bool kWhole, typename Rows>
 void point_to_rows(const PackedMatrix& w, int64_t first, const WideScratch& s, Rows* rows) {
   const int64_t row_bytes = packed_row_bytes(w.cols, w.levels);
+  if (kWhole && w.levels != kTernaryLevels && first + Rows::kWide <= w.rows) {
+    rows->pitch = row_bytes;
+    rows->base = code_row(w, first);
+    return;
+  }
   load_wide_codes(w, first, Rows::kWide, s);
   rows->pitch = w.levels == kTernaryLevels ? expanded_row_bytes(w) : row_bytes;
   rows->base = s.rows->row[0];
@@ -132,24 +140,35 @@ inline void add_two_groups(__m512i sums, const float* scale, const int32_t* zero
   *total = second ? high : low;
 }
 
-template <int kBits, bool kBook, int kRows, bool kWhole>
+// Sums of x, and steps of 16-bit activations, for the lanes of every group.
+template <int kRows>
+void load_x_lanes(const WideRows& x, int64_t groups, int64_t width, const WideScratch& s) {
+  constexpr int kWide = FewRows<kRows>::kWide;
+  for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t lane = 0; lane < width; ++lane) {
+      const int64_t row = lane / kWide, m = row % x.rows, part = row / x.rows;
+      s.q_lane[g * width + lane] = row < kRows ? x.q_sum[(m * x.parts + part) * groups + g] : 0;
+    }
+    for (int64_t lane = 0; x.parts == 2 && lane < kLanes / 2; ++lane) {
+      s.step_lane[g * kLanes / 2 + lane] = x.step[lane / kWide * groups + g];
+    }
+  }
+}
+
+// kRows rows of bytes, of kRows / kParts rows of x.
+template <int kBits, bool kBook, int kRows, int kParts, bool kWhole>
 void multiply_few(const PackedMatrix& w, const WideRows& x, const Block& block, int64_t begin,
                   int64_t end, const Output& out, const WideScratch& s) {
   using Rows = FewRows<kRows>;
   constexpr int kWide = Rows::kWide, kStep = kLanes / Rows::kGroups;
   const int64_t groups = groups_of(w), per_group = group_blocks(w), blocks = blocks_of(w);
-  for (int64_t g = 0; g < groups; ++g) {
-    for (int64_t lane = 0; lane < kStep; ++lane) {
-      const int64_t m = lane / kWide;
-      s.q_lane[g * kStep + lane] = m < kRows ? x.q_sum[m * groups + g] : 0;
-    }
-  }
+  load_x_lanes<kRows>(x, groups, kStep, s);
   Rows rows{nullptr, 0, s.rows, x.q, x.stride, codebook_table(w)};
   for (int64_t next = begin; next < end; next += kWide) {
     // The last rows once more where fewer are left than a tile holds.
     const int64_t last = w.rows - kWide > 0 ? w.rows - kWide : 0;
     const int64_t first = next < last ? next : last;
-    point_to_rows(w, first, s, &rows);
+    point_to_rows<kWhole>(w, first, s, &rows);
     load_lanes<kWide>(w, first, kStep, 0, next == begin, s);
     __m512d low = _mm512_setzero_pd(), high = low;
     for (int64_t g = 0, b = 0; g < groups; g += Rows::kGroups, b += Rows::kGroups * per_group) {
@@ -158,7 +177,9 @@ void multiply_few(const PackedMatrix& w, const WideRows& x, const Block& block, 
       const float* scale = s.scale + g * kStep;
       const int32_t* zero = s.zero + g * kStep;
       const __m512i q = _mm512_loadu_si512(s.q_lane + g * kStep);
-      if constexpr (Rows::kGroups == 2) {
+      if constexpr (kParts == 2) {
+        add_parts(sums, scale, zero, q, s.step_lane + g * kLanes / 2, &low);
+      } else if constexpr (Rows::kGroups == 2) {
         add_two_groups(sums, scale, zero, q, g + 1 < groups, &low);
       } else {
         add_group(sums, scale, zero, q, &low, &high);
@@ -167,23 +188,24 @@ void multiply_few(const PackedMatrix& w, const WideRows& x, const Block& block, 
     double value[kLanes];
     _mm512_storeu_pd(value, low);
     _mm512_storeu_pd(value + 8, high);
-    for (int m = 0; m < kRows; ++m) {
+    for (int m = 0; m < kRows / kParts; ++m) {
+      const double step = kParts == 2 ? 1.0 : block.step[m];
       for (int64_t i = next - first; i < kWide && first + i < end; ++i) {
-        store_result(out, m, first + i, value[m * kWide + i], block.step[m]);
+        store_result(out, m, first + i, value[m * kWide + i], step);
       }
     }
   }
 }
 
-template <int kBits, bool kBook, int kRows>
+template <int kBits, bool kBook, int kRows, int kParts = 1>
 void multiply_few_rows(const PackedMatrix& w, const WideRows& x, const Block& block, int64_t begin,
                        int64_t end, const Output& out, const WideScratch& s) {
   const bool usual = w.group_size == kUsualBlocks * kBlock && w.cols % w.group_size == 0 &&
                      groups_of(w) % FewRows<kRows>::kGroups == 0;
   if (usual) {
-    multiply_few<kBits, kBook, kRows, true>(w, x, block, begin, end, out, s);
+    multiply_few<kBits, kBook, kRows, kParts, true>(w, x, block, begin, end, out, s);
   } else {
-    multiply_few<kBits, kBook, kRows, false>(w, x, block, begin, end, out, s);
+    multiply_few<kBits, kBook, kRows, kParts, false>(w, x, block, begin, end, out, s);
   }
 }
 

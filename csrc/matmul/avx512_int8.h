@@ -73,75 +73,147 @@ void unpack_wide(const WideScratch& s, __m512i table, int64_t from, int64_t to) 
   }
 }
 
-// kRows rows of one tile of x times `steps` times four columns of the panel.
-template <int kRows>
-inline void panel_sums(const uint8_t* panel, const int8_t* q, int64_t steps,
-                       __m512i (&sum)[kRows][kWideTiles]) {
+// kRows rows of each part of one tile of x times `steps` times four columns of the panel.
+template <int kRows, int kParts>
+inline void panel_sums(const uint8_t* panel, const int8_t* q, int64_t steps, int32_t* sums) {
+  constexpr int kAll = kRows * kParts;
+  __m512i sum[kAll][kWideTiles];
 #pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i) sum[i][0] = sum[i][1] = _mm512_setzero_si512();
+  for (int i = 0; i < kAll; ++i) sum[i][0] = sum[i][1] = _mm512_setzero_si512();
   for (int64_t j = 0; j < steps; ++j, panel += kWideTiles * kBlock, q += 4 * kTileRows) {
     const __m512i left = _mm512_loadu_si512(panel);
     const __m512i right = _mm512_loadu_si512(panel + kBlock);
 #pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) {
+    for (int i = 0; i < kAll; ++i) {
       int32_t four;
-      __builtin_memcpy(&four, q + 4 * i, sizeof(four));
+      __builtin_memcpy(&four, q + 4 * (i / kRows * (kTileRows / kParts) + i % kRows), sizeof(four));
       const __m512i value = _mm512_set1_epi32(four);
       add_dots(sum[i][0], left, value);
       add_dots(sum[i][1], right, value);
     }
   }
+#pragma GCC unroll 8
+  for (int i = 0; i < kAll; ++i) {
+    _mm512_store_si512(sums + i * kWidth, sum[i][0]);
+    _mm512_store_si512(sums + i * kWidth + kLanes, sum[i][1]);
+  }
 }
 
-// kRows rows of x from row m on, a multiple of 8, times the panel of blocks [from, to), onto their
-// totals.
-template <int kRows>
+// Scale and zero of a group, in registers.
+struct GroupLanes {
+  __m512d scale[2 * kWideTiles];
+  __m512i zero[kWideTiles];
+
+  GroupLanes(const WideScratch& s, int64_t g) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 2 * kWideTiles; ++i) {
+      scale[i] = _mm512_cvtps_pd(_mm256_loadu_ps(s.scale + g * kWidth + 8 * i));
+    }
+#pragma GCC unroll 2
+    for (int t = 0; t < kWideTiles; ++t) {
+      zero[t] = _mm512_loadu_si512(s.zero + g * kWidth + t * kLanes);
+    }
+  }
+};
+
+inline __m512i less_zeros(const int32_t* sums, __m512i zero, int32_t q_sum) {
+  return _mm512_sub_epi32(_mm512_load_si512(sums),
+                          _mm512_mullo_epi32(zero, _mm512_set1_epi32(q_sum)));
+}
+
+inline void add_scaled(__m512d sums, __m512d scale, double* total) {
+  _mm512_store_pd(total, _mm512_fmadd_pd(sums, scale, _mm512_load_pd(total)));
+}
+
+inline __m512d low_doubles(__m512i v) { return _mm512_cvtepi32_pd(_mm512_castsi512_si256(v)); }
+inline __m512d high_doubles(__m512i v) {
+  return _mm512_cvtepi32_pd(_mm512_extracti64x4_epi64(v, 1));
+}
+
+// total += scale * (sums - zero q_sum) for `count` rows of x from m on; the products are exact.
+inline void scale_rows(const WideRows& x, const int32_t* sums, int64_t count, int64_t groups,
+                       int64_t g, int64_t m, const WideScratch& s) {
+  const GroupLanes lanes(s, g);
+  const int32_t* q_sum = x.q_sum + m * groups + g;
+  double* total = s.total + m * kWidth;
+  for (int64_t i = 0; i < count; ++i, q_sum += groups, total += kWidth, sums += kWidth) {
+#pragma GCC unroll 2
+    for (int t = 0; t < kWideTiles; ++t) {
+      const __m512i exact = less_zeros(sums + t * kLanes, lanes.zero[t], *q_sum);
+      add_scaled(low_doubles(exact), lanes.scale[2 * t], total + t * kLanes);
+      add_scaled(high_doubles(exact), lanes.scale[2 * t + 1], total + t * kLanes + 8);
+    }
+  }
+}
+
+// The same of two parts, as add_parts(); `sums` has `count` rows of high parts, then the low ones.
+template <bool kNarrow>
+inline void scale_parts(const WideRows& x, const int32_t* sums, int64_t count, int64_t groups,
+                        int64_t g, int64_t m, const WideScratch& s) {
+  const GroupLanes lanes(s, g);
+  const int32_t* q_sum = x.q_sum + 2 * m * groups + g;
+  const double* step = x.step + m * groups + g;
+  double* total = s.total + m * kWidth;
+  const __m512d unit = _mm512_set1_pd(256.0);
+  for (int64_t i = 0; i < count; ++i, q_sum += 2 * groups, step += groups) {
+    const __m512d own = _mm512_set1_pd(*step);
+#pragma GCC unroll 2
+    for (int t = 0; t < kWideTiles; ++t) {
+      const int64_t at = i * kWidth + t * kLanes;
+      const __m512i high = less_zeros(sums + at, lanes.zero[t], q_sum[0]);
+      const __m512i low = less_zeros(sums + count * kWidth + at, lanes.zero[t], q_sum[groups]);
+      __m512d first, second;
+      if constexpr (kNarrow) {
+        const __m512i both = _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
+        first = low_doubles(both);
+        second = high_doubles(both);
+      } else {
+        first = _mm512_fmadd_pd(low_doubles(high), unit, low_doubles(low));
+        second = _mm512_fmadd_pd(high_doubles(high), unit, high_doubles(low));
+      }
+      add_scaled(_mm512_mul_pd(first, own), lanes.scale[2 * t], total + at);
+      add_scaled(_mm512_mul_pd(second, own), lanes.scale[2 * t + 1], total + at + 8);
+    }
+  }
+}
+
+// kRows rows of x from row m on, a multiple of a tile's, times the panel of blocks [from, to), onto
+// their totals.
+template <int kRows, int kParts>
 void panel_wide(const PackedMatrix& w, const WideRows& x, int64_t m, int64_t from, int64_t to,
                 const WideScratch& s) {
   const int64_t groups = groups_of(w), per_group = group_blocks(w);
-  for (int64_t b = from; b < to;) {
-    const int64_t g = b / per_group;
+  const bool narrow = is_narrow(w);
+  alignas(64) int32_t sums[kRows * kParts * kWidth];
+  int64_t g = from / per_group;
+  for (int64_t b = from; b < to; b += per_group, ++g) {
     const int64_t stop = to - b < per_group ? to : b + per_group;
-    __m512i sum[kRows][kWideTiles];
-    panel_sums<kRows>(s.panel + (b - from) * kLanes * kWideTiles * kBlock,
-                      x.tile(m) + b * kBlock * kTileRows, (stop - b) * kLanes, sum);
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) {
-      const __m512i all = _mm512_set1_epi32(x.q_sum[(m + i) * groups + g]);
-#pragma GCC unroll 2
-      for (int t = 0; t < kWideTiles; ++t) {
-        double* total = s.total + (m + i) * kWidth + t * kLanes;
-        __m512d low = _mm512_loadu_pd(total), high = _mm512_loadu_pd(total + 8);
-        const int64_t at = g * kWidth + t * kLanes;
-        add_group(sum[i][t], s.scale + at, s.zero + at, all, &low, &high);
-        _mm512_storeu_pd(total, low);
-        _mm512_storeu_pd(total + 8, high);
-      }
+    panel_sums<kRows, kParts>(s.panel + (b - from) * kLanes * kWideTiles * kBlock,
+                              x.tile(m) + b * kBlock * kTileRows, (stop - b) * kLanes, sums);
+    if constexpr (kParts == 1) {
+      scale_rows(x, sums, kRows, groups, g, m, s);
+    } else if (narrow) {
+      scale_parts<true>(x, sums, kRows, groups, g, m, s);
+    } else {
+      scale_parts<false>(x, sums, kRows, groups, g, m, s);
     }
-    b = stop;
   }
 }
 
-void panel_rows_of_x(const PackedMatrix& w, const WideRows& x, int64_t m, int64_t count,
-                     int64_t from, int64_t to, const WideScratch& s) {
-  switch (count) {
-    case 1:
-      return panel_wide<1>(w, x, m, from, to, s);
-    case 2:
-      return panel_wide<2>(w, x, m, from, to, s);
-    case 3:
-      return panel_wide<3>(w, x, m, from, to, s);
-    case 4:
-      return panel_wide<4>(w, x, m, from, to, s);
-    case 5:
-      return panel_wide<5>(w, x, m, from, to, s);
-    case 6:
-      return panel_wide<6>(w, x, m, from, to, s);
-    case 7:
-      return panel_wide<7>(w, x, m, from, to, s);
-    default:
-      return panel_wide<8>(w, x, m, from, to, s);
-  }
+using PanelProduct = void (*)(const PackedMatrix& w, const WideRows& x, int64_t m, int64_t from,
+                              int64_t to, const WideScratch& s);
+
+// By rows of x, from 1 on.
+constexpr PanelProduct kPanelRows[kTileRows] = {
+    panel_wide<1, 1>, panel_wide<2, 1>, panel_wide<3, 1>, panel_wide<4, 1>,
+    panel_wide<5, 1>, panel_wide<6, 1>, panel_wide<7, 1>, panel_wide<8, 1>};
+constexpr PanelProduct kPanelParts[kTileRows / 2] = {panel_wide<1, 2>, panel_wide<2, 2>,
+                                                     panel_wide<3, 2>, panel_wide<4, 2>};
+
+void panel_rows_of_x(const PackedMatrix& w, const WideRows& x, int64_t m, int64_t from, int64_t to,
+                     const WideScratch& s) {
+  const int64_t left = x.rows - m, count = left < x.x_rows() ? left : x.x_rows();
+  (x.parts == 2 ? kPanelParts : kPanelRows)[count - 1](w, x, m, from, to, s);
 }
 
 // 16 results of row m from row n of W on, as store_result() would; floats without a remainder.
@@ -175,38 +247,40 @@ void multiply_panels(const PackedMatrix& w, const WideRows& x, const Block& bloc
     for (int64_t from = 0; from < blocks; from += chunk) {
       const int64_t to = blocks - from < chunk ? blocks : from + chunk;
       unpack_wide<kBits, kBook>(s, table, from, to);
-      for (int64_t m = 0; m < rows; m += kTileRows) {
-        panel_rows_of_x(w, x, m, rows - m, from, to, s);
-      }
+      for (int64_t m = 0; m < rows; m += x.x_rows()) panel_rows_of_x(w, x, m, from, to, s);
     }
     const int64_t count = end - first < kWidth ? end - first : kWidth;
     for (int64_t m = 0; m < rows; ++m) {
       const double* total = s.total + m * kWidth;
+      const double step = x.parts == 2 ? 1.0 : block.step[m];
       int64_t i = 0;
       for (; plain && i + kLanes <= count; i += kLanes) {
-        store_16(out, m, first + i, total + i, block.step[m]);
+        store_16(out, m, first + i, total + i, step);
       }
-      for (; i < count; ++i) store_result(out, m, first + i, total[i], block.step[m]);
+      for (; i < count; ++i) store_result(out, m, first + i, total[i], step);
     }
   }
 }
 
 template <int kBits, bool kBook>
-void multiply_wide(const PackedMatrix& w, const Block& block, int64_t begin, int64_t end,
+void multiply_wide(const PackedMatrix& w, Mode mode, const Block& block, int64_t begin, int64_t end,
                    const Output& out, void* memory) {
-  const WideRows x(const_cast<void*>(block.data), w, block.rows);
+  const WideRows x(const_cast<void*>(block.data), w, block.rows, mode);
   const WideScratch s(memory, w, block.rows);
-  switch (block.rows) {
+  if (x.tiled()) return multiply_panels<kBits, kBook>(w, x, block, begin, end, out, s);
+  if (x.parts == 2) {
+    if (x.rows == 1) return multiply_few_rows<kBits, kBook, 2, 2>(w, x, block, begin, end, out, s);
+    return multiply_few_rows<kBits, kBook, 4, 2>(w, x, block, begin, end, out, s);
+  }
+  switch (x.rows) {
     case 1:
       return multiply_few_rows<kBits, kBook, 1>(w, x, block, begin, end, out, s);
     case 2:
       return multiply_few_rows<kBits, kBook, 2>(w, x, block, begin, end, out, s);
     case 3:
       return multiply_few_rows<kBits, kBook, 3>(w, x, block, begin, end, out, s);
-    case kFewRows:
-      return multiply_few_rows<kBits, kBook, 4>(w, x, block, begin, end, out, s);
     default:
-      return multiply_panels<kBits, kBook>(w, x, block, begin, end, out, s);
+      return multiply_few_rows<kBits, kBook, kFewRows>(w, x, block, begin, end, out, s);
   }
 }
 

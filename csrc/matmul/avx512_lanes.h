@@ -21,7 +21,8 @@ struct WideScratch {
   TileRows* rows;  // of four rows of W each
   float* scale;    // per group, for each lane of each tile
   int32_t* zero;
-  int32_t* q_lane;  // per group, sums of x for each lane
+  int32_t* q_lane;    // per group, sums of x for each lane
+  double* step_lane;  // per group, steps of x for each of eight lanes (Mode::kParts)
   uint8_t* panel;
   double* total;  // (rows of x, 32)
   int64_t used;
@@ -35,6 +36,7 @@ struct WideScratch {
     scale = arena.take<float>(width * (groups + 1));
     zero = arena.take<int32_t>(width * (groups + 1));
     q_lane = arena.take<int32_t>(kLanes * (groups + 1));
+    step_lane = arena.take<double>(kLanes / 2 * groups);
     panel = arena.take<uint8_t>(width * wide_chunk(w) * kBlock);
     total = arena.take<double>(rows_of_x * width);
     used = arena.used;
@@ -138,7 +140,7 @@ void load_lanes(const PackedMatrix& w, int64_t first, int64_t width, int64_t at,
     };
   };
   const auto floats = [&](auto type) {
-    return [&](int64_t l, int64_t g, __mmask16 mask) {
+    return [&, type](int64_t l, int64_t g, __mmask16 mask) {
       return _mm512_castps_si512(load_floats(w.scale, type, start[l % kRows] + g, mask));
     };
   };

@@ -12,25 +12,45 @@ constexpr int64_t kLanes = 16;
 constexpr int64_t kFewRows = 4;   // rows of x up to which no panel of W is made
 constexpr int64_t kTileRows = 8;  // rows of x that meet a panel together
 
-// Prepared x, then the sums per row and group. Up to kFewRows rows of bytes; of more rows, tiles of
-// eight in which four columns of row 0, four of row 1, ... follow one another: a panel then meets
-// one stream of x. (Eight rows a power of two apart would fall into the same sets of the cache.)
+// Prepared x: bytes, then the steps of 16-bit activations and the sums of the bytes, per row and
+// group. A row in 8 bits is one row of bytes, a row in 16 bits has two (`parts`): the upper bytes
+// and the lower ones. Up to kFewRows rows of bytes lie one after the other, all upper ones first;
+// more of them as tiles of eight, in which four columns of row 0, four of row 1, ... follow one
+// another: a panel then meets one stream of x. (Eight rows a power of two apart would fall into the
+// same sets of the cache.)
 struct WideRows {
   int8_t* q;
-  int32_t* q_sum;
-  int64_t stride;
-  bool tiled;
+  double* step;    // (rows, groups), where there are two parts
+  int32_t* q_sum;  // (rows, parts, groups)
+  int64_t stride, rows;
+  int parts;
+  int64_t used;
 
-  WideRows(void* data, const PackedMatrix& w, int64_t rows)
-      : q(static_cast<int8_t*>(data)), stride(blocks_of(w) * kBlock), tiled(rows > kFewRows) {
-    q_sum = reinterpret_cast<int32_t*>(q + padded(rows) * stride);
+  WideRows(void* data, const PackedMatrix& w, int64_t count, Mode mode)
+      : stride(blocks_of(w) * kBlock), rows(count), parts(mode == Mode::kParts ? 2 : 1) {
+    const int64_t groups = groups_of(w), all = rows * parts;
+    const int64_t padded = tiled() ? round_up(rows, x_rows()) * parts : all;
+    Arena arena{static_cast<char*>(data)};
+    q = arena.take<int8_t>(padded * stride);
+    step = arena.take<double>(parts == 2 ? rows * groups : 0);
+    q_sum = arena.take<int32_t>(all * groups);
+    used = arena.used;
   }
-  static int64_t padded(int64_t rows) { return rows > kFewRows ? round_up(rows, kTileRows) : rows; }
-  static int64_t bytes(const PackedMatrix& w, int64_t rows) {
-    return padded(rows) * blocks_of(w) * kBlock +
-           rows * groups_of(w) * static_cast<int64_t>(sizeof(int32_t));
+  bool tiled() const { return rows * parts > kFewRows; }
+  int64_t x_rows() const { return kTileRows / parts; }  // rows of x in a tile
+  const int8_t* tile(int64_t m) const { return q + m / x_rows() * kTileRows * stride; }
+
+  // 64 columns of a part of row m, in the order of wide_bytes(), to block b.
+  void store(int bits, __m512i bytes, int64_t m, int part, int64_t b) const {
+    if (!tiled()) return store_ordered(bits, bytes, q + (part * rows + m) * stride + b * kBlock);
+    int8_t ordered[kBlock];
+    store_ordered(bits, bytes, ordered);
+    const int64_t row = part * x_rows() + m % x_rows();
+    int8_t* at = q + (m / x_rows() * stride + b * kBlock) * kTileRows + row * 4;
+    for (int64_t d = 0; d < kLanes; ++d) {
+      __builtin_memcpy(at + d * kTileRows * 4, ordered + 4 * d, 4);
+    }
   }
-  const int8_t* tile(int64_t m) const { return q + m / kTileRows * kTileRows * stride; }
 };
 
 inline __mmask16 first_lanes(int64_t count) {
@@ -47,18 +67,24 @@ inline __m512 load_floats(const void* data, FloatType type, int64_t at, __mmask1
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
 
-// activation_step(): magnitudes compare as integers, and what is not finite exceeds all others.
-inline double step_of(const void* x, FloatType type, int64_t cols) {
+// Bits of the largest magnitude of columns [from, to): they compare as integers, and what is not
+// finite exceeds all others.
+inline int32_t largest_bits(const void* x, FloatType type, int64_t from, int64_t to) {
   __m512i largest = _mm512_setzero_si512();
-  for (int64_t k = 0; k < cols; k += kLanes) {
-    const __m512i bits = _mm512_castps_si512(load_floats(x, type, k, first_lanes(cols - k)));
+  for (int64_t k = from; k < to; k += kLanes) {
+    const __m512i bits = _mm512_castps_si512(load_floats(x, type, k, first_lanes(to - k)));
     largest = _mm512_max_epi32(largest, _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)));
   }
-  const int32_t bits = _mm512_reduce_max_epi32(largest);
+  return _mm512_reduce_max_epi32(largest);
+}
+
+// The largest magnitude over `steps`; NaN where a value is not finite. With 127 activation_step().
+inline double step_of(const void* x, FloatType type, int64_t from, int64_t to, double steps) {
+  const int32_t bits = largest_bits(x, type, from, to);
   if (bits > 0x7f7fffff) return __builtin_nan("");
   float magnitude;
   __builtin_memcpy(&magnitude, &bits, sizeof(magnitude));
-  return static_cast<double>(magnitude) / 127.0;
+  return static_cast<double>(magnitude) / steps;
 }
 
 // 16 columns; division and conversion round as quantized_activation().
@@ -86,7 +112,7 @@ inline void prepare_wide_row(const PackedMatrix& w, const void* x, FloatType typ
                              const WideRows& out, double* step) {
   const int64_t blocks = blocks_of(w), groups = groups_of(w), per_group = group_blocks(w);
   const int bits = stored_bits(w);
-  *step = step_of(x, type, w.cols);
+  *step = step_of(x, type, 0, w.cols, 127.0);
   const bool some = *step > 0.0;
   const __m512d divisor = _mm512_set1_pd(*step);
   for (int64_t g = 0, b = 0; g < groups; ++g) {
@@ -96,16 +122,7 @@ inline void prepare_wide_row(const PackedMatrix& w, const void* x, FloatType typ
       const __m512i q =
           some ? quantize_64(x, type, b * kBlock, w.cols, divisor) : _mm512_setzero_si512();
       sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), q);
-      if (!out.tiled) {
-        store_ordered(bits, q, out.q + m * out.stride + b * kBlock);
-        continue;
-      }
-      int8_t ordered[kBlock];
-      store_ordered(bits, q, ordered);
-      int8_t* at = out.q + (m - m % kTileRows) * out.stride + b * kBlock * kTileRows;
-      for (int64_t d = 0; d < kLanes; ++d) {
-        __builtin_memcpy(at + (d * kTileRows + m % kTileRows) * 4, ordered + 4 * d, 4);
-      }
+      out.store(bits, q, m, 0, b);
     }
     out.q_sum[m * groups + g] = _mm512_reduce_add_epi32(sum);
   }

@@ -104,6 +104,10 @@ class SparseBlock {
 void packed_linear(const Activations& x, const PackedMatrix& weight, RowRange range,
                    const float* bias, Mode mode, void* out, int num_threads) {
   check_weight(weight);
+  if (mode == Mode::kExact && x.type != FloatType::kFloat32 &&
+      kernels_with(&MatmulKernels::takes_parts).takes_parts(weight)) {
+    mode = Mode::kParts;
+  }
   check_range(weight, range);
   check(x.rows >= 0, "x must not have a negative number of rows; got ", x.rows, ".");
   const int64_t count = range.end - range.begin;

@@ -51,6 +51,9 @@ struct Output {
 };
 
 struct MatmulKernels {
+  // Whether the set multiplies activations of 16 bits in 8-bit parts (Mode::kParts); the mode then
+  // stands for kExact in the other entries.
+  bool (*takes_parts)(const PackedMatrix& weight);
   // Bytes that `prepare` writes for `rows` rows, and scratch bytes that `multiply` needs a thread.
   int64_t (*prepared_bytes)(const PackedMatrix& weight, Mode mode, int64_t rows);
   int64_t (*scratch_bytes)(const PackedMatrix& weight, Mode mode, int64_t rows);

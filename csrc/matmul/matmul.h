@@ -41,7 +41,10 @@
 //   exact   y = x W^T + bias, with |error| <= 1e-6 (sum_k |x||W| + |bias|) against real numbers,
 //           plus, for float16 and bfloat16, the final rounding to that type. (Overflow and
 //           underflow of intermediate products excepted: |x scale| within 2^-126 .. 2^127
-//           suffices.)
+//           suffices.) On AVX-512, float16 and bfloat16 with group_dim 1 and groups of a multiple
+//           of 64 columns, or whole rows: x is first rounded to 16 bits, one step a row and group
+//           (avx512_parts.h), and sums are integers, which adds
+//             2^-16 sum over groups g of max_{k in g} |x| sum_{k in g} |W|
 //   int8    x is first replaced by its 8-bit rounding (core/activation_int8.h, one step a row); the
 //           product of that with W is then computed with integer sums per group (group_dim 1), or
 //           double sums of exact products (group_dim 0), in an order that this page fixes:
@@ -60,8 +63,8 @@
 // it has the same bits on every instruction set and for any number of threads; in exact mode, the
 // same bits for any number of threads on one instruction set.
 //
-// NaN and infinity: exact mode propagates them as the float product does. In int8 mode a row of x
-// that holds one gives a row of NaN.
+// NaN and infinity: exact mode propagates them as the float product does. In int8 mode, and where
+// x is rounded to 16 bits, a row of x that holds one gives a row of NaN.
 //
 // Sizes may be anything from 0; nothing need divide anything. Inputs are contiguous, do not
 // overlap `out`, and are checked in dispatch.cpp (std::invalid_argument). No buffer is read past
@@ -104,7 +107,8 @@ struct Activations {
   int64_t rows = 0;  // M
 };
 
-enum class Mode : int { kExact, kInt8 };
+// kParts: what kExact may become inside the library.
+enum class Mode : int { kExact, kInt8, kParts };
 
 // Rows of W, [begin, end): a product or a decoding may concern a part of them.
 struct RowRange {

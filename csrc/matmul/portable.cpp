@@ -136,6 +136,8 @@ struct PlainCodes {
   }
 };
 
+bool takes_parts(const PackedMatrix&) { return false; }
+
 int complex_order(int p) { return p; }
 
 void complex_multiply(const ComplexBlock& x, int64_t begin, int64_t end) {
@@ -159,7 +161,8 @@ void complex_multiply(const ComplexBlock& x, int64_t begin, int64_t end) {
   }
 }
 
-constexpr MatmulKernels kKernels = {prepared_bytes,
+constexpr MatmulKernels kKernels = {takes_parts,
+                                    prepared_bytes,
                                     scratch_bytes,
                                     prepare,
                                     multiply,

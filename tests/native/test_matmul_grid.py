@@ -103,6 +103,21 @@ def test_int8_mode_equals_integer_arithmetic(isa, bits, shape, symmetric):
         assert torch.equal(multiply(x[:batch], packed, activations="int8"), expected[:batch])
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_scales_of_many_groups(isa, bits, dtype):
+    """More groups than a register has lanes, with scales of every type."""
+    packed = random_weight(17, 4160, bits, 128, 1)
+    scale = packed.scale.to(dtype)
+    packed = QTensor.from_codes(
+        packed.unpack_codes(), scale, packed.zero, bits=bits, group_size=128
+    )
+    x = torch.randn(17, 4160)
+    expected = int8_reference(x, packed)
+    for batch in (1, 2, 3, 4, 17):
+        assert torch.equal(multiply(x[:batch], packed, activations="int8"), expected[:batch])
+
+
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("group_dim", [0, 1])
 @pytest.mark.parametrize("shape", SHAPES)

@@ -1,0 +1,98 @@
+// Included by avx512.cpp alone: rows of x in 16 bits (bfloat16, float16) as two 8-bit parts, so
+// that the integer kernels multiply them.
+//
+//   step = max |x| / 32512 over the columns of a group of W     32512 = 127 * 256
+//   v    = x / step, rounded to an integer                      |v| <= 32512
+//   v    = 256 high + low, -128 <= low <= 127                   the sums of both are exact
+//
+// An element errs by at most half a step: the sum by 2^-16 max |x| sum |W| of each group (and some
+// 2^-50 of it). That is below the input's own rounding, 2^-9 or 2^-12 of sum |x||W|, but where a
+// group's columns of large x meet weights that are all but zero.
+#pragma once
+
+#include "matmul/avx512_lanes.h"
+
+namespace pyrobust::matmul {
+namespace {
+
+constexpr double kLargestPair = 32512.0;
+
+// Rounded multiples of 1 / `inverse` of 16 columns.
+inline __m512i multiples_16(__m512 x, __m512d inverse) {
+  const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(x));
+  const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
+  const __m256i a = _mm512_cvtpd_epi32(_mm512_mul_pd(low, inverse));
+  const __m256i b = _mm512_cvtpd_epi32(_mm512_mul_pd(high, inverse));
+  return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
+}
+
+// High and low parts of 64 columns from k on.
+inline IntegerPair parts_64(const void* x, FloatType type, int64_t k, int64_t cols,
+                            __m512d inverse) {
+  __m128i high[4], low[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const int64_t at = k + kLanes * i;
+    const __m512i v = multiples_16(load_floats(x, type, at, first_lanes(cols - at)), inverse);
+    low[i] = _mm512_cvtepi32_epi8(v);  // modulo 256
+    high[i] =
+        _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_add_epi32(v, _mm512_set1_epi32(128)), 8));
+  }
+  const auto joined = [](const __m128i* four) {
+    __m512i all = _mm512_castsi128_si512(four[0]);
+    all = _mm512_inserti32x4(all, four[1], 1);
+    all = _mm512_inserti32x4(all, four[2], 2);
+    return _mm512_inserti32x4(all, four[3], 3);
+  };
+  return {joined(low), joined(high)};
+}
+
+// Row m of the block: `x` holds its `cols` elements.
+inline void prepare_parts_row(const PackedMatrix& w, const void* x, FloatType type, int64_t m,
+                              const WideRows& out) {
+  const int64_t blocks = blocks_of(w), groups = groups_of(w), per_group = group_blocks(w);
+  const int bits = stored_bits(w);
+  for (int64_t g = 0, b = 0; g < groups; ++g) {
+    const int64_t stop = blocks - b < per_group ? blocks : b + per_group;
+    const int64_t end = stop * kBlock < w.cols ? stop * kBlock : w.cols;
+    const double step = step_of(x, type, b * kBlock, end, kLargestPair);
+    const __m512d inverse = _mm512_set1_pd(step > 0.0 ? 1.0 / step : 0.0);
+    __m512i sum[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+    for (; b < stop; ++b) {
+      const IntegerPair parts = step > 0.0
+                                    ? parts_64(x, type, b * kBlock, w.cols, inverse)
+                                    : IntegerPair{_mm512_setzero_si512(), _mm512_setzero_si512()};
+      sum[0] = _mm512_dpbusd_epi32(sum[0], _mm512_set1_epi8(1), parts.high);
+      sum[1] = _mm512_dpbusd_epi32(sum[1], _mm512_set1_epi8(1), parts.low);
+      out.store(bits, parts.high, m, 0, b);
+      out.store(bits, parts.low, m, 1, b);
+    }
+    out.step[m * groups + g] = step;
+    for (int part = 0; part < 2; ++part) {
+      out.q_sum[(m * 2 + part) * groups + g] = _mm512_reduce_add_epi32(sum[part]);
+    }
+  }
+}
+
+// Whether 256 high + low fits in 32 bits for sums of a group.
+inline bool is_narrow(const PackedMatrix& w) {
+  const int64_t columns = w.group_size < w.cols ? w.group_size : w.cols;
+  const int64_t weight = w.codebook != nullptr || w.zero != nullptr ? 255 : w.levels;
+  return columns * weight * (32512 + 256) < (int64_t{1} << 31);
+}
+
+// total += scale * step * (256 high + low) of eight rows of W: high parts in lanes 0 to 7, low ones
+// in 8 to 15.
+inline void add_parts(__m512i sums, const float* scale, const int32_t* zero, __m512i q,
+                      const double* step, __m512d* total) {
+  const __m512i offset = _mm512_mullo_epi32(_mm512_loadu_si512(zero), q);
+  const __m512i exact = _mm512_sub_epi32(sums, offset);
+  const __m512d high = _mm512_cvtepi32_pd(_mm512_castsi512_si256(exact));
+  const __m512d low = _mm512_cvtepi32_pd(_mm512_extracti64x4_epi64(exact, 1));
+  const __m512d both = _mm512_fmadd_pd(high, _mm512_set1_pd(256.0), low);
+  *total = _mm512_fmadd_pd(_mm512_mul_pd(both, _mm512_loadu_pd(step)),
+                           _mm512_cvtps_pd(_mm256_loadu_ps(scale)), *total);
+}
+
+}  // namespace
+}  // namespace pyrobust::matmul

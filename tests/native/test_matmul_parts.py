@@ -1,0 +1,171 @@
+"""Activations of 16 bits in two 8-bit parts, which AVX-512 uses for groups of whole blocks."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyrobust.ops import packed_linear
+from pyrobust.quantize import BITS, QTensor, round_to_codebook, round_to_two_level
+
+LEVELS = {1: 2, 1.58: 3, 2: 4, 3: 8, 4: 16, 8: 256}
+BATCHES = [0, 1, 2, 3, 4, 5, 7, 8, 9, 17, 64, 200]
+# rows, cols, group_size: usual groups, tails of columns and rows, one group, a last group of one
+SHAPES = [(70, 512, 128), (9, 200, 64), (7, 150, 150), (5, 129, 128), (40, 1300, 640)]
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+def random_weight(rows, cols, bits, group_size, *, symmetric=False, generator=None) -> QTensor:
+    def draw(high, shape):
+        return torch.randint(0, high, shape, dtype=torch.uint8, generator=generator)
+
+    shape = (rows, -(-cols // group_size))
+    scale = (torch.rand(shape, generator=generator) + 0.1).half()
+    zero = None if symmetric or bits in (1, 1.58) else draw(LEVELS[bits], shape)
+    codes = draw(LEVELS[bits], (rows, cols))
+    return QTensor.from_codes(codes, scale, zero, bits=bits, group_size=group_size)
+
+
+def multiply(x, packed: QTensor, bias=None, **options):
+    return packed_linear(
+        x,
+        packed.codes,
+        packed.scale,
+        packed.zero,
+        bias,
+        in_features=packed.shape[1],
+        bits=packed.bits,
+        group_size=packed.group_size,
+        **options,
+    )
+
+
+def assert_within_bound(result, x, packed, bias=None):
+    """The bound of matmul.h, per group, and the result's own rounding."""
+    weight, x = packed.dequantize(torch.float64), x.double()
+    exact, error = x @ weight.t(), 1e-6 * (x.abs() @ weight.abs().t())
+    for first in range(0, x.shape[1], packed.group_size):
+        columns = slice(first, first + packed.group_size)
+        largest = x[:, columns].abs().amax(1, keepdim=True)
+        error += 1.001 * 2.0**-16 * largest * weight[:, columns].abs().sum(1)
+    if bias is not None:
+        exact, error = exact + bias.double(), error + 1e-6 * bias.double().abs()
+    rounding = (exact.abs() + error) * torch.finfo(result.dtype).eps / 2
+    assert ((result.double() - exact).abs() <= error + rounding + 2.0**-25).all()
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_batch_size(isa, bits, shape, dtype):
+    packed = random_weight(*shape[:2], bits, shape[2], symmetric=shape[0] % 2 == 0)
+    x, bias = torch.randn(max(BATCHES), shape[1]).to(dtype), torch.randn(shape[0])
+    whole = multiply(x, packed, bias)
+    assert_within_bound(whole, x, packed, bias)
+    for batch in BATCHES:  # a row's result does not depend on the batch around it, to the bit
+        assert torch.equal(multiply(x[:batch], packed, bias), whole[:batch])
+        assert torch.equal(multiply(x[200 - batch :], packed, bias), whole[200 - batch :])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [1, 2, 9])
+def test_multiples_of_a_step_are_exact(isa, dtype, batch):
+    """Integers up to 127 and steps of 1: no part of the product rounds."""
+    packed = random_weight(20, 384, 4, 128)
+    x = torch.randint(-127, 128, (batch, 384)).double()
+    x[:, ::128] = 127.0
+    exact = x @ packed.dequantize(torch.float64).t()
+    assert torch.equal(multiply(x.to(dtype), packed), exact.to(dtype))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_each_group_has_its_own_step(isa, batch):
+    """Columns that are 2^20 times larger must not cost the other groups their digits."""
+    packed = random_weight(33, 512, 4, 128)
+    x = torch.randn(batch, 512).bfloat16()
+    x[:, 128:256] = 0.0
+    x[:, 256:384] *= 2.0**20
+    codes = packed.unpack_codes()
+    codes[:, 256:384] = packed.zero[:, 2:3]  # they meet weights of zero
+    packed = QTensor.from_codes(codes, packed.scale, packed.zero, bits=4, group_size=128)
+    quiet = x.clone()
+    quiet[:, 256:384] = 0.0
+    assert torch.equal(multiply(x, packed), multiply(quiet, packed))
+    assert_within_bound(multiply(quiet, packed), quiet, packed)
+
+
+@pytest.mark.parametrize("magnitude", [2.0**-126, 2.0**-133, 2.0**120])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_extreme_magnitudes(isa, magnitude, batch):
+    packed = random_weight(17, 256, 2, 128)
+    x = (torch.randn(batch, 256) * magnitude).bfloat16()
+    weight = packed.dequantize(torch.float64)
+    exact, size = x.double() @ weight.t(), x.double().abs() @ weight.abs().t()
+    # Below 2^-126 the spacing of bfloat16 is 2^-133.
+    allowed = 2.0**-8 * size + 2.0**-133
+    assert ((multiply(x, packed).double() - exact).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("batch", [1, 2, 9])
+def test_what_is_not_finite_stays_in_its_row(isa, batch):
+    packed = random_weight(17, 256, 4, 128)
+    x = torch.randn(batch + 1, 256).bfloat16()
+    x[0, 3] = torch.inf
+    result = multiply(x, packed)
+    assert not result[0].isfinite().any()
+    assert result[1:].isfinite().all()
+    x[0, 3] = torch.nan
+    assert multiply(x, packed)[0].isnan().all()
+
+
+@pytest.mark.parametrize("group_size", [128, 4096])
+def test_largest_sums_do_not_overflow(isa, group_size):
+    cols = 4096
+    codes = torch.full((4, cols), 255, dtype=torch.uint8)
+    zero = torch.zeros(4, cols // group_size, dtype=torch.uint8)
+    scale = torch.ones(4, cols // group_size)
+    packed = QTensor.from_codes(codes, scale, zero, bits=8, group_size=group_size)
+    for batch in (1, 2, 6):
+        x = torch.full((batch, cols), -1.0).bfloat16()
+        expected = torch.full((batch, 4), -255.0 * cols).bfloat16()
+        assert torch.equal(multiply(x, packed), expected)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_codebooks_and_two_level_scales(isa, batch):
+    weight, x = torch.randn(19, 256), torch.randn(batch, 256).bfloat16()
+    levels = torch.linspace(-1, 1, 16)
+    for packed in (
+        round_to_codebook(weight, levels=levels, bits=4, group_size=128),
+        round_to_two_level(weight, bits=4, group_size=64),
+    ):
+        result = multiply(x, packed, extras=packed.extras)
+        assert_within_bound(result, x, packed)
+
+
+def test_threads_change_no_bit(isa):
+    packed, x = random_weight(515, 4096, 4, 128), torch.randn(5, 4096).bfloat16()
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results += [torch.cat([multiply(x[:1], packed), multiply(x, packed)[1:]])]
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_random_shapes_and_formats(data):
+    rows, cols = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 700))
+    bits, dtype = data.draw(st.sampled_from(BITS)), data.draw(st.sampled_from(DTYPES))
+    group_size = data.draw(st.sampled_from([64, 128, 192, 1000]))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
+    symmetric = data.draw(st.booleans())
+    packed = random_weight(rows, cols, bits, group_size, symmetric=symmetric, generator=generator)
+    x = torch.randn(data.draw(st.integers(1, 12)), cols, generator=generator).to(dtype)
+    result = multiply(x, packed)
+    assert_within_bound(result, x, packed)
+    assert torch.equal(multiply(x[-1:], packed), result[-1:])
