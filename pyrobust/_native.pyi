@@ -240,3 +240,26 @@ def fused_values(a: Tensor, b: Tensor, c: Tensor, out: Tensor) -> None: ...
 def grid_value(u: list[int], thresholds: Tensor, guess: int) -> tuple[int, int]: ...
 def choice_value(count: int, bits: int, extra: int) -> tuple[int, int]: ...
 def keep_value(threshold: int, bits: int, extra: int) -> tuple[int, int]: ...
+
+# The rest belongs to the linear relaxations.
+Lines = tuple[Tensor, Tensor, Tensor, Tensor]
+
+def relaxation_bend(
+    a: Tensor,
+    lines: Lines,
+    bias: Tensor | None,
+    pulled: Tensor,
+    value: Tensor | None,
+    num_threads: int,
+) -> None: ...
+def relaxation_unbend(
+    a: Tensor,
+    lines: Lines,
+    bias: Tensor | None,
+    by_pulled: Tensor,
+    by_value: Tensor,
+    by_a: Tensor | None,
+    by_lines: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    by_bias: Tensor | None,
+    num_threads: int,
+) -> None: ...

@@ -9,5 +9,6 @@ void bind_matmul(pybind11::module_& m);
 void bind_eager_linear(pybind11::module_& m);
 void bind_sampling(pybind11::module_& m);
 void bind_interval(pybind11::module_& m);
+void bind_relaxation(pybind11::module_& m);
 
 }  // namespace pyrobust

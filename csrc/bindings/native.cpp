@@ -30,4 +30,5 @@ PYBIND11_MODULE(_native, m) {
   pyrobust::bind_eager_linear(m);
   pyrobust::bind_sampling(m);
   pyrobust::bind_interval(m);
+  pyrobust::bind_relaxation(m);
 }

@@ -11,6 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from pyrobust import _native
 from pyrobust.ops import _cuda_interval
 from pyrobust.ops._cuda_module import has_cuda_module
+from pyrobust.ops._dense_product import product
 from pyrobust.ops._interval_checks import (
     Ends,
     check_bias,
@@ -217,17 +218,26 @@ def _linear_backward(ctx: Any, grad_lower: Tensor, grad_upper: Tensor) -> tuple[
     flat_centre = to_centre.reshape(-1, rows)
     if ctx.needs_input_grad[2]:
         centre, radius = (lower + upper) * 0.5, (upper - lower) * 0.5
-        grads[2] = flat_centre.T @ centre.reshape(-1, terms) + weight.sign() * (
-            to_radius.reshape(-1, rows).T @ radius.reshape(-1, terms)
-        )
+        by_radius = product(to_radius.reshape(-1, rows).T, radius.reshape(-1, terms))
+        grads[2] = _by_weight(flat_centre, centre.reshape(-1, terms), weight, by_radius)
     if ctx.has_bias and ctx.needs_input_grad[3]:
         grads[3] = flat_centre.sum(0)
     return *grads, None
 
 
+def _by_weight(to_centre: Tensor, centre: Tensor, weight: Tensor, by_radius: Tensor) -> Tensor:
+    """``to_centre^T centre + sign(W) by_radius``; in the memory of the last where it may be."""
+    if torch.is_grad_enabled():  # the gradient is to be differentiated itself
+        return product(to_centre.T, centre) + weight.sign() * by_radius
+    return by_radius.mul_(weight.sign()).addmm_(to_centre.T, centre)
+
+
 def grad_of_ends(to_centre: Tensor, to_radius: Tensor, weight: Tensor) -> Ends:
     """Gradients of the input's ends from those of the output's centre and radius."""
-    centre, radius = to_centre @ weight, to_radius @ weight.abs()
+    rows = weight.shape[0]
+    shape = (*to_centre.shape[:-1], weight.shape[1])
+    centre = product(to_centre.reshape(-1, rows), weight).reshape(shape)
+    radius = product(to_radius.reshape(-1, rows), weight.abs()).reshape(shape)
     return (centre - radius) * 0.5, (centre + radius) * 0.5
 
 

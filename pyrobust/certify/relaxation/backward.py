@@ -18,7 +18,6 @@ Departures: the rounding residuals, which the sources leave out.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,61 +32,14 @@ from pyrobust.certify.relaxation.frames import (
     joined,
     spread,
 )
-from pyrobust.certify.relaxation.gradients import bend
+from pyrobust.certify.relaxation.gradients import bend, bend_and_pull, pull
 from pyrobust.certify.relaxation.graph import Affine, Step
 from pyrobust.certify.relaxation.lines import Lines
-from pyrobust.certify.relaxation.planes import Planes
+from pyrobust.certify.relaxation.problem import Box, Problem, layer_of, numbers_of, offset_of
 from pyrobust.interval.outward import bound_of_roundings
+from pyrobust.ops._dense_product import product
 
 __all__ = ["Box", "Problem", "lower_bounds", "offset_of"]
-
-
-@dataclass
-class Box:
-    """Ends ``(B, ...)`` in the working dtype."""
-
-    lower: Tensor
-    upper: Tensor
-
-    @property
-    def magnitude(self) -> Tensor:
-        """The largest magnitude of a point."""
-        return torch.maximum(self.lower.abs(), self.upper.abs()).detach()
-
-
-@dataclass
-class Problem:
-    """A traced model with the intervals of its values.
-
-    Attributes:
-        steps: operations in order, the input first.
-        boxes: intervals by node.
-        lines: of each bending operation, by its node.
-        planes: of each operation of several numbers that has them, by its node.
-        sound: account for rounding.
-        offsets: values of affine operations at 0, filled on demand.
-        reaches: sums of magnitudes of affine operations, filled on demand.
-        separable: whether every operation can be applied to a part of the batch.
-        tightened: ``(B, N)`` bool, the elements that have had a backward pass, by node.
-    """
-
-    steps: list[Step]
-    boxes: dict[fx.Node, Box]
-    lines: dict[fx.Node, Lines]
-    sound: bool
-    offsets: dict[fx.Node, Tensor | None] = field(default_factory=dict)
-    reaches: dict[fx.Node, Tensor] = field(default_factory=dict)
-    separable: bool = True
-    planes: dict[fx.Node, Planes] = field(default_factory=dict)
-    tightened: dict[fx.Node, Tensor] = field(default_factory=dict)
-
-    def step_of(self, node: fx.Node) -> Step:
-        """The step that computes a node's value."""
-        return next(step for step in self.steps if step.node is node)
-
-    def shape(self, node: fx.Node) -> torch.Size:
-        """Of a node's value for one image."""
-        return self.boxes[node].lower.shape[1:]
 
 
 def lower_bounds(
@@ -200,6 +152,11 @@ def _residual(problem: Problem, part: Part, reach: Tensor) -> Tensor | float:
 
 def _affine(problem: Problem, step: Step, part: Part, pending: dict[fx.Node, Part]) -> Tensor:
     a = part.a
+    layer = layer_of(problem, step) if _trained(problem, part) else None
+    if layer is not None:
+        pulled, raised = pull(a, *numbers_of(problem, step), layer)
+        _put(problem, pending, step, Part(pulled, part.frame))
+        return raised
     value: Any = a.new_zeros(1, 1)
     offset = offset_of(problem, step)
     if offset is not None:
@@ -210,26 +167,16 @@ def _affine(problem: Problem, step: Step, part: Part, pending: dict[fx.Node, Par
     return result
 
 
+def _trained(problem: Problem, part: Part) -> bool:
+    """Whether products are differentiated, of whole values and without rounding residuals."""
+    return torch.is_grad_enabled() and not problem.sound and part.frame.window is None
+
+
 def _put(problem: Problem, pending: dict[fx.Node, Part], step: Step, *parts: Part) -> None:
     """Add the coefficients of a step's inputs to those of other paths."""
     for node, part in zip(step.inputs, parts, strict=True):
         before = pending.get(node)
         pending[node] = part if before is None else joined(before, part, problem.shape(node))
-
-
-def offset_of(problem: Problem, step: Step) -> Tensor | None:
-    """The value at 0, ``(1 or B, ...)``, or None where it is 0."""
-    assert step.affine is not None
-    if step.node not in problem.offsets and step.affine.offset is not None:
-        problem.offsets[step.node] = step.affine.offset(problem.boxes[step.node].lower)
-    if step.node not in problem.offsets:
-        zeros = [torch.zeros_like(problem.boxes[n].lower) for n in step.inputs]
-        if step.affine.weight is not None:
-            zeros = [zero[:1] for zero in zeros]
-        offset = step.affine.apply(*zeros)
-        empty = not offset.requires_grad and not bool(offset.any())
-        problem.offsets[step.node] = None if empty else offset
-    return problem.offsets[step.node]
 
 
 @torch.no_grad()
@@ -287,15 +234,19 @@ def _through_weight(problem: Problem, step: Step, part: Part, weight: Tensor) ->
     a = part.a
     small = a.shape[0] * a.shape[1] < 4 * len(weight) // 64
     if a.shape[1] != 1 or a.ndim != 3 or small or torch.is_grad_enabled():
-        return a @ weight
+        return _rows_times(a, weight)
     read = _read_elements(problem, step.inputs[0], part.frame)
     used = (a != 0).flatten(0, 1).any(0).nonzero()[:, 0]
     if len(used) < 0.8 * len(weight):
         a, weight = a.index_select(2, used), weight.index_select(0, used)
     if read is None:
-        return a @ weight
+        return _rows_times(a, weight)
     whole = a.new_zeros(*a.shape[:2], weight.shape[1])
-    return whole.index_copy_(2, read, a @ weight.index_select(1, read))
+    return whole.index_copy_(2, read, _rows_times(a, weight.index_select(1, read)))
+
+
+def _rows_times(a: Tensor, weight: Tensor) -> Tensor:
+    return product(a.flatten(0, -2), weight).view(*a.shape[:-1], -1)
 
 
 def _read_elements(problem: Problem, node: fx.Node, frame: Frame) -> Tensor | None:
@@ -329,11 +280,8 @@ def _bend(
     a, own = part.a, lines.lower_slope.ndim == part.a.ndim
     lines = _met(lines, part)
     slopes = lines.lower_slope - lines.upper_slope
-    if not own and torch.is_grad_enabled() and not problem.sound and len(slopes) == a.shape[1]:
-        four = lines.lower_slope, lines.lower_shift, lines.upper_slope, lines.upper_shift
-        pulled, value = bend(a, *four)
-        _put(problem, pending, step, Part(pulled, part.frame))
-        return value
+    if not own and _trained(problem, part) and len(slopes) == a.shape[1]:
+        return _trained_bend(problem, step, part, pending, lines)
     # max(a, 0) lower + min(a, 0) upper = a upper + max(a, 0) (lower - upper): one copy less
     above = a.clamp(min=0)
     value = _line_sum(a, lines.upper_shift)
@@ -368,6 +316,23 @@ def _planes(problem: Problem, step: Step, part: Part, pending: dict[fx.Node, Par
         count = 16 + len(problem.steps) + 3 * a[0, 0].numel() + planes.terms
         slack = pulled.reach * (4 * bound_of_roundings(count, a.dtype))
     return pulled.value - slack - 1e-300
+
+
+def _trained_bend(
+    problem: Problem, step: Step, part: Part, pending: dict[fx.Node, Part], lines: Lines
+) -> Tensor:
+    """The bend, together with the layer before it where nothing else reads that."""
+    four = lines.lower_slope, lines.lower_shift, lines.upper_slope, lines.upper_shift
+    (node,) = step.inputs
+    before = problem.step_of(node)
+    layer = layer_of(problem, before) if problem.readers(node) == 1 else None
+    if layer is None:
+        pulled, value = bend(part.a, *four)
+        _put(problem, pending, step, Part(pulled, part.frame))
+        return value
+    pulled, value = bend_and_pull(part.a, four, *numbers_of(problem, before), layer)
+    _put(problem, pending, before, Part(pulled, part.frame))
+    return value
 
 
 def _line_sum(a: Tensor, values: Tensor) -> Tensor:

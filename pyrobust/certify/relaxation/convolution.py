@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-__all__ = ["is_plain", "pull_convolution"]
+__all__ = ["is_plain", "pull_convolution", "pulled_convolution"]
 
 # Channels of all phases up to which interleaving pays: 2.3 times faster at 8, slower at 64.
 _PHASE_CHANNELS = 32
@@ -39,7 +39,7 @@ def pull_convolution(a: Tensor, weight: Tensor, options: dict[str, Any], size: l
     if torch.is_grad_enabled() and (a.requires_grad or weight.requires_grad):
         pulled: Tensor = _Pulled.apply(a, weight, options, size)  # type: ignore[no-untyped-call]
         return pulled
-    return _pulled(a, weight, options, size)
+    return pulled_convolution(a, weight, options, size)
 
 
 class _Pulled(torch.autograd.Function):
@@ -51,7 +51,7 @@ class _Pulled(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(a, weight)
         ctx.options = options
-        return _pulled(a, weight, options, size)
+        return pulled_convolution(a, weight, options, size)
 
     @staticmethod
     @once_differentiable
@@ -65,14 +65,18 @@ class _Pulled(torch.autograd.Function):
         return by_a, by_weight, None, None
 
 
-def _pulled(a: Tensor, weight: Tensor, options: dict[str, Any], size: list[int]) -> Tensor:
+def pulled_convolution(
+    a: Tensor, weight: Tensor, options: dict[str, Any], size: list[int]
+) -> Tensor:
+    """:func:`pull_convolution` without a gradient written out."""
     stride, padding, dilation = options["stride"], options["padding"], options["dilation"]
     reach = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
     border = [r - p for r, p in zip(reach, padding, strict=True)]
     if set(stride) == {1} and min(border) >= 0:
-        return F.conv2d(
-            a, _flipped(weight, options["groups"]), None, 1, border, dilation, options["groups"]
-        )
+        flipped = _flipped(weight, options["groups"])
+        if a.is_contiguous(memory_format=torch.channels_last):
+            flipped = flipped.contiguous(memory_format=torch.channels_last)
+        return F.conv2d(a, flipped, None, 1, border, dilation, options["groups"])
     few = weight.shape[1] * stride[0] * stride[1] <= _PHASE_CHANNELS
     if few and stride[0] == stride[1] > 1 and is_plain(options):
         return _interleaved(a, weight, stride[0], padding, size)

@@ -1,0 +1,15 @@
+// Sixteen lanes: portable.cpp's loops, compiled for the set.
+#include "relaxation/loops.h"
+
+namespace pyrobust {
+namespace relaxation {
+namespace {
+
+constexpr RelaxationKernels kKernels = {bend_of_row, unbend_image};
+
+}  // namespace
+
+const RelaxationKernels* avx512_kernels() { return &kKernels; }
+
+}  // namespace relaxation
+}  // namespace pyrobust
