@@ -1,4 +1,4 @@
-"""Random networks over every supported activation: nothing escapes, and tighter means tighter.
+"""Random networks over every supported operation: nothing escapes, and tighter means tighter.
 
 The default run takes a tenth of the networks; the slow one all two hundred.
 """
@@ -30,6 +30,14 @@ class Call(nn.Module):
         return self.function(x)
 
 
+class Normed(nn.Module):
+    """Layer norm over the last axis, whatever its size."""
+
+    def forward(self, x):
+        d = x - x.mean(-1, keepdim=True)
+        return d / torch.sqrt((d * d).mean(-1, keepdim=True) + 0.05)
+
+
 ACTIVATIONS = {
     "relu": nn.ReLU, "leaky_relu": lambda: nn.LeakyReLU(0.1), "prelu": nn.PReLU,
     "relu6": nn.ReLU6, "hardtanh": nn.Hardtanh, "elu": nn.ELU, "selu": nn.SELU,
@@ -46,6 +54,24 @@ ACTIVATIONS = {
     "square": lambda: Call(torch.square), "cube": lambda: Call(lambda x: x**3 * 0.1),
     "atan": lambda: Call(torch.atan), "erf": lambda: Call(torch.erf),
     "softmax": lambda: Call(lambda x: torch.softmax(x, -1)),
+    "log_softmax": lambda: Call(lambda x: F.log_softmax(x, -1)),
+    "softmin": lambda: Call(lambda x: F.softmin(x, -1)),
+    "logsumexp": lambda: Call(lambda x: x - x.logsumexp(-1, True)),
+    "product": lambda: Call(lambda x: x * torch.sigmoid(x.flip(-1))),
+    "quotient": lambda: Call(lambda x: x / (1 + torch.exp(0.3 * x.flip(-1)))),
+    "matmul": lambda: Call(lambda x: (x.unsqueeze(-1) @ x.unsqueeze(-2)).mean(-1)),
+    "mean square": lambda: Call(
+        lambda x: x * torch.rsqrt(torch.square(x).mean(-1, keepdim=True) + 0.1)
+    ),
+    "power 1.5": lambda: Call(lambda x: (F.relu(x) + 0.1) ** 1.5),
+    "power -1": lambda: Call(lambda x: (F.relu(x) + 0.5) ** -1),
+    "maximum": lambda: Call(lambda x: torch.maximum(x, 0.5 * x.flip(-1))),
+    "amax": lambda: Call(lambda x: x - 0.5 * x.amax(-1, keepdim=True)),
+    "max_pool": lambda: Call(lambda x: F.max_pool1d(x.flatten(1, -2), 3, 1, 1).reshape(x.shape)),
+    "attention": lambda: Call(
+        lambda x: F.scaled_dot_product_attention(*[x.unsqueeze(-1)] * 3).squeeze(-1)
+    ),
+    "layer_norm": Normed,
 }  # fmt: skip
 
 
