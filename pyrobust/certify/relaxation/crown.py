@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 from pyrobust.certify.relaxation.backward import Box, Problem, lower_bounds
 from pyrobust.certify.relaxation.decomposition import decomposed
 from pyrobust.certify.relaxation.frames import Frame
-from pyrobust.certify.relaxation.graph import Step, step_of, trace_graph
+from pyrobust.certify.relaxation.graph import Affine, Step, step_of, trace_graph
 from pyrobust.certify.relaxation.hidden import ALPHA_COPIES, hidden_bounds, rows_that_fit
 from pyrobust.certify.relaxation.lines import Lines, best_lines, lines_for
 from pyrobust.certify.relaxation.memory import split_of
@@ -217,9 +217,10 @@ def _keeps_images_apart(problem: Problem, step: Step) -> bool:
     if affine is None or affine.per_image:
         return True
     boxes = [problem.boxes[n].lower for n in step.inputs]
-    if len(boxes[0]) == 1:
-        return True
     base = affine.apply(*[torch.zeros_like(b) for b in boxes])
+    if len(boxes[0]) == 1:
+        problem.separable &= _serves_two(affine, boxes, base)
+        return True
     moved = [torch.zeros_like(b) for b in boxes]
     for z in moved:
         z[0] = 1.0
@@ -231,6 +232,15 @@ def _keeps_images_apart(problem: Problem, step: Step) -> bool:
         alike = False  # as a reshape to a fixed batch
     problem.separable &= alike
     return torch.equal(base[1:], affine.apply(*moved)[1:])
+
+
+def _serves_two(affine: Affine, boxes: list[Tensor], base: Tensor) -> bool:
+    """Whether an operation on one image does the same to two, as a reshape to one does not."""
+    try:
+        twice = affine.apply(*[torch.zeros_like(torch.cat([b, b])) for b in boxes])
+    except (RuntimeError, IndexError, ValueError):
+        return False
+    return twice.shape == (2, *base.shape[1:]) and bool((twice == base).all())
 
 
 # -- hidden values -------------------------------------------------------------------------------

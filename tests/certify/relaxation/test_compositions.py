@@ -174,3 +174,25 @@ def test_masked_rows_of_attention_do_not_see_what_is_masked():
     bounds = bound(model, Interval.ball(x, 0.1), method="crown")
     torch.testing.assert_close(bounds.lower, values.lower[:, :2], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(bounds.upper, values.upper[:, :2], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_reshapes_by_the_size_of_the_batch(batch):
+    class Viewed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.a = nn.Conv2d(1, 2, 3, padding=1), nn.Linear(32, 8)
+            self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            x = torch.relu(self.conv(x))
+            x = torch.relu(self.a(x.view(x.size(0), -1)))
+            return self.c(torch.relu(self.b(x)))
+
+    torch.manual_seed(0)
+    model = Viewed()
+    x = torch.randn(2, 1, 4, 4)
+    whole = bound(model, Interval.ball(x, 0.2), method="crown")
+    part = bound(model, Interval.ball(x[:batch], 0.2), method="crown")
+    torch.testing.assert_close(part.lower, whole.lower[:batch])
+    torch.testing.assert_close(part.upper, whole.upper[:batch])

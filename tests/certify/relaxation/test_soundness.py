@@ -67,7 +67,10 @@ ACTIVATIONS = {
     "power -1": lambda: Call(lambda x: (F.relu(x) + 0.5) ** -1),
     "maximum": lambda: Call(lambda x: torch.maximum(x, 0.5 * x.flip(-1))),
     "amax": lambda: Call(lambda x: x - 0.5 * x.amax(-1, keepdim=True)),
-    "max_pool": lambda: Call(lambda x: F.max_pool1d(x.flatten(1, -2), 3, 1, 1).reshape(x.shape)),
+    "minimum": lambda: Call(lambda x: torch.min(x, 0.5 - x.flip(-1))),
+    "max_pool": lambda: Call(
+        lambda x: F.max_pool1d(x.flatten(1).unsqueeze(1), 3, 1, 1).reshape(x.shape)
+    ),
     "attention": lambda: Call(
         lambda x: F.scaled_dot_product_attention(*[x.unsqueeze(-1)] * 3).squeeze(-1)
     ),
