@@ -5,6 +5,35 @@ from torch import Tensor
 def isa() -> str: ...
 def set_isa(name: str) -> None: ...
 def supported_isas() -> list[str]: ...
+def has_bfloat16_products() -> bool: ...
+def set_interval_coarse_radius(allowed: bool) -> bool: ...
+def interval_split_ends(
+    lower: Tensor,
+    upper: Tensor,
+    rectified: bool,
+    centre: Tensor,
+    radius: Tensor,
+    num_threads: int,
+) -> None: ...
+def interval_split_gradients(
+    to_lower: Tensor,
+    to_upper: Tensor,
+    to_centre: Tensor,
+    to_radius: Tensor,
+    num_threads: int,
+) -> None: ...
+def interval_join_gradients(
+    to_centre: Tensor,
+    to_radius: Tensor,
+    lower: Tensor | None,
+    upper: Tensor | None,
+    to_lower: Tensor,
+    to_upper: Tensor,
+    num_threads: int,
+) -> None: ...
+def interval_add_weight_gradient(
+    from_centre: Tensor, from_radius: Tensor, weight: Tensor, num_threads: int
+) -> None: ...
 def interval_linear(
     lower: Tensor,
     upper: Tensor,

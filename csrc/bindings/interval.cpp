@@ -4,14 +4,20 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <atomic>
 
 #include "bindings/families.h"
 #include "bindings/packed_matrix.h"
 #include "bindings/tensor_view.h"
+#include "interval/gradients.h"
 #include "runtime/check.h"
+#include "runtime/cpu_features.h"
 
 namespace pyrobust {
 namespace {
+
+// Whether radii may be multiplied in bfloat16; the owner is pyrobust/ops/_interval_precision.py.
+std::atomic<bool> coarse_radius{false};
 
 // The promise, and how far the arithmetic that it covers moves an operand.
 struct Promise {
@@ -66,6 +72,7 @@ struct Ends {
             int8,
             promise.operand_error,
             rectified,
+            coarse_radius,
             out_lower.as<float>(),
             out_upper.as<float>()};
   }
@@ -157,9 +164,64 @@ void interval_packed_conv2d(py::handle lower, py::handle upper, py::handle codes
          rectified, num_threads);
 }
 
+// Tensors of float32 and of equal shape; absent ones give null.
+template <size_t kCount>
+std::array<float*, kCount> alike(const std::array<py::handle, kCount>& tensors, int64_t* count) {
+  std::array<float*, kCount> out{};
+  const TensorView first = view(tensors[0], "first");
+  *count = first.numel();
+  for (size_t i = 0; i < kCount; ++i) {
+    if (tensors[i].is_none()) continue;
+    const TensorView value = view(tensors[i], "gradient");
+    value.require_dtype(DType::kFloat32).require_ndim(first.ndim);
+    for (int axis = 0; axis < first.ndim; ++axis) value.require_size(axis, first.shape[axis]);
+    out[i] = value.as<float>();
+  }
+  return out;
+}
+
+void interval_split_ends(py::handle lower, py::handle upper, bool rectified, py::handle centre,
+                         py::handle radius, int num_threads) {
+  int64_t count;
+  const auto t = alike<4>({lower, upper, centre, radius}, &count);
+  const py::gil_scoped_release release;
+  interval::split_ends({t[0], t[1], count, rectified, t[2], t[3]}, num_threads);
+}
+
+void interval_split_gradients(py::handle to_lower, py::handle to_upper, py::handle to_centre,
+                              py::handle to_radius, int num_threads) {
+  int64_t count;
+  const auto t = alike<4>({to_lower, to_upper, to_centre, to_radius}, &count);
+  const py::gil_scoped_release release;
+  interval::split_gradients({t[0], t[1], count, t[2], t[3]}, num_threads);
+}
+
+void interval_join_gradients(py::handle to_centre, py::handle to_radius, py::handle lower,
+                             py::handle upper, py::handle to_lower, py::handle to_upper,
+                             int num_threads) {
+  int64_t count;
+  const auto t = alike<6>({to_centre, to_radius, lower, upper, to_lower, to_upper}, &count);
+  const py::gil_scoped_release release;
+  interval::join_gradients({t[0], t[1], t[2], t[3], count, t[4], t[5]}, num_threads);
+}
+
+void interval_add_weight_gradient(py::handle from_centre, py::handle from_radius, py::handle weight,
+                                  int num_threads) {
+  int64_t count;
+  const auto t = alike<3>({from_centre, from_radius, weight}, &count);
+  const py::gil_scoped_release release;
+  interval::add_weight_gradient({t[0], t[1], t[2], count}, num_threads);
+}
+
 }  // namespace
 
 void bind_interval(py::module_& m) {
+  m.def("set_interval_coarse_radius", [](bool allowed) { return coarse_radius.exchange(allowed); });
+  m.def("has_bfloat16_products", &has_bfloat16_products);
+  m.def("interval_split_ends", &interval_split_ends);
+  m.def("interval_split_gradients", &interval_split_gradients);
+  m.def("interval_join_gradients", &interval_join_gradients);
+  m.def("interval_add_weight_gradient", &interval_add_weight_gradient);
   m.def("interval_linear", &interval_linear);
   m.def("interval_conv2d", &interval_conv2d);
   m.def("interval_packed_linear", &interval_packed_linear);

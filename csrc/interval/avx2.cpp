@@ -204,7 +204,7 @@ void add_chunk(const float* panel, const float* weight, int64_t stride, int64_t 
 }
 
 void tiles_of_panel(const Tiles& work, const float* panel, float* sums) {
-  for (int64_t i = 0; i < work.rows * kPanelWidth; i += 8) {
+  for (int64_t i = 0; !work.add && i < work.rows * kPanelWidth; i += 8) {
     _mm256_storeu_ps(sums + i, _mm256_setzero_ps());
   }
   for (int64_t begin = 0; begin < work.terms; begin += kChunk) {
@@ -212,11 +212,12 @@ void tiles_of_panel(const Tiles& work, const float* panel, float* sums) {
     const float *column = panel + begin * kPanelWidth, *weight = work.weight + begin;
     int64_t n = 0;
     for (; n + kTileRows <= work.rows; n += kTileRows) {
-      add_chunk<kTileRows>(column, weight + n * work.terms, work.terms, count,
+      add_chunk<kTileRows>(column, weight + n * work.weight_stride, work.weight_stride, count,
                            sums + n * kPanelWidth);
     }
     for (; n < work.rows; ++n) {
-      add_chunk<1>(column, weight + n * work.terms, work.terms, count, sums + n * kPanelWidth);
+      add_chunk<1>(column, weight + n * work.weight_stride, work.weight_stride, count,
+                   sums + n * kPanelWidth);
     }
   }
 }
@@ -297,8 +298,8 @@ void pack(const PackRows& work) {
     for (int64_t k = 0; k < whole; k += 8) {
       __m256 x[8];
       for (int64_t lane = 0; lane < 8; ++lane) {
-        x[lane] =
-            lane < work.lanes ? _mm256_loadu_ps(from + lane * work.terms + k) : _mm256_setzero_ps();
+        x[lane] = lane < work.lanes ? _mm256_loadu_ps(from + lane * work.stride + k)
+                                    : _mm256_setzero_ps();
       }
       transpose(x);
       for (int64_t i = 0; i < 8; ++i) {
@@ -308,7 +309,7 @@ void pack(const PackRows& work) {
     for (int64_t k = whole; k < work.terms; ++k) {
       for (int64_t lane = 0; lane < kLanes; ++lane) {
         work.panel[k * kPanelWidth + half * kLanes + lane] =
-            lane < work.lanes ? from[lane * work.terms + k] : 0.0f;
+            lane < work.lanes ? from[lane * work.stride + k] : 0.0f;
       }
     }
   }
@@ -357,9 +358,11 @@ void finish_panel(const FinishPanel& work, const Constants& constants) {
   }
 }
 
-constexpr IntervalKernels kKernels = {prepare, pack,       pack_patches, dots<FewInputs>,
-                                      tiles,   finish_row, finish_panel, nullptr,
-                                      nullptr, nullptr};
+constexpr IntervalKernels kKernels = {
+    prepare, pack,       pack_patches, spread,  dots<FewInputs>, tiles,
+    nullptr, finish_row, finish_panel, nullptr, nullptr,         nullptr,
+    nullptr, nullptr,    nullptr,      nullptr, nullptr,
+};
 
 }  // namespace
 

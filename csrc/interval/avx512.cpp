@@ -2,6 +2,9 @@
 // eight radii, is one register, so one FMA serves both products: W is loaded once and loses its
 // sign in the upper half by a mask. The rest is avx2.cpp's. Round to nearest throughout: the bounds
 // of interval.h cover it, at a widening far below one part in a hundred thousand.
+#include <array>
+#include <utility>
+
 #include "interval/avx512_packed.h"
 #include "interval/few_inputs.h"
 
@@ -85,7 +88,7 @@ constexpr int kTileRows = 12;
 template <int R, int P>
 void add_chunk(const Tiles& work, int64_t first, int64_t n, int64_t begin, int64_t end) {
   const __m512i mask = _mm512_inserti64x4(_mm512_set1_epi32(-1), _mm256_set1_epi32(0x7fffffff), 1);
-  const float* weight = work.weight + n * work.terms;
+  const float* weight = work.weight + n * work.weight_stride;
   const float* panel = work.panel + first * work.panel_stride;
   __m512 chunk[R][P];
   for (int i = 0; i < R; ++i) {
@@ -108,7 +111,7 @@ void add_chunk(const Tiles& work, int64_t first, int64_t n, int64_t begin, int64
 #pragma GCC unroll 12
       for (int i = 0; i < R; ++i) {
         const __m512 both = _mm512_castsi512_ps(_mm512_and_si512(
-            mask, _mm512_castps_si512(_mm512_set1_ps(weight[i * work.terms + k]))));
+            mask, _mm512_castps_si512(_mm512_set1_ps(weight[i * work.weight_stride + k]))));
 #pragma GCC unroll 2
         for (int p = 0; p < P; ++p) sum[i][p] = _mm512_fmadd_ps(both, x[p], sum[i][p]);
       }
@@ -119,23 +122,33 @@ void add_chunk(const Tiles& work, int64_t first, int64_t n, int64_t begin, int64
       for (int p = 0; p < P; ++p) chunk[i][p] = _mm512_add_ps(chunk[i][p], sum[i][p]);
     }
   }
+  const bool fresh = begin == 0 && !work.add;
   for (int i = 0; i < R; ++i) {
     for (int p = 0; p < P; ++p) {
       float* at = work.sums + (first + p) * work.sum_stride + (n + i) * kPanelWidth;
-      const __m512 before = begin == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(at);
+      const __m512 before = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(at);
       _mm512_storeu_ps(at, _mm512_add_ps(before, chunk[i][p]));
     }
   }
 }
 
+using AddChunk = void (*)(const Tiles&, int64_t, int64_t, int64_t, int64_t);
+
+template <int P, int... R>
+constexpr std::array<AddChunk, sizeof...(R)> chunks_by_rows(std::integer_sequence<int, R...>) {
+  return {add_chunk<R + 1, P>...};
+}
+
+// Tiles of nearly equal height: a last one of four rows would wait for its own sums.
 template <int P>
 void chunk_of_rows(const Tiles& work, int64_t first, int64_t begin, int64_t end) {
-  int64_t n = 0;
-  for (; n + kTileRows <= work.rows; n += kTileRows) {
-    add_chunk<kTileRows, P>(work, first, n, begin, end);
+  static constexpr auto kChunks = chunks_by_rows<P>(std::make_integer_sequence<int, kTileRows>());
+  const int64_t count = (work.rows + kTileRows - 1) / kTileRows;
+  for (int64_t t = 0, n = 0; t < count; ++t) {
+    const int64_t next = work.rows * (t + 1) / count;
+    kChunks[static_cast<size_t>(next - n - 1)](work, first, n, begin, end);
+    n = next;
   }
-  for (; n + 4 <= work.rows; n += 4) add_chunk<4, P>(work, first, n, begin, end);
-  for (; n < work.rows; ++n) add_chunk<1, P>(work, first, n, begin, end);
 }
 
 void tiles(const Tiles& work) {
@@ -145,14 +158,120 @@ void tiles(const Tiles& work) {
     for (; p + 2 <= work.panels; p += 2) chunk_of_rows<2>(work, p, begin, end);
     if (p < work.panels) chunk_of_rows<1>(work, p, begin, end);
   }
-  if (work.terms > 0) return;
+  if (work.terms > 0 || work.add) return;
   for (int64_t p = 0; p < work.panels; ++p) {
     for (int64_t i = 0; i < work.rows * kPanelWidth; ++i) work.sums[p * work.sum_stride + i] = 0.0f;
   }
 }
 
-constexpr IntervalKernels kKernels = {nullptr, nullptr, nullptr,       dots<FewInputs>, tiles,
-                                      nullptr, nullptr, fused_columns, fused_order,     fused_dots};
+// --- a convolution's pixels: R rows of W against P groups of sixteen
+// ---------------------------------
+
+// 24 accumulators, four inputs, W, |W| and the mask: 31 registers.
+constexpr int kDirectRows = 6;
+
+template <int R, int P>
+struct GroupSums {
+  __m512 c[R][P], r[R][P];
+
+  void clear() {
+#pragma GCC unroll 6
+    for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 2
+      for (int p = 0; p < P; ++p) c[i][p] = r[i][p] = _mm512_setzero_ps();
+    }
+  }
+
+  void add(const GroupSums& other) {
+#pragma GCC unroll 6
+    for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 2
+      for (int p = 0; p < P; ++p) {
+        c[i][p] = _mm512_add_ps(c[i][p], other.c[i][p]);
+        r[i][p] = _mm512_add_ps(r[i][p], other.r[i][p]);
+      }
+    }
+  }
+};
+
+inline void add_to(float* sums, bool fresh, __m512 value) {
+  const __m512 before = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(sums);
+  _mm512_storeu_ps(sums, _mm512_add_ps(before, value));
+}
+
+template <int R, int P>
+void direct_chunk(const Direct& work, int64_t n, int64_t begin, int64_t end) {
+  const float* weight = work.weight + n * work.terms;
+  GroupSums<R, P> total;
+  total.clear();
+  for (int64_t from = begin; from < end; from += kRun) {
+    const int64_t to = end < from + kRun ? end : from + kRun;
+    GroupSums<R, P> sums;
+    sums.clear();
+    for (int64_t k = from; k < to; ++k) {
+      __m512 x[P], y[P];
+#pragma GCC unroll 2
+      for (int p = 0; p < P; ++p) {
+        x[p] = _mm512_loadu_ps(work.centre + work.bases[p] + work.places[k]);
+        y[p] = _mm512_loadu_ps(work.radius + work.bases[p] + work.places[k]);
+      }
+#pragma GCC unroll 6
+      for (int i = 0; i < R; ++i) {
+        const __m512 w = _mm512_set1_ps(weight[i * work.terms + k]);
+        const __m512 size = magnitude(w);
+#pragma GCC unroll 2
+        for (int p = 0; p < P; ++p) {
+          sums.c[i][p] = _mm512_fmadd_ps(w, x[p], sums.c[i][p]);
+          sums.r[i][p] = _mm512_fmadd_ps(size, y[p], sums.r[i][p]);
+        }
+      }
+    }
+    total.add(sums);
+  }
+  for (int i = 0; i < R; ++i) {
+    for (int p = 0; p < P; ++p) {
+      float* left = work.sums + 2 * p * work.sum_stride + (n + i) * kPanelWidth;
+      const __m512 c = total.c[i][p], r = total.r[i][p];
+      add_to(left, begin == 0, _mm512_shuffle_f32x4(c, r, 0x44));
+      add_to(left + work.sum_stride, begin == 0, _mm512_shuffle_f32x4(c, r, 0xee));
+    }
+  }
+}
+
+using DirectChunk = void (*)(const Direct&, int64_t, int64_t, int64_t);
+
+template <int P, int... R>
+constexpr std::array<DirectChunk, sizeof...(R)> direct_by_rows(std::integer_sequence<int, R...>) {
+  return {direct_chunk<R + 1, P>...};
+}
+
+template <int P>
+void direct_groups(const Direct& work) {
+  static constexpr auto kChunks = direct_by_rows<P>(std::make_integer_sequence<int, kDirectRows>());
+  const int64_t count = (work.rows + kDirectRows - 1) / kDirectRows;
+  for (int64_t begin = 0; begin < work.terms; begin += kChunk) {
+    const int64_t end = work.terms - begin < kChunk ? work.terms : begin + kChunk;
+    for (int64_t t = 0, n = 0; t < count; ++t) {
+      const int64_t next = work.rows * (t + 1) / count;
+      kChunks[static_cast<size_t>(next - n - 1)](work, n, begin, end);
+      n = next;
+    }
+  }
+}
+
+void direct(const Direct& work) {
+  if (work.groups == 2) {
+    direct_groups<2>(work);
+  } else {
+    direct_groups<1>(work);
+  }
+}
+
+constexpr IntervalKernels kKernels = {
+    nullptr, nullptr, nullptr, nullptr,       dots<FewInputs>, tiles,
+    direct,  nullptr, nullptr, fused_columns, fused_order,     fused_dots,
+    nullptr, nullptr, nullptr, nullptr,       nullptr,
+};
 
 }  // namespace
 

@@ -29,8 +29,10 @@ IntervalKernels pick_kernels() {
     if (faster->prepare != nullptr) table.prepare = faster->prepare;
     if (faster->pack != nullptr) table.pack = faster->pack;
     if (faster->patches != nullptr) table.patches = faster->patches;
+    if (faster->spread != nullptr) table.spread = faster->spread;
     if (faster->dots != nullptr) table.dots = faster->dots;
     if (faster->tiles != nullptr) table.tiles = faster->tiles;
+    if (faster->direct != nullptr) table.direct = faster->direct;
     if (faster->finish_row != nullptr) table.finish_row = faster->finish_row;
     if (faster->finish_panel != nullptr) table.finish_panel = faster->finish_panel;
     if (faster->fused_dots != nullptr) {
@@ -38,10 +40,18 @@ IntervalKernels pick_kernels() {
       table.fused_order = faster->fused_order;
       table.fused_dots = faster->fused_dots;
     }
+    if (faster->coarse_tiles != nullptr) {
+      table.round_sizes = faster->round_sizes;
+      table.coarse_tiles = faster->coarse_tiles;
+      table.round_channels = faster->round_channels;
+      table.pair_channels = faster->pair_channels;
+      table.coarse_direct = faster->coarse_direct;
+    }
   };
 #if defined(PYROBUST_X86)
   if (current_isa() >= Isa::kAvx2) take(avx2_kernels());
   if (current_isa() >= Isa::kAvx512) take(avx512_kernels());
+  if (current_isa() >= Isa::kAvx512 && has_bfloat16_products()) take(avx512_bf16_kernels());
 #else
   (void)take;
 #endif
@@ -64,7 +74,10 @@ Constants constants_for(const Call& call) {
   out.centre_gain = to_float_up(deployed ? own + moved : own);
   out.radius_gain = to_float_up(deployed ? 1.0 + moved : 1.0);
   out.input_floor = out.outward ? to_float_up(kInputFloor) : 0.0f;
-  out.inflate = to_float_up((1.0 + 8.0 * rounding::kUnit) / (1.0 - own));
+  const double reach =
+      call.coarse_radius ? gamma_bound(static_cast<double>(sum_depth(call.weight.terms)) + 4 * kRun)
+                         : own;
+  out.inflate = to_float_up((1.0 + 8.0 * rounding::kUnit) / (1.0 - reach));
   out.bias_gain = deployed ? to_float_up(any) : 0.0f;
   out.limit = deployed ? rounding::to_float_down(any * kLimit) : rounding::infinity();
   return out;
@@ -72,7 +85,8 @@ Constants constants_for(const Call& call) {
 
 float offset_for(const Call& call, float largest) {
   if (call.operand_error > 0.0f && !(largest < 8.507059e37f)) return rounding::infinity();
-  const double scale = kFlush * static_cast<double>(call.weight.terms + 8);
+  const double scale =
+      (call.coarse_radius ? 2.0 : 1.0) * kFlush * static_cast<double>(call.weight.terms + 8);
   return rounding::to_float_up(scale * (1.0 + 2.0 * static_cast<double>(largest)));
 }
 
@@ -83,7 +97,7 @@ void check_terms(const char* subject, int64_t terms) {
 
 namespace {
 
-// Centres and radii of the whole input, and the absolute term of every input.
+// Centres and radii of a few inputs, and the absolute term of each.
 struct Prepared {
   Floats centre, radius, offsets;
 };
@@ -144,64 +158,177 @@ void few_inputs_fused(const Call& call, const IntervalKernels& table, const Cons
   });
 }
 
-Floats pack_panels(const IntervalKernels& table, const Prepared& input, int64_t batch,
-                   int64_t terms, int num_threads) {
-  const int64_t panels = blocks(batch, kLanes), panel_size = terms * kPanelWidth;
-  Floats packed = floats(panels * panel_size);
-  const Shares shares(panels, 1, static_cast<double>(batch * terms), num_threads);
-  shares.run([&](int64_t, int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      const int64_t at = p * kLanes * terms;
-      table.pack({input.centre.get() + at, input.radius.get() + at,
-                  std::min(kLanes, batch - p * kLanes), terms, packed.get() + p * panel_size});
+// Terms that meet all rows of a share before the next ones: the panels of 128 inputs then stay in a
+// second-level cache. Whole chunks, so that the order of the sums does not change.
+constexpr int64_t kTermsAtOnce = 2 * kChunk;
+
+// All inputs as panels, in blocks of kTermsAtOnce terms.
+struct Panels {
+  Floats values;
+  int64_t count;
+  int64_t stride;  // from a block's panel to the next
+
+  // Panel p of the block that starts at term `begin`.
+  float* at(int64_t p, int64_t begin) const {
+    return values.get() + (begin / kTermsAtOnce * count + p) * stride;
+  }
+};
+
+// The inputs of panel p: prepared a block of terms at a time and copied while they are in a
+// first-level cache. The rounding of activations needs whole inputs.
+void fill_panel(const Call& call, const IntervalKernels& table, const Constants& constants,
+                int64_t batch, int64_t p, float* scratch, const Panels& panels, float* offsets) {
+  const int64_t terms = call.weight.terms, lanes = std::min(kLanes, batch - p * kLanes);
+  const int64_t block = call.int8 ? terms : std::min(terms, kTermsAtOnce);
+  float *centre = scratch, *radius = scratch + kLanes * block;
+  float largest[kLanes] = {};
+  for (int64_t from = 0; from < terms; from += block) {
+    const int64_t count = std::min(block, terms - from);
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      const int64_t at = (p * kLanes + lane) * terms + from, to = lane * block;
+      const Ends ends{call.lower + at, call.upper + at, count, call.floor()};
+      const float here = table.prepare(ends, constants, centre + to, radius + to);
+      largest[lane] = std::max(largest[lane], here);
+      if (call.int8) widen_to_int8(centre + to, radius + to, terms, 1, constants);
     }
-  });
-  return packed;
+    for (int64_t k = from; k < from + count; k += kTermsAtOnce) {
+      table.pack({centre + k - from, radius + k - from, lanes,
+                  std::min(kTermsAtOnce, from + count - k), block, panels.at(p, k)});
+    }
+  }
+  for (int64_t lane = 0; lane < lanes; ++lane) offsets[lane] = offset_for(call, largest[lane]);
 }
 
+// Also gives the absolute terms of the inputs, zero for the absent ones of the last panel.
+Panels pack_panels(const Call& call, const IntervalKernels& table, const Constants& constants,
+                   int64_t batch, float* offsets, int num_threads) {
+  const int64_t terms = call.weight.terms;
+  // A panel is set off by a line: panels a multiple of 4096 bytes apart would share cache sets.
+  Panels out{{}, blocks(batch, kLanes), std::min(terms, kTermsAtOnce) * kPanelWidth + kPanelWidth};
+  out.values = floats(blocks(terms, kTermsAtOnce) * out.count * out.stride);
+  std::fill(offsets, offsets + out.count * kLanes, 0.0f);
+  const Shares shares(out.count, 1, static_cast<double>(batch * terms), num_threads);
+  const int64_t size = 2 * kLanes * (call.int8 ? terms : std::min(terms, kTermsAtOnce));
+  const Floats scratch = floats(shares.number * size);
+  shares.run([&](int64_t share, int64_t first, int64_t last) {
+    for (int64_t p = first; p < last; ++p) {
+      fill_panel(call, table, constants, batch, p, scratch.get() + share * size, out,
+                 offsets + p * kLanes);
+    }
+  });
+  return out;
+}
+
+// What a thread needs for rows [begin, end) against all panels.
+struct RowShare {
+  const Call& call;
+  const IntervalKernels& table;
+  const Panels& panels;
+  int64_t begin, end;
+  int64_t step;     // rows at once
+  float* decoded;   // of packed rows
+  float* sums;      // (panels, end - begin, kPanelWidth)
+  float* scratch;   // of the coarse kernel
+  uint32_t* sizes;  // (step, pairs) of the coarse kernel
+
+  static int64_t scratch_size(const Call& call, int64_t rows, int64_t step, int64_t panels) {
+    const int64_t coarse = coarse_scratch() + step * pairs_of(kTermsAtOnce);
+    return whole_lines(decoded_size(call.weight, step)) + panels * rows * kPanelWidth +
+           (call.coarse_radius ? coarse : 0);
+  }
+
+  RowShare(const Call& call, const IntervalKernels& table, const Panels& panels, int64_t begin,
+           int64_t end, int64_t step, float* memory)
+      : call(call), table(table), panels(panels), begin(begin), end(end), step(step) {
+    decoded = memory;
+    sums = decoded + whole_lines(decoded_size(call.weight, step));
+    scratch = sums + panels.count * (end - begin) * kPanelWidth;
+    sizes = reinterpret_cast<uint32_t*>(scratch + coarse_scratch());
+  }
+
+  // Terms [from, from + count) of rows [n, n + rows), whose W starts at `weight`.
+  void add(const float* weight, int64_t n, int64_t rows, int64_t from, int64_t count) const {
+    const int64_t terms = call.weight.terms, sum_stride = (end - begin) * kPanelWidth;
+    const int64_t at_once = call.coarse_radius ? kPanelsOfCoarseTile : kPanelsOfTile;
+    if (call.coarse_radius) table.round_sizes({weight + from, terms, rows, count, sizes});
+    for (int64_t p = 0; p < panels.count; p += at_once) {
+      const Tiles tiles{panels.at(p, from),
+                        std::min(at_once, panels.count - p),
+                        panels.stride,
+                        weight + from,
+                        terms,
+                        rows,
+                        count,
+                        sums + p * sum_stride + (n - begin) * kPanelWidth,
+                        sum_stride,
+                        from > 0};
+      if (call.coarse_radius) {
+        table.coarse_tiles({tiles, sizes, pairs_of(count), scratch});
+      } else {
+        table.tiles(tiles);
+      }
+    }
+  }
+
+  void finish(const float* offsets, const Constants& constants, int64_t batch) const {
+    const int64_t rows = call.weight.rows;
+    for (int64_t p = 0; p < panels.count; ++p) {
+      const int64_t at = p * kLanes * rows + begin;
+      table.finish_panel({sums + p * (end - begin) * kPanelWidth, shifted(call.bias, begin),
+                          offsets + p * kLanes, end - begin, std::min(kLanes, batch - p * kLanes),
+                          1, rows, 0, call.out_lower + at, call.out_upper + at},
+                         constants);
+    }
+  }
+};
+
 void many_inputs(const Call& call, const IntervalKernels& table, const Constants& constants,
-                 const Prepared& input, int64_t batch, int num_threads) {
+                 int64_t batch, int num_threads) {
   const int64_t terms = call.weight.terms, rows = call.weight.rows;
-  const int64_t panels = blocks(batch, kLanes), panel_size = terms * kPanelWidth;
-  const Floats packed = pack_panels(table, input, batch, terms, num_threads);
+  const Floats offsets = floats(blocks(batch, kLanes) * kLanes);
+  const Panels panels = pack_panels(call, table, constants, batch, offsets.get(), num_threads);
   const Shares shares(rows, kRowStep, static_cast<double>(batch) * rows * terms / 8, num_threads);
-  const int64_t step = rows_at_once(rows, terms), decoded = decoded_size(call.weight, step);
-  const int64_t sum_size = step * kPanelWidth;
-  const Floats scratch = floats(shares.number * (decoded + kPanelsOfTile * sum_size));
+  const bool packed = call.weight.packed != nullptr;
+  const int64_t step = rows_at_once(rows, packed ? terms : std::min(terms, kTermsAtOnce));
+  const int64_t most = blocks(blocks(rows, kRowStep), shares.number) * kRowStep;
+  const int64_t size = RowShare::scratch_size(call, most, step, panels.count);
+  const Floats memory = floats(shares.number * size);
   shares.run([&](int64_t share, int64_t begin, int64_t end) {
-    float* own = scratch.get() + share * (decoded + kPanelsOfTile * sum_size);
-    float* sums = own + decoded;
-    for (int64_t n = begin; n < end; n += step) {
-      const int64_t count = std::min(step, end - n);
-      const float* weight = rows_of(call.weight, n, count, own);
-      for (int64_t first = 0; first < panels; first += kPanelsOfTile) {
-        const int64_t last = std::min(first + kPanelsOfTile, panels);
-        table.tiles({packed.get() + first * panel_size, last - first, panel_size, weight, count,
-                     terms, sums, sum_size});
-        for (int64_t p = first; p < last; ++p) {
-          const int64_t at = p * kLanes * rows + n;
-          table.finish_panel(
-              {sums + (p - first) * sum_size, shifted(call.bias, n),
-               input.offsets.get() + p * kLanes, count, std::min(kLanes, batch - p * kLanes), 1,
-               rows, 0, call.out_lower + at, call.out_upper + at},
-              constants);
+    const RowShare own(call, table, panels, begin, end, step, memory.get() + share * size);
+    if (packed) {  // decoded once: rows outside, terms inside
+      for (int64_t n = begin; n < end; n += step) {
+        const int64_t count = std::min(step, end - n);
+        const float* weight = rows_of(call.weight, n, count, own.decoded);
+        for (int64_t k = 0; k < terms; k += kTermsAtOnce) {
+          own.add(weight, n, count, k, std::min(kTermsAtOnce, terms - k));
+        }
+      }
+    } else {
+      for (int64_t k = 0; k < std::max<int64_t>(terms, 1); k += kTermsAtOnce) {
+        for (int64_t n = begin; n < end; n += step) {
+          own.add(call.weight.data + n * terms, n, std::min(step, end - n), k,
+                  std::min(kTermsAtOnce, terms - k));
         }
       }
     }
+    own.finish(offsets.get(), constants, batch);
   });
 }
 
 }  // namespace
 
-void interval_linear(const Call& call, int64_t batch, int num_threads) {
-  const int64_t terms = call.weight.terms;
+void interval_linear(const Call& asked, int64_t batch, int num_threads) {
+  const int64_t terms = asked.weight.terms;
   check_terms("interval_linear", terms);
-  if (batch == 0 || call.weight.rows == 0) return;
-  const Constants constants = constants_for(call);
+  if (batch == 0 || asked.weight.rows == 0) return;
   const IntervalKernels table = pick_kernels();
-  const int64_t padded = blocks(batch, kLanes) * kLanes;  // a panel reads kLanes offsets
-  Prepared input{floats(batch * terms), floats(batch * terms), floats(padded)};
-  std::fill(input.offsets.get(), input.offsets.get() + padded, 0.0f);
+  Call call = asked;
+  call.coarse_radius = batch > kFewInputs && coarse_pays(asked, table, asked.weight.rows);
+  const Constants constants = constants_for(call);
+  prefer_large_pages(call.out_lower, batch * call.weight.rows * int64_t{sizeof(float)});
+  prefer_large_pages(call.out_upper, batch * call.weight.rows * int64_t{sizeof(float)});
+  if (batch > kFewInputs) return many_inputs(call, table, constants, batch, num_threads);
+  Prepared input{floats(batch * terms), floats(batch * terms), floats(batch)};
   const Shares shares(batch, 1, static_cast<double>(batch * terms), num_threads);
   shares.run([&](int64_t, int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
@@ -215,12 +342,10 @@ void interval_linear(const Call& call, int64_t batch, int num_threads) {
   });
   const bool fusible = call.weight.packed != nullptr && table.fused_dots != nullptr;
   const int64_t columns = fusible ? table.fused_columns(*call.weight.packed) : 0;
-  if (batch <= kFewInputs && columns > 0) {
+  if (columns > 0) {
     few_inputs_fused(call, table, constants, input, batch, columns, num_threads);
-  } else if (batch <= kFewInputs) {
-    few_inputs(call, table, constants, input, batch, num_threads);
   } else {
-    many_inputs(call, table, constants, input, batch, num_threads);
+    few_inputs(call, table, constants, input, batch, num_threads);
   }
 }
 

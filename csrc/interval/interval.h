@@ -39,6 +39,16 @@
 // has to spare. An input from 2^126 on may round to infinity: its ends are infinite. So may such a
 // weight: callers refuse them.
 //
+// Coarse radii. Where allowed and worth it, and the processor has products of bfloat16, r' and |W|
+// are rounded up to bfloat16 first: S(r') can only grow, by 2^-7 an operand at most and some 0.28%
+// on average. The products take a denormal for zero, so a |W| below 2^-126 counts as 2^-126; r' is
+// at least 2^-100. An instruction adds two products to a float32, one after the other. Each of the
+// two additions is counted twice, with an error of 2u of its result, as nothing is documented about
+// what lies between them, and loses at most 2^-125 by results that underflow to zero. Half as many
+// instructions as terms make 2 kRun roundings of u a run; with twice as many (2) becomes
+//   S(r') <= (yr + K 2^-124) / (1 - gamma_{D + 4 kRun}),
+// and the offset is doubled. The centre's sum stays in float32, summed as before.
+//
 // Overflow. An infinity or NaN in yc + b or in R (it never becomes finite again) gives the ends
 // -inf and +inf, never NaN; so do infinite or NaN inputs. A deployed sum cannot overflow while
 // R < G 2^126, as S(|x|) + |b| <= R / G then; otherwise the ends are infinite.
@@ -81,6 +91,7 @@ struct Call {
   bool int8;  // the layer rounds each input (in a convolution: each patch) to 8 bits first
   float operand_error;  // v of the arithmetic that kDeployed covers; 0 for float32
   bool rectified;       // the box is that of max(0, x): a ReLU before the layer
+  bool coarse_radius;   // radii may be multiplied in bfloat16, where the processor can
   float* out_lower;
   float* out_upper;
 

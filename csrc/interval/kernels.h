@@ -21,9 +21,14 @@ PYROBUST_HD int64_t sum_depth(int64_t terms) {
 // Inputs side by side: a panel holds, for every term, kLanes centres and then kLanes radii.
 constexpr int64_t kLanes = 8;
 constexpr int64_t kPanelWidth = 2 * kLanes;
-// How many panels share one pass over a block of W, and how many are packed and finished together.
+// How many panels share one pass over a block of W, with radii in bfloat16 and without, and how
+// many are packed and finished together.
 constexpr int64_t kPanelsOfTile = 2;
+constexpr int64_t kPanelsOfCoarseTile = 4;
 constexpr int64_t kMaxPanels = 8;
+
+// Pairs of neighbouring terms; the last may be half empty.
+constexpr int64_t pairs_of(int64_t terms) { return (terms + 1) / 2; }
 
 // The numbers of interval.h that depend on the mode and on K only.
 struct Constants {
@@ -51,6 +56,7 @@ struct PackRows {
   const float* radius;
   int64_t lanes;  // at most kLanes
   int64_t terms;
+  int64_t stride;  // from one row to the next
   float* panel;
 };
 
@@ -69,6 +75,16 @@ struct PackPatches {
   int64_t out_width, pixels;  // of an output image
   float* packed;
   int64_t panel_stride;
+};
+
+// The columns of a row to their places by remainder modulo the stride.
+struct SpreadColumns {
+  const float* line;  // (width)
+  int64_t width;
+  int64_t pad;  // columns of padding on the left
+  int64_t stride;
+  int64_t phase_size;  // places of a remainder
+  float* row;
 };
 
 // yc and yr of `rows` weight rows for a few inputs: sums[b * sum_stride + n].
@@ -103,11 +119,72 @@ struct Tiles {
   int64_t panels;
   int64_t panel_stride;
   const float* weight;  // (rows, terms)
+  int64_t weight_stride;
   int64_t rows;
   int64_t terms;
   float* sums;
   int64_t sum_stride;  // from one panel's to the next
+  bool add;            // to the sums of whole chunks before these terms
 };
+
+// |W| rounded up to bfloat16, two terms in a word, the first in its low half.
+struct RoundSizes {
+  const float* weight;  // (rows, terms)
+  int64_t stride;
+  int64_t rows;
+  int64_t terms;
+  uint32_t* sizes;  // (rows, pairs_of(terms))
+};
+
+// The same with radii and |W| rounded up to bfloat16.
+struct CoarseTiles {
+  Tiles tiles;
+  const uint32_t* sizes;  // (rows, pairs of terms): |W| as round_sizes gives it
+  int64_t size_stride;
+  float* scratch;  // coarse_scratch() of them
+};
+
+// The same for groups of sixteen neighbouring output pixels of a convolution, without panels: every
+// term is a place of a prepared image. The sums of a group are those of two panels.
+constexpr int64_t kPixels = 2 * kLanes;
+constexpr int64_t kGroupsAtOnce = 2;
+struct Direct {
+  const float* centre;
+  const float* radius;
+  int64_t bases[kGroupsAtOnce];  // where the groups start in the image
+  int64_t groups;                // at most kGroupsAtOnce
+  const int64_t* places;         // (terms) from there; coarse: of the first terms of pairs
+  const float* weight;           // (rows, terms)
+  int64_t rows;
+  int64_t terms;
+  float* sums;         // (groups, 2, rows, kPanelWidth)
+  int64_t sum_stride;  // from one panel's to the next
+};
+
+// The same with radii and |W| rounded up to bfloat16. The terms of a pair are the same place of two
+// neighbouring channels; pairs run over (pair of channels, place of the window).
+struct CoarseDirect {
+  Direct direct;
+  const uint32_t* radii;  // of pairs of channels, each plane as large as a channel's
+  int64_t radius_bases[kGroupsAtOnce];
+  const int64_t* radius_places;  // (terms / 2)
+  int64_t plane;                 // from one channel to the next in the image
+  int64_t taps;                  // places of the window
+  const int64_t* weights;        // (terms / 2) of the first terms in a row of W
+  const uint32_t* sizes;         // (rows, terms / 2)
+};
+
+// |W| rounded up, the terms paired as above.
+struct RoundChannels {
+  const float* weight;  // (rows, terms)
+  int64_t rows;
+  int64_t terms;
+  int64_t taps;
+  uint32_t* sizes;  // (rows, terms / 2)
+};
+
+// For every pair of terms 32 centres of each and 32 pairs of radii.
+constexpr int64_t coarse_scratch() { return kChunk / 2 * 96; }
 
 // Ends of `count` outputs of one input from yc[n], yr[n], bias[n] (or null).
 struct FinishRow {
@@ -139,8 +216,10 @@ struct IntervalKernels {
   float (*prepare)(const Ends& ends, const Constants& constants, float* centre, float* radius);
   void (*pack)(const PackRows& work);
   void (*patches)(const PackPatches& work);
+  void (*spread)(const SpreadColumns& work);
   void (*dots)(const Dots& work);
   void (*tiles)(const Tiles& work);
+  void (*direct)(const Direct& work);  // null where the set has no such path
   void (*finish_row)(const FinishRow& work, const Constants& constants);
   void (*finish_panel)(const FinishPanel& work, const Constants& constants);
   // Packed weights without decoding to memory; null where the set has no such path. How many
@@ -148,12 +227,20 @@ struct IntervalKernels {
   int64_t (*fused_columns)(const matmul::PackedMatrix& weight);
   void (*fused_order)(const matmul::PackedMatrix& weight, const float* x, float* out);
   void (*fused_dots)(const PackedDots& work);
+  // Products of bfloat16; null where the processor has none.
+  void (*round_sizes)(const RoundSizes& work);
+  void (*coarse_tiles)(const CoarseTiles& work);
+  void (*round_channels)(const RoundChannels& work);
+  // Radii of neighbouring channels, `plane` floats each, rounded up to pairs.
+  void (*pair_channels)(const float* radius, int64_t channels, int64_t plane, uint32_t* radii);
+  void (*coarse_direct)(const CoarseDirect& work);
 };
 
 // Another null entry means "use the portable one"; a null table, that the build has no such path.
 extern const IntervalKernels kPortableKernels;
 const IntervalKernels* avx2_kernels();
 const IntervalKernels* avx512_kernels();
+const IntervalKernels* avx512_bf16_kernels();
 
 }  // namespace interval
 }  // namespace pyrobust

@@ -57,6 +57,29 @@ void pack_patches(const PackPatches& work) {
   }
 }
 
+// Every second column is moved by shuffles where the compiler knows the stride.
+template <int64_t kStride>
+void spread_phase(const float* from, int64_t count, int64_t stride, float* to) {
+  const int64_t step = kStride != 0 ? kStride : stride;
+  for (int64_t i = 0; i < count; ++i) to[i] = from[i * step];
+}
+
+void spread(const SpreadColumns& work) {
+  for (int64_t remainder = 0; remainder < work.stride; ++remainder) {
+    const int64_t lack = work.pad - remainder;  // columns before the first that is given
+    const int64_t first = lack > 0 ? (lack + work.stride - 1) / work.stride : 0;
+    const int64_t from = first * work.stride - lack;
+    const int64_t count =
+        from < work.width ? (work.width - from + work.stride - 1) / work.stride : 0;
+    float* to = work.row + remainder * work.phase_size + first;
+    if (work.stride == 2) {
+      spread_phase<2>(work.line + from, count, 2, to);
+    } else {
+      spread_phase<0>(work.line + from, count, work.stride, to);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace interval
 }  // namespace pyrobust

@@ -4,10 +4,12 @@
 
 #include <algorithm>
 #include <memory>
+#include <new>
 
 #include "interval/interval.h"
 #include "interval/kernels.h"
 #include "runtime/float_environment.h"
+#include "runtime/pages.h"
 #include "runtime/parallel.h"
 
 namespace pyrobust {
@@ -49,9 +51,21 @@ struct Shares {
   }
 };
 
-using Floats = std::unique_ptr<float[]>;
+// Scratch memory whose columns do not straddle cache lines.
+struct FreeFloats {
+  void operator()(float* memory) const { operator delete[](memory, kFloatAlignment); }
+  static constexpr std::align_val_t kFloatAlignment{64};
+};
+using Floats = std::unique_ptr<float[], FreeFloats>;
 
-inline Floats floats(int64_t count) { return Floats(new float[static_cast<size_t>(count)]); }
+inline Floats floats(int64_t count) {
+  const size_t bytes = static_cast<size_t>(count) * sizeof(float);
+  void* memory = operator new[](bytes, FreeFloats::kFloatAlignment);
+  prefer_large_pages(memory, static_cast<int64_t>(bytes));
+  return Floats(static_cast<float*>(memory));
+}
+
+inline int64_t whole_lines(int64_t count) { return (count + 15) / 16 * 16; }
 
 // Rows of W that meet one panel after another: 64 K floats leave a second-level cache room for a
 // panel (128 x 1024 x 1024: 1% faster than 32 K or 20 K).
@@ -59,6 +73,14 @@ inline int64_t rows_at_once(int64_t rows, int64_t terms) {
   constexpr int64_t kBlockFloats = 65536;
   const int64_t fit = kBlockFloats / std::max<int64_t>(1, terms) / kRowStep * kRowStep;
   return std::min(std::max(fit, kRowStep), blocks(rows, kRowStep) * kRowStep);
+}
+
+// Whether the radii of a call meet |W| in bfloat16: where that is allowed, and the product is large
+// enough to gain by it. Packed weights are decoded too often for another form of each.
+inline bool coarse_pays(const Call& call, const IntervalKernels& table, int64_t rows) {
+  constexpr int64_t kLeastRows = 24, kLeastTerms = 64;
+  return call.coarse_radius && table.coarse_tiles != nullptr && call.weight.packed == nullptr &&
+         rows >= kLeastRows && call.weight.terms >= kLeastTerms;
 }
 
 inline int64_t decoded_size(const Weight& weight, int64_t rows) {

@@ -1,4 +1,6 @@
 // The reference: plain loops, round to nearest, bounds as proven in interval.h.
+#include <algorithm>
+
 #include "core/rounding.h"
 #include "interval/ends.h"
 #include "interval/kernels.h"
@@ -86,8 +88,8 @@ void pack(const PackRows& work) {
       const bool present = lane < work.lanes;
       for (int64_t k = begin; k < end; ++k) {
         float* column = work.panel + k * kPanelWidth + lane;
-        column[0] = present ? work.centre[lane * work.terms + k] : 0.0f;
-        column[kLanes] = present ? work.radius[lane * work.terms + k] : 0.0f;
+        column[0] = present ? work.centre[lane * work.stride + k] : 0.0f;
+        column[kLanes] = present ? work.radius[lane * work.stride + k] : 0.0f;
       }
     }
   }
@@ -112,11 +114,11 @@ void add_chunk(const float* panel, const float* weight, int64_t terms, float* su
 }
 
 void tiles_of_panel(const Tiles& work, const float* panel, float* sums) {
-  for (int64_t i = 0; i < work.rows * kPanelWidth; ++i) sums[i] = 0.0f;
+  if (!work.add) std::fill(sums, sums + work.rows * kPanelWidth, 0.0f);
   for (int64_t begin = 0; begin < work.terms; begin += kChunk) {
     const int64_t count = work.terms - begin < kChunk ? work.terms - begin : kChunk;
     for (int64_t n = 0; n < work.rows; ++n) {
-      add_chunk(panel + begin * kPanelWidth, work.weight + n * work.terms + begin, count,
+      add_chunk(panel + begin * kPanelWidth, work.weight + n * work.weight_stride + begin, count,
                 sums + n * kPanelWidth);
     }
   }
@@ -150,8 +152,10 @@ void finish_panel(const FinishPanel& work, const Constants& constants) {
 
 }  // namespace
 
-const IntervalKernels kPortableKernels = {prepare,    pack,         pack_patches, dots,    tiles,
-                                          finish_row, finish_panel, nullptr,      nullptr, nullptr};
+const IntervalKernels kPortableKernels = {
+    prepare, pack,    pack_patches, spread,  dots,    tiles,   nullptr, finish_row, finish_panel,
+    nullptr, nullptr, nullptr,      nullptr, nullptr, nullptr, nullptr, nullptr,
+};
 
 }  // namespace interval
 }  // namespace pyrobust

@@ -89,6 +89,14 @@ Isa best_isa() {
   return static_cast<Isa>(best);
 }
 
+bool has_bfloat16_products() {
+#if defined(PYROBUST_X86)
+  return avx512_supported() && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 void set_isa(Isa isa) {
   if (!isa_supported(isa)) {  // best_isa() asks for tile state, which lower sets do not need
     fail("PYROBUST_ISA: this machine does not support ", isa_name(isa), "; the best it has is ",

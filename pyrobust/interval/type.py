@@ -27,7 +27,7 @@ from pyrobust.interval.finite import check_result
 from pyrobust.interval.outward import sum_ends
 from pyrobust.ops._interval_checks import is_deployed
 from pyrobust.ops._interval_fallback import round_outward
-from pyrobust.ops._library import dispatcher_needed
+from pyrobust.ops._library import plain_eager
 
 __all__ = [
     "ROUNDINGS",
@@ -86,6 +86,7 @@ class Interval:
     _seen: int  # the count at which this object is current
     _rectified: bool  # whether a ReLU of the ends is still to come: layers do it on the way in
     _unchecked: Any  # the layer that made ends not yet known to be finite, else None
+    _graded: bool  # whether gradients were on when it was asked for
 
     def __init__(self, lower: Tensor, upper: Tensor, *, rounding: str = "real") -> None:
         check_choice("Interval", "rounding", rounding, ROUNDINGS)
@@ -207,6 +208,8 @@ class Interval:
     @property
     def requires_grad(self) -> bool:
         """Whether either end takes part in differentiation."""
+        if self._rectified and not self._graded:
+            return False
         return self._lower.requires_grad or self._upper.requires_grad
 
     @property
@@ -404,25 +407,29 @@ def assign(box: Interval, result: Interval) -> Interval:
     box._memory[0] += 1
     box._seen = box._memory[0]
     box._lower, box._upper, box.rounding = result._lower, result._upper, result.rounding
-    box._rectified, box._unchecked = result._rectified, result._unchecked
+    box._rectified, box._graded = result._rectified, result._graded
+    box._unchecked = result._unchecked
     return box
 
 
 def rectify(box: Interval) -> Interval:
-    """``max(0, x)``. Without gradients the next layer clips on the way in, or the first reader."""
-    if dispatcher_needed(box._lower, box._upper):
+    """``max(0, x)``. In plain eager mode the next layer clips on its way in, or the first user."""
+    if not plain_eager(box._lower, box._upper):
         return wrap(box.lower.relu(), box.upper.relu(), box.rounding)
-    _check_current(box)
     result = Interval.__new__(Interval)
-    result._lower, result._upper, result.rounding = box._lower, box._upper, box.rounding
+    result._lower, result._upper, _ = unclipped(box)
+    result.rounding = box.rounding
     result._memory, result._seen, result._rectified = [0], 0, True
     result._unchecked = box._unchecked
+    result._graded = torch.is_grad_enabled()
     return result
 
 
 def unclipped(box: Interval) -> tuple[Tensor, Tensor, bool]:
     """The ends, and whether their ReLU is still to come."""
     _check_current(box)
+    if box._rectified and box._graded != torch.is_grad_enabled():
+        _settle(box)
     return box._lower, box._upper, box._rectified
 
 
@@ -441,7 +448,7 @@ def _set(box: Interval, lower: Tensor, upper: Tensor, rounding: str, base: Inter
     box._lower, box._upper, box.rounding = lower, upper, rounding
     box._memory = [0] if base is None else base._memory
     box._seen = box._memory[0]
-    box._rectified, box._unchecked = False, None
+    box._rectified, box._graded, box._unchecked = False, False, None
 
 
 def _settle(box: Interval) -> None:
@@ -457,7 +464,8 @@ def _settle(box: Interval) -> None:
         check_result(name, box._lower, box._upper, (), takes_infinity=False)
         box._unchecked = None
     if box._rectified:
-        box._lower, box._upper = box._lower.relu(), box._upper.relu()
+        with torch.set_grad_enabled(box._graded):
+            box._lower, box._upper = box._lower.relu(), box._upper.relu()
         box._rectified = False
 
 

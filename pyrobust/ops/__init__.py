@@ -8,6 +8,7 @@ from pyrobust.ops.interval import (
     interval_linear,
     interval_packed_conv2d,
     interval_packed_linear,
+    radius_precision,
 )
 from pyrobust.ops.masking import masked_samples, split_gaussian_samples
 from pyrobust.ops.matmul import dequantize_codes, pack_codes, packed_linear, unpack_codes
@@ -37,6 +38,7 @@ __all__ = [
     "packed_conv2d",
     "packed_embedding",
     "packed_linear",
+    "radius_precision",
     "split_gaussian_samples",
     "substituted_tokens",
     "uniform_samples",

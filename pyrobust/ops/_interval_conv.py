@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import grad as conv_gradients
 from torch.overrides import handle_torch_function, has_torch_function
 
 from pyrobust import _native
@@ -29,7 +28,14 @@ from pyrobust.ops._interval_checks import (
     operand_error,
 )
 from pyrobust.ops._interval_fallback import outward_image
-from pyrobust.ops._library import define, dispatcher_needed, refuse_forward_mode
+from pyrobust.ops._interval_gradients import (
+    join_gradients,
+    native_serves,
+    split_ends,
+    split_gradients,
+    weight_gradient,
+)
+from pyrobust.ops._library import define, dispatcher_needed, plain_eager, refuse_forward_mode
 
 __all__ = [
     "Pair",
@@ -44,6 +50,9 @@ __all__ = [
 ]
 
 Pair = int | Sequence[int]
+# Values of a layer's larger side that the backward pass works on at once: the six arrays of a block
+# stay in a last-level cache, and their memory is used again instead of being paged in for each.
+_BLOCK = 1 << 21
 _SUBJECT = "interval_conv2d"
 
 
@@ -110,14 +119,14 @@ def interval_conv2d(
     output_size(_SUBJECT, lower.shape, weight.shape[2:], step, pad, gap)
     low, high = (lower, upper) if lower.ndim == 4 else (lower.unsqueeze(0), upper.unsqueeze(0))
     through_torch = dispatcher_needed(*tensors)
-    if rectified and (through_torch or lower.dtype != torch.float32):
-        low, high = clipped_at_zero(low, high)
-    arguments = (low, high, weight, bias, step, pad, gap, groups, rounding)
+    if rectified and not (lower.dtype == torch.float32 and plain_eager(*tensors)):
+        low, high, rectified = *clipped_at_zero(low, high), False
+    arguments = (low, high, weight, bias, step, pad, gap, groups, rounding, rectified)
     if through_torch:
         refuse_forward_mode(_SUBJECT, *tensors)
         ends: Ends = torch.ops.pyrobust.interval_conv2d(*arguments)
     else:
-        ends = _conv_cpu(*arguments, rectified=rectified)
+        ends = _conv_cpu(*arguments)
     return ends if lower.ndim == 4 else (ends[0].squeeze(0), ends[1].squeeze(0))
 
 
@@ -200,11 +209,11 @@ def _conv_cpu(
     dilation: list[int],
     groups: int,
     rounding: str,
-    *,
     rectified: bool = False,
 ) -> Ends:
     if lower.dtype != torch.float32:
-        return _conv_fallback(lower, upper, weight, bias, stride, pad, dilation, groups, rounding)
+        window = (stride, pad, dilation, groups)
+        return _conv_fallback(lower, upper, weight, bias, *window, rounding, rectified)
     size = output_size(_SUBJECT, lower.shape, weight.shape[2:], stride, pad, dilation)
     out_low = lower.new_empty((lower.shape[0], weight.shape[0], *size))
     out_high = torch.empty_like(out_low)
@@ -241,7 +250,11 @@ def _conv_fallback(
     dilation: list[int],
     groups: int,
     rounding: str,
+    rectified: bool = False,
 ) -> Ends:
+    if rectified:
+        lower, upper = clipped_at_zero(lower, upper)
+
     def product(images: Tensor, kernel: Tensor) -> Tensor:
         return F.conv2d(padded(images, pad), kernel, None, stride, 0, dilation, groups)
 
@@ -260,7 +273,10 @@ def _conv_cuda(
     dilation: list[int],
     groups: int,
     rounding: str,
+    rectified: bool = False,
 ) -> Ends:
+    if rectified:
+        lower, upper = clipped_at_zero(lower, upper)
     unsuited = not has_cuda_module() or lower.shape[0] == 0 or operand_error(rounding) > 0
     if lower.dtype != torch.float32 or unsuited:
         return _conv_fallback(lower, upper, weight, bias, stride, pad, dilation, groups, rounding)
@@ -283,6 +299,7 @@ def _conv_fake(
     dilation: list[int],
     groups: int,
     rounding: str,
+    rectified: bool = False,
 ) -> Ends:
     size = output_size(_SUBJECT, lower.shape, weight.shape[2:], stride, pad, dilation)
     out = lower.new_empty((lower.shape[0], weight.shape[0], *size))
@@ -290,46 +307,94 @@ def _conv_fake(
 
 
 def _conv_context(ctx: Any, inputs: tuple[Any, ...], output: Ends) -> None:
-    lower, upper, weight, bias, *window, _ = inputs
+    lower, upper, weight, bias, *window, _, rectified = inputs
     ctx.save_for_backward(lower, upper, weight)
-    ctx.has_bias, ctx.window = bias is not None, window
+    ctx.has_bias, ctx.window, ctx.rectified = bias is not None, window, rectified
 
 
 def _conv_backward(ctx: Any, grad_lower: Tensor, grad_upper: Tensor) -> tuple[Any, ...]:
+    """Gradients of the ends, weight and bias, by blocks of images that stay in the cache."""
     lower, upper, weight = ctx.saved_tensors
-    stride, pad, dilation, groups = ctx.window
-    window = {"stride": stride, "padding": 0, "dilation": dilation, "groups": groups}
-    to_centre, to_radius = grad_lower + grad_upper, grad_upper - grad_lower
-    grads: list[Tensor | None] = [None, None, None, None]
-    if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-        grads[0], grads[1] = grad_of_ends(to_centre, to_radius, lower, weight, pad, window)
-    if ctx.needs_input_grad[2]:
-        centre = padded((lower + upper) * 0.5, pad)
-        radius = padded((upper - lower) * 0.5, pad)
-        shape = tuple(weight.shape)
-        from_centre = conv_gradients.conv2d_weight(centre, shape, to_centre, **window)
-        from_radius = conv_gradients.conv2d_weight(radius, shape, to_radius, **window)
-        grads[2] = from_centre + weight.sign() * from_radius
-    if ctx.has_bias and ctx.needs_input_grad[3]:
-        grads[3] = to_centre.sum((0, 2, 3))
-    return *grads, None, None, None, None, None
+    wanted = (ctx.needs_input_grad[0] or ctx.needs_input_grad[1], ctx.needs_input_grad[2])
+    size = weight.abs()
+    to_ends: Ends | None = None
+    step = lower.shape[0]
+    if native_serves(lower, upper, weight, grad_lower, grad_upper):
+        step = max(1, _BLOCK // max(lower[0].numel(), grad_lower[0].numel()))
+        if wanted[0] and step < lower.shape[0]:
+            to_ends = torch.empty_like(lower), torch.empty_like(upper)
+    sums: list[Tensor] = []  # of both weight gradients and the bias's
+    for block in _blocks(step, lower, upper, grad_lower, grad_upper, *(to_ends or ())):
+        low, high = block[:2]
+        out = (block[4], block[5]) if len(block) > 4 else None
+        to_centre, to_radius = split_gradients(block[2], block[3])
+        parts = []
+        if any(wanted):
+            # the images' values matter to the weight only
+            centre, radius = split_ends(low, high, ctx.rectified) if wanted[1] else (low, high)
+            from_centre = _gradients(to_centre, centre, weight, ctx.window, wanted)
+            from_radius = _gradients(to_radius, radius, size, ctx.window, wanted)
+            if wanted[0]:
+                before_relu = (low, high) if ctx.rectified else None
+                joined = join_gradients(from_centre[0], from_radius[0], before_relu, out)
+                to_ends = to_ends or joined
+            if wanted[1]:
+                parts += [from_centre[1], from_radius[1]]
+        if ctx.has_bias and ctx.needs_input_grad[3]:
+            parts.append(to_centre.sum((0, 2, 3)))
+        sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
+    to_bias = sums.pop() if ctx.has_bias and ctx.needs_input_grad[3] else None
+    to_weight = weight_gradient(sums[0], sums[1], weight) if wanted[1] else None
+    return *(to_ends or (None, None)), to_weight, to_bias, None, None, None, None, None, None
+
+
+def _blocks(step: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Blocks of ``step`` images of all tensors; one block of everything where ``step`` covers."""
+    count = tensors[0].shape[0]
+    if step >= count:
+        yield tensors
+        return
+    for begin in range(0, count, step):
+        yield tuple(tensor[begin : begin + step] for tensor in tensors)
+
+
+def _gradients(
+    grad: Tensor, images: Tensor, weight: Tensor, window: Sequence[Any], wanted: tuple[bool, bool]
+) -> tuple[Tensor, Tensor]:
+    """Gradients of a convolution's images and weight, those that are wanted, in one call."""
+    stride, pad, dilation, groups = window
+    even = pad[0] == pad[1] and pad[2] == pad[3]
+    framed = images if even else padded(images, pad)
+    to_images, to_weight, _ = torch.ops.aten.convolution_backward(
+        grad,
+        framed,
+        weight,
+        None,
+        stride,
+        [pad[0], pad[2]] if even else [0, 0],
+        dilation,
+        False,
+        [0, 0],
+        groups,
+        [*wanted, False],
+    )
+    if wanted[0] and not even:
+        height, width = images.shape[-2:]
+        to_images = to_images[..., pad[0] : pad[0] + height, pad[2] : pad[2] + width]
+    return to_images, to_weight
 
 
 def grad_of_ends(
-    to_centre: Tensor,
-    to_radius: Tensor,
-    images: Tensor,
-    weight: Tensor,
-    pad: list[int],
-    window: dict[str, Any],
+    to_centre: Tensor, to_radius: Tensor, images: Tensor, weight: Tensor, window: Sequence[Any]
 ) -> Ends:
-    """Gradients of the input's ends from those of the output's centre and radius."""
-    height, width = images.shape[-2:]
-    shape = (*images.shape[:2], height + pad[0] + pad[1], width + pad[2] + pad[3])
-    inner = (..., slice(pad[0], pad[0] + height), slice(pad[2], pad[2] + width))
-    centre = conv_gradients.conv2d_input(shape, weight, to_centre, **window)[inner]
-    radius = conv_gradients.conv2d_input(shape, weight.abs(), to_radius, **window)[inner]
-    return (centre - radius) * 0.5, (centre + radius) * 0.5
+    """Gradients of the input's ends from those of the output's centre and radius.
+
+    ``images`` gives the shape; ``window`` is stride, padding on four sides, dilation and groups.
+    """
+    wanted = (True, False)
+    centre, _ = _gradients(to_centre, images, weight, window, wanted)
+    radius, _ = _gradients(to_radius, images, weight.abs(), window, wanted)
+    return join_gradients(centre, radius)
 
 
 def map_images(operator: Any, info: Any, in_dims: tuple[Any, ...], args: Any) -> Any:
@@ -352,7 +417,8 @@ def _conv_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
 
 define(
     "interval_conv2d(Tensor lower, Tensor upper, Tensor weight, Tensor? bias, int[] stride,"
-    " int[] pad, int[] dilation, int groups, str rounding) -> (Tensor, Tensor)",
+    " int[] pad, int[] dilation, int groups, str rounding, bool rectified=False)"
+    " -> (Tensor, Tensor)",
     _conv_cpu,
     _conv_fake,
     backward=_conv_backward,

@@ -26,7 +26,13 @@ from pyrobust.ops._interval_checks import (
     operand_error,
 )
 from pyrobust.ops._interval_fallback import outward_image
-from pyrobust.ops._library import define, dispatcher_needed, refuse_forward_mode
+from pyrobust.ops._interval_gradients import (
+    join_gradients,
+    split_ends,
+    split_gradients,
+    weight_gradient,
+)
+from pyrobust.ops._library import define, dispatcher_needed, plain_eager, refuse_forward_mode
 
 __all__ = ["flat_ends", "grad_of_ends", "interval_linear", "map_boxes"]
 
@@ -77,12 +83,12 @@ def interval_linear(
         return result
     weight, bias = in_dtype_of(lower, upper, weight, bias)
     _check_linear(lower, upper, weight, bias, rounding)
-    if rectified:
-        lower, upper = clipped_at_zero(lower, upper)
+    if rectified and not (lower.dtype == torch.float32 and plain_eager(*tensors)):
+        lower, upper, rectified = *clipped_at_zero(lower, upper), False
     if plain:
-        return _linear_cpu(lower, upper, weight, bias, rounding)
+        return _linear_cpu(lower, upper, weight, bias, rounding, rectified)
     refuse_forward_mode("interval_linear", *tensors)
-    ends: Ends = torch.ops.pyrobust.interval_linear(lower, upper, weight, bias, rounding)
+    ends: Ends = torch.ops.pyrobust.interval_linear(lower, upper, weight, bias, rounding, rectified)
     return ends
 
 
@@ -137,10 +143,15 @@ def _check_linear(
 
 
 def _linear_cpu(
-    lower: Tensor, upper: Tensor, weight: Tensor, bias: Tensor | None, rounding: str
+    lower: Tensor,
+    upper: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rounding: str,
+    rectified: bool = False,
 ) -> Ends:
     if lower.dtype != torch.float32:
-        return _linear_fallback(lower, upper, weight, bias, rounding)
+        return _linear_fallback(lower, upper, weight, bias, rounding, rectified)
     shape, low, high = flat_ends(lower, upper)
     out_low = low.new_empty((low.shape[0], weight.shape[0]))
     out_high = torch.empty_like(out_low)
@@ -150,7 +161,7 @@ def _linear_cpu(
         dense(weight),
         None if bias is None else dense(bias),
         rounding,
-        False,
+        rectified,
         out_low,
         out_high,
         torch.get_num_threads(),
@@ -161,10 +172,17 @@ def _linear_cpu(
 
 
 def _linear_cuda(
-    lower: Tensor, upper: Tensor, weight: Tensor, bias: Tensor | None, rounding: str
+    lower: Tensor,
+    upper: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rounding: str,
+    rectified: bool = False,
 ) -> Ends:
     if lower.dtype != torch.float32 or not has_cuda_module() or operand_error(rounding):
-        return _linear_fallback(lower, upper, weight, bias, rounding)
+        return _linear_fallback(lower, upper, weight, bias, rounding, rectified)
+    if rectified:
+        lower, upper = clipped_at_zero(lower, upper)
     shape, low, high = flat_ends(lower, upper)
     shift = None if bias is None else dense(bias)
     ends = _cuda_interval.linear(low, high, dense(weight), shift, rounding)
@@ -181,8 +199,15 @@ def flat_ends(lower: Tensor, upper: Tensor) -> tuple[torch.Size, Tensor, Tensor]
 
 
 def _linear_fallback(
-    lower: Tensor, upper: Tensor, weight: Tensor, bias: Tensor | None, rounding: str
+    lower: Tensor,
+    upper: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rounding: str,
+    rectified: bool = False,
 ) -> Ends:
+    if rectified:
+        lower, upper = clipped_at_zero(lower, upper)
     return outward_image(
         lower,
         upper,
@@ -195,50 +220,52 @@ def _linear_fallback(
 
 
 def _linear_fake(
-    lower: Tensor, upper: Tensor, weight: Tensor, bias: Tensor | None, rounding: str
+    lower: Tensor,
+    upper: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rounding: str,
+    rectified: bool = False,
 ) -> Ends:
     out = lower.new_empty((*lower.shape[:-1], weight.shape[0]))
     return out, torch.empty_like(out)
 
 
 def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: Ends) -> None:
-    lower, upper, weight, bias, _ = inputs
+    lower, upper, weight, bias, _, rectified = inputs
     ctx.save_for_backward(lower, upper, weight)
-    ctx.has_bias = bias is not None
+    ctx.has_bias, ctx.rectified = bias is not None, rectified
 
 
 def _linear_backward(ctx: Any, grad_lower: Tensor, grad_upper: Tensor) -> tuple[Any, ...]:
     """Derivative of ``c W' -+ r |W|'`` at ``c = (u + l) / 2``, ``r = (u - l) / 2``."""
     lower, upper, weight = ctx.saved_tensors
-    to_centre, to_radius = grad_lower + grad_upper, grad_upper - grad_lower
+    to_centre, to_radius = split_gradients(grad_lower, grad_upper)
     grads: list[Tensor | None] = [None, None, None, None]
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-        grads[0], grads[1] = grad_of_ends(to_centre, to_radius, weight)
+        before_relu = (lower, upper) if ctx.rectified else None
+        grads[0], grads[1] = grad_of_ends(to_centre, to_radius, weight, before_relu)
     rows, terms = weight.shape
     flat_centre = to_centre.reshape(-1, rows)
     if ctx.needs_input_grad[2]:
-        centre, radius = (lower + upper) * 0.5, (upper - lower) * 0.5
-        by_radius = product(to_radius.reshape(-1, rows).T, radius.reshape(-1, terms))
-        grads[2] = _by_weight(flat_centre, centre.reshape(-1, terms), weight, by_radius)
+        centre, radius = split_ends(lower, upper, ctx.rectified)
+        from_centre = product(flat_centre.T, centre.reshape(-1, terms))
+        from_radius = product(to_radius.reshape(-1, rows).T, radius.reshape(-1, terms))
+        grads[2] = weight_gradient(from_centre, from_radius, weight)
     if ctx.has_bias and ctx.needs_input_grad[3]:
         grads[3] = flat_centre.sum(0)
-    return *grads, None
+    return *grads, None, None
 
 
-def _by_weight(to_centre: Tensor, centre: Tensor, weight: Tensor, by_radius: Tensor) -> Tensor:
-    """``to_centre^T centre + sign(W) by_radius``; in the memory of the last where it may be."""
-    if torch.is_grad_enabled():  # the gradient is to be differentiated itself
-        return product(to_centre.T, centre) + weight.sign() * by_radius
-    return by_radius.mul_(weight.sign()).addmm_(to_centre.T, centre)
-
-
-def grad_of_ends(to_centre: Tensor, to_radius: Tensor, weight: Tensor) -> Ends:
+def grad_of_ends(
+    to_centre: Tensor, to_radius: Tensor, weight: Tensor, before_relu: Ends | None = None
+) -> Ends:
     """Gradients of the input's ends from those of the output's centre and radius."""
     rows = weight.shape[0]
     shape = (*to_centre.shape[:-1], weight.shape[1])
     centre = product(to_centre.reshape(-1, rows), weight).reshape(shape)
     radius = product(to_radius.reshape(-1, rows), weight.abs()).reshape(shape)
-    return (centre - radius) * 0.5, (centre + radius) * 0.5
+    return join_gradients(centre, radius, before_relu)
 
 
 def map_boxes(operator: Any, info: Any, in_dims: tuple[Any, ...], args: Any) -> Any:
@@ -257,8 +284,8 @@ def _linear_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
 
 
 define(
-    "interval_linear(Tensor lower, Tensor upper, Tensor weight, Tensor? bias, str rounding)"
-    " -> (Tensor, Tensor)",
+    "interval_linear(Tensor lower, Tensor upper, Tensor weight, Tensor? bias, str rounding,"
+    " bool rectified=False) -> (Tensor, Tensor)",
     _linear_cpu,
     _linear_fake,
     backward=_linear_backward,

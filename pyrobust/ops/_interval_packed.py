@@ -554,8 +554,8 @@ def _conv_backward(ctx: Any, grad_lower: Tensor, grad_upper: Tensor) -> tuple[An
         packed: tuple[int, float, int, int] = tuple(ctx.options[:4])
         weight = _weight(codes, scale, zero, *packed, tuple(extras)).to(lower.dtype)
         weight = weight.reshape(weight.shape[0], -1, *kernel)
-        window = {"stride": stride, "padding": 0, "dilation": dilation, "groups": groups}
-        grads[0], grads[1] = conv.grad_of_ends(to_centre, to_radius, lower, weight, pad, window)
+        window = (stride, pad, dilation, groups)
+        grads[0], grads[1] = conv.grad_of_ends(to_centre, to_radius, lower, weight, window)
     if ctx.has_bias and ctx.needs_input_grad[5]:
         grads[5] = to_centre.sum((0, 2, 3))
     return tuple(grads)

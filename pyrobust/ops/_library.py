@@ -13,6 +13,7 @@ __all__ = [
     "differentiation_transforms",
     "dispatcher_needed",
     "dispatcher_watched",
+    "plain_eager",
     "refuse_forward_mode",
     "slice_by_slice",
 ]
@@ -103,6 +104,19 @@ def dispatcher_needed(*tensors: Tensor | None) -> bool:
         ):
             return True
     return False
+
+
+def plain_eager(*tensors: Tensor | None) -> bool:
+    """The opposite but for gradients, which the tensors may ask for: only autograd is at work."""
+    if dispatcher_watched():
+        return False
+    for tensor in tensors:
+        kind = type(tensor)
+        if tensor is not None and not (
+            (kind is Tensor or kind is torch.nn.Parameter) and tensor.is_cpu
+        ):
+            return False
+    return True
 
 
 def dispatcher_watched() -> bool:

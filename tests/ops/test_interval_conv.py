@@ -19,6 +19,15 @@ WINDOWS = [  # images, weight, options
     ((2, 2, 6, 11), (2, 2, 3, 3), {"padding": "same"}),
     ((1, 6, 4, 4), (6, 1, 1, 1), {"groups": 6, "padding": "valid"}),
     ((9, 1, 28, 28), (23, 1, 5, 5), {"stride": 3}),
+    # output rows of 16 pixels and more, which some sets read without copying patches
+    ((3, 4, 5, 16), (7, 4, 3, 3), {"padding": 1}),
+    ((2, 32, 6, 19), (13, 32, 3, 3), {"padding": (0, 1)}),
+    (
+        (2, 4, 9, 71),
+        (10, 2, 3, 2),
+        {"stride": (3, 2), "padding": (2, 1), "dilation": (1, 3), "groups": 2},
+    ),
+    ((1, 3, 4, 32), (1, 3, 1, 1), {}),
 ]
 
 

@@ -1,0 +1,353 @@
+// Products of radii in bfloat16, two terms an instruction: the panel kernel of avx512.cpp, with
+// sixteen inputs a register. Centres stay in float32. See "Coarse radii" in interval.h.
+#include <immintrin.h>
+
+#include <array>
+#include <utility>
+
+#include "interval/kernels.h"
+
+namespace pyrobust {
+namespace interval {
+namespace {
+
+// For every pair of terms, P groups of: 16 centres of the first, 16 of the second, 16 pairs of
+// radii.
+constexpr int64_t kGroup = 48;
+
+// 24 accumulators; W of one term and one column at a time fill the rest.
+constexpr int kTileRows = 6;
+
+inline __m512i round_up(__m512i bits) { return _mm512_add_epi32(bits, _mm512_set1_epi32(0xffff)); }
+
+inline __m512i pair_up(__m512i first, __m512i second) {
+  return _mm512_or_si512(_mm512_srli_epi32(first, 16),
+                         _mm512_and_si512(second, _mm512_set1_epi32(-0x10000)));
+}
+
+// The products take denormals for zero: what is not zero becomes a normal number.
+inline __m512i size_up(__m512i weight) {
+  const __m512i size = _mm512_and_si512(weight, _mm512_set1_epi32(0x7fffffff));
+  return _mm512_mask_max_epu32(size, _mm512_test_epi32_mask(size, size), round_up(size),
+                               _mm512_set1_epi32(0x00800000));
+}
+
+// Words [q, q + 16) of a row of `terms` terms.
+inline void round_words(const float* weight, int64_t terms, int64_t q, uint32_t* sizes) {
+  const __m512i evens =
+      _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odds = _mm512_or_si512(evens, _mm512_set1_epi32(1));
+  const int64_t left = terms - 2 * q;
+  const auto mask = [](int64_t count) {
+    return static_cast<__mmask16>(count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1);
+  };
+  const __m512i a = size_up(_mm512_maskz_loadu_epi32(mask(left), weight + 2 * q));
+  const __m512i b = size_up(_mm512_maskz_loadu_epi32(mask(left - 16), weight + 2 * q + 16));
+  const __m512i words =
+      pair_up(_mm512_permutex2var_epi32(a, evens, b), _mm512_permutex2var_epi32(a, odds, b));
+  _mm512_mask_storeu_epi32(sizes + q, mask(pairs_of(terms) - q), words);
+}
+
+void round_sizes(const RoundSizes& work) {
+  const int64_t pairs = pairs_of(work.terms);
+  for (int64_t n = 0; n < work.rows; ++n) {
+    for (int64_t q = 0; q < pairs; q += 16) {
+      round_words(work.weight + n * work.stride, work.terms, q, work.sizes + n * pairs);
+    }
+  }
+}
+
+// Columns of two panels become 16 centres and 16 radii.
+struct Column {
+  __m512 centre, radius;
+};
+
+inline Column column_of(const float* left, const float* right) {
+  const __m512 a = _mm512_loadu_ps(left), b = _mm512_loadu_ps(right);
+  return {_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee)};
+}
+
+template <int P>
+void gather_group(const float* left, const float* right, int64_t count, float* to) {
+  for (int64_t k = 0; k < count; k += 2, to += P * kGroup) {
+    const Column one = column_of(left + k * kPanelWidth, right + k * kPanelWidth);
+    Column two{_mm512_setzero_ps(), _mm512_setzero_ps()};
+    if (k + 1 < count) two = column_of(left + (k + 1) * kPanelWidth, right + (k + 1) * kPanelWidth);
+    _mm512_storeu_ps(to, one.centre);
+    _mm512_storeu_ps(to + 16, two.centre);
+    _mm512_storeu_si512(to + 32, pair_up(round_up(_mm512_castps_si512(one.radius)),
+                                         round_up(_mm512_castps_si512(two.radius))));
+  }
+}
+
+template <int R, int P>
+struct Sums {
+  __m512 c[R][P], r[R][P];
+
+  void clear() {
+#pragma GCC unroll 6
+    for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 2
+      for (int p = 0; p < P; ++p) c[i][p] = r[i][p] = _mm512_setzero_ps();
+    }
+  }
+
+  void add(const Sums& other) {
+#pragma GCC unroll 6
+    for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 2
+      for (int p = 0; p < P; ++p) {
+        c[i][p] = _mm512_add_ps(c[i][p], other.c[i][p]);
+        r[i][p] = _mm512_add_ps(r[i][p], other.r[i][p]);
+      }
+    }
+  }
+};
+
+template <int R, int P>
+inline void add_centres(const float* weight, int64_t stride, const float* column,
+                        Sums<R, P>& sums) {
+  __m512 x[P];
+#pragma GCC unroll 2
+  for (int p = 0; p < P; ++p) x[p] = _mm512_loadu_ps(column + p * kGroup);
+#pragma GCC unroll 6
+  for (int i = 0; i < R; ++i) {
+    const __m512 w = _mm512_set1_ps(weight[i * stride]);
+#pragma GCC unroll 2
+    for (int p = 0; p < P; ++p) sums.c[i][p] = _mm512_fmadd_ps(w, x[p], sums.c[i][p]);
+  }
+}
+
+template <int R, int P>
+inline void add_radii(const uint32_t* sizes, int64_t stride, const float* column,
+                      Sums<R, P>& sums) {
+  __m512bh y[P];
+#pragma GCC unroll 2
+  for (int p = 0; p < P; ++p) {
+    y[p] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(column + p * kGroup + 32));
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < R; ++i) {
+    const auto w =
+        reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(sizes[i * stride])));
+#pragma GCC unroll 2
+    for (int p = 0; p < P; ++p) sums.r[i][p] = _mm512_dpbf16_ps(sums.r[i][p], w, y[p]);
+  }
+}
+
+// A chunk of `count` terms; W and |W| start at row n and at its first term.
+struct Chunk {
+  const Tiles& work;
+  const float* gathered;
+  const float* weight;
+  const uint32_t* sizes;
+  int64_t size_stride;
+  int64_t count;
+  bool fresh;
+};
+
+// Centres and radii of 16 inputs in the order of two panels; the right one may be absent.
+inline void add_to_panels(float* left, float* right, bool fresh, __m512 c, __m512 r) {
+  const __m512 zero = _mm512_setzero_ps();
+  _mm512_storeu_ps(
+      left, _mm512_add_ps(fresh ? zero : _mm512_loadu_ps(left), _mm512_shuffle_f32x4(c, r, 0x44)));
+  if (right == nullptr) return;
+  _mm512_storeu_ps(right, _mm512_add_ps(fresh ? zero : _mm512_loadu_ps(right),
+                                        _mm512_shuffle_f32x4(c, r, 0xee)));
+}
+
+template <int R, int P>
+void add_chunk(const Chunk& chunk, int64_t first, int64_t n) {
+  const int64_t stride = chunk.work.weight_stride;
+  Sums<R, P> total;
+  total.clear();
+  for (int64_t from = 0; from < chunk.count; from += kRun) {
+    const int64_t to = chunk.count < from + kRun ? chunk.count : from + kRun;
+    Sums<R, P> sums;
+    sums.clear();
+    for (int64_t k = from; k < to; k += 2) {
+      const float* column = chunk.gathered + k / 2 * P * kGroup;
+      add_centres<R, P>(chunk.weight + k, stride, column, sums);
+      if (k + 1 < to) add_centres<R, P>(chunk.weight + k + 1, stride, column + 16, sums);
+      add_radii<R, P>(chunk.sizes + k / 2, chunk.size_stride, column, sums);
+    }
+    total.add(sums);
+  }
+  for (int i = 0; i < R; ++i) {
+    for (int p = 0; p < P; ++p) {
+      const int64_t panel = first + 2 * p;
+      float* left = chunk.work.sums + panel * chunk.work.sum_stride + (n + i) * kPanelWidth;
+      float* right = panel + 1 < chunk.work.panels ? left + chunk.work.sum_stride : nullptr;
+      add_to_panels(left, right, chunk.fresh, total.c[i][p], total.r[i][p]);
+    }
+  }
+}
+
+using AddChunk = void (*)(const Chunk&, int64_t, int64_t);
+
+template <int P, int... R>
+constexpr std::array<AddChunk, sizeof...(R)> chunks_by_rows(std::integer_sequence<int, R...>) {
+  return {add_chunk<R + 1, P>...};
+}
+
+// P groups of two panels from `first` on, terms [begin, begin + count).
+template <int P>
+void chunk_of_panels(const CoarseTiles& work, int64_t first, int64_t begin, int64_t count) {
+  static constexpr auto kChunks = chunks_by_rows<P>(std::make_integer_sequence<int, kTileRows>());
+  const Tiles& tiles = work.tiles;
+  for (int64_t p = 0; p < P; ++p) {
+    const int64_t left = first + 2 * p, right = left + 1 < tiles.panels ? left + 1 : left;
+    gather_group<P>(tiles.panel + left * tiles.panel_stride + begin * kPanelWidth,
+                    tiles.panel + right * tiles.panel_stride + begin * kPanelWidth, count,
+                    work.scratch + p * kGroup);
+  }
+  const int64_t heights = (tiles.rows + kTileRows - 1) / kTileRows;
+  for (int64_t t = 0, n = 0; t < heights; ++t) {
+    const int64_t next = tiles.rows * (t + 1) / heights;
+    kChunks[static_cast<size_t>(next - n - 1)](
+        {tiles, work.scratch, tiles.weight + n * tiles.weight_stride + begin,
+         work.sizes + n * work.size_stride + begin / 2, work.size_stride, count,
+         begin == 0 && !tiles.add},
+        first, n);
+    n = next;
+  }
+}
+
+void coarse_tiles(const CoarseTiles& work) {
+  const Tiles& tiles = work.tiles;
+  for (int64_t begin = 0; begin < tiles.terms; begin += kChunk) {
+    const int64_t count = tiles.terms - begin < kChunk ? tiles.terms - begin : kChunk;
+    int64_t p = 0;
+    for (; p + 2 < tiles.panels; p += 4) chunk_of_panels<2>(work, p, begin, count);
+    if (p < tiles.panels) chunk_of_panels<1>(work, p, begin, count);
+  }
+}
+
+// --- a convolution's pixels: centres read from the image, radii from planes of paired channels
+// --------------------------------------------------------------------------------------------------
+
+void round_channels(const RoundChannels& work) {
+  for (int64_t n = 0; n < work.rows; ++n) {
+    const float* row = work.weight + n * work.terms;
+    uint32_t* sizes = work.sizes + n * work.terms / 2;
+    for (int64_t k = 0; k < work.terms; k += 2 * work.taps, sizes += work.taps) {
+      for (int64_t t = 0; t < work.taps; t += 16) {
+        const int64_t rest = work.taps - t;
+        const auto mask = static_cast<__mmask16>(rest >= 16 ? 0xffff : (1u << rest) - 1);
+        const __m512i a = _mm512_maskz_loadu_epi32(mask, row + k + t);
+        const __m512i b = _mm512_maskz_loadu_epi32(mask, row + k + work.taps + t);
+        _mm512_mask_storeu_epi32(sizes + t, mask, pair_up(size_up(a), size_up(b)));
+      }
+    }
+  }
+}
+
+void pair_channels(const float* radius, int64_t channels, int64_t plane, uint32_t* radii) {
+  for (int64_t c = 0; c + 1 < channels; c += 2, radius += 2 * plane, radii += plane) {
+    for (int64_t i = 0; i < plane; i += 16) {
+      const int64_t rest = plane - i;
+      const auto mask = static_cast<__mmask16>(rest >= 16 ? 0xffff : (1u << rest) - 1);
+      const __m512i a = _mm512_maskz_loadu_epi32(mask, radius + i);
+      const __m512i b = _mm512_maskz_loadu_epi32(mask, radius + plane + i);
+      _mm512_mask_storeu_epi32(radii + i, mask, pair_up(round_up(a), round_up(b)));
+    }
+  }
+}
+
+template <int R, int P>
+inline void add_pair(const CoarseDirect& work, const float* weight, const uint32_t* sizes,
+                     int64_t q, Sums<R, P>& sums) {
+  const Direct& direct = work.direct;
+  const float *from = direct.centre + direct.places[q], *w = weight + work.weights[q];
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half, from += work.plane, w += work.taps) {
+    __m512 x[P];
+#pragma GCC unroll 2
+    for (int p = 0; p < P; ++p) x[p] = _mm512_loadu_ps(from + direct.bases[p]);
+#pragma GCC unroll 6
+    for (int i = 0; i < R; ++i) {
+      const __m512 one = _mm512_set1_ps(w[i * direct.terms]);
+#pragma GCC unroll 2
+      for (int p = 0; p < P; ++p) sums.c[i][p] = _mm512_fmadd_ps(one, x[p], sums.c[i][p]);
+    }
+  }
+  const uint32_t* radii = work.radii + work.radius_places[q];
+  __m512bh y[P];
+#pragma GCC unroll 2
+  for (int p = 0; p < P; ++p) {
+    y[p] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(radii + work.radius_bases[p]));
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < R; ++i) {
+    const auto one = reinterpret_cast<__m512bh>(
+        _mm512_set1_epi32(static_cast<int>(sizes[i * (direct.terms / 2) + q])));
+#pragma GCC unroll 2
+    for (int p = 0; p < P; ++p) sums.r[i][p] = _mm512_dpbf16_ps(sums.r[i][p], one, y[p]);
+  }
+}
+
+// Pairs [begin, end) of rows [n, n + R).
+template <int R, int P>
+void direct_chunk(const CoarseDirect& work, int64_t n, int64_t begin, int64_t end) {
+  const Direct& direct = work.direct;
+  const float* weight = direct.weight + n * direct.terms;
+  const uint32_t* sizes = work.sizes + n * (direct.terms / 2);
+  Sums<R, P> total;
+  total.clear();
+  for (int64_t from = begin; from < end; from += kRun / 2) {
+    const int64_t to = end < from + kRun / 2 ? end : from + kRun / 2;
+    Sums<R, P> sums;
+    sums.clear();
+    for (int64_t q = from; q < to; ++q) add_pair<R, P>(work, weight, sizes, q, sums);
+    total.add(sums);
+  }
+  for (int i = 0; i < R; ++i) {
+    for (int p = 0; p < P; ++p) {
+      float* left = direct.sums + 2 * p * direct.sum_stride + (n + i) * kPanelWidth;
+      add_to_panels(left, left + direct.sum_stride, begin == 0, total.c[i][p], total.r[i][p]);
+    }
+  }
+}
+
+using DirectChunk = void (*)(const CoarseDirect&, int64_t, int64_t, int64_t);
+
+template <int P, int... R>
+constexpr std::array<DirectChunk, sizeof...(R)> direct_by_rows(std::integer_sequence<int, R...>) {
+  return {direct_chunk<R + 1, P>...};
+}
+
+template <int P>
+void direct_groups(const CoarseDirect& work) {
+  static constexpr auto kChunks = direct_by_rows<P>(std::make_integer_sequence<int, kTileRows>());
+  const int64_t rows = work.direct.rows, count = (rows + kTileRows - 1) / kTileRows;
+  const int64_t pairs = work.direct.terms / 2;
+  for (int64_t begin = 0; begin < pairs; begin += kChunk / 2) {
+    const int64_t end = pairs - begin < kChunk / 2 ? pairs : begin + kChunk / 2;
+    for (int64_t t = 0, n = 0; t < count; ++t) {
+      const int64_t next = rows * (t + 1) / count;
+      kChunks[static_cast<size_t>(next - n - 1)](work, n, begin, end);
+      n = next;
+    }
+  }
+}
+
+void coarse_direct(const CoarseDirect& work) {
+  if (work.direct.groups == 2) {
+    direct_groups<2>(work);
+  } else {
+    direct_groups<1>(work);
+  }
+}
+
+constexpr IntervalKernels kKernels = {
+    nullptr,     nullptr,      nullptr,        nullptr,       nullptr,       nullptr,
+    nullptr,     nullptr,      nullptr,        nullptr,       nullptr,       nullptr,
+    round_sizes, coarse_tiles, round_channels, pair_channels, coarse_direct,
+};
+
+}  // namespace
+
+const IntervalKernels* avx512_bf16_kernels() { return &kKernels; }
+
+}  // namespace interval
+}  // namespace pyrobust

@@ -1,0 +1,123 @@
+// What both forms of the convolution share: its geometry, and images prepared with their padding.
+#pragma once
+
+#include <utility>
+#include <vector>
+
+#include "interval/panels.h"
+#include "interval/plan.h"
+
+namespace pyrobust {
+namespace interval {
+namespace {
+
+// The image's extent with padding: what is given, and what the last patch reaches.
+int64_t padded_size(int64_t size, int64_t pad, int64_t out, int64_t stride, int64_t kernel,
+                    int64_t dilation) {
+  return std::max(pad + size, (out - 1) * stride + (kernel - 1) * dilation + 1);
+}
+
+// A convolution in progress. A row of a prepared image holds its columns by their remainder modulo
+// the stride: the patches of neighbouring pixels are neighbours then, whatever the stride.
+struct Convolution {
+  const Call& call;
+  const Images& images;
+  const Window& window;
+  const IntervalKernels& table;
+  const Constants constants;
+  int64_t pixels;                        // of an output image
+  int64_t channels, rows;                // of one group
+  int64_t height, phase_size, row_size;  // of a prepared image; phase_size columns a remainder
+  std::vector<int64_t> row_offsets;      // of (channel, kernel row) in a group
+  std::vector<int64_t> column_offsets;   // of a kernel column
+
+  int64_t image_size() const { return images.channels * height * row_size; }
+};
+
+Convolution plan(const Call& call, const Images& images, const Window& window,
+                 const IntervalKernels& table) {
+  const int64_t pixels = window.out_height * window.out_width;
+  const int64_t height =
+      padded_size(images.height, window.pad_top, window.out_height, window.stride_height,
+                  window.kernel_height, window.dilation_height);
+  const int64_t width =
+      padded_size(images.width, window.pad_left, window.out_width, window.stride_width,
+                  window.kernel_width, window.dilation_width);
+  const int64_t phase = blocks(width, window.stride_width);
+  Convolution conv{call,
+                   images,
+                   window,
+                   table,
+                   constants_for(call),
+                   pixels,
+                   images.channels / window.groups,
+                   call.weight.rows / window.groups,
+                   height,
+                   phase,
+                   phase * window.stride_width,
+                   {},
+                   {}};
+  for (int64_t channel = 0; channel < conv.channels; ++channel) {
+    for (int64_t y = 0; y < window.kernel_height; ++y) {
+      conv.row_offsets.push_back((channel * height + y * window.dilation_height) * conv.row_size);
+    }
+  }
+  for (int64_t x = 0; x < window.kernel_width; ++x) {
+    const int64_t column = x * window.dilation_width;
+    conv.column_offsets.push_back(column % window.stride_width * phase +
+                                  column / window.stride_width);
+  }
+  return conv;
+}
+
+// Where a thread prepares images: centres and radii of one image, and a line for strides.
+struct Prepared {
+  float* centre;
+  float* radius;
+  float* line;  // 2 * images.width
+};
+
+// Returns the absolute term of the image.
+float prepare_image(const Convolution& conv, int64_t image, const Prepared& own) {
+  const Images& images = conv.images;
+  const bool direct = conv.window.stride_width == 1;
+  float *line_centre = own.line, *line_radius = own.line + images.width;
+  float largest = 0.0f;
+  for (int64_t row = 0; row < images.channels * images.height; ++row) {
+    const int64_t from = (image * images.channels * images.height + row) * images.width;
+    const int64_t to =
+        (row / images.height * conv.height + conv.window.pad_top + row % images.height) *
+        conv.row_size;
+    float *centre = own.centre + to, *radius = own.radius + to;
+    const Ends ends{conv.call.lower + from, conv.call.upper + from, images.width,
+                    conv.call.floor()};
+    const float here = conv.table.prepare(ends, conv.constants,
+                                          direct ? centre + conv.window.pad_left : line_centre,
+                                          direct ? radius + conv.window.pad_left : line_radius);
+    largest = std::max(largest, here);
+    if (direct) continue;
+    for (const auto& [line, row] : {std::pair(line_centre, centre), {line_radius, radius}}) {
+      conv.table.spread({line, images.width, conv.window.pad_left, conv.window.stride_width,
+                         conv.phase_size, row});
+    }
+  }
+  return offset_for(conv.call, largest);
+}
+
+// Rows that meet the inputs in one pass: all of a group where they fit a second-level cache, else
+// nearly equal parts.
+int64_t rows_of_pass(const Convolution& conv) {
+  constexpr int64_t kCacheFloats = 196608;
+  const int64_t fit =
+      std::max(kRowStep, kCacheFloats / std::max<int64_t>(1, conv.call.weight.terms));
+  return blocks(conv.rows, blocks(conv.rows, fit));
+}
+
+double work_of(const Convolution& conv) {
+  return static_cast<double>(conv.images.batch * conv.pixels) *
+         static_cast<double>(conv.call.weight.rows * conv.call.weight.terms) / 8;
+}
+
+}  // namespace
+}  // namespace interval
+}  // namespace pyrobust

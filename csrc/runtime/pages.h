@@ -1,0 +1,29 @@
+// Large pages for large arrays that are about to be written. An allocation of tens of megabytes is
+// fresh memory at every call, and the faults of its 4 KiB pages cost a convolution of 67 MB of ends
+// 17 ms where its arithmetic takes 6.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace pyrobust {
+
+// A request that the system may ignore; memory that exists already stays as it is.
+inline void prefer_large_pages(void* begin, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr int64_t kLeast = int64_t{4} << 20, kPage = 4096;
+  if (bytes < kLeast) return;
+  const auto address = reinterpret_cast<uintptr_t>(begin);
+  const uintptr_t first = (address + kPage - 1) / kPage * kPage;
+  const uintptr_t last = (address + static_cast<uintptr_t>(bytes)) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)begin;
+  (void)bytes;
+#endif
+}
+
+}  // namespace pyrobust
