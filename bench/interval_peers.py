@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyrobust import Interval
+from pyrobust.ops import radius_precision
 
 EPS = 2 / 255
 Ends = tuple[Tensor, Tensor]
@@ -48,11 +49,14 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Sequential], tuple[int, ...]]] = {
 }
 
 
-def ours(model: nn.Module, rounding: str = "real") -> Callable[[Tensor], Ends]:
+def ours(
+    model: nn.Module, rounding: str = "real", radius: str = "float32"
+) -> Callable[[Tensor], Ends]:
     """Our interval pass, by calling the model on a box."""
 
     def run(x: Tensor) -> Ends:
-        box = model(Interval(x - EPS, x + EPS, rounding=rounding))
+        with radius_precision(radius):
+            box = model(Interval(x - EPS, x + EPS, rounding=rounding))
         return box.lower, box.upper
 
     return run

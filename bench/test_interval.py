@@ -35,6 +35,7 @@ def forward_passes(model: Any, x: torch.Tensor) -> dict[str, Callable[[torch.Ten
         "torch, plain forward": model,
         "pyrobust, nearest (unsound)": peers.ours(model, "nearest"),
         "pyrobust, real": peers.ours(model, "real"),
+        "pyrobust, real, bfloat16 radii": peers.ours(model, "real", "bfloat16"),
         "pyrobust, deployed": peers.ours(model, "deployed"),
         "pyrobust, real, 4-bit weights": peers.ours(packed, "real"),
         "torch, centre and radius": peers.centre_radius(model),
@@ -57,6 +58,7 @@ def training_steps(model: Any, x: torch.Tensor) -> dict[str, Callable[[torch.Ten
         "torch, plain step": peers.plain_step(model, target),
         "pyrobust, nearest (unsound)": step(peers.ours(model, "nearest")),
         "pyrobust, real": step(peers.ours(model, "real")),
+        "pyrobust, real, bfloat16 radii": step(peers.ours(model, "real", "bfloat16")),
         "torch, centre and radius": step(peers.centre_radius(model)),
         "auto_LiRPA, IBP": step(peers.auto_lirpa(model, x)),
     }

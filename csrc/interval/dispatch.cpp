@@ -137,7 +137,7 @@ void few_inputs_fused(const Call& call, const IntervalKernels& table, const Cons
     table.fused_order(weight, input.radius.get() + b * terms,
                       ordered.get() + (2 * b + 1) * columns);
   }
-  const Shares shares(rows, kRowStep, static_cast<double>(batch * rows * terms) / 4, num_threads);
+  const Shares shares(rows, kRowStep, static_cast<double>(batch * rows * terms) / 2, num_threads);
   const int64_t groups = (terms + weight.group_size - 1) / weight.group_size;
   const int64_t size = 2 * kRowStep * (1 + groups);
   const Floats memory = floats(shares.number * size);

@@ -95,7 +95,7 @@ def interval_packed_linear(
     subject = "interval_packed_linear"
     tensors = (lower, upper, codes, scale, zero, bias)
     through_torch = dispatcher_needed(*tensors)
-    if not through_torch and not (extras or group_dim == 0 or activations):
+    if not through_torch and group_dim == 1 and not (extras or activations):
         weight_format = (in_features, bits, group_size)
         done = _try_kernel(*tensors, *weight_format, rounding=rounding, rectified=rectified)
         if done is not None:
