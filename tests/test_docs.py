@@ -1,11 +1,14 @@
 """Ties docs/methods.md to the code: rows, modules, tests and public names cannot drift apart."""
 
+import doctest
 import importlib
 import importlib.util
 import re
 from pathlib import Path
 
 import pytest
+
+from pyrobust.interval.table import BY_NAME
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ["certify", "data", "evaluate", "nn", "quantize", "train", "weights"]
@@ -68,3 +71,18 @@ def _constant_home(name, homes):
         if hasattr(importlib.import_module(home), name):
             return home
     return ""
+
+
+def test_the_examples_of_the_interval_guide_run():
+    text = (ROOT / "docs/guide/intervals.md").read_text(encoding="utf-8")
+    plain = "\n".join("" if line.startswith("```") else line for line in text.splitlines())
+    examples = doctest.DocTestParser().get_doctest(plain, {}, "intervals.md", "intervals.md", 0)
+    assert len(examples.examples) > 15
+    runner = doctest.DocTestRunner()
+    assert runner.run(examples).failed == 0
+
+
+def test_the_interval_guide_lists_every_operation():
+    text = (ROOT / "docs/guide/intervals.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"`(\w+)`", text[text.index("## Operations") :]))
+    assert {name for name in BY_NAME if not name.startswith("__")} <= listed

@@ -16,6 +16,7 @@ from pyrobust.interval.type import Interval, unclipped, wrap
 from pyrobust.ops import matmul as packed_matmul
 from pyrobust.ops import packed_layers
 from pyrobust.ops._interval_fallback import outward_image
+from pyrobust.ops._library import differentiation_transforms
 from pyrobust.ops.interval import (
     interval_conv2d,
     interval_linear,
@@ -70,7 +71,8 @@ def affine(
         raise TypeError(
             f"Interval: weight must have the dtype of the box, {box.dtype}; got {weight.dtype}."
         )
-    if not (box.requires_grad or weight.requires_grad or getattr(bias, "requires_grad", False)):
+    graded = box.requires_grad or weight.requires_grad or getattr(bias, "requires_grad", False)
+    if not graded and not differentiation_transforms():
         ends = outward_image(
             box.lower, box.upper, weight, bias, product, terms=terms, rounding=box.rounding
         )

@@ -87,7 +87,7 @@ def normalized(box: Interval, dims: Sequence[int], eps: float, *, centred: bool)
         centred: whether the mean is subtracted.
     """
     low, high = working(box)
-    count = math.prod(box.shape[d] for d in dims)
+    count = math.prod([box.shape[d] for d in dims])  # dynamo traces no generator
     noisy = torch.float64 if not is_deployed(box.rounding) else box.dtype
     unit = 0.0 if box.rounding == "nearest" else bound_of_roundings(count + 16, noisy)
     size = torch.maximum(low.abs(), high.abs()).detach()

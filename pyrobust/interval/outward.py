@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyrobust.ops._interval_checks import operand_error
 from pyrobust.ops._interval_fallback import round_outward
+from pyrobust.ops._library import differentiation_transforms
 
 __all__ = [
     "UNIT",
@@ -50,7 +51,7 @@ def error_of_products(count: int, dtype: torch.dtype, rounding: str) -> float:
 
 def straight_through(value: Tensor, exact: Tensor) -> Tensor:
     """The numbers of ``exact`` with the gradient of ``value``."""
-    if not value.requires_grad:
+    if not value.requires_grad and not differentiation_transforms():
         return exact
     # value - value is exactly 0 where finite, so the sum is `exact` to the bit
     return exact.detach() + torch.nan_to_num(value - value.detach(), nan=0.0)

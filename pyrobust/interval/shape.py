@@ -17,7 +17,7 @@ __all__ = ["RULES", "to_dtype"]
 
 _VIEWS = (
     *("view", "reshape", "flatten", "unflatten", "permute", "transpose", "swapaxes", "swapdims"),
-    *("movedim", "moveaxis", "t", "unsqueeze", "squeeze", "expand", "broadcast_to", "chunk"),
+    *("movedim", "t", "unsqueeze", "squeeze", "expand", "broadcast_to", "chunk"),
     *("split", "tensor_split", "unbind", "narrow", "select", "diagonal", "contiguous", "detach"),
     "unfold",
 )
@@ -118,6 +118,7 @@ def _method(name: str) -> Any:
 RULES: dict[str, Rule] = {
     **{name: on_ends(_method(name), view=True) for name in _VIEWS},
     **{name: on_ends(_method(name)) for name in _MOVES},
+    "moveaxis": on_ends(torch.movedim, view=True),  # torch.vmap knows movedim only
     "__getitem__": lambda x, index: require_box(x, "indexing")[index],
     "cat": _cat,
     "concat": _cat,
