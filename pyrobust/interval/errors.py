@@ -114,9 +114,8 @@ def check_ends(lower: Any, upper: Any) -> None:
         )
     if lower.numel() == 0 or not visible(lower, upper):
         return
-    width = (upper - lower).detach()
-    # the width is infinite or NaN where an end is
-    if float(width.amin()) >= 0 and math.isfinite(float(width.sum())):
+    least, most = (upper - lower).aminmax()
+    if least.item() >= 0 and most.item() < math.inf:  # infinite or NaN where an end is
         return
     if bool((lower.isnan() | upper.isnan()).any()):
         raise ValueError("Interval: lower and upper must not be NaN; they hold NaN values.")
