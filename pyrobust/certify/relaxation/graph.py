@@ -324,8 +324,11 @@ _MOVES = {
     "_pad", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
     "adaptive_avg_pool3d", "getitem", "swapaxes", "movedim", "unflatten", "pixel_shuffle",
     "repeat", "tile", "narrow", "select", "flip", "positive", "linear", "conv1d", "conv2d",
-    "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+    "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "matmul", "__matmul__",
+    "bmm", "mm", "cumsum", "index_select", "roll", "tril", "triu", "moveaxis", "concatenate",
+    "repeat_interleave", "pixel_unshuffle",
 }  # fmt: skip
+_MATRICES = {"matmul", "__matmul__", "bmm", "mm"}
 _OUTER = {"neg", "sub", "isub", "rsub"}
 _SCALED = {"mul", "imul", "div", "truediv", "itruediv", "true_divide", "multiply"}
 _ALIASES = {
@@ -386,7 +389,9 @@ def _alike(step: Step, values: dict[fx.Node, Any]) -> bool:
 
 
 def _signed(name: str, node: fx.Node, boxes: set[fx.Node]) -> bool:
-    """Whether an option makes the coefficients negative, or a box is the weight of a layer."""
+    """Whether an option makes the coefficients negative, or both factors are boxes."""
+    if name in _MATRICES and len(boxes) != 1:
+        return True
     if name in ("linear", "addmm") or name.startswith("conv"):
         return any(a in boxes for a in node.args[1:] if isinstance(a, fx.Node))
     padded = name in ("pad", "_pad") and (len(node.args) > 3 or bool(node.kwargs.get("value")))

@@ -81,6 +81,14 @@ BROKEN_UP = {
         _attend, [12], (3, 4), 12, nn.MultiheadAttention(4, 2, batch_first=True)
     ),
     "encoder layer": _module(lambda: _encoder(norm_first=True, activation="gelu"), [8], (2, 4), 8),
+    "encoder": _module(
+        lambda: nn.TransformerEncoder(
+            _encoder(activation="gelu"), 2, nn.LayerNorm(4), enable_nested_tensor=False
+        ),
+        [8],
+        (2, 4),
+        8,
+    ),
     "encoder layer, norm last": _module(_encoder, [8], (2, 4), 8),
 }
 

@@ -14,7 +14,7 @@ from pyrobust.certify.relaxation.compositions.parts import meet
 from pyrobust.certify.relaxation.compositions.site import Site, emit
 from pyrobust.certify.relaxation.compositions.softmax import masked_soft, soft
 
-__all__ = ["attention", "encoder_layer", "multi_head_attention"]
+__all__ = ["attention", "encoder", "encoder_layer", "multi_head_attention"]
 
 
 def attention(
@@ -108,7 +108,8 @@ def encoder_layer(
 ) -> Any:
     """``torch.nn.TransformerEncoderLayer`` without masks, norms first or last."""
     masked = src_mask is not None or src_key_padding_mask is not None
-    if masked or not layer.self_attn.batch_first or layer.training:
+    plain = all(type(n) is nn.LayerNorm and n.eps > 0 for n in (layer.norm1, layer.norm2))
+    if masked or not plain or not layer.self_attn.batch_first or layer.training:
         return None
     inner = site.at("self_attn", [site.shapes[0]] * 3)
 
@@ -131,3 +132,29 @@ def encoder_layer(
         return x + feed(norm("norm2", x))
     x = norm("norm1", x + attend(x))
     return norm("norm2", x + feed(x))
+
+
+def encoder(
+    site: Site,
+    module: nn.TransformerEncoder,
+    x: Any,
+    mask: Any = None,
+    src_key_padding_mask: Any = None,
+    is_causal: bool | None = None,
+) -> Any:
+    """``torch.nn.TransformerEncoder`` without masks."""
+    if mask is not None or src_key_padding_mask is not None:
+        return None
+    for i, layer in enumerate(module.layers):
+        plain = type(layer) is nn.TransformerEncoderLayer
+        x = encoder_layer(site.at(f"layers.{i}"), layer, x) if plain else None
+        if x is None:
+            return None
+    norm = module.norm
+    if norm is None:
+        return x
+    if type(norm) is not nn.LayerNorm or norm.eps <= 0:
+        return None
+    at = site.at("norm")
+    affine = at.parameter(norm, "weight"), at.parameter(norm, "bias")
+    return layer_normed(x, tuple(norm.normalized_shape), *affine, norm.eps)

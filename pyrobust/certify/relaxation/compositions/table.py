@@ -100,4 +100,5 @@ MODULES: dict[type[nn.Module], Rule] = {
     nn.AdaptiveMaxPool3d: _pool(F.adaptive_max_pool3d, "output_size"),
     nn.MultiheadAttention: attention.multi_head_attention,
     nn.TransformerEncoderLayer: attention.encoder_layer,
+    nn.TransformerEncoder: attention.encoder,
 }
