@@ -23,6 +23,8 @@ from pyrobust._checks import (
     check_shape,
 )
 from pyrobust.certify.relaxation import crown_bound
+from pyrobust.certify.relaxation.graph import trace_graph
+from pyrobust.certify.relaxation.memory import images_at_a_time
 from pyrobust.interval import Interval
 from pyrobust.interval.attention import matmul
 from pyrobust.interval.outward import UNIT, bound_of_roundings, enclose, error_of_products
@@ -58,10 +60,12 @@ def bound(
             bounds of the hidden values; ``"crown"``, relaxation throughout; ``"alpha-crown"``, with
             optimised slopes. Each is at least as tight as those before it, up to rounding
             ("crown-ibp" and "crown" are intersected with "ibp"), and takes longer.
-        max_memory: bytes that the relaxation may use at a time, beyond the model and the box;
-            images, specifications and neurons are split accordingly, down to one of each. Kept
-            within 10% where one of each and copies of the weights fit (one copy, or in sound modes
-            three in float64), without gradients.
+        max_memory: bytes to use at a time, beyond the model and the box, as torch's allocator
+            counts them: images, specifications and neurons are split accordingly, down to one of
+            each. Kept within 10% where no gradients are recorded (``torch.no_grad()``, or nothing
+            requires one); where they are, everything stays in memory until they are taken and the
+            argument splits only the coefficients. ``"ibp"`` splits images of models that torch.fx
+            can trace, for limits below the default.
         iterations: optimisation steps of ``"alpha-crown"``, ``>= 1``.
         lower_only: bound upper ends by intervals only, which halves the work of the relaxation on
             the specification; margins need no more.
@@ -73,7 +77,8 @@ def bound(
     Raises:
         TypeError: ``x`` is not an Interval.
         ValueError: ``method`` is unknown, ``spec`` does not fit the output, or a relaxation is
-            asked of a box with ``rounding="deployed"``, for which only "ibp" holds.
+            asked of a box with ``rounding="deployed"``, for which only "ibp" holds; one image and
+            one function do not fit ``max_memory``.
         NotImplementedError: an operation of the model has no rule.
 
     Example:
@@ -96,7 +101,7 @@ def bound(
     if spec is not None:
         check_float_tensor("bound", "spec", spec)
     if method == "ibp":
-        return _interval_bound(model, x, spec)
+        return _in_parts(model, x, spec, max_memory)
     return crown_bound(
         model,
         x,
@@ -107,6 +112,26 @@ def bound(
         lower_only=lower_only,
         plain=_of_output,
     )
+
+
+def _in_parts(model: nn.Module, x: Interval, spec: Tensor | None, max_memory: int) -> Interval:
+    """Interval propagation, of as many images at a time as fit a limit below the default."""
+    if max_memory >= MEMORY or x.ndim == 0:
+        return _interval_bound(model, x, spec)
+    try:
+        graph, root = trace_graph(model, "bound")
+    except TypeError:
+        return _interval_bound(model, x, spec)
+    images = images_at_a_time(graph, root, x, max_memory)
+    if images >= len(x):
+        return _interval_bound(model, x, spec)
+    found = []
+    for first in range(0, len(x), images):
+        part = slice(first, first + images)
+        own = spec if spec is None or spec.ndim == 2 else spec[part]
+        found.append(_interval_bound(model, x[part], own))
+    lower, upper = torch.cat([f.lower for f in found]), torch.cat([f.upper for f in found])
+    return wrap(lower, upper, found[0].rounding)
 
 
 def _interval_bound(model: nn.Module, x: Interval, spec: Tensor | None) -> Interval:

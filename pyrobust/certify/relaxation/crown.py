@@ -71,7 +71,7 @@ def crown_bound(
     """
     graph, root = trace_graph(model, "bound")
     graph = decomposed(graph, root, x.lower[:1])
-    split = split_of(graph, root, x, max_memory, method == "alpha-crown")
+    split = split_of(graph, root, x, spec, max_memory, method == "alpha-crown")
     work = Work(method, split.coefficients, iterations, learning_rate, intersect, lower_only, plain)
     if split.images >= len(x):
         return _bound_part(graph, root, x, spec, work)

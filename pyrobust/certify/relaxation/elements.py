@@ -10,7 +10,7 @@ from pyrobust.certify.relaxation.convolution import is_plain
 from pyrobust.certify.relaxation.frames import WHOLE, Frame, Window
 from pyrobust.interval.outward import UNIT
 
-__all__ = ["element_bounds", "pair_bounds"]
+__all__ = ["element_bounds", "pair_bounds", "starts_in_window"]
 
 
 def element_bounds(
@@ -60,14 +60,18 @@ def pair_bounds(problem: Problem, node: fx.Node, images: Tensor, elements: Tenso
         rows, start, frame = _one_hot(problem, node, elements), node, Frame(images)
     elif affine.weight is not None and len(shape) == 1:
         rows, start, frame = affine.weight[elements], step.inputs[0], Frame(images)
-    elif affine.weight is None or not is_plain(affine.options):
+    elif not starts_in_window(problem, node):
         rows, start, frame = _one_hot(problem, node, elements), node, Frame(images)
     else:
-        assert affine.options is not None
         size = shape[1:].numel()
         places = torch.stack([elements % size // shape[2], elements % shape[2]])
-        window = Window.at(places).before(affine.options["stride"], affine.options["padding"])
-        rows, start = affine.weight[elements // size], step.inputs[0]
+        window, channels = Window.at(places), elements // size
+        if affine.weight is None or affine.options is None:  # a sum of convolutions, or a norm
+            rows, start = problem.boxes[node].lower.new_zeros(len(elements), shape[0]), node
+            rows = rows.scatter_(1, channels.unsqueeze(1), 1.0)[:, :, None, None]
+        else:
+            window = window.before(affine.options["stride"], affine.options["padding"])
+            rows, start = affine.weight[channels], step.inputs[0]
         frame = Frame(images, window)
     bounds: Tensor = lower_bounds(problem, start, torch.stack([rows, -rows]), problem.lines, frame)
     offset = None if start is node else offset_of(problem, step)
@@ -76,6 +80,14 @@ def pair_bounds(problem: Problem, node: fx.Node, images: Tensor, elements: Tenso
     flat = offset.expand(-1, *shape).flatten(1)
     value = flat[images if len(flat) > 1 else 0, elements]
     return _raised(problem, bounds, torch.stack([value, -value]))
+
+
+def starts_in_window(problem: Problem, node: fx.Node) -> bool:
+    """Whether an element of a value is pulled back as a window of one place."""
+    affine = problem.step_of(node).affine
+    if affine is None or len(problem.shape(node)) != 3:
+        return False
+    return affine.local if affine.weight is None else is_plain(affine.options)
 
 
 def _one_hot(problem: Problem, node: fx.Node, elements: Tensor) -> Tensor:

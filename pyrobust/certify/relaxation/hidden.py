@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, fx
 
 from pyrobust.certify.relaxation.backward import Problem
-from pyrobust.certify.relaxation.elements import element_bounds, pair_bounds
+from pyrobust.certify.relaxation.elements import element_bounds, pair_bounds, starts_in_window
 from pyrobust.certify.relaxation.frames import WHOLE, Frame
 from pyrobust.certify.relaxation.graph import Step
 
-__all__ = ["ALPHA_COPIES", "hidden_bounds", "rows_that_fit"]
+__all__ = ["ALPHA_COPIES", "COPIES", "hidden_bounds", "rows_that_fit"]
 
 # Copies of the coefficients of the largest value that are alive at once, measured; convolutions of
 # few channels make most of them, whose layout inside has a multiple of 16.
-_COPIES = {False: 14, True: 24}  # in sound mode magnitudes too
+COPIES = {False: 14, True: 24}  # in sound mode magnitudes too
 # Numbers kept per number of all values and row whose slopes are optimised.
 ALPHA_COPIES = 24
 # Undecided elements of an image from which units that are off pay for passes of their own.
@@ -42,7 +42,7 @@ def rows_that_fit(problem: Problem, max_memory: int) -> int:
 
 def _fitting(problem: Problem, largest: int, max_memory: int) -> int:
     item = next(iter(problem.boxes.values())).lower.element_size()
-    rows = max_memory // (largest * item * _COPIES[problem.sound])
+    rows = max_memory // (largest * item * COPIES[problem.sound])
     if not torch.is_grad_enabled():
         rows = min(rows, max(_CACHE // (largest * item), _FEWEST))
     return max(rows, 1)
@@ -107,19 +107,34 @@ def _image_by_image(
 
 
 def _widest(problem: Problem, node: fx.Node) -> int:
-    """Coefficients of one element at the value where they are most."""
-    windows: dict[fx.Node, list[int] | None] = {node: [1, 1]}
+    """Coefficients of one element where they are most, of all values that wait for their turn."""
+    start: list[int] | None = [1, 1] if starts_in_window(problem, node) else None
+    windows: dict[fx.Node, list[int] | None] = {node: start}
     widest = 1
     for step in reversed(problem.steps):
         if step.node not in windows:
             continue
-        shape, window = list(problem.shape(step.node)), windows[step.node]
-        if window is not None and (len(shape) != 3 or math.prod(window) >= math.prod(shape[1:])):
+        counts = [_count(problem.shape(n), window) for n, window in windows.items()]
+        widest = max(widest, sum(counts))
+        window = windows.pop(step.node)
+        if _count(problem.shape(step.node), window) >= problem.shape(step.node).numel():
             window = None
-        widest = max(widest, math.prod(shape if window is None else [shape[0], *window]))
         for entering in step.inputs:
-            windows[entering] = None if window is None else _before(step, window)
+            before = None if window is None else _before(step, window)
+            other = windows.get(entering, [0, 0])
+            if before is None or other is None:
+                windows[entering] = None
+            else:
+                windows[entering] = [max(pair) for pair in zip(before, other, strict=True)]
     return widest
+
+
+def _count(shape: torch.Size, window: list[int] | None) -> int:
+    """Coefficients of a window of a value, or of all of it."""
+    whole = shape.numel()
+    if window is None or len(shape) != 3:
+        return whole
+    return min(shape[0] * math.prod(window), whole)
 
 
 def _before(step: Step, window: list[int]) -> list[int] | None:

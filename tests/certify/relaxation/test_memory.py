@@ -7,6 +7,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from pyrobust import Interval
 from pyrobust.certify import bound
+from pyrobust.certify.relaxation import elements, hidden
 
 
 def peak(call):
@@ -30,16 +31,50 @@ def convolutions():
     ).eval()  # fmt: skip
 
 
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(1, 4, 3, stride=2, padding=1)
+        self.second, self.third = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(2))
+        self.last = nn.Linear(4 * 64, 10)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        return self.last((x + self.third(self.second(x).relu())).relu().flatten(1))
+
+
+def residual():
+    torch.manual_seed(0)
+    return Residual().eval()
+
+
+def dense():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(256, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(),
+        nn.Linear(100, 10),
+    ).eval()  # fmt: skip
+
+
+# with limits in MiB
+CASES = {
+    "convolutions": (convolutions, (12, 6)),
+    "residual": (residual, (8, 4)),
+    "dense": (dense, (3, 2)),
+}
+
+
 @pytest.mark.parametrize("rounding", ["nearest", "real"])
 @pytest.mark.parametrize("method", ["crown-ibp", "crown", "alpha-crown"])
-def test_a_bound_keeps_within_its_memory(method, rounding):
-    model, x = convolutions(), torch.rand(12, 1, 16, 16)
+@pytest.mark.parametrize("name", CASES)
+def test_a_bound_keeps_within_its_memory(name, method, rounding):
+    make, limits = CASES[name]
+    model, x = make(), torch.rand(6, 1, 16, 16)
     box = Interval.ball(x, 0.05, rounding=rounding)
     with torch.no_grad():
         whole = bound(model, box, method=method, iterations=1)
-        free = peak(lambda: bound(model, box, method=method, iterations=1))
-        for mebibytes in (16, 8, 3):
-            limit = mebibytes << 20
+        for mebibytes in limits:
+            limit = int(mebibytes * 2**20)
             split = {}
             used = peak(
                 lambda limit=limit, split=split: split.update(
@@ -49,7 +84,48 @@ def test_a_bound_keeps_within_its_memory(method, rounding):
             assert used <= 1.1 * limit
             torch.testing.assert_close(split["bounds"].lower, whole.lower, rtol=1e-3, atol=1e-3)
             torch.testing.assert_close(split["bounds"].upper, whole.upper, rtol=1e-3, atol=1e-3)
-    assert free > 1.1 * limit  # or the limit would have meant nothing
+        if method == "alpha-crown" and name == "convolutions":
+            free = peak(lambda: bound(model, box, method=method, iterations=1))
+            assert free > 1.1 * limits[-1] * 2**20  # or the limit would have meant nothing
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "real"])
+def test_intervals_keep_within_their_memory(rounding):
+    model = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.GELU(), nn.Conv2d(8, 8, 3, padding=1))
+    box = Interval.ball(torch.rand(24, 1, 16, 16), 0.05, rounding=rounding)
+    with torch.no_grad():
+        whole = model(box)
+        free = peak(lambda: bound(model, box))
+        for limit in (free // 2, free // 4):
+            split = {}
+            used = peak(
+                lambda limit=limit, split=split: split.update(
+                    bounds=bound(model, box, max_memory=limit)
+                )
+            )
+            assert used <= 1.1 * limit + 16 * whole.numel()  # the result itself, twice
+            torch.testing.assert_close(split["bounds"].lower, whole.lower, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["ibp", "crown-ibp", "crown", "alpha-crown"])
+def test_a_limit_below_one_image_and_one_function_is_refused(method):
+    model, box = dense(), Interval.ball(torch.rand(3, 1, 16, 16), 0.05)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=r"bound: max_memory must be at least \d+ bytes"):
+            bound(model, box, method=method, max_memory=1000)
+        with pytest.raises(ValueError) as refusal:
+            bound(model, box, method=method, max_memory=1000)
+        least = int(str(refusal.value).split("at least ")[1].split(" bytes")[0])
+        used = peak(lambda: bound(model, box, method=method, iterations=1, max_memory=least))
+        assert used <= 1.1 * least
+
+
+def test_with_gradients_nothing_is_divided_or_refused():
+    model, box = dense(), Interval.ball(torch.rand(3, 1, 16, 16), 0.05, rounding="nearest")
+    for method in ("ibp", "crown-ibp"):
+        lower = bound(model, box, method=method, max_memory=1000).lower
+        torch.testing.assert_close(lower, bound(model, box, method=method).lower)
+        assert lower.requires_grad
 
 
 def test_a_model_that_mixes_images_is_not_divided():
@@ -59,14 +135,28 @@ def test_a_model_that_mixes_images_is_not_divided():
 
     box = Interval.ball(torch.ones(4, 3), 0.1)  # the images are alike
     with pytest.raises(NotImplementedError, match="must keep the batch as its first axis"):
-        bound(Mixing(), box, method="crown", max_memory=1)
+        bound(Mixing(), box, method="crown", max_memory=1 << 20)
 
 
 def test_specifications_of_single_images_are_divided_with_them():
     model, x = convolutions(), torch.rand(5, 1, 16, 16)
     box = Interval.ball(x, 0.02)
     spec = torch.randn(5, 3, 10)
-    whole = bound(model, box, spec, "crown")
-    parts = bound(model, box, spec, "crown", max_memory=1)
+    with torch.no_grad():
+        whole = bound(model, box, spec, "crown")
+        parts = bound(model, box, spec, "crown", max_memory=3 << 20)
     torch.testing.assert_close(parts.lower, whole.lower, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(parts.upper, whole.upper, rtol=1e-4, atol=1e-5)
+
+
+def test_elements_of_sums_are_pulled_back_in_windows(monkeypatch):
+    model, box = residual().double(), Interval.ball(torch.rand(2, 1, 16, 16).double(), 0.05)
+    with torch.no_grad():
+        windows = bound(model, box, method="crown")
+        used = peak(lambda: bound(model, box, method="crown"))
+        for module in (elements, hidden):
+            monkeypatch.setattr(module, "starts_in_window", lambda problem, node: False)
+        whole = bound(model, box, method="crown")
+        assert used < 0.7 * peak(lambda: bound(model, box, method="crown"))
+    torch.testing.assert_close(windows.lower, whole.lower, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(windows.upper, whole.upper, rtol=1e-9, atol=1e-9)
