@@ -1,11 +1,17 @@
-"""The table of packed products: its cells, its text, and its place in ``bench/results``."""
+"""The table of packed products: its cells, its text, and its place in ``bench/results``.
+
+What was measured lies beside the text as JSON, so that a run may fill in some columns of a table
+and leave the others as they were: a column, one number of rows of x, is always of one run.
+"""
 
 from __future__ import annotations
 
+import json
 import platform
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from . import limits
 from .peer import Peer
@@ -17,7 +23,7 @@ A cell: microseconds, GB/s of packed weights, for ours the fastest other product
 for weights of this size, or multiplications over those of `vpdpbusd` from registers, whichever is
 longer. "hot" uses a weight again and again, "beyond cache" reads 128 MiB of other data in between.
 Times are the least of interleaved rounds; one thread is timed by its own clock, since the machine
-is shared.
+is shared. Products that are far too slow with few rows are left out with more.
 """
 
 
@@ -32,14 +38,26 @@ def processor() -> str:
     return re.sub(r"\W+", "-", name).strip("-").lower()
 
 
+@dataclass(frozen=True)
+class Measured:
+    """One cell: a product with one number of rows of x; ``limit`` is what the machine needs."""
+
+    bits: float
+    ours: bool
+    nbytes: int
+    seconds: float
+    limit: float
+
+
 @dataclass
 class Section:
-    """One shape, number of threads and state of the caches: seconds by kind and rows of x."""
+    """One shape, number of threads and state of the caches: cells by rows of x and name."""
 
     shape: tuple[int, int]
     threads: int
     cold: bool
-    seconds: dict[int, dict[Peer, float]] = field(default_factory=dict)
+    columns: dict[int, dict[str, Measured]] = field(default_factory=dict)
+    bounds: dict[int, str] = field(default_factory=dict)  # the limits measured with each column
 
     @property
     def title(self) -> str:
@@ -48,15 +66,25 @@ class Section:
         state = "beyond cache" if self.cold else "hot"
         return f"Packed matmul, {rows} x {cols}, {self.threads} threads, {state}"
 
-    def best_peer(self, kind: Peer, batch: int) -> float:
-        """Seconds of the fastest other product of the width of ``kind``, or dense."""
+    def add(self, batch: int, seconds: dict[Peer, float]) -> None:
+        """Put the column of ``batch`` in the place of an earlier one."""
+        self.columns[batch] = {
+            kind.name: Measured(kind.bits, kind.ours, kind.nbytes, took, self._limit(kind, batch))
+            for kind, took in seconds.items()
+        }
+        size = limits.BEYOND_CACHE if self.cold else 8 << 20
+        speed, rate = limits.bandwidth(size, self.threads), self.threads * limits.int8_rate()
+        self.bounds[batch] = f"{speed / 1e9:.1f} GB/s, {rate / 1e9:.0f} GOP/s"
+
+    def best_peer(self, bits: float, batch: int) -> float:
+        """Seconds of the fastest other product of that width, or dense."""
         return min(
-            seconds
-            for other, seconds in self.seconds[batch].items()
-            if not other.ours and other.bits in (kind.bits, 16, 32)
+            cell.seconds
+            for cell in self.columns[batch].values()
+            if not cell.ours and cell.bits in (bits, 16, 32)
         )
 
-    def limit(self, kind: Peer, batch: int) -> float:
+    def _limit(self, kind: Peer, batch: int) -> float:
         """Seconds that the machine needs at least, by memory and by 8-bit arithmetic."""
         size = limits.BEYOND_CACHE if self.cold else kind.nbytes
         reading = kind.nbytes / limits.bandwidth(size, self.threads)
@@ -64,32 +92,54 @@ class Section:
         work = 2 * batch * self.shape[0] * self.shape[1]
         return max(reading, work / rate if rate else 0.0)
 
-    def cell(self, kind: Peer, batch: int) -> str:
+    def cell(self, name: str, batch: int) -> str:
         """One cell of the table; empty where the kind was left out as far too slow."""
-        seconds = self.seconds[batch].get(kind)
-        if seconds is None:
+        cell = self.columns[batch].get(name)
+        if cell is None:
             return " " * 28
-        ratio = f"{self.best_peer(kind, batch) / seconds:5.2f}x" if kind.ours else " " * 6
-        rate, share = kind.nbytes / seconds / 1e9, self.limit(kind, batch) / seconds
-        return f"{1e6 * seconds:9.0f} {rate:6.1f} {ratio}{share:5.0%}"
+        best = self.best_peer(cell.bits, batch)
+        ratio = f"{best / cell.seconds:5.2f}x" if cell.ours else " " * 6
+        rate, share = cell.nbytes / cell.seconds / 1e9, cell.limit / cell.seconds
+        return f"{1e6 * cell.seconds:9.0f} {rate:6.1f} {ratio}{share:5.0%}"
 
     def text(self) -> str:
         """The section as Markdown, with its heading."""
-        kinds = list(next(iter(self.seconds.values())))
-        lines = [" " * 32 + "".join(f"{f'M={m}':>28}" for m in self.seconds)]
-        lines += [
-            f"{kind.name:32}" + "".join(self.cell(kind, m) for m in self.seconds) for kind in kinds
-        ]
+        batches = sorted(self.columns)
+        names = list(dict.fromkeys(name for m in batches for name in self.columns[m]))
+        lines = [" " * 32 + "".join(f"{f'M={m}':>28}" for m in batches)]
+        lines += [f"{name:32}" + "".join(self.cell(name, m) for m in batches) for name in names]
         body = "\n".join(line.rstrip() for line in lines)
         size = limits.BEYOND_CACHE if self.cold else 8 << 20
-        speed = limits.bandwidth(size, self.threads) / 1e9
-        bound = f"Measured: {speed:.1f} GB/s read of {size >> 20} MiB, "
-        bound += f"{self.threads * limits.int8_rate() / 1e9:.0f} GOP/s of `vpdpbusd`."
+        bound = "; ".join(f"M={m}: {self.bounds[m]}" for m in batches)
+        bound = f"Measured with each column, reading {size >> 20} MiB and `vpdpbusd`: {bound}."
         return f"## {self.title}\n{bound}\n```\n{body}\n```\n"
 
 
+def _data_path() -> Path:
+    return RESULTS / f"cpu-{processor()}.json"
+
+
+def _stored() -> dict[str, Any]:
+    stored: dict[str, Any] = {}
+    if _data_path().exists():
+        stored = json.loads(_data_path().read_text())
+    return stored
+
+
+def read_section(section: Section) -> None:
+    """Fill ``section`` with what earlier runs on this processor measured."""
+    found = _stored().get(section.title, {})
+    for batch, cells in found.get("columns", {}).items():
+        section.columns[int(batch)] = {name: Measured(**cell) for name, cell in cells.items()}
+        section.bounds[int(batch)] = found["bounds"][batch]
+
+
 def write_section(section: Section, command: str) -> Path:
-    """Put ``section`` into this processor's file, in place of an earlier one of the same title."""
+    """Put ``section`` into this processor's files, in place of an earlier one of the same title."""
+    stored = _stored()
+    cells = {m: {n: asdict(c) for n, c in found.items()} for m, found in section.columns.items()}
+    stored[section.title] = {"columns": cells, "bounds": section.bounds}
+    _data_path().write_text(json.dumps(stored, indent=1) + "\n")
     path = RESULTS / f"cpu-{processor()}.md"
     head = f"# {processor()}\n\nPacked matmul: `{command}`\n\n{LEGEND}"
     old = path.read_text() if path.exists() else head
@@ -98,5 +148,5 @@ def write_section(section: Section, command: str) -> Path:
     tables = [part for part in kept if part.startswith("## Packed matmul, ")]
     others = [part for part in kept if part not in tables]
     tables = sorted([*(t.rstrip() + "\n" for t in tables), section.text()])
-    path.write_text("\n".join([head, *tables, *(o.rstrip() + "\n" for o in others)]))
+    path.write_text("\n".join([parts[0], *tables, *(o.rstrip() + "\n" for o in others)]))
     return path

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyrobust.quantize import QTensor
 
+from .ggml_peers import ggml_peers
 from .graph_peers import onnxruntime_peers, openvino_peers
 from .peer import Call, Peer
 
@@ -21,6 +22,26 @@ def dense_peers(weight: Tensor) -> Iterator[Peer]:
     for name, dtype in (("torch float32", torch.float32), ("torch bfloat16", torch.bfloat16)):
         own = weight.to(dtype)
         yield Peer(name, 8 * own.element_size(), _linear(own), weight, own.nbytes)
+
+
+def prepacked_peers(weight: Tensor) -> Iterator[Peer]:
+    """The products of oneDNN with a weight in its own layout for the batch, as in torch.compile."""
+    for name, dtype in (
+        ("torch float32 packed", torch.float32),
+        ("torch bfloat16 packed", torch.bfloat16),
+    ):
+        own = weight.to(dtype)
+        yield Peer(name, 8 * own.element_size(), _prepacked(own), weight, own.nbytes)
+
+
+def _prepacked(weight: Tensor) -> Callable[[Tensor], Call]:
+    def prepare(x: Tensor) -> Call:
+        own = x.to(weight.dtype)
+        laid_out = torch.ops.mkldnn._reorder_linear_weight(weight, len(x))
+        product = torch.ops.mkldnn._linear_pointwise
+        return lambda: product(own, laid_out, None, "none", [], "")
+
+    return prepare
 
 
 def _linear(weight: Tensor) -> Callable[[Tensor], Call]:
@@ -38,6 +59,8 @@ def packed_peers(packed: QTensor) -> Iterator[Peer]:
         yield from _bitsandbytes(packed)
     if packed.bits == 8:
         yield _torch_int8(packed)
+        yield from _torchao(packed)
+    yield from ggml_peers(packed.bits, packed.dequantize())
     if packed.bits in (4, 8):
         yield from onnxruntime_peers(packed)
     if packed.bits in (2, 4, 8):
@@ -70,6 +93,24 @@ def _torch_int8(packed: QTensor) -> Peer:
         return lambda: torch.ops.aten._weight_int8pack_mm(half, codes, half_scale)
 
     return Peer("torch int8pack", 8, prepare, weight, codes.nbytes + half_scale.nbytes)
+
+
+def _torchao(packed: QTensor) -> Iterator[Peer]:
+    """Rows of weights and of activations rounded to 8 bits; its wheel has no kernels for CPUs."""
+    try:
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+    except ImportError:
+        return
+    layer = torch.nn.Linear(packed.shape[1], packed.shape[0], bias=False, dtype=torch.bfloat16)
+    weight = packed.dequantize()
+    layer.weight = torch.nn.Parameter(weight.bfloat16(), requires_grad=False)
+    quantize_(layer, Int8DynamicActivationInt8WeightConfig())
+
+    def prepare(x: Tensor) -> Call:
+        half = x.bfloat16()
+        return lambda: layer(half)
+
+    yield Peer("torchao 8 bits, int8", 8, prepare, weight, weight.numel() + 4 * len(weight))
 
 
 def _bitsandbytes(packed: QTensor) -> Iterator[Peer]:
