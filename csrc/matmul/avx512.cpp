@@ -34,6 +34,10 @@ void wide_prepare(const PackedMatrix& w, Mode mode, const Activations& x, int64_
     } else {
       prepare_wide_row(w, row, x.type, m, out, step + m);
     }
+    for (int p = 0; !out.tiled() && p < out.parts; ++p) {
+      if (out.has_trits()) spread_trits(w, out, m, p);
+      if (out.bits == 4) zip_pairs(w, out.q + (p * rows + m) * out.stride);
+    }
   }
 }
 
@@ -50,12 +54,15 @@ void multiply_wide_bits(const PackedMatrix& w, Mode mode, const Block& block, in
 void wide_multiply(const PackedMatrix& w, Mode mode, const Block& block, int64_t begin, int64_t end,
                    const Output& out, void* scratch) {
   if (!is_wide(w, mode)) return multiply(w, mode, block, begin, end, out, scratch);
+  static const bool has_vbmi = __builtin_cpu_supports("avx512vbmi") != 0;
   switch (stored_bits(w)) {
     case 1:
       return multiply_wide_bits<1>(w, mode, block, begin, end, out, scratch);
     case 2:
       return multiply_wide_bits<2>(w, mode, block, begin, end, out, scratch);
     case 3:
+      if (has_vbmi)
+        return multiply_wide_bits<kThreeByVbmi>(w, mode, block, begin, end, out, scratch);
       return multiply_wide_bits<3>(w, mode, block, begin, end, out, scratch);
     case 4:
       return multiply_wide_bits<4>(w, mode, block, begin, end, out, scratch);

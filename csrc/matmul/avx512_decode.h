@@ -34,10 +34,33 @@ inline int wide_order(int bits, int p) {
   }
 }
 
+// Three bits where the processor has AVX-512 VBMI, which these files are not compiled for: stands
+// for the width in templates.
+constexpr int kThreeByVbmi = -3;
+// Codes of five to a byte (avx512_trits.h).
+constexpr int kFiveToAByte = -5;
+constexpr int width_of(int bits) {
+  return bits == kThreeByVbmi ? 3 : bits == kFiveToAByte ? 2 : bits;
+}
+
+// The three bytes of eight codes to each qword, then the byte from bit 0, 3, 6, ... 21 on of it.
+inline __m512i wide_bytes_by_vbmi(const uint8_t* codes) {
+  const __m512i step =
+      _mm512_setr_epi64(0, 0x030303, 0x060606, 0x090909, 0x0c0c0c, 0x0f0f0f, 0x121212, 0x151515);
+  const __m512i places = _mm512_add_epi8(_mm512_set1_epi64(0x020100), step);
+  const __m512i bits = _mm512_set1_epi64(0x15120f0c09060300);
+  __m512i v = _mm512_maskz_loadu_epi64(0x07, codes);
+  __asm__("vpermb %0, %1, %0" : "+v"(v) : "v"(places));
+  __asm__("vpmultishiftqb %0, %1, %0" : "+v"(v) : "v"(bits));
+  return _mm512_and_si512(v, _mm512_set1_epi8(7));
+}
+
 template <int kBits>
 inline __m512i wide_bytes(const uint8_t* codes) {
-  const __m512i mask = _mm512_set1_epi8((1 << kBits) - 1);
-  if constexpr (kBits == 1) {
+  const __m512i mask = _mm512_set1_epi8((1 << width_of(kBits)) - 1);
+  if constexpr (kBits == kThreeByVbmi) {
+    return wide_bytes_by_vbmi(codes);
+  } else if constexpr (kBits == 1) {
     int64_t bits;
     __builtin_memcpy(&bits, codes, sizeof(bits));
     const __m512i shift = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
@@ -133,12 +156,21 @@ inline void add_dots(__m512i& sum, __m512i codes, __m512i x) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(x));
 }
 
-// Lane i: the sum of the lanes of v[i].
+// Lane i: the sum of the lanes of v[i]. kSmall: sums of two lanes fit in 16 bits, so that packing
+// to these and adding neighbours takes the place of two shuffles and an addition.
+template <bool kSmall>
 inline __m512i sums_of_16(const __m512i* v) {
   __m512i four[4];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
     const __m512i *a = v + 4 * i, *b = a + 1, *c = a + 2, *d = a + 3;
+    if constexpr (kSmall) {
+      const auto neighbours = [](__m512i low, __m512i high) {
+        return _mm512_madd_epi16(_mm512_packs_epi32(low, high), _mm512_set1_epi16(1));
+      };
+      four[i] = neighbours(neighbours(*a, *b), neighbours(*c, *d));
+      continue;
+    }
     const __m512i ab =
         _mm512_add_epi32(_mm512_unpacklo_epi32(*a, *b), _mm512_unpackhi_epi32(*a, *b));
     const __m512i cd =

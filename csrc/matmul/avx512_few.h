@@ -3,7 +3,7 @@
 // taken together. This is bound by reading W where memory is the slower part.
 #pragma once
 
-#include "matmul/avx512_parts.h"
+#include "matmul/avx512_trits.h"
 
 namespace pyrobust::matmul {
 namespace {
@@ -22,7 +22,24 @@ struct FewRows {
   const int8_t* q;
   int64_t stride;
   __m512i table;
+  const int16_t* trits;  // of group 0 and row 0 of x
+  int64_t trit_steps, row_trits, per_group;
 };
+
+// 4 bits: the bytes of a row of x that meet two blocks of W at once, to the order of nibble_pair().
+inline void zip_pairs(const PackedMatrix& w, int8_t* row) {
+  const int64_t whole = packed_row_bytes(w.cols, w.levels) / 32;
+  const int64_t blocks = blocks_of(w), per_group = group_blocks(w);
+  for (int64_t begin = 0; begin < blocks; begin += per_group) {
+    const int64_t end = whole - begin < per_group ? whole : begin + per_group;
+    for (int64_t b = begin; b + 2 <= end; b += 2) {
+      int8_t *first = row + b * kBlock, *second = first + kBlock;
+      const IntegerPair x = zip_halves(_mm512_loadu_si512(first), _mm512_loadu_si512(second));
+      _mm512_storeu_si512(first, x.low);
+      _mm512_storeu_si512(second, x.high);
+    }
+  }
+}
 
 // Blocks of a group of 128 columns, the usual one: without tails (kWhole) its code has no loops,
 // which takes a tenth off one row of x at 4 bits.
@@ -34,7 +51,7 @@ template <int kBits, bool kBook, int kRows, bool kWhole>
 __attribute__((always_inline)) inline void few_sums(const FewRows<kRows>& from, int64_t b,
                                                     int64_t stop,
                                                     __m512i (&sum)[kRows * FewRows<kRows>::kWide]) {
-  constexpr int kWide = FewRows<kRows>::kWide, kBytes = 8 * kBits;
+  constexpr int kWide = FewRows<kRows>::kWide, kBytes = 8 * width_of(kBits);
   constexpr int64_t kAhead = 512;  // bytes of each row
   if (kWhole) stop = b + kUsualBlocks;
   const int64_t whole = kWhole || stop < from.rows->whole ? stop : from.rows->whole;
@@ -45,15 +62,22 @@ __attribute__((always_inline)) inline void few_sums(const FewRows<kRows>& from, 
   const __m512i table = from.table;
 #pragma GCC unroll 16
   for (int i = 0; i < kRows * kWide; ++i) sum[i] = _mm512_setzero_si512();
+  if constexpr (kBits == kFiveToAByte) {
+    if (b == stop) return;
+    const int64_t g = kWhole ? b / kUsualBlocks : b / from.per_group;
+    const int64_t steps = kWhole ? 1 : from.trit_steps;
+    add_trits<kRows, kWide>(from.base, from.pitch, b * kBlock / kTritsPerByte, steps,
+                            from.trits + g * steps * kStepFactors, from.row_trits, sum);
+    return;
+  }
   if constexpr (kBits == 4) {
     for (; b + 2 <= whole; b += 2) {
       __m512i low[kRows], high[kRows];
 #pragma GCC unroll 4
       for (int m = 0; m < kRows; ++m) {
         const int8_t* at = from.q + m * from.stride + b * kBlock;
-        const IntegerPair x = zip_halves(_mm512_loadu_si512(at), _mm512_loadu_si512(at + kBlock));
-        low[m] = x.low;
-        high[m] = x.high;
+        low[m] = _mm512_loadu_si512(at);
+        high[m] = _mm512_loadu_si512(at + kBlock);
       }
       const uint8_t* at = from.base + b * kBytes;
 #pragma GCC unroll 16
@@ -104,16 +128,28 @@ __attribute__((always_inline)) inline __m512i lane_sums_of(const FewRows<kRows>&
 #pragma GCC unroll 8
     for (int i = 0; i < kSums; ++i) sum[kSums + i] = part[i];
   }
-  return sums_of_16(sum);
+  // Eight products in each lane: at most 8 * 15 * 128, and twice that is below 2^15.
+  constexpr bool kSmall = kWhole && kBits <= 4 && kBits != kFiveToAByte && !kBook;
+  return sums_of_16<kSmall>(sum);
 }
 
 // The rows [first, first + count) of W, copied where W has fewer rows than a tile.
-template <bool kWhole, typename Rows>
+template <int kBits, bool kWhole, typename Rows>
 void point_to_rows(const PackedMatrix& w, int64_t first, const WideScratch& s, Rows* rows) {
   const int64_t row_bytes = packed_row_bytes(w.cols, w.levels);
-  if (kWhole && w.levels != kTernaryLevels && first + Rows::kWide <= w.rows) {
+  const bool in_place = kBits == kFiveToAByte || (kWhole && w.levels != kTernaryLevels);
+  if (in_place && first + Rows::kWide <= w.rows) {
     rows->pitch = row_bytes;
     rows->base = code_row(w, first);
+    return;
+  }
+  if (kBits == kFiveToAByte) {
+    for (int i = 0; i < Rows::kWide; ++i) {
+      const int64_t n = first + i < w.rows ? first + i : w.rows - 1;
+      __builtin_memcpy(s.expanded + i * row_bytes, code_row(w, n), static_cast<size_t>(row_bytes));
+    }
+    rows->pitch = row_bytes;
+    rows->base = s.expanded;
     return;
   }
   load_wide_codes(w, first, Rows::kWide, s);
@@ -163,12 +199,21 @@ void multiply_few(const PackedMatrix& w, const WideRows& x, const Block& block, 
   constexpr int kWide = Rows::kWide, kStep = kLanes / Rows::kGroups;
   const int64_t groups = groups_of(w), per_group = group_blocks(w), blocks = blocks_of(w);
   load_x_lanes<kRows>(x, groups, kStep, s);
-  Rows rows{nullptr, 0, s.rows, x.q, x.stride, codebook_table(w)};
+  Rows rows{nullptr,
+            0,
+            s.rows,
+            x.q,
+            x.stride,
+            codebook_table(w),
+            x.trits,
+            x.trit_steps,
+            groups * x.trit_steps * kStepFactors,
+            per_group};
   for (int64_t next = begin; next < end; next += kWide) {
     // The last rows once more where fewer are left than a tile holds.
     const int64_t last = w.rows - kWide > 0 ? w.rows - kWide : 0;
     const int64_t first = next < last ? next : last;
-    point_to_rows<kWhole>(w, first, s, &rows);
+    point_to_rows<kBits, kWhole>(w, first, s, &rows);
     load_lanes<kWide>(w, first, kStep, 0, next == begin, s);
     __m512d low = _mm512_setzero_pd(), high = low;
     for (int64_t g = 0, b = 0; g < groups; g += Rows::kGroups, b += Rows::kGroups * per_group) {

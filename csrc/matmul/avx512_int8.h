@@ -30,8 +30,8 @@ inline void unpack_block(const WideScratch& s, __m512i table, int64_t b, int64_t
   __m512i v[kLanes];
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) {
-    v[i] =
-        wide_values<kBits, kBook>(s.rows[t * 4 + i / kTile].block(i % kTile, b, 8 * kBits), table);
+    v[i] = wide_values<kBits, kBook>(
+        s.rows[t * 4 + i / kTile].block(i % kTile, b, 8 * width_of(kBits)), table);
     if constexpr (kBits == 1 && !kBook) v[i] = _mm512_add_epi8(v[i], v[i]);
   }
   transpose_16(v);
@@ -263,11 +263,8 @@ void multiply_panels(const PackedMatrix& w, const WideRows& x, const Block& bloc
 }
 
 template <int kBits, bool kBook>
-void multiply_wide(const PackedMatrix& w, Mode mode, const Block& block, int64_t begin, int64_t end,
-                   const Output& out, void* memory) {
-  const WideRows x(const_cast<void*>(block.data), w, block.rows, mode);
-  const WideScratch s(memory, w, block.rows);
-  if (x.tiled()) return multiply_panels<kBits, kBook>(w, x, block, begin, end, out, s);
+void multiply_few_bytes(const PackedMatrix& w, const WideRows& x, const Block& block, int64_t begin,
+                        int64_t end, const Output& out, const WideScratch& s) {
   if (x.parts == 2) {
     if (x.rows == 1) return multiply_few_rows<kBits, kBook, 2, 2>(w, x, block, begin, end, out, s);
     return multiply_few_rows<kBits, kBook, 4, 2>(w, x, block, begin, end, out, s);
@@ -282,6 +279,19 @@ void multiply_wide(const PackedMatrix& w, Mode mode, const Block& block, int64_t
     default:
       return multiply_few_rows<kBits, kBook, kFewRows>(w, x, block, begin, end, out, s);
   }
+}
+
+template <int kBits, bool kBook>
+void multiply_wide(const PackedMatrix& w, Mode mode, const Block& block, int64_t begin, int64_t end,
+                   const Output& out, void* memory) {
+  const WideRows x(const_cast<void*>(block.data), w, block.rows, mode);
+  const WideScratch s(memory, w, block.rows);
+  if (x.tiled()) return multiply_panels<kBits, kBook>(w, x, block, begin, end, out, s);
+  if constexpr (kBits == 2 && !kBook) {
+    if (x.has_trits())
+      return multiply_few_bytes<kFiveToAByte, false>(w, x, block, begin, end, out, s);
+  }
+  multiply_few_bytes<kBits, kBook>(w, x, block, begin, end, out, s);
 }
 
 }  // namespace

@@ -51,7 +51,6 @@ inline IntegerPair parts_64(const void* x, FloatType type, int64_t k, int64_t co
 inline void prepare_parts_row(const PackedMatrix& w, const void* x, FloatType type, int64_t m,
                               const WideRows& out) {
   const int64_t blocks = blocks_of(w), groups = groups_of(w), per_group = group_blocks(w);
-  const int bits = stored_bits(w);
   for (int64_t g = 0, b = 0; g < groups; ++g) {
     const int64_t stop = blocks - b < per_group ? blocks : b + per_group;
     const int64_t end = stop * kBlock < w.cols ? stop * kBlock : w.cols;
@@ -64,8 +63,8 @@ inline void prepare_parts_row(const PackedMatrix& w, const void* x, FloatType ty
                                     : IntegerPair{_mm512_setzero_si512(), _mm512_setzero_si512()};
       sum[0] = _mm512_dpbusd_epi32(sum[0], _mm512_set1_epi8(1), parts.high);
       sum[1] = _mm512_dpbusd_epi32(sum[1], _mm512_set1_epi8(1), parts.low);
-      out.store(bits, parts.high, m, 0, b);
-      out.store(bits, parts.low, m, 1, b);
+      out.store(parts.high, m, 0, b);
+      out.store(parts.low, m, 1, b);
     }
     out.step[m * groups + g] = step;
     for (int part = 0; part < 2; ++part) {

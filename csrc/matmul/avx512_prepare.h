@@ -10,6 +10,7 @@ namespace {
 
 constexpr int64_t kLanes = 16;
 constexpr int64_t kFewRows = 4;   // rows of x up to which no panel of W is made
+constexpr int64_t kTritRows = 2;  // rows of bytes up to which trits are not unpacked
 constexpr int64_t kTileRows = 8;  // rows of x that meet a panel together
 
 // Prepared x: bytes, then the steps of 16-bit activations and the sums of the bytes, per row and
@@ -20,28 +21,42 @@ constexpr int64_t kTileRows = 8;  // rows of x that meet a panel together
 // same sets of the cache.)
 struct WideRows {
   int8_t* q;
-  double* step;    // (rows, groups), where there are two parts
-  int32_t* q_sum;  // (rows, parts, groups)
+  double* step;              // (rows, groups), where there are two parts
+  int32_t* q_sum;            // (rows, parts, groups)
+  int16_t* trits = nullptr;  // few rows and ternary codes: avx512_trits.h
+  int64_t trit_steps = 0;    // of a group
   int64_t stride, rows;
   int parts;
+  int bits;  // whose order the bytes have
   int64_t used;
 
   WideRows(void* data, const PackedMatrix& w, int64_t count, Mode mode)
-      : stride(blocks_of(w) * kBlock), rows(count), parts(mode == Mode::kParts ? 2 : 1) {
+      : stride(blocks_of(w) * kBlock),
+        rows(count),
+        parts(mode == Mode::kParts ? 2 : 1),
+        bits(stored_bits(w)) {
     const int64_t groups = groups_of(w), all = rows * parts;
     const int64_t padded = tiled() ? round_up(rows, x_rows()) * parts : all;
     Arena arena{static_cast<char*>(data)};
     q = arena.take<int8_t>(padded * stride);
     step = arena.take<double>(parts == 2 ? rows * groups : 0);
     q_sum = arena.take<int32_t>(all * groups);
+    if (w.levels == kTernaryLevels && w.codebook == nullptr && all <= kTritRows) {
+      const int64_t columns = w.group_size < w.cols ? w.group_size : w.cols;
+      const int64_t step = 32 * kTritsPerByte;  // columns
+      trit_steps = (columns + 2 * (kTritsPerByte - 1) + step - 1) / step;
+      trits = arena.take<int16_t>(all * groups * trit_steps * step);
+      bits = 8;
+    }
     used = arena.used;
   }
+  bool has_trits() const { return trit_steps > 0; }
   bool tiled() const { return rows * parts > kFewRows; }
   int64_t x_rows() const { return kTileRows / parts; }  // rows of x in a tile
   const int8_t* tile(int64_t m) const { return q + m / x_rows() * kTileRows * stride; }
 
   // 64 columns of a part of row m, in the order of wide_bytes(), to block b.
-  void store(int bits, __m512i bytes, int64_t m, int part, int64_t b) const {
+  void store(__m512i bytes, int64_t m, int part, int64_t b) const {
     if (!tiled()) return store_ordered(bits, bytes, q + (part * rows + m) * stride + b * kBlock);
     int8_t ordered[kBlock];
     store_ordered(bits, bytes, ordered);
@@ -111,7 +126,6 @@ inline __m512i quantize_64(const void* x, FloatType type, int64_t k, int64_t col
 inline void prepare_wide_row(const PackedMatrix& w, const void* x, FloatType type, int64_t m,
                              const WideRows& out, double* step) {
   const int64_t blocks = blocks_of(w), groups = groups_of(w), per_group = group_blocks(w);
-  const int bits = stored_bits(w);
   *step = step_of(x, type, 0, w.cols, 127.0);
   const bool some = *step > 0.0;
   const __m512d divisor = _mm512_set1_pd(*step);
@@ -122,7 +136,7 @@ inline void prepare_wide_row(const PackedMatrix& w, const void* x, FloatType typ
       const __m512i q =
           some ? quantize_64(x, type, b * kBlock, w.cols, divisor) : _mm512_setzero_si512();
       sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), q);
-      out.store(bits, q, m, 0, b);
+      out.store(q, m, 0, b);
     }
     out.q_sum[m * groups + g] = _mm512_reduce_add_epi32(sum);
   }
