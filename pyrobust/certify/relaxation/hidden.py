@@ -23,6 +23,8 @@ __all__ = ["ALPHA_COPIES", "COPIES", "hidden_bounds", "rows_that_fit"]
 # Copies of the coefficients of the largest value that are alive at once, measured; convolutions of
 # few channels make most of them, whose layout inside has a multiple of 16.
 COPIES = {False: 14, True: 24}  # in sound mode magnitudes too
+# Products hold four parts of the coefficients beside those of both factors.
+_COPIES_AT_PLANES = 18
 # Numbers kept per number of all values and row whose slopes are optimised.
 ALPHA_COPIES = 24
 # Undecided elements of an image from which units that are off pay for passes of their own.
@@ -42,7 +44,8 @@ def rows_that_fit(problem: Problem, max_memory: int) -> int:
 
 def _fitting(problem: Problem, largest: int, max_memory: int) -> int:
     item = next(iter(problem.boxes.values())).lower.element_size()
-    rows = max_memory // (largest * item * COPIES[problem.sound])
+    copies = max(COPIES[problem.sound], _COPIES_AT_PLANES if problem.planes else 0)
+    rows = max_memory // (largest * item * copies)
     if not torch.is_grad_enabled():
         rows = min(rows, max(_CACHE // (largest * item), _FEWEST))
     return max(rows, 1)

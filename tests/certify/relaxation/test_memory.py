@@ -128,6 +128,28 @@ def test_with_gradients_nothing_is_divided_or_refused():
         assert lower.requires_grad
 
 
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.out = nn.Linear(6, 16), nn.Linear(16, 3)
+        self.q, self.k, self.v = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x):
+        x = torch.relu(self.embed(x))
+        weights = torch.softmax(self.q(x) @ self.k(x).transpose(1, 2) * 0.25, -1)
+        return self.out((weights @ self.v(x)).mean(1))
+
+
+@pytest.mark.parametrize("mebibytes", [16, 4])
+@torch.no_grad()
+def test_attention_keeps_within_its_memory(mebibytes):
+    torch.manual_seed(0)
+    model, limit = Attention().eval(), mebibytes << 20
+    box = Interval.ball(torch.randn(4, 12, 6), 0.01, rounding="nearest")
+    used = peak(lambda: bound(model, box, method="crown", max_memory=limit))
+    assert used <= 1.1 * limit
+
+
 def test_a_model_that_mixes_images_is_not_divided():
     class Mixing(nn.Module):
         def forward(self, x):
