@@ -148,5 +148,7 @@ def write_section(section: Section, command: str) -> Path:
     tables = [part for part in kept if part.startswith("## Packed matmul, ")]
     others = [part for part in kept if part not in tables]
     tables = sorted([*(t.rstrip() + "\n" for t in tables), section.text()])
-    path.write_text("\n".join([parts[0], *tables, *(o.rstrip() + "\n" for o in others)]))
+    path.write_text(
+        "\n".join([parts[0].rstrip() + "\n", *tables, *(o.rstrip() + "\n" for o in others)])
+    )
     return path
