@@ -89,8 +89,11 @@ def check_finite(subject: str, name: str, value: Tensor) -> None:
 
 def check_shape(subject: str, name: str, value: Tensor, expected: tuple[int | None, ...]) -> None:
     """Raise ValueError unless the shape agrees with ``expected`` (None accepts any size)."""
-    agrees = value.ndim == len(expected) and all(
-        want is None or want == have for want, have in zip(expected, value.shape, strict=True)
+    shape = tuple(value.shape)
+    if shape == expected:
+        return
+    agrees = len(shape) == len(expected) and all(
+        want is None or want == have for want, have in zip(expected, shape, strict=True)
     )
     if not agrees:
         wanted = "(" + ", ".join("*" if size is None else str(size) for size in expected) + ")"

@@ -1,5 +1,7 @@
 """Types of the native module."""
 
+from typing import Protocol
+
 from torch import Tensor
 
 def isa() -> str: ...
@@ -142,6 +144,11 @@ def dequantize(
     first_row: int,
     num_threads: int,
 ) -> None: ...
+
+class _SavedCopy(Protocol):
+    values: Tensor
+    filled: bool
+
 def add_dequantized(
     target: Tensor,
     codes: Tensor,
@@ -154,9 +161,15 @@ def add_dequantized(
     group_dim: int,
     extras: tuple[Tensor | None, ...] | None,
     num_threads: int,
+    saved: _SavedCopy | None,
 ) -> None: ...
 def add_levels(
-    target: Tensor, codes: Tensor, levels: Tensor, alpha: float, num_threads: int
+    target: Tensor,
+    codes: Tensor,
+    levels: Tensor,
+    alpha: float,
+    num_threads: int,
+    saved: _SavedCopy | None,
 ) -> None: ...
 def gather_rows(
     indices: Tensor,

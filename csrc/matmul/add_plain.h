@@ -126,18 +126,18 @@ void add_span(const PackedMatrix& w, int64_t n, int64_t begin, int64_t end, floa
   for (int64_t k = 0; k < end - begin; ++k) out[k] += alpha * value[k];
 }
 
-// target[k] += table[code of column begin + k].
+// target[k] += table.scaled[code of column begin + k].
 template <typename Codes>
-void add_levels_span(const LevelCodes& codes, const float* table, int64_t n, int64_t begin,
+void add_levels_span(const LevelCodes& codes, const LevelTable& table, int64_t n, int64_t begin,
                      int64_t end, FloatType type, void* target) {
   alignas(64) uint8_t expanded[kSpan + kSpanSlack];
   const uint8_t* code = span_codes<Codes>(codes, n, begin, end, expanded);
   if (type == FloatType::kFloat16) {
-    add_table<Float16>(code, end - begin, table, static_cast<uint16_t*>(target));
+    add_table<Float16>(code, end - begin, table.scaled, static_cast<uint16_t*>(target));
   } else if (type == FloatType::kBFloat16) {
-    add_table<BFloat16>(code, end - begin, table, static_cast<uint16_t*>(target));
+    add_table<BFloat16>(code, end - begin, table.scaled, static_cast<uint16_t*>(target));
   } else {
-    add_table(code, end - begin, table, static_cast<float*>(target));
+    add_table(code, end - begin, table.scaled, static_cast<float*>(target));
   }
 }
 

@@ -7,8 +7,9 @@
 // odd elements, each in the upper half of 32 bits, which then takes no permutation to part and
 // join; for the other types one half of the elements each.
 //
-// The set supplies sources in `Codes`: Table<kWide> of 16 floats (8 where not kWide) and Table256,
-// made from `const float*`. Included by avx2_rows.h alone.
+// The set supplies in `Codes`: sources Table<kWide> of 16 floats (8 where not kWide) and Table256,
+// made from `const float*`; and where kHalfTable256 is set HalfTable256, made from a LevelTable,
+// whose at() gives the entries of 2 kFloats codes in 16 bits each. Included by avx2_rows.h alone.
 #pragma once
 
 #include "core/float_types.h"
@@ -21,6 +22,7 @@ namespace {
 // What a target holds. round() leaves a float that the type holds.
 struct Float32Target {
   using Type = float;
+  static constexpr bool kHalf = false;
   static constexpr bool kAlternate = false;
   static Pair widen(const float* from) { return {load(from), load(from + kFloats)}; }
   static void narrow(float* to, Pair value) {
@@ -33,8 +35,10 @@ struct Float32Target {
 // Values come out of arithmetic: a NaN is quiet, its low bits 0 or the rest of an operand's.
 struct BFloat16Target {
   using Type = uint16_t;
+  static constexpr bool kHalf = true;
   static constexpr bool kAlternate = true;
-  static Pair widen(const uint16_t* from) { return widen_bfloat16(from); }
+  static Pair widen(Ints halves) { return widen_bfloat16(halves); }
+  static Pair widen(const uint16_t* from) { return widen(load(from)); }
   static void narrow(uint16_t* to, Pair value) {
     store_upper(to, rounded_to_upper(value.first), rounded_to_upper(value.second));
   }
@@ -43,7 +47,9 @@ struct BFloat16Target {
 
 struct Float16Target {
   using Type = uint16_t;
+  static constexpr bool kHalf = true;
   static constexpr bool kAlternate = false;
+  static Pair widen(Ints halves) { return widen_float16(halves); }
   static Pair widen(const uint16_t* from) {
     return {widen_float16(from), widen_float16(from + kFloats)};
   }
@@ -94,6 +100,20 @@ struct FromFloats {
     const Floats factor = broadcast(alpha);
     return {product(factor, Target::round(pair.first)),
             product(factor, Target::round(pair.second))};
+  }
+};
+
+// A quarter of the permutations that a table of floats takes; the product is exact.
+template <typename Target, typename Table>
+struct FromHalves {
+  Table table;
+  float alpha;
+
+  template <bool kAlternate>
+  Pair at(const uint8_t* code) const {
+    const Pair pair = Target::widen(table.at(code));
+    const Floats factor = broadcast(alpha);
+    return {product(factor, pair.first), product(factor, pair.second)};
   }
 };
 
@@ -187,20 +207,24 @@ void add_span(const PackedMatrix& w, int64_t n, int64_t begin, int64_t end, floa
 }
 
 template <typename Codes, typename Target>
-void add_table(const uint8_t* code, int64_t count, int levels, const float* table, void* target) {
+void add_table(const uint8_t* code, int64_t count, int levels, const LevelTable& table,
+               void* target) {
   auto* out = static_cast<typename Target::Type*>(target);
-  if (levels == 256) {
-    add_run<Target>(code, count, typename Codes::Table256(table), out);
-  } else if (levels == 16) {
-    add_run<Target>(code, count, typename Codes::template Table<true>(table), out);
+  if (levels == 16) {
+    add_run<Target>(code, count, typename Codes::template Table<true>(table.scaled), out);
+  } else if (levels != 256) {
+    add_run<Target>(code, count, typename Codes::template Table<false>(table.scaled), out);
+  } else if constexpr (Target::kHalf && Codes::kHalfTable256) {
+    using Halves = typename Codes::HalfTable256;
+    add_run<Target>(code, count, FromHalves<Target, Halves>{Halves(table), table.alpha}, out);
   } else {
-    add_run<Target>(code, count, typename Codes::template Table<false>(table), out);
+    add_run<Target>(code, count, typename Codes::Table256(table.scaled), out);
   }
 }
 
-// target[k] += table[code of column begin + k]; 16 entries of the table may be read.
+// target[k] += table.scaled[code of column begin + k].
 template <typename Codes>
-void add_levels_span(const LevelCodes& codes, const float* table, int64_t n, int64_t begin,
+void add_levels_span(const LevelCodes& codes, const LevelTable& table, int64_t n, int64_t begin,
                      int64_t end, FloatType type, void* target) {
   alignas(64) uint8_t expanded[kSpan + kSpanSlack];
   const uint8_t* code = span_codes<Codes>(codes, n, begin, end, expanded);

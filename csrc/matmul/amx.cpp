@@ -60,6 +60,7 @@ constexpr MatmulKernels kKernels = {nullptr,
                                     nullptr,
                                     nullptr,
                                     nullptr,
+                                    nullptr,
                                     kWidth};
 
 }  // namespace

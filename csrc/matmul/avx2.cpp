@@ -1,15 +1,25 @@
 // Differs from portable.cpp in working on tiles and in 256-bit registers; see avx2_paths.h.
 #include "matmul/avx2_paths.h"
 #include "matmul/avx2_rows.h"
+#include "runtime/stream_copy.h"
 
 namespace pyrobust::matmul {
 namespace {
 
-constexpr MatmulKernels kKernels = {
-    nullptr,        prepared_bytes,         scratch_bytes,       prepare,
-    multiply,       decode_span<Avx2Codes>, add_span<Avx2Codes>, add_levels_span<Avx2Codes>,
-    sparse_prepare, sparse_multiply,        complex_order,       complex_multiply,
-    kTile};
+constexpr MatmulKernels kKernels = {nullptr,
+                                    prepared_bytes,
+                                    scratch_bytes,
+                                    prepare,
+                                    multiply,
+                                    decode_span<Avx2Codes>,
+                                    add_span<Avx2Codes>,
+                                    add_levels_span<Avx2Codes>,
+                                    stream_copy,
+                                    sparse_prepare,
+                                    sparse_multiply,
+                                    complex_order,
+                                    complex_multiply,
+                                    kTile};
 
 }  // namespace
 

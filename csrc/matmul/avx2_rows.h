@@ -143,6 +143,7 @@ struct Avx2Codes {
   template <bool kWide>
   using Table = TwoRegisters<kWide>;
   using Table256 = ManyLoads;
+  static constexpr bool kHalfTable256 = false;
 #endif
 
   // Whole runs of 32 columns.

@@ -4,6 +4,7 @@
 #include "matmul/avx2_paths.h"
 #include "matmul/avx512_int8.h"
 #include "matmul/avx512_rows.h"
+#include "runtime/stream_copy.h"
 
 namespace pyrobust::matmul {
 namespace {
@@ -71,13 +72,11 @@ void wide_multiply(const PackedMatrix& w, Mode mode, const Block& block, int64_t
   }
 }
 
-constexpr MatmulKernels kKernels = {takes_parts,           wide_prepared_bytes,
-                                    wide_scratch_bytes,    wide_prepare,
-                                    wide_multiply,         decode_span<Avx512Codes>,
-                                    add_span<Avx512Codes>, add_levels_span<Avx512Codes>,
-                                    sparse_prepare,        sparse_multiply,
-                                    complex_order,         complex_multiply,
-                                    kWideTiles * kLanes};
+constexpr MatmulKernels kKernels = {
+    takes_parts,      wide_prepared_bytes,      wide_scratch_bytes,    wide_prepare,
+    wide_multiply,    decode_span<Avx512Codes>, add_span<Avx512Codes>, add_levels_span<Avx512Codes>,
+    stream_copy,      sparse_prepare,           sparse_multiply,       complex_order,
+    complex_multiply, kWideTiles * kLanes};
 
 }  // namespace
 

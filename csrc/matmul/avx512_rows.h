@@ -42,6 +42,30 @@ class WideTable {
   __m512 part_[16];
 };
 
+// 256 values of 16 bits in eight registers: a permutation of each pair takes the low six bits of
+// the code, two rounds of blending the others.
+class WideHalfTable {
+ public:
+  explicit WideHalfTable(const LevelTable& table) {
+    for (int i = 0; i < 8; ++i) part_[i] = _mm512_loadu_si512(table.half + 32 * i);
+  }
+
+  Ints at(const uint8_t* codes) const {
+    const __m512i code =
+        _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+    const __mmask32 bit_6 = _mm512_test_epi16_mask(code, _mm512_set1_epi16(64));
+    const __mmask32 bit_7 = _mm512_test_epi16_mask(code, _mm512_set1_epi16(128));
+    const auto half = [&](int i) {
+      return _mm512_mask_blend_epi16(bit_6, _mm512_permutex2var_epi16(part_[i], code, part_[i + 1]),
+                                     _mm512_permutex2var_epi16(part_[i + 2], code, part_[i + 3]));
+    };
+    return _mm512_mask_blend_epi16(bit_7, half(0), half(4));
+  }
+
+ private:
+  __m512i part_[8];
+};
+
 // Up to 16 floats in one register. Where there are fewer the rest is not read.
 template <bool kWide>
 class OneRegister {
@@ -64,6 +88,8 @@ struct Avx512Codes : Avx2Codes {
   template <bool kWide>
   using Table = OneRegister<kWide>;
   using Table256 = WideTable;
+  static constexpr bool kHalfTable256 = true;
+  using HalfTable256 = WideHalfTable;
 };
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include "runtime/cpu_features.h"
 #include "runtime/parallel.h"
 #include "runtime/scratch.h"
+#include "runtime/stream_copy.h"
 
 namespace pyrobust::matmul {
 namespace {
@@ -153,10 +154,15 @@ void for_spans(int64_t first, int64_t count, int64_t cols, int num_threads, cons
   const int64_t spans = ceil_div(cols, kSpan);
   const int64_t work = 8 * std::min(cols, kSpan);
   parallel_for(count * spans, grain_rows(work), 1, num_threads, [&](int64_t from, int64_t to) {
+    int64_t n = first + from / spans, span = from % spans;  // no division a span
     for (int64_t i = from; i < to; ++i) {
-      const int64_t begin = i % spans * kSpan;
-      body(first + i / spans, begin, std::min(cols, begin + kSpan));
+      body(n, span * kSpan, std::min(cols, (span + 1) * kSpan));
+      if (++span == spans) {
+        ++n;
+        span = 0;
+      }
     }
+    stream_fence();  // for bodies that save
   });
 }
 
@@ -181,9 +187,25 @@ float rounded_to(FloatType type, float value) {
   return load_float(&half, 0, type);
 }
 
-void* element_of(const AddTarget& target, int64_t n, int64_t k) {
-  return static_cast<char*>(target.data) +
-         (n * target.row_stride + k) * float_type_bytes(target.type);
+void fill_table(int levels, const float* from, float alpha, FloatType type, LevelTable* table) {
+  table->alpha = alpha;
+  for (int i = 0; i < levels; ++i) {
+    table->scaled[i] = alpha * rounded_to(type, from[i]);
+    if (type != FloatType::kFloat32) store_float(table->half, i, type, from[i]);
+  }
+}
+
+// The target from column `begin` of row n on, up to `end` saved where that is wanted: span by span,
+// so that `add` finds it in the first-level cache.
+void* saved_elements(const MatmulKernels& kernels, const AddTarget& target, int64_t n, int64_t cols,
+                     int64_t begin, int64_t end) {
+  const int64_t size = float_type_bytes(target.type);
+  char* elements = static_cast<char*>(target.data) + (n * target.row_stride + begin) * size;
+  if (target.saved != nullptr) {
+    kernels.save(static_cast<char*>(target.saved) + (n * cols + begin) * size, elements,
+                 (end - begin) * size);
+  }
+  return elements;
 }
 
 }  // namespace
@@ -194,19 +216,20 @@ void add_dequantized(const PackedMatrix& weight, float alpha, const AddTarget& t
   const float factor = rounded_to(target.type, alpha);
   const MatmulKernels& kernels = kernels_with(&MatmulKernels::add);
   for_spans(0, weight.rows, weight.cols, num_threads, [&](int64_t n, int64_t begin, int64_t end) {
-    kernels.add(weight, n, begin, end, factor, target.type, element_of(target, n, begin));
+    kernels.add(weight, n, begin, end, factor, target.type,
+                saved_elements(kernels, target, n, weight.cols, begin, end));
   });
 }
 
 void add_levels(const LevelCodes& codes, const float* table, float alpha, const AddTarget& target,
                 int num_threads) {
   check_format(codes.levels, codes.rows, codes.cols);
-  const float factor = rounded_to(target.type, alpha);
-  float scaled[256] = {};  // sets may load 16 entries whatever the levels
-  for (int i = 0; i < codes.levels; ++i) scaled[i] = factor * rounded_to(target.type, table[i]);
+  LevelTable entries;
+  fill_table(codes.levels, table, rounded_to(target.type, alpha), target.type, &entries);
   const MatmulKernels& kernels = kernels_with(&MatmulKernels::add_levels);
   for_spans(0, codes.rows, codes.cols, num_threads, [&](int64_t n, int64_t begin, int64_t end) {
-    kernels.add_levels(codes, scaled, n, begin, end, target.type, element_of(target, n, begin));
+    kernels.add_levels(codes, entries, n, begin, end, target.type,
+                       saved_elements(kernels, target, n, codes.cols, begin, end));
   });
 }
 

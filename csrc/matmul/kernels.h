@@ -50,6 +50,13 @@ struct Output {
   int64_t remainder_stride = 0;
 };
 
+// A table of LevelCodes as kernels want it, made once a call (dispatch.cpp).
+struct LevelTable {
+  float scaled[256] = {};   // alpha times the entry, which is rounded to the target's type first
+  uint16_t half[256] = {};  // the entry in the target's type, float16 or bfloat16
+  float alpha = 0.0f;
+};
+
 struct MatmulKernels {
   // Whether the set multiplies activations of 16 bits in 8-bit parts (Mode::kParts); the mode then
   // stands for kExact in the other entries.
@@ -70,9 +77,11 @@ struct MatmulKernels {
   void (*decode)(const PackedMatrix& weight, int64_t n, int64_t begin, int64_t end, float* out);
   void (*add)(const PackedMatrix& weight, int64_t n, int64_t begin, int64_t end, float alpha,
               FloatType type, void* target);
-  // target[k] += table[code of column begin + k], in the same spans.
-  void (*add_levels)(const LevelCodes& codes, const float* table, int64_t n, int64_t begin,
+  // target[k] += table.scaled[code of column begin + k], in the same spans.
+  void (*add_levels)(const LevelCodes& codes, const LevelTable& table, int64_t n, int64_t begin,
                      int64_t end, FloatType type, void* target);
+  // Copies bytes past the caches; dispatch.cpp fences.
+  void (*save)(void* to, const void* from, int64_t bytes);
   // The block as the remainder wants it: floats (cols, rows), rounded values in int8 mode. One row
   // of scratch.
   void (*sparse_prepare)(Mode mode, const Activations& x, int64_t cols, int64_t first, int64_t rows,

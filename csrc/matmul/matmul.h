@@ -129,6 +129,7 @@ struct AddTarget {
   void* data = nullptr;
   FloatType type = FloatType::kFloat32;
   int64_t row_stride = 0;
+  void* saved = nullptr;  // (rows, cols), contiguous, of `type`: receives what was there; or null
 };
 
 // target (rows, cols) += alpha * weight, in one pass over `target`; the decoded weight never lies

@@ -5,6 +5,7 @@
 #include "matmul/kernels.h"
 #include "matmul/sparse.h"
 #include "matmul/weights.h"
+#include "runtime/stream_copy.h"
 
 namespace pyrobust::matmul {
 namespace {
@@ -169,6 +170,7 @@ constexpr MatmulKernels kKernels = {takes_parts,
                                     decode_span<PlainCodes>,
                                     add_span<PlainCodes>,
                                     add_levels_span<PlainCodes>,
+                                    stream_copy,
                                     sparse_prepare,
                                     sparse_multiply,
                                     complex_order,

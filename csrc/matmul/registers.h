@@ -16,6 +16,7 @@ using Ints = __m512i;
 using Float16s = __m256i;
 
 inline Ints load(const int32_t* from) { return _mm512_loadu_si512(from); }
+inline Ints load(const uint16_t* from) { return _mm512_loadu_si512(from); }
 inline Floats load(const float* from) { return _mm512_loadu_ps(from); }
 inline void store(float* to, Floats value) { _mm512_storeu_ps(to, value); }
 inline Floats broadcast(float value) { return _mm512_set1_ps(value); }
@@ -30,6 +31,9 @@ using Ints = __m256i;
 using Float16s = __m128i;
 
 inline Ints load(const int32_t* from) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+}
+inline Ints load(const uint16_t* from) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
 }
 inline Floats load(const float* from) { return _mm256_loadu_ps(from); }
@@ -81,8 +85,7 @@ inline Floats clear_lower(Ints bits) {
   return _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(-0x10000)));
 }
 
-inline Pair widen_bfloat16(const uint16_t* from) {
-  const __m512i both = _mm512_loadu_si512(from);
+inline Pair widen_bfloat16(Ints both) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)), clear_lower(both)};
 }
 
@@ -93,6 +96,10 @@ inline void store_upper(uint16_t* to, Ints even, Ints odd) {
 inline Floats from_float16(Float16s halves) { return _mm512_cvtph_ps(halves); }
 inline Floats widen_float16(const uint16_t* from) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+inline Pair widen_float16(Ints both) {
+  return {_mm512_cvtph_ps(_mm512_castsi512_si256(both)),
+          _mm512_cvtph_ps(_mm512_extracti64x4_epi64(both, 1))};
 }
 inline Float16s to_float16(Floats value) {
   return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -132,8 +139,7 @@ inline Floats clear_lower(Ints bits) {
   return _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(-0x10000)));
 }
 
-inline Pair widen_bfloat16(const uint16_t* from) {
-  const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+inline Pair widen_bfloat16(Ints both) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(both, 16)), clear_lower(both)};
 }
 
@@ -145,6 +151,10 @@ inline void store_upper(uint16_t* to, Ints even, Ints odd) {
 inline Floats from_float16(Float16s halves) { return _mm256_cvtph_ps(halves); }
 inline Floats widen_float16(const uint16_t* from) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+inline Pair widen_float16(Ints both) {
+  return {_mm256_cvtph_ps(_mm256_castsi256_si128(both)),
+          _mm256_cvtph_ps(_mm256_extracti128_si256(both, 1))};
 }
 inline Float16s to_float16(Floats value) {
   return _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT);

@@ -10,11 +10,13 @@ The contract is ``csrc/matmul/matmul.h``, with the same bits on every instructio
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from pyrobust import _native
-from pyrobust._checks import check_finite, check_shape
+from pyrobust._checks import check_shape
 from pyrobust.ops.formats import check_bits, levels_of, row_bytes
 from pyrobust.ops.packed_weight import (
     NO_EXTRAS,
@@ -24,10 +26,37 @@ from pyrobust.ops.packed_weight import (
     native_extras,
 )
 
-__all__ = ["add_dequantized_", "add_levels_", "can_add_in_place"]
+__all__ = ["SavedCopy", "add_dequantized_", "add_levels_", "can_add_in_place"]
 
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# From where on a factor rounds to infinity: at first to float32, which the kernels take, then to
+# the type. Half of a unit in the last place above the largest number, less half of one of float32.
+_OVERFLOW = {
+    torch.float32: 2.0**128 - 2.0**103,
+    torch.float16: 65520.0 - 2.0**-9,
+    torch.bfloat16: 2.0**128 - 2.0**119 - 2.0**103,
+}
+
+
+@dataclass
+class SavedCopy:
+    """Room for what a target holds before it is added to, filled in the same pass over it.
+
+    The copy goes past the caches, as it is for later.
+
+    Attributes:
+        values: contiguous, of the target's shape and dtype.
+        filled: whether ``values`` are the target's. It is set together with the first change, so
+            that whatever is raised around an addition, the target is as before or can be restored.
+    """
+
+    values: Tensor
+    filled: bool = False
+
+    def fill(self, target: Tensor) -> None:
+        """Copy ``target`` in a pass of its own."""
+        self.values.copy_(target)
+        self.filled = True
 
 
 def can_add_in_place(target: Tensor) -> bool:
@@ -37,7 +66,7 @@ def can_add_in_place(target: Tensor) -> bool:
     do not overlap.
     """
     plain = type(target) in (Tensor, torch.nn.Parameter) and target.device.type == "cpu"
-    return plain and target.dtype in _DTYPES and target.ndim == 2 and _has_dense_rows(target)
+    return plain and target.dtype in _OVERFLOW and target.ndim == 2 and _has_dense_rows(target)
 
 
 def _has_dense_rows(target: Tensor) -> bool:
@@ -58,6 +87,7 @@ def add_dequantized_(
     group_dim: int = 1,
     extras: WeightExtras | None = None,
     alpha: float = 1.0,
+    saved: SavedCopy | None = None,
 ) -> Tensor:
     """``target += alpha * W`` for the weight W that packed codes stand for.
 
@@ -73,6 +103,7 @@ def add_dequantized_(
         group_dim: 1 or 0.
         extras: row scales, codebook and sparse remainder, where the weight has them.
         alpha: finite factor, rounded to the target's type.
+        saved: receives what ``target`` held.
 
     Returns:
         ``target``.
@@ -96,14 +127,20 @@ def add_dequantized_(
     _native.add_dequantized(
         target.detach(), codes.contiguous(), scale.contiguous(),
         None if zero is None else zero.contiguous(), alpha, in_features, levels_of(bits),
-        group_size, group_dim, native_extras(extras), torch.get_num_threads(),
+        group_size, group_dim, native_extras(extras), torch.get_num_threads(), saved,
     )  # fmt: skip
     torch.autograd.graph.increment_version(target)
     return target
 
 
 def add_levels_(
-    target: Tensor, codes: Tensor, levels: Tensor, *, bits: float, alpha: float = 1.0
+    target: Tensor,
+    codes: Tensor,
+    levels: Tensor,
+    *,
+    bits: float,
+    alpha: float = 1.0,
+    saved: SavedCopy | None = None,
 ) -> Tensor:
     """``target += alpha * levels[codes]``: codes that index any floats, not a grid.
 
@@ -113,6 +150,7 @@ def add_levels_(
         levels: float32, one value a code.
         bits: 1, 1.58, 2, 3, 4 or 8.
         alpha: finite factor, rounded to the target's type.
+        saved: receives what ``target`` held.
 
     Returns:
         ``target``.
@@ -137,8 +175,9 @@ def add_levels_(
     _check_target(subject, target, alpha, (codes.shape[0], None))
     check_shape(subject, "codes", codes, (None, row_bytes(target.shape[1], bits)))
     _native.add_levels(
-        target.detach(), codes.contiguous(), levels.contiguous(), alpha, torch.get_num_threads()
-    )
+        target.detach(), codes.contiguous(), levels.contiguous(), alpha,
+        torch.get_num_threads(), saved,
+    )  # fmt: skip
     torch.autograd.graph.increment_version(target)
     return target
 
@@ -146,12 +185,15 @@ def add_levels_(
 def _check_target(
     subject: str, target: Tensor, alpha: float, shape: tuple[int | None, int | None]
 ) -> None:
-    if target.dtype not in _DTYPES:
+    if target.dtype not in _OVERFLOW:
         raise TypeError(
             f"{subject}: target must have dtype torch.float32, torch.float16 or torch.bfloat16; "
             f"got {target.dtype}."
         )
-    check_finite(subject, "alpha", torch.tensor(float(alpha), dtype=torch.float64).to(target.dtype))
+    if not abs(alpha) < _OVERFLOW[target.dtype]:  # NaN compares false
+        raise ValueError(
+            f"{subject}: alpha must be finite in the target's type, {target.dtype}; got {alpha}."
+        )
     check_shape(subject, "target", target, shape)
     if not can_add_in_place(target):
         raise ValueError(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyrobust._checks import check_choice, check_finite, check_integer, check_shape
-from pyrobust.ops.add_packed import add_dequantized_
+from pyrobust.ops.add_packed import SavedCopy, add_dequantized_
 from pyrobust.ops.formats import (
     check_bits,
     code_multiplier,
@@ -284,13 +284,14 @@ class QTensor:
             extras=self.extras,
         ).to(dtype)
 
-    def add_to_(self, target: Tensor, alpha: float = 1.0) -> Tensor:
+    def add_to_(self, target: Tensor, alpha: float = 1.0, saved: SavedCopy | None = None) -> Tensor:
         """``target += alpha * weight`` in place and in one pass.
 
         Args:
             target: ``(rows, cols)`` float32, float16 or bfloat16, on the CPU, with contiguous
                 rows; rounded as :func:`ops.add_dequantized_` says.
             alpha: finite factor.
+            saved: receives what ``target`` held.
 
         Raises:
             TypeError: ``target`` has another dtype.
@@ -307,6 +308,7 @@ class QTensor:
             group_dim=self.group_dim,
             extras=self.extras,
             alpha=alpha,
+            saved=saved,
         )
 
     @property

@@ -58,10 +58,11 @@ def check_state_finite(subject: str, state: Mapping[str, Tensor]) -> None:
             check_finite(subject, f"'{name}'", value)
 
 
-def check_no_ties(subject: str, model: nn.Module) -> None:
-    """Raise ValueError when two names of ``model`` share one tensor's memory."""
+def check_no_ties(subject: str, model: nn.Module) -> dict[str, Tensor]:
+    """The state of ``model``; raises ValueError when two names share one tensor's memory."""
+    state: dict[str, Tensor] = model.state_dict(keep_vars=True)
     seen: dict[tuple[torch.device, int], str] = {}
-    for name, value in model.state_dict(keep_vars=True).items():
+    for name, value in state.items():
         if not isinstance(value, Tensor) or value.numel() == 0:
             continue
         place = (value.device, value.data_ptr())
@@ -70,3 +71,4 @@ def check_no_ties(subject: str, model: nn.Module) -> None:
                 f"{subject}: weights must not be tied; '{seen[place]}' and '{name}' share memory."
             )
         seen[place] = name
+    return state

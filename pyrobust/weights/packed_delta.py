@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pyrobust._checks import check_choice, check_integer, check_shape
 from pyrobust._safetensors import write_safetensors
-from pyrobust.ops.add_packed import add_levels_, can_add_in_place
+from pyrobust.ops.add_packed import SavedCopy, add_levels_, can_add_in_place
 from pyrobust.ops.matmul import pack_codes, unpack_codes
 from pyrobust.quantize.qtensor import QTensor
 from pyrobust.quantize.round_to_nearest import round_to_nearest
@@ -46,8 +46,10 @@ class _Codebook:
         codes = unpack_codes(self.codes, in_features=self.length, bits=self.bits)
         return self.levels[codes.long()]
 
-    def add_to_(self, target: Tensor, alpha: float) -> Tensor:
-        return add_levels_(target, self.codes, self.levels, bits=self.bits, alpha=alpha)
+    def add_to_(self, target: Tensor, alpha: float, saved: SavedCopy | None) -> Tensor:
+        return add_levels_(
+            target, self.codes, self.levels, bits=self.bits, alpha=alpha, saved=saved
+        )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -88,8 +90,16 @@ class PackedDelta(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._parts)
 
-    def add_to_(self, name: str, target: Tensor, scale: float = 1.0) -> None:
+    def add_to_(
+        self, name: str, target: Tensor, scale: float = 1.0, saved: SavedCopy | None = None
+    ) -> None:
         """Add ``scale`` times the tensor ``name`` to ``target`` in place.
+
+        Args:
+            name: of a tensor of the vector.
+            target: of its shape.
+            scale: finite factor.
+            saved: receives what ``target`` held, in the same pass where that is possible.
 
         Raises:
             KeyError: there is no such tensor.
@@ -98,9 +108,12 @@ class PackedDelta(Mapping[str, Tensor]):
         part = self._parts[name]
         check_shape("PackedDelta.add_to_", "target", target, self.shapes[name])
         if (matrix := _as_matrix(target.detach(), part.shape)) is not None:
-            part.add_to_(matrix, scale)
-        elif (dense := _as_matrix(target.detach().contiguous(), part.shape)) is not None:
-            part.add_to_(dense, scale)
+            part.add_to_(matrix, scale, saved)
+            return
+        if saved is not None:
+            saved.fill(target)
+        if (dense := _as_matrix(target.detach().contiguous(), part.shape)) is not None:
+            part.add_to_(dense, scale, None)
             target.copy_(dense.view(target.shape))
         else:
             target.add_(self[name].to(target.device, target.dtype), alpha=scale)

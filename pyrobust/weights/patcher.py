@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrobust._checks import check_finite
+from pyrobust.ops.add_packed import SavedCopy
 from pyrobust.weights.packed_delta import PackedDelta
 from pyrobust.weights.task_vector import TaskVector, find_targets
 
@@ -42,7 +43,7 @@ class Patcher:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._patches: dict[str, tuple[Delta, float]] = {}
-        self._originals: dict[str, Tensor] = {}
+        self._originals: dict[str, SavedCopy] = {}
         self._spare: dict[str, Tensor] = {}
 
     @property
@@ -71,15 +72,16 @@ class Patcher:
         saved: list[str] = []
         try:
             with torch.no_grad():
-                for tensor, target in targets.items():  # tensor by tensor: it is still in the cache
+                for tensor, target in targets.items():
+                    original = None
                     if tensor not in self._originals:
-                        self._originals[tensor] = self._copy(tensor, target.detach())
                         saved.append(tensor)
-                    _add(delta, tensor, target, scale)
+                        original = self._originals[tensor] = self._room(tensor, target)
+                    _add(delta, tensor, target, scale, original)
         except BaseException:
             self._rebuild([n for n in targets if n in self._originals])
             for n in saved:
-                del self._originals[n]
+                self._originals.pop(n, None)
             raise
         self._patches[name] = (delta, scale)
 
@@ -96,7 +98,7 @@ class Patcher:
         kept = {n for other, _ in self._patches.values() for n in other}
         for tensor in delta:
             if tensor not in kept:
-                self._spare[tensor] = self._originals.pop(tensor)
+                self._spare[tensor] = self._originals.pop(tensor).values
 
     def clear(self) -> None:
         """Take all patches off, and give the memory of the originals back."""
@@ -116,17 +118,20 @@ class Patcher:
     ) -> None:
         self.clear()
 
-    def _copy(self, name: str, value: Tensor) -> Tensor:
+    def _room(self, name: str, value: Tensor) -> SavedCopy:
         spare = self._spare.pop(name, None)
         if spare is None or (spare.dtype, spare.device) != (value.dtype, value.device):
-            return value.clone()
-        return spare.copy_(value)
+            spare = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+        return SavedCopy(spare)
 
     def _rebuild(self, tensors: Iterable[str]) -> None:
         state = self.model.state_dict(keep_vars=True)
         with torch.no_grad():
             for tensor in tensors:
-                state[tensor].copy_(self._originals[tensor])
+                original = self._originals[tensor]
+                if not original.filled:  # nothing was added to this one
+                    continue
+                state[tensor].copy_(original.values)
                 for delta, scale in self._patches.values():
                     if tensor in delta:
                         _add(delta, tensor, state[tensor], scale)
@@ -138,6 +143,13 @@ class Patcher:
         return f"patch{number}"
 
 
-def _add(delta: Delta, name: str, target: Tensor, scale: float) -> None:
+def _add(
+    delta: Delta, name: str, target: Tensor, scale: float, original: SavedCopy | None = None
+) -> None:
+    if isinstance(delta, PackedDelta) and scale != 0:
+        delta.add_to_(name, target, scale, original)
+        return
+    if original is not None:
+        original.fill(target)
     if scale != 0:  # not even a sign of zero changes
         delta.add_to_(name, target, scale)

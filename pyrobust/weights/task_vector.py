@@ -285,8 +285,7 @@ def find_targets(
     subject: str, module: nn.Module, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Tensor]:
     """The tensors of ``module`` that a vector changes; raises where one is missing or differs."""
-    check_no_ties(subject, module)
-    state = module.state_dict(keep_vars=True)
+    state = check_no_ties(subject, module)
     missing = [name for name in shapes if name not in state]
     if missing:
         raise ValueError(

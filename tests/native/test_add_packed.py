@@ -2,12 +2,14 @@
 
 import ctypes
 import mmap
+from functools import partial
 
 import pytest
 import torch
 
 from pyrobust import _native
 from pyrobust.ops import add_dequantized_, add_levels_, dequantize_codes, pack_codes
+from pyrobust.ops.add_packed import SavedCopy
 from pyrobust.quantize import BITS, QTensor
 
 LEVELS = {1: 2, 1.58: 3, 2: 4, 3: 8, 4: 16, 8: 256}
@@ -109,6 +111,7 @@ def test_adding_levels_to_halves_equals_the_definition_to_the_bit(bits, dtype):
         codes = torch.randint(0, LEVELS[bits], (3, cols), dtype=torch.uint8)
         levels, target = torch.randn(LEVELS[bits]), torch.randn(3, cols).to(dtype)
         levels[0], target[:, 0] = -0.0, -0.0
+        levels[1] = 1e6  # infinite in float16
         expected = sum_in_halves(target, levels[codes.long()], -1.3)
         packed = pack_codes(codes, bits=bits)
         for _ in isas():
@@ -168,13 +171,51 @@ def test_rows_that_lie_apart_are_added_to_and_nothing_between(bits, dtype):
             assert torch.equal(changed[:, 1350:], whole[:, 1350:])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("bits", [1.58, 4, 8])
+def test_what_the_target_held_is_saved_in_the_same_pass(bits, dtype):
+    for offset, cols in enumerate(COLUMNS):  # places of any alignment, rows that lie apart
+        packed, whole = random_weight(3, cols, bits, 100), torch.randn(3, cols + 7).to(dtype)
+        codes, levels = packed.codes, torch.randn(LEVELS[bits])
+        for _ in isas():
+            for add in (
+                partial(packed.add_to_, alpha=0.37),
+                partial(add_levels_, codes=codes, levels=levels, bits=bits),
+            ):
+                target, room = whole.clone()[:, 3:-4], torch.zeros(3 * cols + 20).to(dtype)
+                saved = SavedCopy(room[offset : offset + 3 * cols].view(3, cols))
+                result = add(target, saved=saved)
+                assert saved.filled
+                assert torch.equal(saved.values, whole[:, 3:-4])
+                assert torch.equal(result, add(whole.clone()[:, 3:-4]))
+                assert not room[:offset].any()
+                assert not room[offset + 3 * cols :].any()
+
+
+def test_no_copy_is_called_filled_where_the_addition_is_refused():
+    packed, target = random_weight(3, 20, 4, 8), torch.randn(3, 20)
+    before = target.clone()
+    for room, message in (
+        (torch.zeros(3, 20).half(), "saved must have dtype"),
+        (torch.zeros(3, 19), "saved must hold 60 values; got 57"),
+        (torch.zeros(20, 3).t(), "saved must be contiguous"),
+    ):
+        saved = SavedCopy(room)
+        with pytest.raises((TypeError, ValueError), match=message):
+            packed.add_to_(target, 0.37, saved)
+        assert not saved.filled
+        assert torch.equal(target, before)
+
+
 def test_threads_do_not_change_the_bits():
     packed, target = random_weight(7, 150_001, 3, 128), torch.randn(7, 150_001)
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append((packed.dequantize(), packed.add_to_(target.clone(), 0.5)))
+            saved = SavedCopy(torch.empty(7, 150_001))
+            results.append((packed.dequantize(), packed.add_to_(target.clone(), 0.5, saved)))
+            assert torch.equal(saved.values, target)
     finally:
         torch.set_num_threads(threads)
     for dense, added in results[1:]:

@@ -281,6 +281,11 @@ def test_svfit_claim_on_rotated_digits():
     bias_only = accuracy(
         train_digits(biases, [{"params": own, "lr": 1e-2}], turned[fine], y[fine], epochs=60)
     )
+    slow, _ = adapt(SVFit(hidden, rank=256), 3e-3)
+    print(f"SVFit at a tenth of the rate {slow:.3f}")
+    for subspace in ("top", "random"):  # a control: printed, not asserted
+        part, part_count = adapt(SVFit(hidden, rank=64, subspace=subspace), 3e-2)
+        print(f"SVFit r=64, {subspace} subspace {part:.3f} ({part_count})")
     print(
         f"before {accuracy(base):.3f}; SVFit {svfit:.3f} ({svfit_count}); LoRA r=1 {lora1:.3f} "
         f"({lora1_count}); LoRA r=4 {lora4:.3f} ({lora4_count}); biases {bias_only:.3f}"

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.autograd.graph import increment_version
 
 from pyrobust.weights import PackedDelta, Patcher, TaskVector, quantize_delta, state_checksum
 
@@ -283,12 +284,12 @@ def test_an_exception_in_the_middle_changes_nothing():
     assert same(before, base.state_dict())
 
 
-@pytest.mark.parametrize("place", ["_copy", "add"])
+@pytest.mark.parametrize("place", ["_room", "add"])
 def test_an_exception_while_saving_or_adding_a_packed_patch_changes_nothing(place, monkeypatch):
     base, tuned = pair()
     packed, before = quantize_delta(TaskVector.from_modules(base, tuned), 8), snapshot(base)
     first = TaskVector.from_modules(base, network())
-    owner, attribute = (Patcher, "_copy") if place == "_copy" else (PackedDelta, "add_to_")
+    owner, attribute = (Patcher, "_room") if place == "_room" else (PackedDelta, "add_to_")
     whole, calls = getattr(owner, attribute), []
 
     def failing(self, name, *rest):
@@ -308,6 +309,32 @@ def test_an_exception_while_saving_or_adding_a_packed_patch_changes_nothing(plac
     assert same(patched, base.state_dict())
     monkeypatch.undo()
     patcher.apply(packed)
+    patcher.clear()
+    assert same(before, base.state_dict())
+
+
+@pytest.mark.parametrize("scheme", ["linear", "tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_interruption_right_after_the_first_change_changes_nothing(scheme, dtype, monkeypatch):
+    base, tuned = (model.to(dtype) for model in pair())
+    packed = quantize_delta(TaskVector.from_modules(base, tuned), 4, scheme)
+    before, patcher, whole, calls = snapshot(base), Patcher(base), increment_version, []
+
+    def interrupted(tensor):
+        whole(tensor)
+        calls.append(tensor)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.autograd.graph, "increment_version", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        patcher.apply(packed)
+    assert same(before, base.state_dict())
+    with torch.no_grad():
+        base[0].weight.add_(1.0)  # nothing of the interrupted patch is kept
+    before = snapshot(base)
+    patcher.apply(packed)
+    assert not same(before, base.state_dict())
     patcher.clear()
     assert same(before, base.state_dict())
 
