@@ -8,6 +8,7 @@
 namespace pyrobust {
 
 Isa current_isa() { return Isa::kAmx; }
+bool has_bfloat16_products() { return false; }
 
 namespace {
 
