@@ -56,7 +56,8 @@ class Interval:
     - ``"real"`` (default): the exact real-number image, for the weights as stored.
     - ``"deployed"``: also what any float32 evaluation returns, in any order of summation.
     - ``"deployed-tf32"``, ``"deployed-bfloat16"``: also what products (linear, convolution, matmul)
-      return whose operands are rounded to TF32 or bfloat16 first and summed in float32.
+      return whose operands are rounded to TF32 or bfloat16 first and summed in float32 (not what
+      packed layers do with bfloat16 or float16 inputs).
     - ``"nearest"``: plain floating point, fast and unsound, for training.
 
     Where intervals meet, the result carries the weakest of their promises.
