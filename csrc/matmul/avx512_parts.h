@@ -1,13 +1,16 @@
 // Included by avx512.cpp alone: rows of x in 16 bits (bfloat16, float16) as two 8-bit parts, so
 // that the integer kernels multiply them.
 //
-//   step = max |x| / 32512 over the columns of a group of W     32512 = 127 * 256
-//   v    = x / step, rounded to an integer                      |v| <= 32512
-//   v    = 256 high + low, -128 <= low <= 127                   the sums of both are exact
+//   step = the least power of two that is >= max |x| / 32512 over the columns of a group of W
+//   v    = x / step, rounded to an integer       |v| <= 32512 = 127 * 256
+//   v    = 256 high + low, -128 <= low <= 127    the sums of both are exact
 //
-// An element errs by at most half a step: the sum by 2^-16 max |x| sum |W| of each group (and some
-// 2^-50 of it). That is below the input's own rounding, 2^-9 or 2^-12 of sum |x||W|, but where a
-// group's columns of large x meet weights that are all but zero.
+// As the step is a power of two, v is exact where the last bit of x is worth a step or more: for
+// |x| >= max / 63 in bfloat16, whose 8 bits reach down to |x| / 256 > max / 16256 > step, and for
+// |x| >= max / 7 in float16. Smaller elements err by at most half a step, below max / 32512: a step
+// that is not a power of two would round every element. That is below the input's own rounding,
+// 2^-9 or 2^-12 of sum |x||W|, but where a group's columns of large x meet weights that are all but
+// zero.
 #pragma once
 
 #include "matmul/avx512_lanes.h"
@@ -16,6 +19,16 @@ namespace pyrobust::matmul {
 namespace {
 
 constexpr double kLargestPair = 32512.0;
+
+// The least power of two that is at least `value`, a normal number; zero and NaN stay.
+inline double power_of_two(double value) {
+  constexpr uint64_t kMantissa = (uint64_t{1} << 52) - 1;
+  uint64_t bits;
+  __builtin_memcpy(&bits, &value, sizeof(bits));
+  if (value > 0.0) bits = (bits + kMantissa) & ~kMantissa;
+  __builtin_memcpy(&value, &bits, sizeof(bits));
+  return value;
+}
 
 // Rounded multiples of 1 / `inverse` of 16 columns.
 inline __m512i multiples_16(__m512 x, __m512d inverse) {
@@ -54,7 +67,7 @@ inline void prepare_parts_row(const PackedMatrix& w, const void* x, FloatType ty
   for (int64_t g = 0, b = 0; g < groups; ++g) {
     const int64_t stop = blocks - b < per_group ? blocks : b + per_group;
     const int64_t end = stop * kBlock < w.cols ? stop * kBlock : w.cols;
-    const double step = step_of(x, type, b * kBlock, end, kLargestPair);
+    const double step = power_of_two(step_of(x, type, b * kBlock, end, kLargestPair));
     const __m512d inverse = _mm512_set1_pd(step > 0.0 ? 1.0 / step : 0.0);
     __m512i sum[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
     for (; b < stop; ++b) {

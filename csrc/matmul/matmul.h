@@ -44,7 +44,8 @@
 //           suffices.) On AVX-512, float16 and bfloat16 with group_dim 1 and groups of a multiple
 //           of 64 columns, or whole rows: x is first rounded to 16 bits, one step a row and group
 //           (avx512_parts.h), and sums are integers, which adds
-//             2^-16 sum over groups g of max_{k in g} |x| sum_{k in g} |W|
+//             sum over groups g of max_{k in g} |x| / 32512 sum_{k in g, x small} |W|
+//           where x is small below 1/63 of that maximum in bfloat16 and below 1/7 in float16
 //   int8    x is first replaced by its 8-bit rounding (core/activation_int8.h, one step a row); the
 //           product of that with W is then computed with integer sums per group (group_dim 1), or
 //           double sums of exact products (group_dim 0), in an order that this page fixes:

@@ -56,12 +56,13 @@ def test_a_diffusers_pipeline_draws_labelled_images():
         num_layers=1,
         sample_size=4,
         patch_size=2,
-        num_embeds_ada_norm=10,
+        num_embeds_ada_norm=1000,  # the pipeline's class for guidance is 1000, the one after
     )
     vae = diffusers.AutoencoderKL(
         block_out_channels=(8,), norm_num_groups=4, latent_channels=4, layers_per_block=1
     )
-    pipeline = diffusers.DiTPipeline(transformer, vae, diffusers.DDIMScheduler())
+    # as loaded pipelines are: in training mode labels are dropped at random
+    pipeline = diffusers.DiTPipeline(transformer.eval(), vae.eval(), diffusers.DDIMScheduler())
     pipeline.set_progress_bar_config(disable=True)
     generator = DiffusersGenerator(pipeline, {"num_inference_steps": 2})
     images, labels = draw_labelled(generator, 3, classes=2, batch_size=2)

@@ -63,6 +63,14 @@ def test_from_float_copies_weights_and_keeps_its_own():
     assert linear.weight.abs().sum() > 0
 
 
+def assert_nearer_than_bfloat16(out, net, x):
+    """A last bit may move an activation's code: packing may change less than bfloat16 itself."""
+    simulated, exact = net(x.bfloat16()), copy.deepcopy(net).float()(x.bfloat16().float())
+    rounding = relative(simulated, exact)
+    assert relative(out, simulated) <= max(0.5 * rounding, 1e-3)
+    assert relative(out, exact) <= 1.1 * rounding
+
+
 @pytest.mark.parametrize("weights", ["statsq", "lsq"])
 @pytest.mark.parametrize("w_bits", [1, 2, 3, 4, 6, 8])
 def test_packed_model_computes_what_was_simulated(w_bits, weights):
@@ -73,9 +81,9 @@ def test_packed_model_computes_what_was_simulated(w_bits, weights):
         assert relative(packed(x), net(x)) <= 1e-5
         out = packed(x.bfloat16())
         assert out.dtype == torch.bfloat16
-        assert relative(out, net(x.bfloat16())) <= 1e-3
         half = copy.deepcopy(net).bfloat16()
-        assert relative(pyrobust.pack(half)(x.bfloat16()), half(x.bfloat16())) <= 1e-3
+        assert_nearer_than_bfloat16(out, net, x)
+        assert_nearer_than_bfloat16(pyrobust.pack(half)(x.bfloat16()), half, x)
     kinds = [type(m).__name__ for m in packed.modules() if type(m).__name__.startswith("Packed")]
     assert kinds == ["PackedConv2d", "PackedLinear", "PackedLinear"]
     assert not any(isinstance(m, QuantLinear) for m in packed.modules())
