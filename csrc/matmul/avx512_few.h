@@ -65,9 +65,14 @@ __attribute__((always_inline)) inline void few_sums(const FewRows<kRows>& from, 
   if constexpr (kBits == kFiveToAByte) {
     if (b == stop) return;
     const int64_t g = kWhole ? b / kUsualBlocks : b / from.per_group;
-    const int64_t steps = kWhole ? 1 : from.trit_steps;
-    add_trits<kRows, kWide>(from.base, from.pitch, b * kBlock / kTritsPerByte, steps,
-                            from.trits + g * steps * kStepFactors, from.row_trits, sum);
+    const int64_t steps = kWhole ? 1 : from.trit_steps, at = b * kBlock / kTritsPerByte;
+    const int64_t next = at + (at + kAhead >= pitch ? kAhead + (kWide - 1) * pitch : kAhead);
+#pragma GCC unroll 16
+    for (int i = 0; i < kWide; ++i) {
+      _mm_prefetch(reinterpret_cast<const char*>(from.base + i * pitch + next), _MM_HINT_T0);
+    }
+    add_trits<kRows, kWide>(from.base, from.pitch, at, steps, from.trits + g * steps * kStepFactors,
+                            from.row_trits, sum);
     return;
   }
   if constexpr (kBits == 4) {
