@@ -6,9 +6,10 @@ chord of ``max(x_i, m)``, where ``x_i`` is the element with the largest upper en
 largest upper end of the others. The chord is the element itself where it exceeds all others, and
 nowhere above the largest upper end.
 
-Source: Y. Xiao et al., "MaxLin: Towards Tight Verification of Convolutional Neural Networks with
-Max Pooling", AAAI 2024 (the chord above); G. Singh et al., "An Abstract Domain for Certifying
-Neural Networks", POPL 2019, section 4.5 (one of the elements below).
+Source: G. Singh et al., "An Abstract Domain for Certifying Neural Networks", POPL 2019 (one of the
+elements below). The chord above is derived as stated; on tight planes above compare Y. Xiao et al.,
+"Towards General Robustness Verification of MaxPool-based Convolutional Neural Networks via
+Tightening Linear Approximation" (MaxLin), CVPR 2024, arXiv 2406.00699.
 Departures: the element below is chosen by the middle of its interval, not by its lower end.
 """
 
