@@ -286,15 +286,19 @@ def test_gradients_by_torch_func():
     torch.testing.assert_close(got["0.weight"], model[0].weight.grad)
 
 
+def gradient_of_widths_in_parallel():
+    model = nn.parallel.DistributedDataParallel(nn.Linear(3, 2))
+    bounds = model(Interval.ball(torch.rand(4, 3), 0.1))
+    (bounds.upper - bounds.lower).sum().backward()
+    return model.module.weight.grad
+
+
 def test_distributed_data_parallel_passes_boxes_through(tmp_path):
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("this torch has no gloo")
     address = f"file://{tmp_path}/store"
     torch.distributed.init_process_group("gloo", init_method=address, rank=0, world_size=1)
-    try:
-        model = nn.parallel.DistributedDataParallel(nn.Linear(3, 2))
-        bounds = model(Interval.ball(torch.rand(4, 3), 0.1))
-        (bounds.upper - bounds.lower).sum().backward()
-        assert model.module.weight.grad is not None
+    try:  # the model must not outlive its group: torch then waits for a thread that waits for it
+        assert gradient_of_widths_in_parallel() is not None
     finally:
         torch.distributed.destroy_process_group()
