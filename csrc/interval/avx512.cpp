@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "interval/avx512_packed.h"
+#include "interval/avx512_sums.h"
 #include "interval/few_inputs.h"
 
 namespace pyrobust {
@@ -170,30 +171,6 @@ void tiles(const Tiles& work) {
 // 24 accumulators, four inputs, W, |W| and the mask: 31 registers.
 constexpr int kDirectRows = 6;
 
-template <int R, int P>
-struct GroupSums {
-  __m512 c[R][P], r[R][P];
-
-  void clear() {
-#pragma GCC unroll 6
-    for (int i = 0; i < R; ++i) {
-#pragma GCC unroll 2
-      for (int p = 0; p < P; ++p) c[i][p] = r[i][p] = _mm512_setzero_ps();
-    }
-  }
-
-  void add(const GroupSums& other) {
-#pragma GCC unroll 6
-    for (int i = 0; i < R; ++i) {
-#pragma GCC unroll 2
-      for (int p = 0; p < P; ++p) {
-        c[i][p] = _mm512_add_ps(c[i][p], other.c[i][p]);
-        r[i][p] = _mm512_add_ps(r[i][p], other.r[i][p]);
-      }
-    }
-  }
-};
-
 inline void add_to(float* sums, bool fresh, __m512 value) {
   const __m512 before = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(sums);
   _mm512_storeu_ps(sums, _mm512_add_ps(before, value));
@@ -202,11 +179,11 @@ inline void add_to(float* sums, bool fresh, __m512 value) {
 template <int R, int P>
 void direct_chunk(const Direct& work, int64_t n, int64_t begin, int64_t end) {
   const float* weight = work.weight + n * work.terms;
-  GroupSums<R, P> total;
+  PixelSums<R, P> total;
   total.clear();
   for (int64_t from = begin; from < end; from += kRun) {
     const int64_t to = end < from + kRun ? end : from + kRun;
-    GroupSums<R, P> sums;
+    PixelSums<R, P> sums;
     sums.clear();
     for (int64_t k = from; k < to; ++k) {
       __m512 x[P], y[P];

@@ -1,10 +1,9 @@
 // Products of radii in bfloat16, two terms an instruction: the panel kernel of avx512.cpp, with
 // sixteen inputs a register. Centres stay in float32. See "Coarse radii" in interval.h.
-#include <immintrin.h>
-
 #include <array>
 #include <utility>
 
+#include "interval/avx512_sums.h"
 #include "interval/kernels.h"
 
 namespace pyrobust {
@@ -81,32 +80,8 @@ void gather_group(const float* left, const float* right, int64_t count, float* t
 }
 
 template <int R, int P>
-struct Sums {
-  __m512 c[R][P], r[R][P];
-
-  void clear() {
-#pragma GCC unroll 6
-    for (int i = 0; i < R; ++i) {
-#pragma GCC unroll 2
-      for (int p = 0; p < P; ++p) c[i][p] = r[i][p] = _mm512_setzero_ps();
-    }
-  }
-
-  void add(const Sums& other) {
-#pragma GCC unroll 6
-    for (int i = 0; i < R; ++i) {
-#pragma GCC unroll 2
-      for (int p = 0; p < P; ++p) {
-        c[i][p] = _mm512_add_ps(c[i][p], other.c[i][p]);
-        r[i][p] = _mm512_add_ps(r[i][p], other.r[i][p]);
-      }
-    }
-  }
-};
-
-template <int R, int P>
 inline void add_centres(const float* weight, int64_t stride, const float* column,
-                        Sums<R, P>& sums) {
+                        PixelSums<R, P>& sums) {
   __m512 x[P];
 #pragma GCC unroll 2
   for (int p = 0; p < P; ++p) x[p] = _mm512_loadu_ps(column + p * kGroup);
@@ -120,7 +95,7 @@ inline void add_centres(const float* weight, int64_t stride, const float* column
 
 template <int R, int P>
 inline void add_radii(const uint32_t* sizes, int64_t stride, const float* column,
-                      Sums<R, P>& sums) {
+                      PixelSums<R, P>& sums) {
   __m512bh y[P];
 #pragma GCC unroll 2
   for (int p = 0; p < P; ++p) {
@@ -159,11 +134,11 @@ inline void add_to_panels(float* left, float* right, bool fresh, __m512 c, __m51
 template <int R, int P>
 void add_chunk(const Chunk& chunk, int64_t first, int64_t n) {
   const int64_t stride = chunk.work.weight_stride;
-  Sums<R, P> total;
+  PixelSums<R, P> total;
   total.clear();
   for (int64_t from = 0; from < chunk.count; from += kRun) {
     const int64_t to = chunk.count < from + kRun ? chunk.count : from + kRun;
-    Sums<R, P> sums;
+    PixelSums<R, P> sums;
     sums.clear();
     for (int64_t k = from; k < to; k += 2) {
       const float* column = chunk.gathered + k / 2 * P * kGroup;
@@ -256,7 +231,7 @@ void pair_channels(const float* radius, int64_t channels, int64_t plane, uint32_
 
 template <int R, int P>
 inline void add_pair(const CoarseDirect& work, const float* weight, const uint32_t* sizes,
-                     int64_t q, Sums<R, P>& sums) {
+                     int64_t q, PixelSums<R, P>& sums) {
   const Direct& direct = work.direct;
   const float *from = direct.centre + direct.places[q], *w = weight + work.weights[q];
 #pragma GCC unroll 2
@@ -292,11 +267,11 @@ void direct_chunk(const CoarseDirect& work, int64_t n, int64_t begin, int64_t en
   const Direct& direct = work.direct;
   const float* weight = direct.weight + n * direct.terms;
   const uint32_t* sizes = work.sizes + n * (direct.terms / 2);
-  Sums<R, P> total;
+  PixelSums<R, P> total;
   total.clear();
   for (int64_t from = begin; from < end; from += kRun / 2) {
     const int64_t to = end < from + kRun / 2 ? end : from + kRun / 2;
-    Sums<R, P> sums;
+    PixelSums<R, P> sums;
     sums.clear();
     for (int64_t q = from; q < to; ++q) add_pair<R, P>(work, weight, sizes, q, sums);
     total.add(sums);

@@ -6,48 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyrobust import _native
-from pyrobust.ops import packed_linear
 from pyrobust.quantize import BITS, QTensor
 
-LEVELS = {1: 2, 1.58: 3, 2: 4, 3: 8, 4: 16, 8: 256}
+from ..packed_products import LEVELS, multiply, random_weight
+
 BATCHES = [0, 1, 2, 3, 4, 5, 8, 15, 16, 17, 33, 64, 200]
 # rows, cols, group_size: whole blocks, one group, odd groups, tails of rows, columns and groups
 SHAPES = [(9, 256, 128), (6, 150, 150), (7, 200, 32), (5, 131, 13), (3, 77, 64), (70, 640, 64)]
 SHAPES += [(17, 70, 128), (9, 100, 25)]  # one group and four beside each other
 ISAS = _native.supported_isas()
-
-
-def random_weight(rows, cols, bits, group_size, group_dim, *, symmetric=False, generator=None):
-    def draw(high, shape):
-        return torch.randint(0, high, shape, dtype=torch.uint8, generator=generator)
-
-    along_columns, along_rows = -(-cols // group_size), -(-rows // group_size)
-    shape = (rows, along_columns) if group_dim == 1 else (along_rows, cols)
-    scale = (torch.rand(shape, generator=generator) + 0.1).half()
-    zero = None if symmetric or bits in (1, 1.58) else draw(LEVELS[bits], shape)
-    return QTensor.from_codes(
-        draw(LEVELS[bits], (rows, cols)),
-        scale,
-        zero,
-        bits=bits,
-        group_size=group_size,
-        group_dim=group_dim,
-    )
-
-
-def multiply(x, packed: QTensor, bias=None, **options):
-    return packed_linear(
-        x,
-        packed.codes,
-        packed.scale,
-        packed.zero,
-        bias,
-        in_features=packed.shape[1],
-        bits=packed.bits,
-        group_size=packed.group_size,
-        group_dim=packed.group_dim,
-        **options,
-    )
 
 
 def int8_reference(x, packed: QTensor) -> torch.Tensor:

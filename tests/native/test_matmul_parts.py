@@ -5,39 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyrobust.ops import packed_linear
 from pyrobust.quantize import BITS, QTensor, round_to_codebook, round_to_two_level
 
-LEVELS = {1: 2, 1.58: 3, 2: 4, 3: 8, 4: 16, 8: 256}
+from ..packed_products import multiply, random_weight
+
 BATCHES = [0, 1, 2, 3, 4, 5, 7, 8, 9, 17, 64, 200]
 # rows, cols, group_size: usual groups, tails of columns and rows, one group, a last group of one
 SHAPES = [(70, 512, 128), (9, 200, 64), (7, 150, 150), (5, 129, 128), (40, 1300, 640)]
 DTYPES = [torch.bfloat16, torch.float16]
-
-
-def random_weight(rows, cols, bits, group_size, *, symmetric=False, generator=None) -> QTensor:
-    def draw(high, shape):
-        return torch.randint(0, high, shape, dtype=torch.uint8, generator=generator)
-
-    shape = (rows, -(-cols // group_size))
-    scale = (torch.rand(shape, generator=generator) + 0.1).half()
-    zero = None if symmetric or bits in (1, 1.58) else draw(LEVELS[bits], shape)
-    codes = draw(LEVELS[bits], (rows, cols))
-    return QTensor.from_codes(codes, scale, zero, bits=bits, group_size=group_size)
-
-
-def multiply(x, packed: QTensor, bias=None, **options):
-    return packed_linear(
-        x,
-        packed.codes,
-        packed.scale,
-        packed.zero,
-        bias,
-        in_features=packed.shape[1],
-        bits=packed.bits,
-        group_size=packed.group_size,
-        **options,
-    )
 
 
 def assert_within_bound(result, x, packed, bias=None):
@@ -142,7 +117,7 @@ def test_codebooks_and_two_level_scales(isa, batch):
         round_to_codebook(weight, levels=levels, bits=4, group_size=128),
         round_to_two_level(weight, bits=4, group_size=64),
     ):
-        result = multiply(x, packed, extras=packed.extras)
+        result = multiply(x, packed)
         assert_within_bound(result, x, packed)
 
 

@@ -9,6 +9,8 @@ from pyrobust import _native
 from pyrobust.ops import packed_linear
 from pyrobust.quantize import BITS, QTensor, SparseRemainder
 
+from ..packed_products import multiply
+
 LEVELS = {1: 2, 1.58: 3, 2: 4, 3: 8, 4: 16, 8: 256}
 SHAPES = [(9, 192, 64), (6, 77, 13)]
 PARTS = [
@@ -53,14 +55,6 @@ def random_weight(rows, cols, bits, group_size, group_dim, parts):
     largest = packed.dequantize().abs().max()
     values = largest * (1 + torch.rand(rows, cols)) * torch.randn(rows, cols).sign()
     return packed.with_remainder(values, torch.rand(rows, cols) < 0.04)
-
-
-def multiply(x, packed, bias=None, **options):
-    return packed_linear(
-        x, packed.codes, packed.scale, packed.zero, bias,
-        in_features=packed.shape[1], bits=packed.bits, group_size=packed.group_size,
-        group_dim=packed.group_dim, extras=packed.extras, **options,
-    )  # fmt: skip
 
 
 def spread(grouped, packed):

@@ -9,6 +9,8 @@ from pyrobust.nn import PackedLinear
 from pyrobust.ops import matmul, packed_linear
 from pyrobust.quantize import BITS, QTensor, round_to_codebook, round_to_nearest, round_to_two_level
 
+from ..packed_products import multiply
+
 FORMS = [*BITS, "two-level", "codebook", "remainder"]
 
 
@@ -47,21 +49,6 @@ def operator(x, packed: QTensor, bias=None, int8=False):
     extras = packed.extras or ()
     return torch.ops.pyrobust.packed_linear(
         x, packed.codes, packed.scale, packed.zero, bias, *options, *extras
-    )
-
-
-def multiply(x, packed: QTensor, bias=None, **options):
-    return packed_linear(
-        x,
-        packed.codes,
-        packed.scale,
-        packed.zero,
-        bias,
-        in_features=packed.shape[1],
-        bits=packed.bits,
-        group_size=packed.group_size,
-        extras=packed.extras,
-        **options,
     )
 
 

@@ -6,6 +6,8 @@ import torch
 from pyrobust.ops import packed_linear
 from pyrobust.quantize import BITS, QTensor, round_to_nearest
 
+from ..packed_products import multiply
+
 
 def pack(rows, cols, bits=4, group_size=16, group_dim=1, **options) -> QTensor:
     return round_to_nearest(
@@ -20,12 +22,6 @@ def options_of(packed: QTensor) -> dict:
         "group_size": packed.group_size,
         "group_dim": packed.group_dim,
     }
-
-
-def multiply(x, packed: QTensor, bias=None, **options):
-    return packed_linear(
-        x, packed.codes, packed.scale, packed.zero, bias, **options_of(packed), **options
-    )
 
 
 def operator_arguments(x, packed: QTensor, bias=None, int8=False):

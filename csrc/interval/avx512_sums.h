@@ -1,0 +1,36 @@
+// Sums in registers of R rows of W against P groups of sixteen inputs, of centres and of radii.
+#pragma once
+
+#include <immintrin.h>
+
+namespace pyrobust {
+namespace interval {
+namespace {
+
+template <int R, int P>
+struct PixelSums {
+  __m512 c[R][P], r[R][P];
+
+  void clear() {
+#pragma GCC unroll 6
+    for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 2
+      for (int p = 0; p < P; ++p) c[i][p] = r[i][p] = _mm512_setzero_ps();
+    }
+  }
+
+  void add(const PixelSums& other) {
+#pragma GCC unroll 6
+    for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 2
+      for (int p = 0; p < P; ++p) {
+        c[i][p] = _mm512_add_ps(c[i][p], other.c[i][p]);
+        r[i][p] = _mm512_add_ps(r[i][p], other.r[i][p]);
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace interval
+}  // namespace pyrobust
