@@ -116,13 +116,25 @@ class FastRegularizer:
 
     def _balance(self, box: Interval) -> Tensor:
         centre = (box.upper + box.lower) / 2
-        active, dead = centre[box.lower > 0], centre[box.upper < 0]
-        if len(active) == 0 or len(dead) == 0:
+        active, dead = _moments(centre, box.lower > 0), _moments(centre, box.upper < 0)
+        if active is None or dead is None:
             return centre.new_zeros(())
-        pairs = ((active.mean(), -dead.mean()), (active.var(False), dead.var(False)))
+        pairs = ((active[0], -dead[0]), (active[1], dead[1]))
         # min / max, not min(a / b, b / a): its slope is finite where one of the two is 0.
         terms = [self.tol - torch.minimum(a, b) / torch.maximum(a, b) for a, b in pairs]
         return (terms[0].clamp_min(0) + terms[1].clamp_min(0)) / self.tol
+
+
+def _moments(x: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Mean and variance of the chosen entries; None where none is chosen."""
+    count = int(chosen.sum())
+    if count == 0:
+        return None
+    # Products with the mask: gathering entries and scattering their gradients takes longer.
+    x, mask = x.flatten(), chosen.flatten().to(x.dtype)
+    mean = torch.dot(mask, x) / count
+    apart = (x - mean) * mask
+    return mean, torch.dot(apart, apart) / count
 
 
 @dataclass(frozen=True)
