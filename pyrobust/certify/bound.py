@@ -32,7 +32,7 @@ from pyrobust.interval.type import wrap
 from pyrobust.nn.packed_linear import PackedLinear
 from pyrobust.ops._interval_checks import is_deployed
 
-__all__ = ["bound", "margin_specification"]
+__all__ = ["bound", "interval_margins", "margin_specification"]
 
 # From the fastest to the tightest.
 METHODS = ("ibp", "crown-ibp", "crown", "alpha-crown")
@@ -172,9 +172,16 @@ def margin_specification(labels: Tensor, num_classes: int) -> Tensor:
         ``(B, K - 1, K)`` float32; row ``j`` takes the ``j``-th other class from the label.
     """
     identity = torch.eye(num_classes, device=labels.device)
-    margins = identity[labels].unsqueeze(1) - identity
-    others = ~torch.nn.functional.one_hot(labels, num_classes).bool()
-    return margins[others].reshape(len(labels), num_classes - 1, num_classes)
+    place = torch.arange(num_classes - 1, device=labels.device)
+    mine = labels.unsqueeze(1)
+    return identity[mine] - identity[place + (place >= mine)]
+
+
+def interval_margins(model: nn.Module, x: Interval, labels: Tensor) -> Interval:
+    """``bound(model, x, margin_specification(labels, K))`` by intervals, for any ``K``."""
+    output, last = _run(model, x)
+    layer, entering = last or (None, None)
+    return _of_output(output, layer, entering, margin_specification(labels, output.shape[-1]))
 
 
 Linear = nn.Linear | PackedLinear

@@ -26,21 +26,23 @@ class Shard:
     Attributes:
         rank: its number, from 0.
         world: how many there are.
+        grouped: whether a process group stands behind them; it may be of one process.
     """
 
     rank: int = 0
     world: int = 1
+    grouped: bool = False
 
     def meet(self) -> None:
         """Wait for the other processes."""
-        if self.world > 1:
+        if self.grouped:
             import torch.distributed as dist
 
             dist.barrier()
 
     def first(self, value: Tensor) -> Tensor:
         """The first process's ``value``, a CPU tensor, in all of them."""
-        if self.world == 1:
+        if not self.grouped:
             return value
         import torch.distributed as dist
 
@@ -50,7 +52,7 @@ class Shard:
 
     def any(self, flags: Tensor) -> Tensor:
         """Where any process has True, for a bool tensor of equal shape in all of them."""
-        if self.world == 1:
+        if not self.grouped:
             return flags
         import torch
         import torch.distributed as dist
@@ -68,14 +70,14 @@ def this_shard() -> Shard:
     A group that already exists (gloo or nccl) is used as it is; otherwise one is made with gloo,
     since only turns and flags are exchanged.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1 or "RANK" not in os.environ:
-        return Shard()
     import torch.distributed as dist
 
-    if not dist.is_initialized():
+    if not (dist.is_available() and dist.is_initialized()):
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        if world == 1 or "RANK" not in os.environ:
+            return Shard()
         dist.init_process_group("gloo")
-    return Shard(dist.get_rank(), dist.get_world_size())
+    return Shard(dist.get_rank(), dist.get_world_size(), grouped=True)
 
 
 def part_paths(log: Path) -> list[Path]:

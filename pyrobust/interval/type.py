@@ -25,7 +25,7 @@ from pyrobust.interval.errors import (
 )
 from pyrobust.interval.finite import check_result
 from pyrobust.interval.outward import sum_ends
-from pyrobust.ops._interval_checks import is_deployed
+from pyrobust.ops._interval_checks import Ends, is_deployed
 from pyrobust.ops._interval_fallback import round_outward
 from pyrobust.ops._library import plain_eager
 
@@ -109,7 +109,8 @@ class Interval:
             x: ``(...)`` centre, float32 or float64.
             eps: radius, ``>= 0``, in the units of ``x``; a tensor broadcasts against ``x``.
             clamp: lowest and highest value of the data; the box is cut to them.
-            rounding: see :class:`Interval`.
+            rounding: see :class:`Interval`. With ``"nearest"`` the numbers of ``x`` on a GPU are
+                not checked, which would stop it.
 
         Raises:
             ValueError: ``eps`` is negative or NaN, ``clamp`` is out of order, an end is NaN or
@@ -117,7 +118,9 @@ class Interval:
         """
         check_choice("Interval.ball", "rounding", rounding, ROUNDINGS)
         check_float("Interval.ball", "x", x)
-        radius = torch.as_tensor(eps, dtype=torch.float64, device=x.device)
+        # a number stays on the CPU: nothing then waits for a GPU
+        place = x.device if isinstance(eps, Tensor) else torch.device("cpu")
+        radius = torch.as_tensor(eps, dtype=torch.float64, device=place)
         if visible(radius) and not bool((radius >= 0).all()):
             raise ValueError(f"Interval.ball: eps must be at least 0; got {eps}.")
         centre = x.double()
@@ -125,9 +128,10 @@ class Interval:
             low, high = (centre - radius).to(x.dtype), (centre + radius).to(x.dtype)
         else:
             low, high = sum_ends((centre, -radius), (centre, radius), x.dtype)
+        looked_at = not (rounding == "nearest" and x.is_cuda)
         if clamp is not None:
-            low, high = _clamped(low, high, clamp)
-        return cls(low, high, rounding=rounding)
+            low, high = _clamped(low, high, clamp, looked_at)
+        return cls(low, high, rounding=rounding) if looked_at else wrap(low, high, rounding)
 
     @classmethod
     def hull(cls, values: Tensor | Interval, dim: int, *, rounding: str = "real") -> Interval:
@@ -504,13 +508,13 @@ def _check_current(box: Interval) -> None:
         )
 
 
-def _clamped(low: Tensor, high: Tensor, clamp: tuple[float, float]) -> tuple[Tensor, Tensor]:
+def _clamped(low: Tensor, high: Tensor, clamp: tuple[float, float], looked_at: bool) -> Ends:
     least, most = clamp
     if not least <= most:
         raise ValueError(f"Interval.ball: clamp must be (lowest, highest); got {clamp}.")
-    bounds = torch.tensor([least, most], dtype=torch.float64, device=low.device)
-    first, last = round_outward(bounds[0], bounds[1], low.dtype)
-    if visible(low) and bool(((high < first) | (low > last)).any()):
+    bounds = torch.tensor([least, most], dtype=torch.float64)
+    first, last = (float(end) for end in round_outward(bounds[0], bounds[1], low.dtype))
+    if looked_at and visible(low) and bool(((high < first) | (low > last)).any()):
         raise ValueError(
             f"Interval.ball: x must lie within eps of the clamp range {clamp}; it does not."
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from pyrobust.ops._interval_gradients import (
     split_gradients,
     weight_gradient,
 )
+from pyrobust.ops._interval_nearest import nearest_image, taken_by_torch
 from pyrobust.ops._library import define, dispatcher_needed, plain_eager, refuse_forward_mode
 
 __all__ = [
@@ -122,9 +123,12 @@ def interval_conv2d(
     if rectified and not (lower.dtype == torch.float32 and plain_eager(*tensors)):
         low, high, rectified = *clipped_at_zero(low, high), False
     arguments = (low, high, weight, bias, step, pad, gap, groups, rounding, rectified)
-    if through_torch:
+    if taken_by_torch(rounding, lower, weight, bias):
+        window = (step, pad, gap, groups)
+        ends: Ends = nearest_image(low, high, weight, bias, _convolution(*window))
+    elif through_torch:
         refuse_forward_mode(_SUBJECT, *tensors)
-        ends: Ends = torch.ops.pyrobust.interval_conv2d(*arguments)
+        ends = torch.ops.pyrobust.interval_conv2d(*arguments)
     else:
         ends = _conv_cpu(*arguments)
     return ends if lower.ndim == 4 else (ends[0].squeeze(0), ends[1].squeeze(0))
@@ -240,6 +244,20 @@ def padded(images: Tensor, pad: list[int]) -> Tensor:
     return F.pad(images, (pad[2], pad[3], pad[0], pad[1]))
 
 
+def _convolution(
+    stride: list[int], pad: list[int], dilation: list[int], groups: int
+) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """``conv2d`` of images, weight and bias, with zeros at ``[top, bottom, left, right]``."""
+    even = pad[0] == pad[1] and pad[2] == pad[3]
+    inside = [pad[0], pad[2]] if even else [0, 0]
+
+    def convolution(images: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+        images = images if even else padded(images, pad)
+        return F.conv2d(images, kernel, bias, stride, inside, dilation, groups)
+
+    return convolution
+
+
 def _conv_fallback(
     lower: Tensor,
     upper: Tensor,
@@ -255,8 +273,10 @@ def _conv_fallback(
     if rectified:
         lower, upper = clipped_at_zero(lower, upper)
 
+    convolution = _convolution(stride, pad, dilation, groups)
+
     def product(images: Tensor, kernel: Tensor) -> Tensor:
-        return F.conv2d(padded(images, pad), kernel, None, stride, 0, dilation, groups)
+        return convolution(images, kernel, None)
 
     shift = None if bias is None else bias.reshape(-1, 1, 1)
     terms = weight[0].numel() if weight.shape[0] else 0

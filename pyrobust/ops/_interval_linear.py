@@ -32,6 +32,7 @@ from pyrobust.ops._interval_gradients import (
     split_gradients,
     weight_gradient,
 )
+from pyrobust.ops._interval_nearest import nearest_image, taken_by_torch
 from pyrobust.ops._library import define, dispatcher_needed, plain_eager, refuse_forward_mode
 
 __all__ = ["flat_ends", "grad_of_ends", "interval_linear", "map_boxes"]
@@ -87,6 +88,8 @@ def interval_linear(
         lower, upper, rectified = *clipped_at_zero(lower, upper), False
     if plain:
         return _linear_cpu(lower, upper, weight, bias, rounding, rectified)
+    if taken_by_torch(rounding, lower, weight, bias):
+        return nearest_image(lower, upper, weight, bias, torch.nn.functional.linear)
     refuse_forward_mode("interval_linear", *tensors)
     ends: Ends = torch.ops.pyrobust.interval_linear(lower, upper, weight, bias, rounding, rectified)
     return ends

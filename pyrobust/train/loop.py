@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -58,6 +59,7 @@ def fit(
     learning_rate: float = 2e-3,
     optimizer: torch.optim.Optimizer | None = None,
     schedule: Callable[[float], float] = step_decay,
+    max_norm: float | None = None,
     after_step: Callable[[], None] | None = None,
     generator: torch.Generator | None = None,
     distributed: bool = False,
@@ -81,6 +83,8 @@ def fit(
         optimizer: in place of Adam; each of its groups is scheduled from the rate it was made with.
         schedule: what the rates are multiplied by, for the share of training that is done; by
             default 0.2 after 70% and again after 90%.
+        max_norm: gradients are scaled down to this Euclidean norm of all together, ``> 0``; None
+            for no limit.
         after_step: called after every step.
         generator: order of the batches; of several processes the first one's counts.
         distributed: train with all processes of the group (gloo, or one that exists already, such
@@ -94,40 +98,79 @@ def fit(
 
     Raises:
         ValueError: an argument is out of range.
-        FloatingPointError: the loss is no longer finite.
+        FloatingPointError: the loss is no longer finite; on a GPU it is read every 100 steps.
     """
     check_integer("fit", "epochs", epochs, 1)
     check_integer("fit", "batch_size", batch_size, 1)
     check_positive("fit", "learning_rate", learning_rate)
+    if max_norm is not None:
+        check_positive("fit", "max_norm", max_norm)
     if optimizer is None:
-        optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
+        fused = all(p.is_cuda for p in model.parameters()) or None  # None: torch's choice
+        optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=fused)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
     rates = [group.setdefault("initial_lr", group["lr"]) for group in optimizer.param_groups]
     per_epoch = -(-len(images) // batch_size)
     total = epochs * per_epoch
     shard = this_shard() if distributed else Shard()
     loss_of: nn.Module = _Loss(model, objective)
-    if shard.world > 1:
+    if shard.grouped:
         loss_of = DistributedDataParallel(loss_of)
     model.train()
+    watch = _LossWatch()
     hidden = not progress or shard.rank > 0
     with tqdm(total=total, desc=description, disable=hidden, unit="step") as bar:
         for epoch in range(epochs):
-            order = shard.first(torch.randperm(len(images), generator=generator))
+            order = shard.first(torch.randperm(len(images), generator=generator)).to(images.device)
             for i, batch in enumerate(order.split(batch_size)):
                 done = (epoch * per_epoch + i) / total
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * schedule(done)
                 mine, weight = _share(batch, shard)
                 loss = loss_of(images[mine], labels[mine], done)
-                if not torch.isfinite(loss):
-                    raise FloatingPointError(f"fit: the loss became {loss.item()} at step {bar.n}.")
+                watch.see(loss.detach())
                 optimizer.zero_grad()
                 (loss if weight == 1 else weight * loss).backward()
+                if max_norm is not None:
+                    nn.utils.clip_grad_norm_(trained, max_norm)
                 optimizer.step()
                 if after_step is not None:
                     after_step()
                 bar.update()
+            watch.look()
     return model.eval()
+
+
+class _LossWatch:
+    """Stops training whose loss is no longer finite.
+
+    On the CPU at once. Reading a number of another device makes it wait, so its losses are read
+    some at a time.
+    """
+
+    _AT_A_TIME = 100
+
+    def __init__(self) -> None:
+        self._unread: list[Tensor] = []
+        self._read = 0
+
+    def see(self, loss: Tensor) -> None:
+        """Take the loss of the next step."""
+        self._unread.append(loss)
+        if loss.device.type == "cpu" or len(self._unread) == self._AT_A_TIME:
+            self.look()
+
+    def look(self) -> None:
+        """Read what was not read yet.
+
+        Raises:
+            FloatingPointError: a loss is infinite or NaN.
+        """
+        for loss in torch.stack(self._unread).tolist() if self._unread else []:
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"fit: the loss became {loss} at step {self._read}.")
+            self._read += 1
+        self._unread.clear()
 
 
 class _Loss(nn.Module):

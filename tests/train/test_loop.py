@@ -4,6 +4,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pyrobust.train import GaussianCrossEntropy, fit
+from pyrobust.train.loop import _LossWatch
 
 
 def blobs():
@@ -89,3 +90,29 @@ def test_fit_takes_an_optimizer_with_groups_a_schedule_and_a_call_after_each_ste
     assert torch.allclose(torch.tensor(calls)[:, 1], torch.tensor([0.01, 0.0075, 0.005, 0.0025]))
     fit(model, *blobs(), epochs=1, schedule=lambda _: 1.0, after_step=seen, **options)
     assert calls[-1] == [0.1, 0.01]
+
+
+def test_gradients_are_scaled_down_to_the_largest_norm():
+    model = torch.nn.Linear(3, 2)
+    start = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    x, y = torch.randn(4, 3), torch.arange(4) % 2
+    options = {"epochs": 1, "batch_size": 4, "optimizer": optimizer, "max_norm": 1e-3}
+    fit(model, x, y, objective=GaussianCrossEntropy(), **options)
+    moved = torch.cat([p.detach().flatten() for p in model.parameters()]) - start
+    assert float(moved.norm()) == pytest.approx(1e-3, rel=1e-2)
+    with pytest.raises(ValueError, match="max_norm"):
+        fit(model, x, y, objective=GaussianCrossEntropy(), epochs=1, max_norm=0.0)
+
+
+def test_losses_of_other_devices_are_read_some_at_a_time():
+    watch = _LossWatch()
+    watch.see(torch.zeros(()))
+    watch._AT_A_TIME, watch._unread = 3, []
+    later = torch.ones((), device="meta")
+    watch.see(later)
+    watch.see(later)
+    assert len(watch._unread) == 2  # not read
+    watch._unread = [torch.tensor(1.0), torch.tensor(float("nan"))]
+    with pytest.raises(FloatingPointError, match="nan at step 2"):
+        watch.look()

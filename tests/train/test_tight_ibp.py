@@ -16,6 +16,7 @@ from pyrobust.train import (
     fit,
     ibp_init_,
 )
+from pyrobust.train.tight_ibp import _moments_of
 
 
 def test_the_ramp_is_continuous_in_value_and_slope():
@@ -72,6 +73,25 @@ def test_a_single_active_unit_gives_finite_slopes():
     box = Interval(centre - 1, centre + 1)
     FastRegularizer()(Interval(torch.zeros(1, 2), torch.ones(1, 2)), [box]).backward()
     assert bool(torch.isfinite(centre.grad).all())
+
+
+def test_the_moments_have_their_own_gradient():
+    centre, radius = torch.randn(2, 3, 4, 4, dtype=torch.float64), 0.3
+    for layout in (torch.contiguous_format, torch.channels_last):
+        ends = [(centre + r).to(memory_format=layout).requires_grad_() for r in (-radius, radius)]
+        assert torch.autograd.gradcheck(_moments_of, ends)
+    means = _moments_of(*ends)[1:3]
+    torch.testing.assert_close(means[0], centre[centre > radius].mean())
+    torch.testing.assert_close(means[1], centre[centre < -radius].mean())
+
+
+def test_a_layer_without_dead_units_is_left_out():
+    ends = [torch.tensor([[1.0, 2.0, 3.0]]) + r for r in (-0.5, 0.5)]
+    ends = [end.requires_grad_() for end in ends]
+    term = FastRegularizer()(Interval(torch.zeros(1, 2), torch.ones(1, 2)), [Interval(*ends)])
+    assert float(term.detach()) == 0
+    term.backward()
+    assert all(torch.equal(end.grad, torch.zeros(1, 3)) for end in ends)
 
 
 def test_the_monitor_records_and_leaves_training_as_it_is():
