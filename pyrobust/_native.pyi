@@ -36,6 +36,35 @@ def interval_join_gradients(
 def interval_add_weight_gradient(
     from_centre: Tensor, from_radius: Tensor, weight: Tensor, num_threads: int
 ) -> None: ...
+def eager_interval_linear(
+    lower: Tensor,
+    upper: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rounding: str,
+    rectified: bool,
+    num_threads: int,
+    grad_enabled: bool,
+) -> tuple[Tensor, Tensor, bool] | None: ...
+def eager_interval_packed(
+    lower: Tensor,
+    upper: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    in_features: int,
+    bits: float,
+    group_size: int,
+    group_dim: int,
+    activations: str | None,
+    extras: tuple[Tensor | None, ...] | None,
+    rounding: str,
+    rectified: bool,
+    num_threads: int,
+    grad_enabled: bool,
+) -> tuple[Tensor, Tensor, bool] | None: ...
+def box_is_finite(lower: Tensor, upper: Tensor) -> bool | None: ...
 def interval_linear(
     lower: Tensor,
     upper: Tensor,

@@ -7,6 +7,7 @@
 #include <atomic>
 
 #include "bindings/families.h"
+#include "bindings/interval_call.h"
 #include "bindings/packed_matrix.h"
 #include "bindings/tensor_view.h"
 #include "interval/gradients.h"
@@ -16,26 +17,8 @@
 namespace pyrobust {
 namespace {
 
-// Whether radii may be multiplied in bfloat16; the owner is pyrobust/ops/_interval_precision.py.
+// The owner is pyrobust/ops/_interval_precision.py.
 std::atomic<bool> coarse_radius{false};
-
-// The promise, and how far the arithmetic that it covers moves an operand.
-struct Promise {
-  interval::Rounding rounding;
-  float operand_error;
-};
-
-Promise parse_rounding(const std::string& name) {
-  if (name == "nearest") return {interval::Rounding::kNearest, 0.0f};
-  if (name == "real") return {interval::Rounding::kReal, 0.0f};
-  if (name == "deployed") return {interval::Rounding::kDeployed, 0.0f};
-  if (name == "deployed-tf32") return {interval::Rounding::kDeployed, 1.0f / 1024};
-  if (name == "deployed-bfloat16") return {interval::Rounding::kDeployed, 1.0f / 256};
-  fail(
-      "interval: rounding must be one of real, deployed, nearest, deployed-tf32, "
-      "deployed-bfloat16; got '",
-      name, "'.");
-}
 
 // The arguments that every entry point shares, in the order of its Python call.
 struct Ends {
@@ -214,6 +197,20 @@ void interval_add_weight_gradient(py::handle from_centre, py::handle from_radius
 }
 
 }  // namespace
+
+bool coarse_radius_allowed() { return coarse_radius; }
+
+Promise parse_rounding(const std::string& name) {
+  if (name == "nearest") return {interval::Rounding::kNearest, 0.0f};
+  if (name == "real") return {interval::Rounding::kReal, 0.0f};
+  if (name == "deployed") return {interval::Rounding::kDeployed, 0.0f};
+  if (name == "deployed-tf32") return {interval::Rounding::kDeployed, 1.0f / 1024};
+  if (name == "deployed-bfloat16") return {interval::Rounding::kDeployed, 1.0f / 256};
+  fail(
+      "interval: rounding must be one of real, deployed, nearest, deployed-tf32, "
+      "deployed-bfloat16; got '",
+      name, "'.");
+}
 
 void bind_interval(py::module_& m) {
   m.def("set_interval_coarse_radius", [](bool allowed) { return coarse_radius.exchange(allowed); });

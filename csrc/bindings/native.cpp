@@ -28,6 +28,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("supported_isas", &supported_isas);
   pyrobust::bind_matmul(m);
   pyrobust::bind_eager_linear(m);
+  pyrobust::bind_eager_interval(m);
   pyrobust::bind_sampling(m);
   pyrobust::bind_interval(m);
   pyrobust::bind_relaxation(m);

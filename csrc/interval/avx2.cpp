@@ -239,8 +239,17 @@ inline __m256 step_over(__m256 x, __m256 direction) {
   return _mm256_add_ps(x, _mm256_mul_ps(step, direction));
 }
 
+// An end between zero and `least` becomes zero, on the outer side.
+inline __m256 without_denormals(__m256 x, __m256 from, __m256 to) {
+  const __m256 flushed =
+      _mm256_and_ps(_mm256_cmp_ps(x, from, _CMP_GT_OQ), _mm256_cmp_ps(x, to, _CMP_LT_OQ));
+  return _mm256_andnot_ps(flushed, x);
+}
+
+// `largest` grows to the largest of the upper and of the negated lower ends: infinite where one is.
 inline void finish_eight(__m256 centre, __m256 radius, __m256 shift, __m256 offset,
-                         const Constants& constants, __m256* lower, __m256* upper) {
+                         const Constants& constants, __m256* lower, __m256* upper,
+                         __m256* largest) {
   const __m256 one = _mm256_set1_ps(1.0f), minus = _mm256_set1_ps(-1.0f);
   const __m256 infinite = _mm256_set1_ps(rounding::infinity());
   centre = _mm256_add_ps(centre, shift);
@@ -256,21 +265,36 @@ inline void finish_eight(__m256 centre, __m256 radius, __m256 shift, __m256 offs
   const __m256 bounded =
       _mm256_and_ps(_mm256_cmp_ps(magnitude(centre), infinite, _CMP_LT_OQ),
                     _mm256_cmp_ps(radius, _mm256_set1_ps(constants.limit), _CMP_LT_OQ));
-  *lower = _mm256_blendv_ps(_mm256_mul_ps(infinite, minus), low, bounded);
-  *upper = _mm256_blendv_ps(infinite, high, bounded);
+  low = _mm256_blendv_ps(_mm256_mul_ps(infinite, minus), low, bounded);
+  high = _mm256_blendv_ps(infinite, high, bounded);
+  if (constants.least > 0.0f) {
+    const __m256 zero = _mm256_setzero_ps(), least = _mm256_set1_ps(constants.least);
+    low = without_denormals(low, zero, least);
+    high = without_denormals(high, _mm256_mul_ps(least, minus), zero);
+  }
+  *lower = low;
+  *upper = high;
+  *largest = _mm256_max_ps(*largest, _mm256_max_ps(high, _mm256_mul_ps(low, minus)));
 }
 
-void finish_row(const FinishRow& work, const Constants& constants) {
+inline bool finite(__m256 largest) {
+  const __m256 infinite = _mm256_set1_ps(rounding::infinity());
+  return _mm256_movemask_ps(_mm256_cmp_ps(largest, infinite, _CMP_LT_OQ)) == 0xff;
+}
+
+bool finish_row(const FinishRow& work, const Constants& constants) {
+  __m256 largest = _mm256_setzero_ps();
   const __m256 offset = _mm256_set1_ps(work.offset);
   for (int64_t n = 0; n < work.count; n += 8) {
     const int64_t rest = work.count - n;
     const __m256 shift = work.bias != nullptr ? load(work.bias + n, rest) : _mm256_setzero_ps();
     __m256 lower, upper;
     finish_eight(load(work.centre_sums + n, rest), load(work.radius_sums + n, rest), shift, offset,
-                 constants, &lower, &upper);
+                 constants, &lower, &upper, &largest);
     store(work.out_lower + n, rest, lower);
     store(work.out_upper + n, rest, upper);
   }
+  return finite(largest);
 }
 
 inline void transpose(__m256 (&x)[8]) {
@@ -316,8 +340,9 @@ void pack(const PackRows& work) {
 }
 
 // Rows [n, n + count) with count <= 8, outputs of one input adjacent in memory.
-void finish_transposed(const FinishPanel& work, const Constants& constants, int64_t n,
+bool finish_transposed(const FinishPanel& work, const Constants& constants, int64_t n,
                        int64_t count) {
+  __m256 largest = _mm256_setzero_ps();
   const __m256 offset = _mm256_loadu_ps(work.offsets);
   __m256 lower[8], upper[8];
   for (int64_t i = 0; i < 8; ++i) {
@@ -325,7 +350,7 @@ void finish_transposed(const FinishPanel& work, const Constants& constants, int6
     const float* sums = work.sums + row * kPanelWidth;
     const __m256 shift = _mm256_set1_ps(work.bias != nullptr ? work.bias[row] : 0.0f);
     finish_eight(_mm256_loadu_ps(sums), _mm256_loadu_ps(sums + kLanes), shift, offset, constants,
-                 lower + i, upper + i);
+                 lower + i, upper + i, &largest);
   }
   transpose(lower);
   transpose(upper);
@@ -333,16 +358,19 @@ void finish_transposed(const FinishPanel& work, const Constants& constants, int6
     store(work.out_lower + lane * work.lane_stride + n, count, lower[lane]);
     store(work.out_upper + lane * work.lane_stride + n, count, upper[lane]);
   }
+  return finite(largest);
 }
 
 // One of the two strides is 1: rows adjacent (linear) or lanes adjacent (convolution).
-void finish_panel(const FinishPanel& work, const Constants& constants) {
+bool finish_panel(const FinishPanel& work, const Constants& constants) {
   if (work.row_stride == 1) {
+    bool all = true;
     for (int64_t n = 0; n < work.rows; n += 8) {
-      finish_transposed(work, constants, n, work.rows - n < 8 ? work.rows - n : 8);
+      all &= finish_transposed(work, constants, n, work.rows - n < 8 ? work.rows - n : 8);
     }
-    return;
+    return all;
   }
+  __m256 largest = _mm256_setzero_ps();
   const __m256 offset = _mm256_loadu_ps(work.offsets);
   for (int64_t n = 0; n < work.rows; ++n) {
     const float* sums = work.sums + n * kPanelWidth;
@@ -350,12 +378,13 @@ void finish_panel(const FinishPanel& work, const Constants& constants) {
     for (int64_t lane = 0; lane < work.lanes; lane += kLanes, sums += work.sum_stride) {
       __m256 lower, upper;
       finish_eight(_mm256_loadu_ps(sums), _mm256_loadu_ps(sums + kLanes), shift, offset, constants,
-                   &lower, &upper);
+                   &lower, &upper, &largest);
       const int64_t at = n * work.row_stride + lane;
       store(work.out_lower + at, work.lanes - lane, lower);
       store(work.out_upper + at, work.lanes - lane, upper);
     }
   }
+  return finite(largest);
 }
 
 constexpr IntervalKernels kKernels = {

@@ -104,10 +104,11 @@ void convolve_rows(const Convolution& conv, int64_t n, int64_t count, int64_t fi
     const int64_t at = (image * conv.call.weight.rows + n) * conv.pixels + pixel;
     float offsets[kLanes];
     std::fill(offsets, offsets + kLanes, own.offsets[image % slots_of(conv)]);
-    conv.table.finish_panel({own.sums + (p - first) * sum_size, shifted(conv.call.bias, n), offsets,
-                             count, std::min((end - p) * kLanes, conv.pixels - pixel), conv.pixels,
-                             1, sum_size, conv.call.out_lower + at, conv.call.out_upper + at},
-                            conv.constants);
+    conv.call.report(conv.table.finish_panel(
+        {own.sums + (p - first) * sum_size, shifted(conv.call.bias, n), offsets, count,
+         std::min((end - p) * kLanes, conv.pixels - pixel), conv.pixels, 1, sum_size,
+         conv.call.out_lower + at, conv.call.out_upper + at},
+        conv.constants));
     p = end;
   }
 }

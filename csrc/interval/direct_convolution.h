@@ -144,10 +144,11 @@ void finish_groups(const Convolution& conv, int64_t n, int64_t count, int64_t fi
     const PixelGroup at(conv, from);
     const int64_t to = (at.image * conv.call.weight.rows + n) * conv.pixels +
                        at.row * conv.window.out_width + at.column;
-    conv.table.finish_panel({own.sums + 2 * (from - first) * sum_stride, shifted(conv.call.bias, n),
-                             offsets, count, groups * kPixels, conv.pixels, 1, sum_stride,
-                             conv.call.out_lower + to, conv.call.out_upper + to},
-                            conv.constants);
+    conv.call.report(conv.table.finish_panel(
+        {own.sums + 2 * (from - first) * sum_stride, shifted(conv.call.bias, n), offsets, count,
+         groups * kPixels, conv.pixels, 1, sum_stride, conv.call.out_lower + to,
+         conv.call.out_upper + to},
+        conv.constants));
   }
 }
 

@@ -1,6 +1,7 @@
 // Picks the kernels; the linear product: prepares centres and radii once and splits the rows of W
 // over threads.
 #include <algorithm>
+#include <limits>
 
 #include "interval/interval.h"
 #include "interval/panels.h"
@@ -79,6 +80,7 @@ Constants constants_for(const Call& call) {
                          : own;
   out.inflate = to_float_up((1.0 + 8.0 * rounding::kUnit) / (1.0 - reach));
   out.bias_gain = deployed ? to_float_up(any) : 0.0f;
+  out.least = deployed ? std::numeric_limits<float>::min() : 0.0f;
   out.limit = deployed ? rounding::to_float_down(any * kLimit) : rounding::infinity();
   return out;
 }
@@ -116,10 +118,10 @@ void few_inputs(const Call& call, const IntervalKernels& table, const Constants&
       table.dots({input.centre.get(), input.radius.get(), rows_of(call.weight, n, count, own),
                   batch, count, terms, centre_sums, radius_sums, step});
       for (int64_t b = 0; b < batch; ++b) {
-        table.finish_row(
+        call.report(table.finish_row(
             {centre_sums + b * step, radius_sums + b * step, shifted(call.bias, n),
              input.offsets[b], count, call.out_lower + b * rows + n, call.out_upper + b * rows + n},
-            constants);
+            constants));
       }
     }
   });
@@ -150,9 +152,10 @@ void few_inputs_fused(const Call& call, const IntervalKernels& table, const Cons
         const float* centre = ordered.get() + 2 * b * columns;
         table.fused_dots(
             {centre, centre + columns, &weight, n, count, scratch, centre_sums, radius_sums});
-        table.finish_row({centre_sums, radius_sums, shifted(call.bias, n), input.offsets[b], count,
-                          call.out_lower + b * rows + n, call.out_upper + b * rows + n},
-                         constants);
+        call.report(
+            table.finish_row({centre_sums, radius_sums, shifted(call.bias, n), input.offsets[b],
+                              count, call.out_lower + b * rows + n, call.out_upper + b * rows + n},
+                             constants));
       }
     }
   });
@@ -274,10 +277,11 @@ struct RowShare {
     const int64_t rows = call.weight.rows;
     for (int64_t p = 0; p < panels.count; ++p) {
       const int64_t at = p * kLanes * rows + begin;
-      table.finish_panel({sums + p * (end - begin) * kPanelWidth, shifted(call.bias, begin),
-                          offsets + p * kLanes, end - begin, std::min(kLanes, batch - p * kLanes),
-                          1, rows, 0, call.out_lower + at, call.out_upper + at},
-                         constants);
+      call.report(table.finish_panel(
+          {sums + p * (end - begin) * kPanelWidth, shifted(call.bias, begin), offsets + p * kLanes,
+           end - begin, std::min(kLanes, batch - p * kLanes), 1, rows, 0, call.out_lower + at,
+           call.out_upper + at},
+          constants));
     }
   }
 };

@@ -60,6 +60,7 @@
 // floating-point environment (round to nearest, denormals kept) and restores the caller's.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 #include "core/rounding.h"
@@ -94,6 +95,12 @@ struct Call {
   bool coarse_radius;   // radii may be multiplied in bfloat16, where the processor can
   float* out_lower;
   float* out_upper;
+  std::atomic<bool>* unbounded = nullptr;  // becomes true where an end is infinite
+
+  // What the kernels that make ends tell.
+  void report(bool finite) const {
+    if (!finite && unbounded != nullptr) unbounded->store(true, std::memory_order_relaxed);
+  }
 
   // The ends count as at least this.
   float floor() const { return rectified ? 0.0f : -rounding::infinity(); }

@@ -38,6 +38,8 @@ struct Constants {
   float inflate;      // of the radius sum
   float bias_gain;    // G in deployed mode, else 0
   float limit;        // ends are infinite where R reaches it
+  float least;        // in deployed mode 2^-126: an end between it and zero may be flushed, so it
+                      // becomes zero; else 0
   bool outward;       // false in nearest mode
 };
 
@@ -186,7 +188,8 @@ struct RoundChannels {
 // For every pair of terms 32 centres of each and 32 pairs of radii.
 constexpr int64_t coarse_scratch() { return kChunk / 2 * 96; }
 
-// Ends of `count` outputs of one input from yc[n], yr[n], bias[n] (or null).
+// Ends of `count` outputs of one input from yc[n], yr[n], bias[n] (or null). Both functions that
+// make ends return whether all of them are finite.
 struct FinishRow {
   const float* centre_sums;
   const float* radius_sums;
@@ -220,8 +223,8 @@ struct IntervalKernels {
   void (*dots)(const Dots& work);
   void (*tiles)(const Tiles& work);
   void (*direct)(const Direct& work);  // null where the set has no such path
-  void (*finish_row)(const FinishRow& work, const Constants& constants);
-  void (*finish_panel)(const FinishPanel& work, const Constants& constants);
+  bool (*finish_row)(const FinishRow& work, const Constants& constants);
+  bool (*finish_panel)(const FinishPanel& work, const Constants& constants);
   // Packed weights without decoding to memory; null where the set has no such path. How many
   // columns an ordered input takes, 0 for a format that must be decoded; and one row's order.
   int64_t (*fused_columns)(const matmul::PackedMatrix& weight);

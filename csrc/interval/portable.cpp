@@ -130,24 +130,38 @@ void tiles(const Tiles& work) {
   }
 }
 
-void finish_row(const FinishRow& work, const Constants& constants) {
-  for (int64_t n = 0; n < work.count; ++n) {
-    finish_one(work.centre_sums[n], work.radius_sums[n], work.bias != nullptr ? work.bias[n] : 0.0f,
-               work.offset, constants, work.out_lower + n, work.out_upper + n);
-  }
+// finish_one, with what flushing of denormals may make of the ends; whether they are finite.
+bool finish(float centre, float radius, float shift, float offset, const Constants& constants,
+            float* lower, float* upper) {
+  finish_one(centre, radius, shift, offset, constants, lower, upper);
+  if (*lower > 0.0f && *lower < constants.least) *lower = 0.0f;
+  if (*upper < 0.0f && *upper > -constants.least) *upper = 0.0f;
+  return rounding::is_finite(*lower) && rounding::is_finite(*upper);
 }
 
-void finish_panel(const FinishPanel& work, const Constants& constants) {
+bool finish_row(const FinishRow& work, const Constants& constants) {
+  bool finite = true;
+  for (int64_t n = 0; n < work.count; ++n) {
+    const float shift = work.bias != nullptr ? work.bias[n] : 0.0f;
+    finite &= finish(work.centre_sums[n], work.radius_sums[n], shift, work.offset, constants,
+                     work.out_lower + n, work.out_upper + n);
+  }
+  return finite;
+}
+
+bool finish_panel(const FinishPanel& work, const Constants& constants) {
+  bool finite = true;
   for (int64_t n = 0; n < work.rows; ++n) {
     const float* sums = work.sums + n * kPanelWidth;
     const float shift = work.bias != nullptr ? work.bias[n] : 0.0f;
     for (int64_t lane = 0; lane < work.lanes; ++lane) {
       const int64_t at = n * work.row_stride + lane * work.lane_stride, place = lane % kLanes;
       const float* pair = sums + lane / kLanes * work.sum_stride + place;
-      finish_one(pair[0], pair[kLanes], shift, work.offsets[place], constants, work.out_lower + at,
-                 work.out_upper + at);
+      finite &= finish(pair[0], pair[kLanes], shift, work.offsets[place], constants,
+                       work.out_lower + at, work.out_upper + at);
     }
   }
+  return finite;
 }
 
 }  // namespace

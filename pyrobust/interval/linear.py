@@ -9,20 +9,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyrobust import _native
 from pyrobust.interval.arithmetic import add
+from pyrobust.interval.errors import name_of
+from pyrobust.interval.finite import check_result
 from pyrobust.interval.operands import Rule, refuse, require_box
 from pyrobust.interval.outward import straight_through
-from pyrobust.interval.type import Interval, unclipped, wrap
+from pyrobust.interval.type import Interval, adopt, defer_check, unclipped, wrap
 from pyrobust.ops import matmul as packed_matmul
 from pyrobust.ops import packed_layers
 from pyrobust.ops._interval_fallback import outward_image
-from pyrobust.ops._library import differentiation_transforms
+from pyrobust.ops._library import differentiation_transforms, dispatcher_watched
 from pyrobust.ops.interval import (
     interval_conv2d,
     interval_linear,
     interval_packed_conv2d,
     interval_packed_linear,
 )
+from pyrobust.ops.packed_weight import WeightExtras
 
 __all__ = ["RULES", "affine", "linear"]
 
@@ -41,6 +45,14 @@ def _transformed() -> bool:
 def linear(input: Any, weight: Any, bias: Any = None) -> Interval:
     """``x W^T + b``."""
     box = require_box(input, "linear")
+    if not dispatcher_watched():
+        lower, upper, rectified = unclipped(box)
+        done = _native.eager_interval_linear(
+            lower, upper, weight, bias, box.rounding, rectified, torch.get_num_threads(),
+            torch.is_grad_enabled(),
+        )  # fmt: skip
+        if done is not None:
+            return _from_kernel(done, box, F.linear)
     if isinstance(weight, Interval) or isinstance(bias, Interval):
         raise refuse("linear with intervals as weight or bias")
     if _transformed():
@@ -48,7 +60,16 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Interval:
     lower, upper, rectified = unclipped(box)
     rounding = box.rounding
     ends = interval_linear(lower, upper, weight, bias, rounding=rounding, rectified=rectified)
-    return wrap(*ends, rounding)
+    return defer_check(wrap(*ends, rounding), F.linear)
+
+
+def _from_kernel(done: tuple[Tensor, Tensor, bool], box: Interval, function: Any) -> Interval:
+    """The image of ``box`` under ``function``; a kernel knows whether its ends are finite."""
+    lower, upper, finite = done
+    if not finite:
+        operands = (wrap(box.lower, box.upper, box.rounding),)  # reading names an earlier layer
+        check_result(name_of(function), lower, upper, operands, takes_infinity=False)
+    return adopt(lower, upper, box.rounding)
 
 
 def affine(
@@ -122,7 +143,7 @@ def _conv2d(
         rounding=box.rounding,
         rectified=rectified,
     )
-    return wrap(*ends, box.rounding)
+    return defer_check(wrap(*ends, box.rounding), torch.conv2d)
 
 
 def _sizes(value: Any) -> Any:
@@ -161,15 +182,41 @@ def _packed_linear(
     scale: Tensor,
     zero: Tensor | None = None,
     bias: Tensor | None = None,
-    **options: Any,
+    *,
+    in_features: int,
+    bits: float,
+    group_size: int,
+    group_dim: int = 1,
+    activations: str | None = None,
+    extras: WeightExtras | None = None,
 ) -> Interval:
     box = require_box(x, "packed_linear")
-    shift = None if bias is None else bias.to(box.dtype)
-    lower, upper, options["rectified"] = unclipped(box)
+    lower, upper, rectified = unclipped(box)
+    if not dispatcher_watched():
+        done = _native.eager_interval_packed(
+            lower, upper, codes, scale, zero, bias, in_features, bits, group_size, group_dim,
+            activations, extras, box.rounding, rectified, torch.get_num_threads(),
+            torch.is_grad_enabled(),
+        )  # fmt: skip
+        if done is not None:
+            return _from_kernel(done, box, packed_matmul.packed_linear)
     ends = interval_packed_linear(
-        lower, upper, codes, scale, zero, shift, rounding=box.rounding, **options
+        lower,
+        upper,
+        codes,
+        scale,
+        zero,
+        None if bias is None else bias.to(box.dtype),
+        in_features=in_features,
+        bits=bits,
+        group_size=group_size,
+        group_dim=group_dim,
+        activations=activations,
+        rounding=box.rounding,
+        extras=extras,
+        rectified=rectified,
     )
-    return wrap(*ends, box.rounding)
+    return defer_check(wrap(*ends, box.rounding), packed_matmul.packed_linear)
 
 
 def _packed_conv2d(
@@ -186,7 +233,7 @@ def _packed_conv2d(
     ends = interval_packed_conv2d(
         lower, upper, codes, scale, zero, shift, rounding=box.rounding, **options
     )
-    return wrap(*ends, box.rounding)
+    return defer_check(wrap(*ends, box.rounding), packed_layers.packed_conv2d)
 
 
 def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Interval:

@@ -77,6 +77,6 @@ def _functions(names: Iterable[str]) -> frozenset[Any]:
 
 KINDS: dict[str, frozenset[Any]] = {
     "finite": _functions([*_BOUNDED, *set(shape.RULES).difference(_CONVERSIONS, _JOINS)]),
-    "deferred": _functions(["linear", "conv2d"]) | frozenset(linear.PACKED_RULES),
+    "checks itself": _functions(["linear", "conv2d"]) | frozenset(linear.PACKED_RULES),
     "takes infinity": _functions(_TAKES_INFINITY),
 }

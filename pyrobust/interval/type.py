@@ -32,7 +32,9 @@ from pyrobust.ops._library import plain_eager
 __all__ = [
     "ROUNDINGS",
     "Interval",
+    "adopt",
     "assign",
+    "defer_check",
     "install",
     "rectify",
     "unclipped",
@@ -86,7 +88,7 @@ class Interval:
     _memory: list[int]  # shared with views: how often the memory was changed in place
     _seen: int  # the count at which this object is current
     _rectified: bool  # whether a ReLU of the ends is still to come: layers do it on the way in
-    _unchecked: Any  # the layer that made ends not yet known to be finite, else None
+    _unchecked: Any  # the function that made ends not yet known to be finite, else None
     _graded: bool  # whether gradients were on when it was asked for
 
     def __init__(self, lower: Tensor, upper: Tensor, *, rounding: str = "real") -> None:
@@ -376,8 +378,8 @@ def install(rules: Mapping[Any, Callable[..., Any]], kinds: Mapping[str, frozens
     Args:
         rules: torch function to rule.
         kinds: the functions whose results are ``"finite"`` already where operands are, those whose
-            results are checked only when they are read (``"deferred"``: kernels, which pass
-            infinities on), and those that ``"takes infinity"`` from operands that are no boxes.
+            rules see to it (``"checks itself"``), and those that ``"takes infinity"`` from operands
+            that are no boxes.
     """
     _rules.update(rules)
     _kinds.update(kinds)
@@ -394,6 +396,21 @@ def wrap(lower: Tensor, upper: Tensor, rounding: str, *, base: Interval | None =
     """
     box = Interval.__new__(Interval)
     _set(box, lower, upper, rounding, base)
+    return box
+
+
+def adopt(lower: Tensor, upper: Tensor, rounding: str) -> Interval:
+    """An Interval of ends as the kernels make them: in order, and ready for flushed denormals."""
+    box = Interval.__new__(Interval)
+    box._lower, box._upper, box.rounding = lower, upper, rounding
+    box._memory, box._seen = [0], 0
+    box._rectified, box._graded, box._unchecked = False, False, None
+    return box
+
+
+def defer_check(box: Interval, function: Any) -> Interval:
+    """Leave it to the first reader of ``box``, a result of ``function``, to find infinite ends."""
+    box._unchecked = function
     return box
 
 
@@ -421,12 +438,10 @@ def rectify(box: Interval) -> Interval:
     """``max(0, x)``. In plain eager mode the next layer clips on its way in, or the first user."""
     if not plain_eager(box._lower, box._upper):
         return wrap(box.lower.relu(), box.upper.relu(), box.rounding)
-    result = Interval.__new__(Interval)
-    result._lower, result._upper, _ = unclipped(box)
-    result.rounding = box.rounding
-    result._memory, result._seen, result._rectified = [0], 0, True
+    lower, upper, _ = unclipped(box)
+    result = adopt(lower, upper, box.rounding)
     result._unchecked = box._unchecked
-    result._graded = torch.is_grad_enabled()
+    result._rectified, result._graded = True, torch.is_grad_enabled()
     return result
 
 
@@ -490,9 +505,7 @@ def _apply(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             "in torch.autocast(device_type, enabled=False)."
         )
     result = rule(*args, **kwargs)
-    if func in _kinds["deferred"]:
-        result._unchecked = func
-    elif func not in _kinds["finite"]:
+    if func not in _kinds["finite"] and func not in _kinds["checks itself"]:
         box = result[0] if isinstance(result, tuple) else result
         takes_infinity = func in _kinds["takes infinity"]
         operands = (*args, *kwargs.values())

@@ -75,9 +75,12 @@ def interval_linear(
     tensors = (lower, upper, weight, bias)
     plain = not dispatcher_needed(*tensors)
     if plain:
-        done = _try_kernel(lower, upper, weight, bias, rounding, rectified)
+        threads = torch.get_num_threads()
+        done = _native.eager_interval_linear(
+            lower, upper, weight, bias, rounding, rectified, threads, False
+        )
         if done is not None:
-            return done
+            return done[0], done[1]
     elif has_torch_function(tensors):
         options: dict[str, Any] = {"rounding": rounding, "rectified": rectified}
         result: Ends = handle_torch_function(interval_linear, tensors, *tensors, **options)
@@ -93,35 +96,6 @@ def interval_linear(
     refuse_forward_mode("interval_linear", *tensors)
     ends: Ends = torch.ops.pyrobust.interval_linear(lower, upper, weight, bias, rounding, rectified)
     return ends
-
-
-def _try_kernel(
-    lower: Tensor,
-    upper: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rounding: str,
-    rectified: bool,
-) -> Ends | None:
-    """The kernel's result where dense float32 matrices suit each other, else None.
-
-    The binding checks all that it relies on; what it refuses is left to the checks above, which
-    say it better. In small layers every microsecond before the kernel counts.
-    """
-    if operand_error(rounding):
-        return None
-    if lower.ndim != 2 or weight.ndim != 2 or lower.is_neg() or upper.is_neg() or weight.is_neg():
-        return None
-    out_low = lower.new_empty((lower.shape[0], weight.shape[0]))
-    out_high = torch.empty_like(out_low)
-    threads = torch.get_num_threads()
-    try:
-        _native.interval_linear(
-            lower, upper, weight, bias, rounding, rectified, out_low, out_high, threads
-        )
-    except (TypeError, ValueError):
-        return None
-    return out_low, out_high
 
 
 def _check_linear(

@@ -95,11 +95,13 @@ def interval_packed_linear(
     subject = "interval_packed_linear"
     tensors = (lower, upper, codes, scale, zero, bias)
     through_torch = dispatcher_needed(*tensors)
-    if not through_torch and group_dim == 1 and not (extras or activations):
-        weight_format = (in_features, bits, group_size)
-        done = _try_kernel(*tensors, *weight_format, rounding=rounding, rectified=rectified)
+    if not through_torch:
+        done = _native.eager_interval_packed(
+            *tensors, in_features, bits, group_size, group_dim, activations, extras, rounding,
+            rectified, torch.get_num_threads(), False,
+        )  # fmt: skip
         if done is not None:
-            return done
+            return done[0], done[1]
     if through_torch and has_torch_function(tensors):
         options: dict[str, Any] = {"in_features": in_features, "bits": bits, "group_dim": group_dim}
         options |= {"group_size": group_size, "activations": activations, "rounding": rounding}
@@ -123,42 +125,6 @@ def interval_packed_linear(
         ends: Ends = torch.ops.pyrobust.interval_packed_linear(*arguments)
         return ends
     return _linear_cpu(*arguments, rectified=rectified)
-
-
-def _try_kernel(
-    lower: Tensor,
-    upper: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bias: Tensor | None,
-    in_features: int,
-    bits: float,
-    group_size: int,
-    *,
-    rounding: str,
-    rectified: bool,
-) -> Ends | None:
-    """The kernel's result for a dense float32 matrix and a weight without extras, else None.
-
-    The binding checks all that it relies on; what it refuses is left to the checks below.
-    """
-    if operand_error(rounding):
-        return None
-    if lower.ndim != 2 or lower.is_neg() or upper.is_neg() or (zero is not None and bits < 2):
-        return None
-    out_low = lower.new_empty((lower.shape[0], codes.shape[0]))
-    out_high = torch.empty_like(out_low)
-    threads = torch.get_num_threads()
-    try:
-        weight_format = [in_features, levels_of(bits), group_size, 1]
-        _native.interval_packed_linear(
-            lower, upper, codes, scale, zero, bias, weight_format, None, False, rounding,
-            rectified, out_low, out_high, threads,
-        )  # fmt: skip
-    except (KeyError, TypeError, ValueError):
-        return None
-    return out_low, out_high
 
 
 def interval_packed_conv2d(

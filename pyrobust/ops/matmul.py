@@ -9,12 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, get_num_threads, is_grad_enabled
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import has_torch_function
 
 from pyrobust import _native
 from pyrobust._checks import check_choice, check_integer, check_shape
 from pyrobust.ops import _cuda_matmul
-from pyrobust.ops._library import define, dispatcher_needed, dispatcher_watched, refuse_forward_mode
+from pyrobust.ops._library import (
+    call_override,
+    define,
+    dispatcher_needed,
+    dispatcher_watched,
+    refuse_forward_mode,
+)
 from pyrobust.ops.formats import check_bits, levels_of, row_bytes
 from pyrobust.ops.packed_weight import (
     EXTRAS_SCHEMA,
@@ -107,7 +113,7 @@ def packed_linear(
     }
     if has_torch_function((x, codes, scale, zero, bias)):
         relevant = (x, codes, scale, zero, bias)
-        result: Tensor = handle_torch_function(packed_linear, relevant, *relevant, **options)
+        result: Tensor = call_override(packed_linear, relevant, options)
         return result
     _check_product(x, codes, scale, zero, bias, **options)
     refuse_forward_mode("packed_linear", x, scale, bias)
