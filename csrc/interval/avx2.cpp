@@ -257,8 +257,9 @@ inline void finish_eight(__m256 centre, __m256 radius, __m256 shift, __m256 offs
   if (constants.outward) {
     const __m256 grown = _mm256_mul_ps(radius, _mm256_set1_ps(constants.inflate));
     const __m256 late = _mm256_mul_ps(magnitude(shift), _mm256_set1_ps(constants.bias_gain));
-    radius =
-        _mm256_mul_ps(_mm256_add_ps(_mm256_add_ps(grown, late), offset), _mm256_set1_ps(kSlack));
+    const __m256 value = _mm256_mul_ps(magnitude(centre), _mm256_set1_ps(constants.value_gain));
+    radius = _mm256_add_ps(_mm256_add_ps(grown, late), _mm256_add_ps(value, offset));
+    radius = _mm256_mul_ps(radius, _mm256_set1_ps(kSlack));
     low = step_over(_mm256_sub_ps(step_over(centre, minus), radius), minus);
     high = step_over(_mm256_add_ps(step_over(centre, one), radius), one);
   }

@@ -1,22 +1,16 @@
 // Picks the kernels; the linear product: prepares centres and radii once and splits the rows of W
 // over threads.
 #include <algorithm>
-#include <limits>
+#include <vector>
 
 #include "interval/interval.h"
 #include "interval/panels.h"
 #include "interval/plan.h"
-#include "runtime/check.h"
 #include "runtime/cpu_features.h"
 
 namespace pyrobust {
 namespace interval {
 namespace {
-
-constexpr double kFlush = 4.70197740328915e-38;        // 2^-124
-constexpr double kInputFloor = 7.888609052210118e-31;  // 2^-100
-constexpr double kPackedError = 1.1e-6;                // of matmul/matmul.h, exact mode
-constexpr double kLimit = 8.507059173023462e37;        // 2^126
 
 // Up to this many inputs the dot kernels read W once for all; beyond, panels do.
 constexpr int64_t kFewInputs = 4;
@@ -59,53 +53,33 @@ IntervalKernels pick_kernels() {
   return table;
 }
 
-Constants constants_for(const Call& call) {
-  using rounding::gamma_bound;
-  using rounding::to_float_up;
-  const Rounding mode = call.rounding;
-  const double own = gamma_bound(static_cast<double>(sum_depth(call.weight.terms)));
-  double any = gamma_bound(static_cast<double>(call.weight.terms + 2));
-  if (call.weight.packed != nullptr) any = std::max(any, kPackedError);
-  const bool deployed = mode == Rounding::kDeployed;
-  // G' of interval.h; the last factor covers the roundings of this line
-  const double moved =
-      (1.0 + call.operand_error) * (1.0 + call.operand_error) * (1.0 + any) * (1.0 + 1e-14) - 1.0;
-  Constants out{};
-  out.outward = mode != Rounding::kNearest;
-  out.centre_gain = to_float_up(deployed ? own + moved : own);
-  out.radius_gain = to_float_up(deployed ? 1.0 + moved : 1.0);
-  out.input_floor = out.outward ? to_float_up(kInputFloor) : 0.0f;
-  const double reach =
-      call.coarse_radius ? gamma_bound(static_cast<double>(sum_depth(call.weight.terms)) + 4 * kRun)
-                         : own;
-  out.inflate = to_float_up((1.0 + 8.0 * rounding::kUnit) / (1.0 - reach));
-  out.bias_gain = deployed ? to_float_up(any) : 0.0f;
-  out.least = deployed ? std::numeric_limits<float>::min() : 0.0f;
-  out.limit = deployed ? rounding::to_float_down(any * kLimit) : rounding::infinity();
-  return out;
-}
-
-float offset_for(const Call& call, float largest) {
-  if (call.operand_error > 0.0f && !(largest < 8.507059e37f)) return rounding::infinity();
-  const double scale =
-      (call.coarse_radius ? 2.0 : 1.0) * kFlush * static_cast<double>(call.weight.terms + 8);
-  return rounding::to_float_up(scale * (1.0 + 2.0 * static_cast<double>(largest)));
-}
-
-void check_terms(const char* subject, int64_t terms) {
-  check(terms <= kMaxTerms, subject, ": an output may sum at most ", kMaxTerms, " products; got ",
-        terms, ".");
-}
-
 namespace {
 
-// Centres and radii of a few inputs, and the absolute term of each.
+// Terms of an input whose box is not {0} after the ReLU that the floor stands for.
+int64_t nonzero_terms(const Ends& ends) {
+  int64_t zeros = 0;
+  for (int64_t k = 0; k < ends.count; ++k) {
+    const bool low = ends.lower[k] == 0.0f || ends.lower[k] < ends.floor;
+    const bool high = ends.upper[k] == 0.0f || ends.upper[k] < ends.floor;
+    zeros += (low && high) ? 1 : 0;
+  }
+  return ends.count - zeros;
+}
+
+// The constants of one input. The 8-bit layer sums integers: a count would not help it.
+Constants constants_of_input(const Call& call, const Ends& input, const Constants& of_all) {
+  if (call.rounding != Rounding::kDeployed || call.int8) return of_all;
+  return constants_for(call, nonzero_terms(input));
+}
+
+// Centres and radii of a few inputs, the absolute term and the constants of each.
 struct Prepared {
   Floats centre, radius, offsets;
+  Constants constants[kFewInputs];
 };
 
-void few_inputs(const Call& call, const IntervalKernels& table, const Constants& constants,
-                const Prepared& input, int64_t batch, int num_threads) {
+void few_inputs(const Call& call, const IntervalKernels& table, const Prepared& input,
+                int64_t batch, int num_threads) {
   const int64_t terms = call.weight.terms, rows = call.weight.rows;
   const Shares shares(rows, kRowStep, static_cast<double>(rows * terms), num_threads);
   const int64_t step = rows_at_once(rows, terms), decoded = decoded_size(call.weight, step);
@@ -121,7 +95,7 @@ void few_inputs(const Call& call, const IntervalKernels& table, const Constants&
         call.report(table.finish_row(
             {centre_sums + b * step, radius_sums + b * step, shifted(call.bias, n),
              input.offsets[b], count, call.out_lower + b * rows + n, call.out_upper + b * rows + n},
-            constants));
+            input.constants[b]));
       }
     }
   });
@@ -129,8 +103,8 @@ void few_inputs(const Call& call, const IntervalKernels& table, const Constants&
 
 // The same with packed weights that the kernels decode in registers; `columns` an ordered input
 // has.
-void few_inputs_fused(const Call& call, const IntervalKernels& table, const Constants& constants,
-                      const Prepared& input, int64_t batch, int64_t columns, int num_threads) {
+void few_inputs_fused(const Call& call, const IntervalKernels& table, const Prepared& input,
+                      int64_t batch, int64_t columns, int num_threads) {
   const matmul::PackedMatrix& weight = *call.weight.packed;
   const int64_t terms = call.weight.terms, rows = call.weight.rows;
   const Floats ordered = floats(2 * batch * columns);
@@ -155,7 +129,7 @@ void few_inputs_fused(const Call& call, const IntervalKernels& table, const Cons
         call.report(
             table.finish_row({centre_sums, radius_sums, shifted(call.bias, n), input.offsets[b],
                               count, call.out_lower + b * rows + n, call.out_upper + b * rows + n},
-                             constants));
+                             input.constants[b]));
       }
     }
   });
@@ -169,7 +143,8 @@ constexpr int64_t kTermsAtOnce = 2 * kChunk;
 struct Panels {
   Floats values;
   int64_t count;
-  int64_t stride;  // from a block's panel to the next
+  int64_t stride;                    // from a block's panel to the next
+  std::vector<Constants> constants;  // (count) of the ends
 
   // Panel p of the block that starts at term `begin`.
   float* at(int64_t p, int64_t begin) const {
@@ -177,9 +152,29 @@ struct Panels {
   }
 };
 
+// The constants of a panel's inputs, and those of its ends, which suit all of them.
+struct PanelConstants {
+  Constants inputs[kLanes];
+  Constants ends;
+
+  PanelConstants(const Call& call, const Constants& of_all, int64_t first, int64_t lanes)
+      : ends(of_all) {
+    const int64_t terms = call.weight.terms;
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      const int64_t at = (first + lane) * terms;
+      const Ends input{call.lower + at, call.upper + at, terms, call.floor()};
+      const Constants& own = inputs[lane] = constants_of_input(call, input, of_all);
+      if (lane == 0) ends = own;
+      ends.bias_gain = std::max(ends.bias_gain, own.bias_gain);
+      ends.value_gain = std::max(ends.value_gain, own.value_gain);
+      ends.limit = std::min(ends.limit, own.limit);
+    }
+  }
+};
+
 // The inputs of panel p: prepared a block of terms at a time and copied while they are in a
 // first-level cache. The rounding of activations needs whole inputs.
-void fill_panel(const Call& call, const IntervalKernels& table, const Constants& constants,
+void fill_panel(const Call& call, const IntervalKernels& table, const PanelConstants& constants,
                 int64_t batch, int64_t p, float* scratch, const Panels& panels, float* offsets) {
   const int64_t terms = call.weight.terms, lanes = std::min(kLanes, batch - p * kLanes);
   const int64_t block = call.int8 ? terms : std::min(terms, kTermsAtOnce);
@@ -190,9 +185,10 @@ void fill_panel(const Call& call, const IntervalKernels& table, const Constants&
     for (int64_t lane = 0; lane < lanes; ++lane) {
       const int64_t at = (p * kLanes + lane) * terms + from, to = lane * block;
       const Ends ends{call.lower + at, call.upper + at, count, call.floor()};
-      const float here = table.prepare(ends, constants, centre + to, radius + to);
+      const Constants& own = constants.inputs[lane];
+      const float here = table.prepare(ends, own, centre + to, radius + to);
       largest[lane] = std::max(largest[lane], here);
-      if (call.int8) widen_to_int8(centre + to, radius + to, terms, 1, constants);
+      if (call.int8) widen_to_int8(centre + to, radius + to, terms, 1, own);
     }
     for (int64_t k = from; k < from + count; k += kTermsAtOnce) {
       table.pack({centre + k - from, radius + k - from, lanes,
@@ -207,7 +203,10 @@ Panels pack_panels(const Call& call, const IntervalKernels& table, const Constan
                    int64_t batch, float* offsets, int num_threads) {
   const int64_t terms = call.weight.terms;
   // A panel is set off by a line: panels a multiple of 4096 bytes apart would share cache sets.
-  Panels out{{}, blocks(batch, kLanes), std::min(terms, kTermsAtOnce) * kPanelWidth + kPanelWidth};
+  Panels out{{},
+             blocks(batch, kLanes),
+             std::min(terms, kTermsAtOnce) * kPanelWidth + kPanelWidth,
+             std::vector<Constants>(static_cast<size_t>(blocks(batch, kLanes)))};
   out.values = floats(blocks(terms, kTermsAtOnce) * out.count * out.stride);
   std::fill(offsets, offsets + out.count * kLanes, 0.0f);
   const Shares shares(out.count, 1, static_cast<double>(batch * terms), num_threads);
@@ -215,8 +214,11 @@ Panels pack_panels(const Call& call, const IntervalKernels& table, const Constan
   const Floats scratch = floats(shares.number * size);
   shares.run([&](int64_t share, int64_t first, int64_t last) {
     for (int64_t p = first; p < last; ++p) {
-      fill_panel(call, table, constants, batch, p, scratch.get() + share * size, out,
+      const int64_t lanes = std::min(kLanes, batch - p * kLanes);
+      const PanelConstants own(call, constants, p * kLanes, lanes);
+      fill_panel(call, table, own, batch, p, scratch.get() + share * size, out,
                  offsets + p * kLanes);
+      out.constants[static_cast<size_t>(p)] = own.ends;
     }
   });
   return out;
@@ -273,7 +275,7 @@ struct RowShare {
     }
   }
 
-  void finish(const float* offsets, const Constants& constants, int64_t batch) const {
+  void finish(const float* offsets, int64_t batch) const {
     const int64_t rows = call.weight.rows;
     for (int64_t p = 0; p < panels.count; ++p) {
       const int64_t at = p * kLanes * rows + begin;
@@ -281,7 +283,7 @@ struct RowShare {
           {sums + p * (end - begin) * kPanelWidth, shifted(call.bias, begin), offsets + p * kLanes,
            end - begin, std::min(kLanes, batch - p * kLanes), 1, rows, 0, call.out_lower + at,
            call.out_upper + at},
-          constants));
+          panels.constants[static_cast<size_t>(p)]));
     }
   }
 };
@@ -315,7 +317,7 @@ void many_inputs(const Call& call, const IntervalKernels& table, const Constants
         }
       }
     }
-    own.finish(offsets.get(), constants, batch);
+    own.finish(offsets.get(), batch);
   });
 }
 
@@ -328,18 +330,19 @@ void interval_linear(const Call& asked, int64_t batch, int num_threads) {
   const IntervalKernels table = pick_kernels();
   Call call = asked;
   call.coarse_radius = batch > kFewInputs && coarse_pays(asked, table, asked.weight.rows);
-  const Constants constants = constants_for(call);
+  const Constants constants = constants_for(call, terms);
   prefer_large_pages(call.out_lower, batch * call.weight.rows * int64_t{sizeof(float)});
   prefer_large_pages(call.out_upper, batch * call.weight.rows * int64_t{sizeof(float)});
   if (batch > kFewInputs) return many_inputs(call, table, constants, batch, num_threads);
-  Prepared input{floats(batch * terms), floats(batch * terms), floats(batch)};
+  Prepared input{floats(batch * terms), floats(batch * terms), floats(batch), {}};
   const Shares shares(batch, 1, static_cast<double>(batch * terms), num_threads);
   shares.run([&](int64_t, int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       const int64_t at = b * terms;
       float *centre = input.centre.get() + at, *radius = input.radius.get() + at;
-      const float largest = table.prepare({call.lower + at, call.upper + at, terms, call.floor()},
-                                          constants, centre, radius);
+      const Ends ends{call.lower + at, call.upper + at, terms, call.floor()};
+      input.constants[b] = constants_of_input(call, ends, constants);
+      const float largest = table.prepare(ends, input.constants[b], centre, radius);
       if (call.int8) widen_to_int8(centre, radius, terms, 1, constants);
       input.offsets[b] = offset_for(call, largest);
     }
@@ -347,9 +350,9 @@ void interval_linear(const Call& asked, int64_t batch, int num_threads) {
   const bool fusible = call.weight.packed != nullptr && table.fused_dots != nullptr;
   const int64_t columns = fusible ? table.fused_columns(*call.weight.packed) : 0;
   if (columns > 0) {
-    few_inputs_fused(call, table, constants, input, batch, columns, num_threads);
+    few_inputs_fused(call, table, input, batch, columns, num_threads);
   } else {
-    few_inputs(call, table, constants, input, batch, num_threads);
+    few_inputs(call, table, input, batch, num_threads);
   }
 }
 

@@ -14,8 +14,9 @@ PYROBUST_HD void finish_one(float centre, float radius, float shift, float offse
   centre += shift;
   float low = centre - radius, high = centre + radius;
   if (constants.outward) {
-    radius =
-        (radius * constants.inflate + std::fabs(shift) * constants.bias_gain + offset) * kSlack;
+    radius = (radius * constants.inflate + std::fabs(shift) * constants.bias_gain +
+              std::fabs(centre) * constants.value_gain + offset) *
+             kSlack;
     low = rounding::below(rounding::below(centre) - radius);
     high = rounding::above(rounding::above(centre) + radius);
   }

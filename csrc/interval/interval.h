@@ -21,21 +21,33 @@
 //   (1) |yc - sum W c| <= gamma_D S(|c|) + K 2^-149,
 //   (2) S(r') <= (yr + K 2^-149) / (1 - gamma_D)       (all terms are >= 0).
 // kReal: sum W x lies within S(r) of sum W c, hence within S(r) + gamma_D S(|c|) + K 2^-149 of yc;
-// g_c = gamma_D and g_x = 0 make S(r') cover the first two terms. kDeployed: an evaluation in any
-// order rounds a term at most K + 1 times (one product, K sums with the bias), so y lies within
-//   G (S(|x|) + |b|) + F of sum W x + b,   G = gamma_{K+2},   |x| <= |c| + r,
-// hence g_c = gamma_D + G, g_x = G, and G |b| joins the result. F is what flushing loses: 2^-126
-// for every product and sum, 2^-126 |W| where an input is flushed (covered by the 2^-100 in r') and
-// 2^-126 |x| where a weight is; together below kFlush (K + 8) (1 + max |x|), kFlush = 2^-124, which
-// is added in both modes and covers the K 2^-149 as well. Finally
+// g_c = gamma_D and g_x = 0 make S(r') cover the first two terms.
+//
+// kDeployed. Let t_k = W[n,k] x_k and let n be the number of k whose box is not {0}: the others add
+// an exact zero, which no order rounds. An evaluation is a tree of n additions over n + 1 leaves,
+// the terms, each rounded at most once before, and b. A partial sum adds some of the leaves; with s
+// the sum of their magnitudes and y that of their values it is at most (s + |y|) / 2, the larger of
+// what the positive and what the negative leaves sum to. If E bounds the errors of all additions
+// together, each errs by at most u ((s + |y|) / 2 + E), hence
+//   E <= H (s + |y|),   H = gamma_{n+1} / 2,
+// half the classical bound where terms cancel (gamma_{n+1} in place of gamma_n covers the rounding
+// of the leaves in s and y). With u S(|x|) for the leaves and F for flushing, an evaluation lies
+// within
+//   A S(|x|) + H |b| + H |sum W x + b| + F of sum W x + b,   A = u + H.
+// In the box |x| <= |c| + r and |sum W x + b| <= |yc + b| + gamma_D S(|c|) + K 2^-149 + S(r), hence
+//   g_x = A + H,   g_c = gamma_D (1 + H) + A,
+// and H |b| + H |yc + b| joins the result. F is 2^-126 for every product and sum, 2^-126 |W| where
+// an input is flushed (covered by the 2^-100 in r') and 2^-126 |x| where a weight is; together
+// below kFlush (K + 8) (1 + max |x|), kFlush = 2^-124, which is added in both modes and covers the
+// K 2^-149 as well. Linear layers count n for each input; convolutions take n = K. Finally
 //   R = fl(yr inflate + offset) with inflate >= (1 + 8u) / (1 - gamma_D) bounds the distance from
 // yc + b, and the ends are below(below(yc + b) - R), above(above(yc + b) + R), where below and
 // above step over at least one neighbour and so cover the rounding of each sum.
 //
 // Coarser arithmetic (TF32, bfloat16) rounds the operands of a product first, x to x (1 + d) and W
-// to W (1 + d'), |d|, |d'| <= v, and sums in float32. Then G of the terms becomes
-//   G' = (1 + v)^2 (1 + G) - 1,   g_c = gamma_D + G',   g_x = G',
-// and that of the bias stays G. What flushing loses grows by (1 + v)^2 < 4 at most, which kFlush
+// to W (1 + d'), |d|, |d'| <= v, and sums in float32: leaves move by V |t| more, V = (1 + v)^2 - 1,
+//   A = V + u (1 + V) + H (1 + 2 V).
+// What flushing loses grows by (1 + v)^2 < 4 at most, which kFlush
 // has to spare. An input from 2^126 on may round to infinity: its ends are infinite. So may such a
 // weight: callers refuse them.
 //
@@ -51,9 +63,10 @@
 //
 // Overflow. An infinity or NaN in yc + b or in R (it never becomes finite again) gives the ends
 // -inf and +inf, never NaN; so do infinite or NaN inputs. A deployed sum cannot overflow while
-// R < G 2^126, as S(|x|) + |b| <= R / G then; otherwise the ends are infinite.
+// R < H 2^126, as S(|x|) + |b| <= R / H then; otherwise the ends are infinite.
 // Packed weights are the floats they stand for, exactly. The packed layer's own float product
-// promises 1e-6 (sum |W x| + |b|) for float32 inputs, so kDeployed takes G no smaller than that.
+// promises 1e-6 (sum |W x| + |b|) for float32 inputs, so kDeployed takes A and the factor of |b| no
+// smaller than that.
 // With int8 activations the layer multiplies step q in place of x, |step q - x| <= step / 2, step =
 // max |x| / 127 of that input: every mode adds the half step of the largest |x| in the box to r
 // (panels.h). Limits. K <= kMaxTerms keeps gamma <= 1/7. Every kernel runs with the default

@@ -36,7 +36,8 @@ struct Constants {
   float radius_gain;  // 1 + g_x
   float input_floor;  // 2^-100, or 0 in nearest mode
   float inflate;      // of the radius sum
-  float bias_gain;    // G in deployed mode, else 0
+  float bias_gain;    // of |b|: H in deployed mode, else 0
+  float value_gain;   // of |yc + b|: H in deployed mode, else 0
   float limit;        // ends are infinite where R reaches it
   float least;        // in deployed mode 2^-126: an end between it and zero may be flushed, so it
                       // becomes zero; else 0

@@ -18,7 +18,8 @@ namespace interval {
 constexpr int64_t kRowStep = 60;  // a multiple of every kernel's tile height
 
 IntervalKernels pick_kernels();
-Constants constants_for(const Call& call);
+// `nonzero` counts the terms of an output that may be other than zero.
+Constants constants_for(const Call& call, int64_t nonzero);
 void check_terms(const char* subject, int64_t terms);
 // The absolute term of one input: what flushing and underflow lose.
 float offset_for(const Call& call, float largest);

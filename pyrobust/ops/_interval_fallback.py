@@ -26,6 +26,16 @@ def _gamma(terms: int, unit: float) -> float:
     return terms * unit / (1.0 - terms * unit) * (1.0 + 2.0**-48)
 
 
+def _any_order(terms: int, unit: float, rounding: str) -> tuple[float, float]:
+    """``A`` and ``H`` of ``csrc/interval/interval.h``: what evaluations in any order may err by."""
+    if not is_deployed(rounding):
+        return 0.0, 0.0
+    half = 0.5 * _gamma(terms + 1, unit)
+    moved = (2.0 + operand_error(rounding)) * operand_error(rounding)
+    of_terms = moved + unit * (1.0 + moved) + half * (1.0 + 2.0 * moved)
+    return of_terms * (1.0 + 2.0**-48), half
+
+
 def round_outward(lower: Tensor, upper: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Float64 ends converted to ``dtype``, never inwards.
 
@@ -76,22 +86,22 @@ def outward_image(
         middle, reach = product(centre, matrix) + shift, product(radius, matrix.abs())
         return _finite_or_everything(middle - reach, middle + reach, middle, reach, dtype)
     own = _gamma(terms + 2, _UNIT[torch.float64])
-    deployed = _gamma(terms + 2, _UNIT[dtype]) if is_deployed(rounding) else 0.0
-    moved = (1.0 + operand_error(rounding)) ** 2 * (1.0 + deployed) * (1.0 + 2.0**-48) - 1.0
-    moved = moved if deployed else 0.0
+    of_terms, half = _any_order(terms, _UNIT[dtype], rounding)
     tiny = torch.finfo(dtype).tiny
     slack = 1.0 + 2.0**-49
-    radius = radius * (slack * (1.0 + moved)) + centre.abs() * (slack * (own + moved)) + tiny
+    of_centre = own * (1.0 + half) + of_terms
+    radius = radius * (slack * (1.0 + of_terms + half)) + centre.abs() * (slack * of_centre) + tiny
     middle = product(centre, matrix) + shift
     # Flushed denormals and underflow, as in interval.h; the largest |x| serves every output.
     flush = 4.0 * tiny * (terms + 8)
     largest = largest_magnitude(low, high, None)
-    reach = product(radius, matrix.abs()) / (1.0 - own) + shift.abs() * deployed
-    reach = (reach + flush * (1.0 + 2.0 * largest)) * slack
+    reach = product(radius, matrix.abs()) / (1.0 - own)
+    reach = reach + (shift.abs() + middle.abs() * slack) * half
+    reach = (reach + flush * (1.0 + 2.0 * largest)) * (slack * slack)
     if operand_error(rounding):  # an operand next to the largest number rounds to infinity
         reach = torch.where(largest < torch.finfo(dtype).max / 4, reach, _INFINITY)
-    if deployed:
-        reach = torch.where(reach < deployed * torch.finfo(dtype).max / 4, reach, _INFINITY)
+    if half:
+        reach = torch.where(reach < half * torch.finfo(dtype).max / 4, reach, _INFINITY)
     infinity = torch.full((), _INFINITY, dtype=torch.float64, device=low.device)
     below = torch.nextafter(torch.nextafter(middle, -infinity) - reach, -infinity)
     above = torch.nextafter(torch.nextafter(middle, infinity) + reach, infinity)

@@ -87,6 +87,13 @@ def denormal_weights(batch, terms, rows):
     return x, x + x.abs() * 2.0**-20, spread((rows, terms), -149, -120), torch.zeros(rows)
 
 
+def mostly_zero(batch, terms, rows):
+    """As after a ReLU: each term is exactly zero with probability 0.9."""
+    lower, upper, weight, bias = ordinary(batch, terms, rows)
+    kept = (torch.rand(batch, terms) < 0.1).float()
+    return lower * kept, upper * kept, weight, bias
+
+
 def huge_bias(batch, terms, rows):
     x = torch.rand(batch, terms) * 0.1
     return -x, x, torch.ones(rows, terms), torch.full((rows,), 2.0**25)
@@ -105,6 +112,7 @@ KINDS = [
     denormal,
     denormal_weights,
     huge_bias,
+    mostly_zero,
     overflowing,
 ]
 SHAPES = [(1, 1, 21), (3, 7, 30), (9, 33, 31), (20, 16, 53)]
@@ -254,6 +262,17 @@ def test_a_linear_classifier_is_not_verified_past_its_radius(isa):
 # --- deployed: any order ------------------------------------------------------------------------
 
 
+def greedy(terms, side):
+    """The sum in the order that, term by term, rounds most towards `side`."""
+    total, rest = terms[0], terms[1:]
+    while len(rest):
+        sums = total + rest
+        errors = sums.astype(np.float64) - (total.astype(np.float64) + rest.astype(np.float64))
+        chosen = int(np.argmax(side * errors))
+        total, rest = sums[chosen], np.delete(rest, chosen)
+    return total
+
+
 def evaluations(x, weight, bias):
     """Float32 evaluations of one point: orders, groupings, fused or not, bias first or last."""
     terms, row, shift = x.numpy(), weight.numpy(), bias.numpy()
@@ -276,11 +295,16 @@ def evaluations(x, weight, bias):
         pairs = np.pad(pairs, ((0, 0), (0, pairs.shape[1] % 2)))
         pairs = pairs[:, ::2] + pairs[:, 1::2]
     yield pairs[:, 0] + shift
+    for climbing in (np.sort(products, axis=1), np.sort(products, axis=1)[:, ::-1]):
+        # first all terms of one sign: the largest partial sums
+        yield np.add.accumulate(climbing, axis=1)[:, -1] + shift
+    yield np.array([greedy(terms, side) for terms in products for side in (1, -1)][::2]) + shift
+    yield np.array([greedy(terms, side) for terms in products for side in (1, -1)][1::2]) + shift
     yield torch.nn.functional.linear(x, weight, bias).numpy()
 
 
 @pytest.mark.parametrize(
-    "kind", [ordinary, no_radius, wide_exponents, cancelling, huge_bias, denormal]
+    "kind", [ordinary, no_radius, wide_exponents, cancelling, huge_bias, denormal, mostly_zero]
 )
 def test_deployed_contains_every_order(isa, kind):
     for shape in [(1, 1, 40), (2, 60, 20), (9, 40, 20)]:
@@ -292,6 +316,24 @@ def test_deployed_contains_every_order(isa, kind):
             for y in evaluations(torch.maximum(x, lower[b]), weight, bias):
                 assert (low[b].numpy() <= y).all()
                 assert (y <= high[b].numpy()).all()
+
+
+@pytest.mark.parametrize("batch", [1, 9])
+def test_deployed_counts_the_terms_that_are_not_zero_and_is_nearly_attained(isa, batch):
+    # 2^24 loses each of 199 ones that are added to it; 19800 terms are zero after the ReLU.
+    ends = -torch.rand(batch, 20_000)
+    ends[:, ::100] = 1.0
+    ends[:, 0] = 2.0**24
+    weight = torch.ones(2, 20_000)
+    low, high = interval_linear(ends, ends, weight, None, rounding="deployed", rectified=True)
+    assert bool((low <= 2.0**24).all())
+    assert bool((high >= 2.0**24 + 199).all())
+    assert bool((low > 2.0**24 - 200).all())  # 155 of them for our own sum
+    # a term whose box is wider than zero counts, whatever its weight
+    upper = ends.clone()
+    upper[:, 1::2] = 2.0**-60
+    wider = interval_linear(ends, upper, weight, None, rounding="deployed", rectified=True)
+    assert bool((wider[0] < 2.0**24 - 9_000).all())
 
 
 def test_real_mode_does_not_promise_the_deployed_value():
