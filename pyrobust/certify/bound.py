@@ -47,6 +47,7 @@ def bound(
     *,
     max_memory: int = MEMORY,
     iterations: int = 20,
+    hidden_iterations: int | None = None,
     lower_only: bool = False,
 ) -> Interval:
     """Enclose ``model(x)``, or ``spec @ model(x)``, for every point of a box.
@@ -67,6 +68,8 @@ def bound(
             argument splits only the coefficients. ``"ibp"`` splits images of models that torch.fx
             can trace, for limits below the default.
         iterations: optimisation steps of ``"alpha-crown"``, ``>= 1``.
+        hidden_iterations: those for each hidden value that stays undecided, ``>= 0``, by far the
+            most work on a large network; by default as many, 0 leaves the intervals of "crown".
         lower_only: bound upper ends by intervals only, which halves the work of the relaxation on
             the specification; margins need no more.
 
@@ -94,6 +97,8 @@ def bound(
         raise TypeError(f"bound: x must be an Interval; got {type(x).__name__}.")
     check_integer("bound", "max_memory", max_memory, 1)
     check_integer("bound", "iterations", iterations, 1)
+    if hidden_iterations is not None:
+        check_integer("bound", "hidden_iterations", hidden_iterations, 0)
     if method != "ibp" and is_deployed(x.rounding):
         raise ValueError(
             f'bound: method must be "ibp" for a box with rounding="{x.rounding}"; got {method!r}.'
@@ -109,6 +114,7 @@ def bound(
         method=method,
         max_memory=max_memory,
         iterations=iterations,
+        hidden_iterations=hidden_iterations,
         lower_only=lower_only,
         plain=_of_output,
     )

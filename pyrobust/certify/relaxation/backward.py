@@ -18,7 +18,7 @@ Departures: the rounding residuals, which the sources leave out.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -39,14 +39,24 @@ from pyrobust.certify.relaxation.problem import Box, Problem, layer_of, numbers_
 from pyrobust.interval.outward import bound_of_roundings
 from pyrobust.ops._dense_product import product
 
-__all__ = ["Box", "Problem", "lower_bounds", "offset_of"]
+__all__ = ["Box", "OwnLines", "Problem", "lower_bounds", "offset_of"]
+
+
+class OwnLines(Protocol):
+    """Lines that each function has for itself."""
+
+    def of(self, step: Step, part: Part) -> tuple[Part, Lines]:
+        """Coefficients behind a bend, 0 beyond borders, and ``(S, b, *part)`` lines."""
+
+
+LinesOf = dict[fx.Node, Lines] | OwnLines
 
 
 def lower_bounds(
     problem: Problem,
     start: fx.Node,
     coefficients: Tensor,
-    lines: dict[fx.Node, Lines],
+    lines: LinesOf,
     frame: Frame = WHOLE,
 ) -> Tensor:
     """``(S, b)`` lower bounds over the input box of ``coefficients * value``, summed.
@@ -55,7 +65,7 @@ def lower_bounds(
         problem: the model and its intervals.
         start: whose value the function is of.
         coefficients: ``(S, 1 or b, *value)``, or of windows of the value.
-        lines: to use; :attr:`Problem.lines` or others of the same boxes.
+        lines: to use; :attr:`Problem.lines`, or lines that each function has for itself.
         frame: the images, and the windows, that the coefficients are of.
     """
     total, joint = _pulled_back(problem, start, coefficients, lines, frame, cut=False)
@@ -70,7 +80,7 @@ def _pulled_back(
     problem: Problem,
     start: fx.Node,
     coefficients: Tensor,
-    lines: dict[fx.Node, Lines],
+    lines: LinesOf,
     frame: Frame,
     *,
     cut: bool,
@@ -91,7 +101,7 @@ def _pulled_back(
         elif step.affine is not None:
             total = total + _affine(problem, step, part, pending)
         elif step.bend is not None:
-            total = total + _bend(problem, step, part, pending, lines[step.node])
+            total = total + _bend(problem, step, part, pending, lines)
         elif step.planes is not None:
             total = total + _planes(problem, step, part, pending)
         else:
@@ -263,8 +273,6 @@ def _read_elements(problem: Problem, node: fx.Node, frame: Frame) -> Tensor | No
 
 def _met(lines: Lines, part: Part) -> Lines:
     """The lines of the elements that the coefficients meet."""
-    if lines.lower_slope.ndim == part.a.ndim:
-        return lines  # a line for each specification
     size, take = part.a.shape[3:], part.frame.take
     return Lines(
         take(lines.lower_slope, size),
@@ -275,10 +283,14 @@ def _met(lines: Lines, part: Part) -> Lines:
 
 
 def _bend(
-    problem: Problem, step: Step, part: Part, pending: dict[fx.Node, Part], lines: Lines
+    problem: Problem, step: Step, part: Part, pending: dict[fx.Node, Part], lines_of: LinesOf
 ) -> Tensor:
-    a, own = part.a, lines.lower_slope.ndim == part.a.ndim
-    lines = _met(lines, part)
+    own = not isinstance(lines_of, dict)
+    if isinstance(lines_of, dict):
+        lines = _met(lines_of[step.node], part)
+    else:
+        part, lines = lines_of.of(step, part)
+    a = part.a
     slopes = lines.lower_slope - lines.upper_slope
     if not own and _trained(problem, part) and len(slopes) == a.shape[1]:
         return _trained_bend(problem, step, part, pending, lines)

@@ -153,7 +153,7 @@ def _logarithm(
 
 
 BENDS: dict[str, Callable[..., Bend | None]] = {
-    "relu": lambda: Bend(torch.relu, _step(0.0, 0.0, 1.0), (0.0,), lines=_relu_lines),
+    "relu": lambda: Bend(torch.relu, _step(0.0, 0.0, 1.0), (0.0,), lines=_relu_lines, rays=True),
     "relu6": lambda: _clamped(0.0, 6.0),
     "hardtanh": lambda min_val=-1.0, max_val=1.0: _clamped(min_val, max_val),
     "clamp": lambda min=None, max=None: _clamped(min, max),

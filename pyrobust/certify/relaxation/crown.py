@@ -3,15 +3,17 @@
 - ``"crown-ibp"``: intervals for the hidden values, one backward pass for the specification.
 - ``"crown"``: a backward pass for the inputs of every activation too, where intervals leave it
   undecided.
-- ``"alpha-crown"``: then the slopes of the lines are optimised for the specification.
+- ``"alpha-crown"``: the slopes of the lines are optimised, for each end of the hidden values that
+  stay undecided, layer by layer, and then for each function of the specification.
 
 Each result is intersected with interval propagation, so it is never looser.
 
 Source: H. Zhang et al., NeurIPS 2018, arXiv 1811.00866 (CROWN); H. Zhang et al., "Towards Stable
 and Efficient Training of Verifiably Robust Neural Networks", ICLR 2020, arXiv 1906.06316
 (CROWN-IBP); K. Xu et al., "Fast and Complete", ICLR 2021, arXiv 2011.13824 (optimised slopes).
-Departures: slopes are optimised for the specification only, with the hidden intervals of CROWN;
-they are free numbers, since every slope has a valid line.
+Departures: the slopes for hidden values serve their own bounds and not the specification's at once.
+Since each bound has slopes of its own and tighter hidden intervals never loosen it, the best bounds
+are the same; and only one layer's slopes are in memory, in parts.
 """
 
 from __future__ import annotations
@@ -27,9 +29,15 @@ from pyrobust.certify.relaxation.backward import Box, Problem, lower_bounds
 from pyrobust.certify.relaxation.decomposition import decomposed
 from pyrobust.certify.relaxation.frames import Frame
 from pyrobust.certify.relaxation.graph import Affine, Step, step_of, trace_graph
-from pyrobust.certify.relaxation.hidden import ALPHA_COPIES, hidden_bounds, rows_that_fit
-from pyrobust.certify.relaxation.lines import Lines, best_lines, lines_for
+from pyrobust.certify.relaxation.hidden import (
+    ALPHA_COPIES,
+    hidden_bounds,
+    rows_that_fit,
+    searched_bounds,
+)
+from pyrobust.certify.relaxation.lines import Bend, best_lines
 from pyrobust.certify.relaxation.memory import split_of
+from pyrobust.certify.relaxation.slopes import Search, best_bounds
 from pyrobust.interval.outward import straight_through
 from pyrobust.interval.type import Interval, wrap
 from pyrobust.ops._interval_fallback import round_outward
@@ -47,7 +55,8 @@ def crown_bound(
     method: str,
     max_memory: int,
     iterations: int = 20,
-    learning_rate: float = 0.1,
+    hidden_iterations: int | None = None,
+    learning_rate: float = 0.5,
     intersect: bool = True,
     lower_only: bool = False,
     plain: Plain | None = None,
@@ -61,7 +70,8 @@ def crown_bound(
         method: ``"crown-ibp"``, ``"crown"`` or ``"alpha-crown"``.
         max_memory: bytes to use at a time; images, rows and neurons are split accordingly.
         iterations: of ``"alpha-crown"``.
-        learning_rate: of its Adam optimiser.
+        hidden_iterations: for hidden values; by default as many.
+        learning_rate: of its Adam optimiser, in ranges of a ReLU's slope.
         intersect: cut hidden intervals by those of interval propagation; without, they are those
             of the relaxation alone, to compare with other implementations.
         lower_only: leave the upper ends infinite, which halves the last backward pass.
@@ -72,7 +82,17 @@ def crown_bound(
     graph, root = trace_graph(model, "bound")
     graph = decomposed(graph, root, x.lower[:1])
     split = split_of(graph, root, x, spec, max_memory, method == "alpha-crown")
-    work = Work(method, split.coefficients, iterations, learning_rate, intersect, lower_only, plain)
+    hidden = iterations if hidden_iterations is None else hidden_iterations
+    work = Work(
+        method,
+        split.coefficients,
+        iterations,
+        hidden if method == "alpha-crown" else 0,
+        learning_rate,
+        intersect,
+        lower_only,
+        plain,
+    )
     if split.images >= len(x):
         return _bound_part(graph, root, x, spec, work)
     found = []
@@ -92,6 +112,7 @@ class Work:
     method: str
     max_memory: int
     iterations: int
+    hidden: int
     learning_rate: float
     intersect: bool
     lower_only: bool
@@ -102,11 +123,11 @@ def _bound_part(
     graph: fx.Graph, root: nn.Module, x: Interval, spec: Tensor | None, work: Work
 ) -> Interval:
     sound, tight = x.rounding != "nearest", work.method != "crown-ibp"
-    problem, output, values_of = _forward(graph, root, x, tight, work.max_memory, work.intersect)
+    problem, output, values_of = _forward(graph, root, x, tight, work)
     rows = _rows(problem.boxes[output], spec)
     both = rows if work.lower_only else torch.cat([rows, -rows])
     if work.method == "alpha-crown":
-        values = _optimised(problem, output, both, work)
+        values = _searched(problem, output, both, work)
     else:
         values = _chunked(problem, output, both, work.max_memory)
     lower = values[: len(rows)].mT
@@ -123,11 +144,21 @@ def _bound_part(
             straight_through(upper.to(x.dtype), ends[1]),
             x.rounding,
         )
+    if work.hidden > 0:
+        # tighter hidden intervals move the fixed lines, which may lose by it
+        before = _bound_part(graph, root, x, spec, replace(work, method="crown", hidden=0))
+        found = _shared(found, before)
     if work.plain is None:
         return found
     box = work.plain(values_of[output], *_last_layer(root, output, values_of), spec)
-    lower = torch.maximum(box.lower, found.lower)
-    return wrap(lower, torch.maximum(torch.minimum(box.upper, found.upper), lower), x.rounding)
+    return _shared(box, found)
+
+
+def _shared(one: Interval, other: Interval) -> Interval:
+    """What two enclosures have in common."""
+    lower = torch.maximum(one.lower, other.lower)
+    upper = torch.maximum(torch.minimum(one.upper, other.upper), lower)
+    return wrap(lower, upper, one.rounding)
 
 
 def _last_layer(
@@ -154,7 +185,7 @@ def _rows(box: Box, spec: Tensor | None) -> Tensor:
 
 
 def _forward(
-    graph: fx.Graph, root: nn.Module, x: Interval, tight: bool, max_memory: int, intersect: bool
+    graph: fx.Graph, root: nn.Module, x: Interval, tight: bool, work: Work
 ) -> tuple[Problem, fx.Node, dict[fx.Node, Any]]:
     sound = x.rounding != "nearest"
     dtype = torch.float64 if sound else x.dtype
@@ -179,7 +210,7 @@ def _forward(
         else:
             step = step_of(node, root, values, dtype)
             if tight:
-                _tighten_inputs(problem, values, step, max_memory, intersect)
+                _tighten_inputs(problem, values, step, work)
             values[node] = step.run(*(values[n] for n in step.inputs))
         if isinstance(values[node], Interval):
             _enter(problem, step, values[node], len(x), dtype)
@@ -246,71 +277,88 @@ def _serves_two(affine: Affine, boxes: list[Tensor], base: Tensor) -> bool:
 # -- hidden values -------------------------------------------------------------------------------
 
 
-def _tighten_inputs(
-    problem: Problem, values: dict[fx.Node, Any], step: Step, max_memory: int, intersect: bool
-) -> None:
-    """Replace the intervals of a relaxed operation's inputs by those of backward passes."""
-    if step.bend is not None:
-        undecided = [_undecided(step, problem.boxes[step.inputs[0]])]
-    elif step.planes is not None:
-        undecided = step.planes.undecided(_ends(problem, step))
-    else:
-        return
-    for node, open_ in zip(step.inputs, undecided, strict=True):
-        done = problem.tightened.get(node)
-        _tighten(
-            problem, values, node, open_ if done is None else open_ & ~done, max_memory, intersect
+def _tighten_inputs(problem: Problem, values: dict[fx.Node, Any], step: Step, work: Work) -> None:
+    """Replace the intervals of a relaxed operation's inputs by those of backward passes.
+
+    With optimised slopes those that stay undecided have a search for each end.
+    """
+    for place, node in enumerate(step.inputs):
+        producer = problem.step_of(node)
+        known = _is_first(problem, producer)  # the interval is exact there
+        if known or (producer.affine is None and producer.planes is None):
+            continue
+        new = _undecided(problem, step)
+        if not new:
+            return
+        done = problem.tightened.get(node, torch.zeros_like(new[place]))
+        chosen = new[place] & ~done
+        problem.tightened[node] = done | chosen
+        if not bool(chosen.any()):
+            continue
+        _cut(
+            problem,
+            values,
+            node,
+            hidden_bounds(problem, node, chosen, work.max_memory),
+            work.intersect,
         )
-        problem.tightened[node] = open_ if done is None else open_ | done
+        chosen = chosen & _undecided(problem, step)[place]
+        if work.hidden > 0 and bool(chosen.any()):
+            search = Search(work.hidden, work.learning_rate)
+            ends = searched_bounds(problem, node, chosen, work.max_memory, search)
+            _cut(problem, values, node, ends, True)
+
+
+def _undecided(problem: Problem, step: Step) -> list[Tensor]:
+    """For each input ``(B, N)``, true where an element needs lines that a tighter interval may
+    change.
+    """
+    if step.bend is not None:
+        return [_undecided_bend(step.bend, problem.boxes[step.inputs[0]])]
+    if step.planes is None:
+        return []
+    return step.planes.undecided(_ends(problem, step))
 
 
 def _ends(problem: Problem, step: Step) -> list[tuple[Tensor, Tensor]]:
     return [(problem.boxes[n].lower, problem.boxes[n].upper) for n in step.inputs]
 
 
-def _tighten(
+def _undecided_bend(bend: Bend, box: Box) -> Tensor:
+    low, high = box.lower.detach(), box.upper.detach()
+    if bend.curved:
+        open_ = high > low
+    else:
+        open_ = torch.zeros_like(low, dtype=torch.bool)
+        for border in bend.borders:
+            open_ |= (low < border) & (high > border)
+    return open_.flatten(1)
+
+
+def _cut(
     problem: Problem,
     values: dict[fx.Node, Any],
     node: fx.Node,
-    undecided: Tensor,
-    max_memory: int,
+    ends: tuple[Tensor, Tensor],
     intersect: bool,
 ) -> None:
-    """Replace an interval by what a backward pass gives, where undecided and tighter."""
-    producer = problem.step_of(node)
-    if producer.affine is None and producer.planes is None:
-        return
-    if _is_first(problem, producer) or not bool(undecided.any()):
-        return  # the interval is exact there
+    """Replace the interval of a value, by what it shares with the present one where wanted."""
     box = problem.boxes[node]
-    low, high = box.lower.flatten(1), box.upper.flatten(1)
-    lower, upper = hidden_bounds(problem, node, undecided, max_memory)
+    lower, upper = ends
     if intersect:
+        low, high = box.lower.flatten(1), box.upper.flatten(1)
         lower, upper = torch.maximum(low, lower), torch.minimum(high, upper)
     low, high = lower.reshape(box.lower.shape), upper.reshape(box.upper.shape)
     high = torch.maximum(low, high)  # rounding in nearest mode can cross the ends
     problem.boxes[node] = Box(low, high)
     value = values[node]
-    ends = (low, high) if not problem.sound else round_outward(low, high, value.dtype)
-    values[node] = wrap(ends[0].to(value.dtype), ends[1].to(value.dtype), value.rounding)
+    out = (low, high) if not problem.sound else round_outward(low, high, value.dtype)
+    values[node] = wrap(out[0].to(value.dtype), out[1].to(value.dtype), value.rounding)
 
 
 def _is_first(problem: Problem, producer: Step) -> bool:
     linear = producer.affine is not None and not producer.closed
     return linear and all(n is problem.steps[0].node for n in producer.inputs)
-
-
-def _undecided(step: Step, box: Box) -> Tensor:
-    """``(B, N)``, true where an element needs lines that a tighter interval may change."""
-    assert step.bend is not None
-    low, high = box.lower.detach(), box.upper.detach()
-    if step.bend.curved:
-        open_ = high > low
-    else:
-        open_ = torch.zeros_like(low, dtype=torch.bool)
-        for border in step.bend.borders:
-            open_ |= (low < border) & (high > border)
-    return open_.flatten(1)
 
 
 # -- the specification ---------------------------------------------------------------------------
@@ -334,96 +382,13 @@ def _chunked(problem: Problem, output: fx.Node, rows: Tensor, max_memory: int) -
     return torch.cat(results, 1)
 
 
-def _optimised(problem: Problem, output: fx.Node, rows: Tensor, work: Work) -> Tensor:
+def _searched(problem: Problem, output: fx.Node, rows: Tensor, work: Work) -> Tensor:
     numbers = sum(box.lower.numel() for box in problem.boxes.values())
     size = max(work.max_memory // (ALPHA_COPIES * numbers * rows.element_size()), 1)
     plain = _chunked(problem, output, rows, work.max_memory)
+    batch = len(problem.boxes[output].lower)
+    search = Search(work.iterations, work.learning_rate)
     found = [
-        _optimise(problem, output, part, work.iterations, work.learning_rate)
-        for part in rows.split(size)
+        best_bounds(problem, output, part, search).expand(-1, batch) for part in rows.split(size)
     ]
     return torch.maximum(plain, torch.cat(found))
-
-
-def _optimise(
-    problem: Problem, output: fx.Node, rows: Tensor, iterations: int, learning_rate: float
-) -> Tensor:
-    """``(S, B)`` bounds with slopes of their own for each row and image."""
-    bends = {step.node: step for step in problem.steps if step.bend is not None}
-    batch = len(problem.boxes[output].lower)
-    slopes: dict[fx.Node, list[Tensor]] = {}
-    for node in bends:
-        lines = problem.lines[node]
-        slopes[node] = [
-            k.detach().expand(len(rows), *k.shape).clone().requires_grad_(True)
-            for k in (lines.lower_slope, lines.upper_slope)
-        ]
-    kept = {node: [k.detach().clone() for k in pair] for node, pair in slopes.items()}
-    best = torch.full((len(rows), batch), -torch.inf, dtype=rows.dtype, device=rows.device)
-    leaves = [k for pair in slopes.values() for k in pair]
-    if not leaves:
-        return best
-    optimizer = torch.optim.Adam(leaves, lr=learning_rate)
-    steps = [_without_gradients(step) for step in problem.steps]
-    relaxed = Problem(steps, problem.boxes, problem.lines, False, planes=problem.planes)
-    for _ in range(iterations):
-        with torch.enable_grad():
-            sloped = _with_slopes(bends, problem, slopes, sound=False)
-            values = lower_bounds(relaxed, output, rows.detach(), sloped).expand(-1, batch)
-            gradients = torch.autograd.grad(-values.sum(), leaves, allow_unused=True)
-        _keep(kept, slopes, values.detach() > best)
-        best = torch.maximum(best, values.detach())
-        for leaf, gradient in zip(leaves, gradients, strict=True):
-            leaf.grad = gradient
-        optimizer.step()
-        _limit(bends, problem, slopes)
-        optimizer.param_groups[0]["lr"] *= 0.97
-    final = _with_slopes(bends, problem, kept, sound=problem.sound)
-    return lower_bounds(problem, output, rows, final).expand(-1, batch)
-
-
-def _without_gradients(step: Step) -> Step:
-    """The step with constant weights: only slopes are optimised."""
-    affine = step.affine
-    if affine is None or affine.weight is None:
-        return step
-    return replace(step, affine=replace(affine, weight=affine.weight.detach()))
-
-
-def _with_slopes(
-    bends: dict[fx.Node, Step], problem: Problem, slopes: dict[fx.Node, list[Tensor]], sound: bool
-) -> dict[fx.Node, Lines]:
-    lines = {}
-    for node, step in bends.items():
-        box = problem.boxes[step.inputs[0]]
-        assert step.bend is not None
-        low, high = box.lower.detach(), box.upper.detach()
-        below, above = slopes[node]
-        lines[node] = lines_for(step.bend, low, high, below, above, sound)
-    return lines
-
-
-@torch.no_grad()
-def _limit(
-    bends: dict[fx.Node, Step], problem: Problem, slopes: dict[fx.Node, list[Tensor]]
-) -> None:
-    """Keep slopes of piecewise linear functions between those of their pieces."""
-    for node, step in bends.items():
-        assert step.bend is not None
-        if not step.bend.curved:
-            box = problem.boxes[step.inputs[0]]
-            ends = torch.stack([step.bend.slope(box.lower), step.bend.slope(box.upper)])
-            chord = torch.stack([problem.lines[node].lower_slope, problem.lines[node].upper_slope])
-            both = torch.cat([ends, chord])
-            for k in slopes[node]:
-                k.copy_(torch.minimum(torch.maximum(k, both.amin(0)), both.amax(0)))
-
-
-@torch.no_grad()
-def _keep(
-    kept: dict[fx.Node, list[Tensor]], slopes: dict[fx.Node, list[Tensor]], better: Tensor
-) -> None:
-    for node, pair in slopes.items():
-        for stored, current in zip(kept[node], pair, strict=True):
-            mask = better.reshape(*better.shape, *[1] * (current.ndim - 2))
-            stored.copy_(torch.where(mask, current, stored))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, fx
 
@@ -10,11 +12,24 @@ from pyrobust.certify.relaxation.convolution import is_plain
 from pyrobust.certify.relaxation.frames import WHOLE, Frame, Window
 from pyrobust.interval.outward import UNIT
 
-__all__ = ["element_bounds", "pair_bounds", "starts_in_window"]
+__all__ = ["by_fixed_lines", "element_bounds", "pair_bounds", "starts_in_window"]
+
+
+Bounds = Callable[[Problem, fx.Node, Tensor, Frame], Tensor]
+"""``bounds(problem, start, coefficients, frame)``, as :func:`lower_bounds` of some lines."""
+
+
+def by_fixed_lines(problem: Problem, start: fx.Node, coefficients: Tensor, frame: Frame) -> Tensor:
+    """:func:`lower_bounds` with the lines of the problem."""
+    return lower_bounds(problem, start, coefficients, problem.lines, frame)
 
 
 def element_bounds(
-    problem: Problem, node: fx.Node, elements: Tensor, frame: Frame = WHOLE
+    problem: Problem,
+    node: fx.Node,
+    elements: Tensor,
+    frame: Frame = WHOLE,
+    bounds_of: Bounds = by_fixed_lines,
 ) -> Tensor:
     """``(2 P, b)`` lower bounds of some elements of an affine value, then of their negations.
 
@@ -26,16 +41,17 @@ def element_bounds(
         node: the value, the result of an affine step or one with planes.
         elements: ``(P,)`` indices into the flattened value of an image.
         frame: some images.
+        bounds_of: makes the backward pass.
     """
     step = problem.step_of(node)
     affine = step.affine
     if affine is None or affine.weight is None or len(problem.shape(node)) > 1:
         start = _one_hot(problem, node, elements).unsqueeze(1)
-        return lower_bounds(problem, node, torch.cat([start, -start]), problem.lines, frame)
+        return bounds_of(problem, node, torch.cat([start, -start]), frame)
     rows = affine.weight[elements].unsqueeze(1)
     both = torch.cat([rows, -rows])
     del rows
-    bounds = lower_bounds(problem, step.inputs[0], both, problem.lines, frame)
+    bounds = bounds_of(problem, step.inputs[0], both, frame)
     offset = offset_of(problem, step)
     if offset is None:
         return bounds
@@ -43,7 +59,13 @@ def element_bounds(
     return _raised(problem, bounds, torch.cat([value, -value]))
 
 
-def pair_bounds(problem: Problem, node: fx.Node, images: Tensor, elements: Tensor) -> Tensor:
+def pair_bounds(
+    problem: Problem,
+    node: fx.Node,
+    images: Tensor,
+    elements: Tensor,
+    bounds_of: Bounds = by_fixed_lines,
+) -> Tensor:
     """``(2, P)`` lower bounds of one element of an affine value in one image each, and of its
     negation.
 
@@ -52,6 +74,7 @@ def pair_bounds(problem: Problem, node: fx.Node, images: Tensor, elements: Tenso
         node: the value, the result of an affine step or one with planes.
         images: ``(P,)`` int64, rising.
         elements: ``(P,)`` indices into the flattened value of an image.
+        bounds_of: makes the backward pass.
     """
     step = problem.step_of(node)
     affine = step.affine
@@ -73,7 +96,7 @@ def pair_bounds(problem: Problem, node: fx.Node, images: Tensor, elements: Tenso
             window = window.before(affine.options["stride"], affine.options["padding"])
             rows, start = affine.weight[channels], step.inputs[0]
         frame = Frame(images, window)
-    bounds: Tensor = lower_bounds(problem, start, torch.stack([rows, -rows]), problem.lines, frame)
+    bounds = bounds_of(problem, start, torch.stack([rows, -rows]), frame)
     offset = None if start is node else offset_of(problem, step)
     if offset is None:
         return bounds

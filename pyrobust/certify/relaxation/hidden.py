@@ -14,11 +14,18 @@ import torch
 from torch import Tensor, fx
 
 from pyrobust.certify.relaxation.backward import Problem
-from pyrobust.certify.relaxation.elements import element_bounds, pair_bounds, starts_in_window
+from pyrobust.certify.relaxation.elements import (
+    Bounds,
+    by_fixed_lines,
+    element_bounds,
+    pair_bounds,
+    starts_in_window,
+)
 from pyrobust.certify.relaxation.frames import WHOLE, Frame
 from pyrobust.certify.relaxation.graph import Step
+from pyrobust.certify.relaxation.slopes import Search, best_bounds
 
-__all__ = ["ALPHA_COPIES", "COPIES", "hidden_bounds", "rows_that_fit"]
+__all__ = ["ALPHA_COPIES", "COPIES", "hidden_bounds", "rows_that_fit", "searched_bounds"]
 
 # Copies of the coefficients of the largest value that are alive at once, measured; convolutions of
 # few channels make most of them, whose layout inside has a multiple of 16.
@@ -65,12 +72,14 @@ def hidden_bounds(
     box = problem.boxes[node]
     low, high = box.lower.flatten(1), box.upper.flatten(1)
     if not problem.separable:
-        return _of_all_images(problem, node, undecided.any(0).nonzero()[:, 0], max_memory)
+        size = max(rows_that_fit(problem, max_memory) // (2 * len(low)), 1)
+        return _of_all_images(problem, node, undecided.any(0).nonzero()[:, 0], size)
     many = int(undecided.sum()) >= _MANY * len(undecided) and not torch.is_grad_enabled()
     if many and low.ndim == box.lower.ndim:
         return _image_by_image(problem, node, undecided, max_memory)
     images, elements = undecided.nonzero(as_tuple=True)
-    size = max(_fitting(problem, _widest(problem, node), max_memory) // 2, 1)
+    widest = max(_numbers_before(problem, node, waiting=True))
+    size = max(_fitting(problem, widest, max_memory) // 2, 1)
     found = [
         pair_bounds(problem, node, *part)
         for part in zip(images.split(size), elements.split(size), strict=True)
@@ -80,15 +89,44 @@ def hidden_bounds(
     return low, high.index_put((images, elements), -bounds[1])
 
 
-def _of_all_images(
-    problem: Problem, node: fx.Node, elements: Tensor, max_memory: int
+def searched_bounds(
+    problem: Problem, node: fx.Node, undecided: Tensor, max_memory: int, search: Search
 ) -> tuple[Tensor, Tensor]:
-    """Where operations cannot be applied to a part of the batch."""
+    """:func:`hidden_bounds` with the slopes that a search finds for each end."""
     box = problem.boxes[node]
     low, high = box.lower.flatten(1), box.upper.flatten(1)
-    size = max(rows_that_fit(problem, max_memory) // (2 * len(low)), 1)
+
+    def bounds_of(problem: Problem, start: fx.Node, coefficients: Tensor, frame: Frame) -> Tensor:
+        return best_bounds(problem, start, coefficients, search, frame)
+
+    numbers = sum(_numbers_before(problem, node)) * low.element_size()
+    size = max(max_memory // (2 * ALPHA_COPIES * numbers), 1)
+    if not problem.separable:
+        elements = undecided.any(0).nonzero()[:, 0]
+        each = max(size // len(low), 1)
+        return _of_all_images(problem, node, elements, each, bounds_of)
+    images, elements = undecided.nonzero(as_tuple=True)
+    found = [
+        pair_bounds(problem, node, *part, bounds_of)
+        for part in zip(images.split(size), elements.split(size), strict=True)
+    ]
+    bounds = torch.cat(found, 1)
+    low = low.index_put((images, elements), bounds[0])
+    return low, high.index_put((images, elements), -bounds[1])
+
+
+def _of_all_images(
+    problem: Problem,
+    node: fx.Node,
+    elements: Tensor,
+    size: int,
+    bounds_of: Bounds = by_fixed_lines,
+) -> tuple[Tensor, Tensor]:
+    """Where operations cannot be applied to a part of the batch; ``size`` elements at a time."""
+    box = problem.boxes[node]
+    low, high = box.lower.flatten(1), box.upper.flatten(1)
     for part in elements.split(size):
-        bounds = element_bounds(problem, node, part, WHOLE).expand(-1, len(low))
+        bounds = element_bounds(problem, node, part, WHOLE, bounds_of).expand(-1, len(low))
         low = low.index_copy(1, part, bounds[: len(part)].mT)
         high = high.index_copy(1, part, -bounds[len(part) :].mT)
     return low, high
@@ -109,17 +147,17 @@ def _image_by_image(
     return low, high
 
 
-def _widest(problem: Problem, node: fx.Node) -> int:
-    """Coefficients of one element where they are most, of all values that wait for their turn."""
+def _numbers_before(problem: Problem, node: fx.Node, *, waiting: bool = False) -> list[int]:
+    """Coefficients of one element at each value; ``waiting``: with all that wait for their turn."""
     start: list[int] | None = [1, 1] if starts_in_window(problem, node) else None
     windows: dict[fx.Node, list[int] | None] = {node: start}
-    widest = 1
+    numbers = [1]
     for step in reversed(problem.steps):
         if step.node not in windows:
             continue
         counts = [_count(problem.shape(n), window) for n, window in windows.items()]
-        widest = max(widest, sum(counts))
         window = windows.pop(step.node)
+        numbers.append(sum(counts) if waiting else _count(problem.shape(step.node), window))
         if _count(problem.shape(step.node), window) >= problem.shape(step.node).numel():
             window = None
         for entering in step.inputs:
@@ -129,7 +167,7 @@ def _widest(problem: Problem, node: fx.Node) -> int:
                 windows[entering] = None
             else:
                 windows[entering] = [max(pair) for pair in zip(before, other, strict=True)]
-    return widest
+    return numbers
 
 
 def _count(shape: torch.Size, window: list[int] | None) -> int:

@@ -28,7 +28,7 @@ from pyrobust.interval.finite import infinite_ends
 from pyrobust.interval.outward import UNIT
 from pyrobust.interval.type import Interval, wrap
 
-__all__ = ["Bend", "Lines", "best_lines", "lines_for"]
+__all__ = ["Bend", "Lines", "best_lines", "inside", "lines_for"]
 
 _HALVINGS = 48
 
@@ -46,6 +46,8 @@ class Bend:
             piecewise linear functions.
         slack: absolute error of ``function`` against the function meant, if any.
         lines: the best lines in closed form on finite boxes, where there is one.
+        rays: whether every line through 0 with a slope between those of the pieces lies below, and
+            the chord is the best line above.
     """
 
     function: Callable[..., object]
@@ -54,6 +56,7 @@ class Bend:
     curvature: float | Callable[[Tensor, Tensor], Tensor] = 0.0
     slack: float = 0.0
     lines: Callable[[Tensor, Tensor, bool], Lines] | None = None
+    rays: bool = False
 
     @property
     def curved(self) -> bool:
@@ -157,7 +160,7 @@ def _shifts(
 ) -> tuple[Tensor, Tensor]:
     """Minimum and maximum of ``f(x) - slope x`` over the box, pushed outward where sound."""
     # borders first: at a tie, as of a ReLU with slope 0 or 1, theirs is the derivative that counts
-    points = [*(_inside(border, low, high) for border in bend.borders), low, high]
+    points = [*(inside(border, low, high) for border in bend.borders), low, high]
     if bend.curved:
         points += _roots(bend, low.detach(), high.detach(), slope.detach())
     lowest, highest = [], []
@@ -199,7 +202,7 @@ def _values(bend: Bend, point: Tensor, sound: bool) -> tuple[Tensor, Tensor]:
     return below, above
 
 
-def _inside(border: float | Tensor, low: Tensor, high: Tensor) -> Tensor:
+def inside(border: float | Tensor, low: Tensor, high: Tensor) -> Tensor:
     """The border, moved to the nearer end where it lies outside."""
     at = torch.as_tensor(border, dtype=low.dtype, device=low.device)
     return torch.minimum(torch.maximum(at.expand_as(low), low), high)
@@ -208,7 +211,7 @@ def _inside(border: float | Tensor, low: Tensor, high: Tensor) -> Tensor:
 @torch.no_grad()
 def _roots(bend: Bend, low: Tensor, high: Tensor, slope: Tensor) -> list[Tensor]:
     """In each piece the point where the derivative passes ``slope``, or one of its ends."""
-    edges = [low, *(_inside(border, low, high) for border in bend.borders), high]
+    edges = [low, *(inside(border, low, high) for border in bend.borders), high]
     found = []
     for ends in itertools.pairwise(edges):
         left, right, wanted = torch.broadcast_tensors(*ends, slope)

@@ -68,7 +68,8 @@ def problem_of(name, rounding, batch=3):
             module.running_var.uniform_(0.5, 2)
     box = Interval.ball(torch.randn(batch, 1, *size).double(), 0.3, rounding=rounding)
     graph, root = trace_graph(model.double(), "test")
-    return crown._forward(graph, root, box, True, 1 << 28, True)[:2]
+    work = crown.Work("crown", 1 << 28, 1, 0, 0.5, intersect=True, lower_only=True, plain=None)
+    return crown._forward(graph, root, box, True, work)[:2]
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "real"])
