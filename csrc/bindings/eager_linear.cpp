@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "bindings/families.h"
+#include "bindings/panel_cache.h"
 #include "bindings/plain_arguments.h"
 #include "core/float_types.h"
 #include "matmul/matmul.h"
@@ -45,7 +46,7 @@ py::object product(const Arguments& a) {
   const TensorView x = view(a.x, "x");
   const int64_t cols = integer(a.in_features);
   if (x.ndim == 0 || x.shape[x.ndim - 1] != cols) throw NotPlain();
-  const matmul::PackedMatrix weight = packed_matrix(
+  matmul::PackedMatrix weight = packed_matrix(
       view(a.codes, "codes"), view(a.scale, "scale"), view_optional(a.zero, "zero"), cols,
       levels_of(a.bits), integer(a.group_size), static_cast<int>(integer(a.group_dim)), a.extras);
   const float* bias = float_bias(a.bias, weight.rows);
@@ -58,6 +59,10 @@ py::object product(const Arguments& a) {
   sizes[x.ndim - 1] = weight.rows;
   py::object out = new_output(a.x, sizes, x.ndim);
   void* const results = view(out, "out").data;
+  std::shared_ptr<const PanelMemory> panels;
+  if (mode == matmul::Mode::kInt8 || activations.type != FloatType::kFloat32) {
+    panels = attach_panels(a.codes, a.scale, a.zero, threads, &weight);
+  }
   const auto run = [&] {
     matmul::packed_linear(activations, weight, {0, weight.rows}, bias, mode, results, threads);
   };

@@ -3,6 +3,7 @@
 
 #include "bindings/families.h"
 #include "bindings/packed_matrix.h"
+#include "bindings/panel_cache.h"
 #include "bindings/tensor_view.h"
 #include "core/bit_layout.h"
 #include "matmul/complex.h"
@@ -16,7 +17,7 @@ void packed_linear(py::handle x_, py::handle codes_, py::handle scale_, py::hand
                    int64_t group_size, int group_dim, bool int8, py::handle extras,
                    int64_t first_row, int num_threads) {
   const TensorView x = view(x_, "x"), bias = view_optional(bias_, "bias"), out = view(out_, "out");
-  const matmul::PackedMatrix weight =
+  matmul::PackedMatrix weight =
       packed_matrix(view(codes_, "codes"), view(scale_, "scale"), view_optional(zero_, "zero"),
                     in_features, levels, group_size, group_dim, extras);
   check(x.ndim >= 1, "x must have at least one dimension.");
@@ -32,6 +33,10 @@ void packed_linear(py::handle x_, py::handle codes_, py::handle scale_, py::hand
     bias.require_dtype(DType::kFloat32).require_ndim(1).require_size(0, weight.rows);
   }
   const auto mode = int8 ? matmul::Mode::kInt8 : matmul::Mode::kExact;
+  std::shared_ptr<const PanelMemory> panels;
+  if (int8 || activations.type != FloatType::kFloat32) {
+    panels = attach_panels(codes_, scale_, zero_, num_threads, &weight);
+  }
   py::gil_scoped_release release;
   matmul::packed_linear(activations, weight, rows, bias.as<const float>(), mode, out.data,
                         num_threads);

@@ -1,8 +1,10 @@
 // Differs from portable.cpp in working on tiles and in 512-bit registers with VNNI where that was
-// written (avx512_int8.h: activations of 8 or 16 bits, groups of whole blocks); the other formats
+// written (avx512_int8.h and, for weights in panel order, avx512_panels.h: activations of 8 or 16
+// bits, groups of whole blocks); the other formats
 // take the code of avx2_paths.h, compiled with these wider flags.
 #include "matmul/avx2_paths.h"
-#include "matmul/avx512_int8.h"
+#include "matmul/avx512_make_panels.h"
+#include "matmul/avx512_panels.h"
 #include "matmul/avx512_rows.h"
 #include "runtime/stream_copy.h"
 
@@ -15,17 +17,20 @@ bool is_wide(const PackedMatrix& w, Mode mode) { return mode != Mode::kExact && 
 
 int64_t wide_prepared_bytes(const PackedMatrix& w, Mode mode, int64_t rows) {
   if (!is_wide(w, mode)) return prepared_bytes(w, mode, rows);
+  if (w.panels != nullptr) return PanelRows(nullptr, w, rows, mode).used;
   return WideRows(nullptr, w, rows, mode).used;
 }
 
 int64_t wide_scratch_bytes(const PackedMatrix& w, Mode mode, int64_t rows) {
   if (!is_wide(w, mode)) return scratch_bytes(w, mode, rows);
+  if (w.panels != nullptr) return panel_scratch_bytes(rows);
   return WideScratch(nullptr, w, rows).used;
 }
 
 void wide_prepare(const PackedMatrix& w, Mode mode, const Activations& x, int64_t first,
                   int64_t rows, RowRange part, void* prepared, double* step, void* scratch) {
   if (!is_wide(w, mode)) return prepare(w, mode, x, first, rows, part, prepared, step, scratch);
+  if (w.panels != nullptr) return prepare_panel_rows(w, mode, x, first, rows, part, prepared, step);
   const WideRows out(prepared, w, rows, mode);
   const int64_t row_bytes = w.cols * float_type_bytes(x.type);
   for (int64_t m = part.begin; m < part.end; ++m) {
@@ -43,6 +48,36 @@ void wide_prepare(const PackedMatrix& w, Mode mode, const Activations& x, int64_
 }
 
 template <int kBits>
+void multiply_panel_bits(const PackedMatrix& w, Mode mode, const Block& block, int64_t begin,
+                         int64_t end, const Output& out, void* scratch) {
+  if (w.codebook != nullptr) {
+    multiply_panel_order<kBits, true>(w, mode, block, begin, end, out, scratch);
+  } else {
+    multiply_panel_order<kBits, false>(w, mode, block, begin, end, out, scratch);
+  }
+}
+
+void multiply_from_panels(const PackedMatrix& w, Mode mode, const Block& block, int64_t begin,
+                          int64_t end, const Output& out, void* scratch) {
+  switch (stored_bits(w)) {
+    case 1:
+      return multiply_panel_bits<1>(w, mode, block, begin, end, out, scratch);
+    case 2:
+      return multiply_panel_bits<2>(w, mode, block, begin, end, out, scratch);
+    case 3:
+      return multiply_panel_bits<3>(w, mode, block, begin, end, out, scratch);
+    case 4:
+      return multiply_panel_bits<4>(w, mode, block, begin, end, out, scratch);
+    default:
+      return multiply_panel_order<8, false>(w, mode, block, begin, end, out, scratch);
+  }
+}
+
+int64_t bytes_of_panels(const PackedMatrix& w) {
+  return is_wide(w, Mode::kInt8) ? PanelLayout(w).bytes() : 0;
+}
+
+template <int kBits>
 void multiply_wide_bits(const PackedMatrix& w, Mode mode, const Block& block, int64_t begin,
                         int64_t end, const Output& out, void* scratch) {
   if (w.codebook != nullptr) {
@@ -55,6 +90,7 @@ void multiply_wide_bits(const PackedMatrix& w, Mode mode, const Block& block, in
 void wide_multiply(const PackedMatrix& w, Mode mode, const Block& block, int64_t begin, int64_t end,
                    const Output& out, void* scratch) {
   if (!is_wide(w, mode)) return multiply(w, mode, block, begin, end, out, scratch);
+  if (w.panels != nullptr) return multiply_from_panels(w, mode, block, begin, end, out, scratch);
   static const bool has_vbmi = __builtin_cpu_supports("avx512vbmi") != 0;
   switch (stored_bits(w)) {
     case 1:
@@ -72,11 +108,23 @@ void wide_multiply(const PackedMatrix& w, Mode mode, const Block& block, int64_t
   }
 }
 
-constexpr MatmulKernels kKernels = {
-    takes_parts,      wide_prepared_bytes,      wide_scratch_bytes,    wide_prepare,
-    wide_multiply,    decode_span<Avx512Codes>, add_span<Avx512Codes>, add_levels_span<Avx512Codes>,
-    stream_copy,      sparse_prepare,           sparse_multiply,       complex_order,
-    complex_multiply, kWideTiles * kLanes};
+constexpr MatmulKernels kKernels = {takes_parts,
+                                    wide_prepared_bytes,
+                                    wide_scratch_bytes,
+                                    wide_prepare,
+                                    wide_multiply,
+                                    decode_span<Avx512Codes>,
+                                    add_span<Avx512Codes>,
+                                    add_levels_span<Avx512Codes>,
+                                    stream_copy,
+                                    sparse_prepare,
+                                    sparse_multiply,
+                                    complex_order,
+                                    complex_multiply,
+                                    kWideTiles * kLanes,
+                                    kPanelRows,
+                                    bytes_of_panels,
+                                    write_panels};
 
 }  // namespace
 

@@ -204,7 +204,7 @@ using PanelProduct = void (*)(const PackedMatrix& w, const WideRows& x, int64_t 
                               int64_t to, const WideScratch& s);
 
 // By rows of x, from 1 on.
-constexpr PanelProduct kPanelRows[kTileRows] = {
+constexpr PanelProduct kPanelProducts[kTileRows] = {
     panel_wide<1, 1>, panel_wide<2, 1>, panel_wide<3, 1>, panel_wide<4, 1>,
     panel_wide<5, 1>, panel_wide<6, 1>, panel_wide<7, 1>, panel_wide<8, 1>};
 constexpr PanelProduct kPanelParts[kTileRows / 2] = {panel_wide<1, 2>, panel_wide<2, 2>,
@@ -213,12 +213,40 @@ constexpr PanelProduct kPanelParts[kTileRows / 2] = {panel_wide<1, 2>, panel_wid
 void panel_rows_of_x(const PackedMatrix& w, const WideRows& x, int64_t m, int64_t from, int64_t to,
                      const WideScratch& s) {
   const int64_t left = x.rows - m, count = left < x.x_rows() ? left : x.x_rows();
-  (x.parts == 2 ? kPanelParts : kPanelRows)[count - 1](w, x, m, from, to, s);
+  (x.parts == 2 ? kPanelParts : kPanelProducts)[count - 1](w, x, m, from, to, s);
 }
 
-// 16 results of row m from row n of W on, as store_result() would; floats without a remainder.
+// To nearest even; a NaN stays one: bfloat16_from_float().
+inline __m256i bfloat16_of(__m512 value) {
+  const __m512i bits = _mm512_castps_si512(value), upper = _mm512_srli_epi32(bits, 16);
+  const __m512i odd = _mm512_and_si512(upper, _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+  const __m512i quiet = _mm512_or_si512(upper, _mm512_set1_epi32(0x40));
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(_mm512_srli_epi32(up, 16), nan, quiet));
+}
+
+inline void store_floats(void* data, FloatType type, int64_t at, __m512 value) {
+  if (type == FloatType::kFloat32) {
+    _mm512_storeu_ps(static_cast<float*>(data) + at, value);
+    return;
+  }
+  // The sign and the bits of a NaN are those of float16_from_float().
+  const __m512i one_nan =
+      _mm512_or_si512(_mm512_and_si512(_mm512_castps_si512(value), _mm512_set1_epi32(INT32_MIN)),
+                      _mm512_set1_epi32(0x7fc00000));
+  const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+  const __m512 clean =
+      _mm512_castsi512_ps(_mm512_mask_mov_epi32(_mm512_castps_si512(value), nan, one_nan));
+  const __m256i halves = type == FloatType::kFloat16
+                             ? _mm512_cvtps_ph(clean, _MM_FROUND_TO_NEAREST_INT)
+                             : bfloat16_of(value);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<uint16_t*>(data) + at), halves);
+}
+
+// 16 results of row m from row n of W on, as store_result() would without a remainder.
 void store_16(const Output& out, int64_t m, int64_t n, const double* total, double step) {
-  auto* y = static_cast<float*>(out.data) + (out.row + m) * out.stride + n - out.first;
+  __m256 half[2];
   for (int i = 0; i < 16; i += 8) {
     __m512d value = _mm512_loadu_pd(total + i);
     if (out.row_scale != nullptr) {
@@ -228,8 +256,10 @@ void store_16(const Output& out, int64_t m, int64_t n, const double* total, doub
     if (out.bias != nullptr) {
       value = _mm512_add_pd(value, _mm512_cvtps_pd(_mm256_loadu_ps(out.bias + n + i)));
     }
-    _mm256_storeu_ps(y + i, _mm512_cvtpd_ps(value));
+    half[i / 8] = _mm512_cvtpd_ps(value);
   }
+  store_floats(out.data, out.type, (out.row + m) * out.stride + n - out.first,
+               _mm512_insertf32x8(_mm512_castps256_ps512(half[0]), half[1], 1));
 }
 
 template <int kBits, bool kBook>
@@ -237,7 +267,7 @@ void multiply_panels(const PackedMatrix& w, const WideRows& x, const Block& bloc
                      int64_t end, const Output& out, const WideScratch& s) {
   const int64_t blocks = blocks_of(w), chunk = wide_chunk(w), rows = block.rows;
   const __m512i table = codebook_table(w);
-  const bool plain = out.type == FloatType::kFloat32 && out.remainder == nullptr;
+  const bool plain = out.remainder == nullptr;
   for (int64_t first = begin; first < end; first += kWidth) {
     load_wide_codes(w, first, kWidth, s);
     for (int64_t t = 0; t < kWideTiles; ++t) {

@@ -102,19 +102,33 @@ inline double step_of(const void* x, FloatType type, int64_t from, int64_t to, d
   return static_cast<double>(magnitude) / steps;
 }
 
-// 16 columns; division and conversion round as quantized_activation().
-inline __m128i quantize_16(__m512 x, __m512d step) {
+// Lanes that lie so near the middle of two integers that the quotient, at most 127 and at most
+// 127 * 2^-51 away, may round the other way.
+inline __mmask8 near_middles(__m512d value) {
+  constexpr int kToNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  const __m512d away = _mm512_sub_pd(value, _mm512_roundscale_pd(value, kToNearest));
+  return _mm512_cmp_pd_mask(_mm512_abs_pd(away), _mm512_set1_pd(0.5 - 1e-12), _CMP_GT_OQ);
+}
+
+// 16 columns, rounded as quantized_activation() does: the quotients by `step` to nearest even.
+// Products with the inverse take a fifth of the time of divisions.
+inline __m128i quantize_16(__m512 x, __m512d step, __m512d inverse) {
   const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(x));
   const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
-  const __m256i a = _mm512_cvtpd_epi32(_mm512_div_pd(low, step));
-  const __m256i b = _mm512_cvtpd_epi32(_mm512_div_pd(high, step));
+  __m512d first = _mm512_mul_pd(low, inverse), second = _mm512_mul_pd(high, inverse);
+  if ((near_middles(first) | near_middles(second)) != 0) {
+    first = _mm512_div_pd(low, step);
+    second = _mm512_div_pd(high, step);
+  }
+  const __m256i a = _mm512_cvtpd_epi32(first), b = _mm512_cvtpd_epi32(second);
   return _mm512_cvtepi32_epi8(_mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1));
 }
 
-inline __m512i quantize_64(const void* x, FloatType type, int64_t k, int64_t cols, __m512d step) {
+inline __m512i quantize_64(const void* x, FloatType type, int64_t k, int64_t cols, double step) {
+  const __m512d divisor = _mm512_set1_pd(step), inverse = _mm512_set1_pd(1.0 / step);
   const auto part = [&](int i) {
     const int64_t at = k + kLanes * i;
-    return quantize_16(load_floats(x, type, at, first_lanes(cols - at)), step);
+    return quantize_16(load_floats(x, type, at, first_lanes(cols - at)), divisor, inverse);
   };
   __m512i q = _mm512_castsi128_si512(part(0));
   q = _mm512_inserti32x4(q, part(1), 1);
@@ -128,13 +142,12 @@ inline void prepare_wide_row(const PackedMatrix& w, const void* x, FloatType typ
   const int64_t blocks = blocks_of(w), groups = groups_of(w), per_group = group_blocks(w);
   *step = step_of(x, type, 0, w.cols, 127.0);
   const bool some = *step > 0.0;
-  const __m512d divisor = _mm512_set1_pd(*step);
   for (int64_t g = 0, b = 0; g < groups; ++g) {
     __m512i sum = _mm512_setzero_si512();
     const int64_t stop = blocks - b < per_group ? blocks : b + per_group;
     for (; b < stop; ++b) {
       const __m512i q =
-          some ? quantize_64(x, type, b * kBlock, w.cols, divisor) : _mm512_setzero_si512();
+          some ? quantize_64(x, type, b * kBlock, w.cols, *step) : _mm512_setzero_si512();
       sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), q);
       out.store(q, m, 0, b);
     }

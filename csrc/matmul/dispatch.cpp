@@ -145,6 +145,20 @@ void packed_linear(const Activations& x, const PackedMatrix& weight, RowRange ra
   }
 }
 
+int64_t panel_bytes(const PackedMatrix& weight) {
+  check_weight(weight);
+  const MatmulKernels& kernels = kernels_with(&MatmulKernels::panel_bytes);
+  return kernels.panel_bytes == nullptr ? 0 : kernels.panel_bytes(weight);
+}
+
+void make_panels(const PackedMatrix& weight, uint8_t* out, int num_threads) {
+  check(panel_bytes(weight) > 0, "this weight has no panel order.");
+  const MatmulKernels& kernels = kernels_with(&MatmulKernels::write_panels);
+  const int64_t count = ceil_div(weight.rows, kernels.panel_rows);
+  parallel_for(count, grain_rows(8 * kernels.panel_rows * weight.cols), 1, num_threads,
+               [&](int64_t begin, int64_t end) { kernels.write_panels(weight, begin, end, out); });
+}
+
 namespace {
 
 // Calls body(n, begin, end) for the spans of rows [first, first + count), split over threads; a

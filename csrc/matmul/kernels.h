@@ -95,6 +95,12 @@ struct MatmulKernels {
   void (*complex_multiply)(const ComplexBlock& x, int64_t begin, int64_t end);
   // Rows of W a thread's share must be a multiple of.
   int64_t row_align;
+  // The panel order: rows of a panel, bytes of all panels (0: this format takes none), and panels
+  // [begin, end) of it written to `out`, where panel 0 begins. Null where the set has none.
+  int64_t panel_rows = 0;
+  int64_t (*panel_bytes)(const PackedMatrix& weight) = nullptr;
+  void (*write_panels)(const PackedMatrix& weight, int64_t begin, int64_t end,
+                       uint8_t* out) = nullptr;
 };
 
 // Null where the build has no such path. A null entry of a table means "use the next lower".

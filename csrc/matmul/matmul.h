@@ -94,6 +94,7 @@ struct PackedMatrix {
   const float* row_scale = nullptr;   // (rows) or null
   const uint8_t* codebook = nullptr;  // (levels) or null
   Remainder remainder;
+  const uint8_t* panels = nullptr;  // what make_panels() wrote for this weight, or null
   FloatType scale_type = FloatType::kFloat32;
   int64_t rows = 0;
   int64_t cols = 0;
@@ -121,6 +122,13 @@ struct RowRange {
 // (x.rows, rows.end - rows.begin) values of x.type.
 void packed_linear(const Activations& x, const PackedMatrix& weight, RowRange rows,
                    const float* bias, Mode mode, void* out, int num_threads);
+
+// The panel order of a weight: a second copy of codes, scales and zeros that products with int8
+// activations, and with those that are rounded to 16 bits, read in place of the canonical layout
+// where `panels` points to it. The results have the same bits, sooner. panel_bytes() is 0 where the
+// instruction set in use takes none for this format; `out` of make_panels() holds that many bytes.
+int64_t panel_bytes(const PackedMatrix& weight);
+void make_panels(const PackedMatrix& weight, uint8_t* out, int num_threads);
 
 // out: (rows.end - rows.begin, cols), those rows of the exact weight.
 void dequantize(const PackedMatrix& weight, RowRange rows, float* out, int num_threads);

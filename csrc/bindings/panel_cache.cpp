@@ -1,0 +1,139 @@
+#include "bindings/panel_cache.h"
+
+#include <sys/mman.h>
+
+#include <array>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <unordered_map>
+
+#include "bindings/families.h"
+#include "matmul/weights.h"
+
+namespace pyrobust {
+namespace {
+
+constexpr int64_t kLargePage = int64_t{2} << 20;
+
+// The product of the same weight that makes its panels, counted from 1; 0: none does.
+int64_t making_product = 2;
+// Weights with fewer elements get none: looking them up takes as long as the panels save.
+int64_t least_elements = int64_t{1} << 17;
+int64_t kept_bytes = 0;
+
+// What the panels were made from.
+struct Source {
+  std::array<const void*, 3> data{};
+  std::array<int64_t, 3> version{};
+  std::array<int64_t, 6> form{};
+
+  bool operator==(const Source& other) const {
+    return data == other.data && version == other.version && form == other.form;
+  }
+};
+
+struct Entry {
+  Source source;
+  int64_t products = 0;
+  py::object reference;  // weak, to the codes
+  std::shared_ptr<const PanelMemory> panels;
+};
+
+// By the codes' Python object. Never destroyed: the interpreter may be gone by then.
+std::unordered_map<PyObject*, Entry>& entries() {
+  static auto* const all = new std::unordered_map<PyObject*, Entry>();
+  return *all;
+}
+
+// torch's count of changes in place; false for tensors that have none.
+bool read_version(py::handle tensor, int64_t* version) {
+  static PyObject* const name = PyUnicode_InternFromString("_version");
+  *version = 0;
+  if (tensor.is_none()) return true;
+  PyObject* const answer = PyObject_GetAttr(tensor.ptr(), name);
+  if (answer == nullptr) {
+    PyErr_Clear();
+    return false;
+  }
+  *version = PyLong_AsLongLong(answer);
+  Py_DECREF(answer);
+  return true;
+}
+
+// A weak reference to `codes` that takes its entry away.
+py::object watch(py::handle codes) {
+  PyObject* const key = codes.ptr();
+  const py::cpp_function forget([key](py::handle) { entries().erase(key); });
+  return py::weakref(codes, forget);
+}
+
+std::shared_ptr<const PanelMemory> make(const matmul::PackedMatrix& weight, int num_threads) {
+  const int64_t bytes = matmul::panel_bytes(weight);
+  if (bytes == 0) return nullptr;
+  auto memory = std::make_shared<PanelMemory>(bytes);
+  matmul::make_panels(weight, memory->data(), num_threads);
+  return memory;
+}
+
+}  // namespace
+
+PanelMemory::PanelMemory(int64_t bytes) : bytes_(matmul::ceil_div(bytes, 64) * 64) {
+  const bool large = bytes_ >= kLargePage;
+  const auto alignment = static_cast<size_t>(large ? kLargePage : 64);
+  data_ = static_cast<uint8_t*>(std::aligned_alloc(
+      alignment, (static_cast<size_t>(bytes_) + alignment - 1) / alignment * alignment));
+  if (data_ == nullptr) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+  if (large) madvise(data_, static_cast<size_t>(bytes_), MADV_HUGEPAGE);
+#endif
+  kept_bytes += bytes_;
+}
+
+PanelMemory::~PanelMemory() {
+  kept_bytes -= bytes_;
+  std::free(data_);
+}
+
+std::shared_ptr<const PanelMemory> attach_panels(py::handle codes, py::handle scale,
+                                                 py::handle zero, int num_threads,
+                                                 matmul::PackedMatrix* weight) {
+  const matmul::PackedMatrix& w = *weight;
+  if (making_product == 0 || w.rows * w.cols < least_elements || w.group_dim != 1) return nullptr;
+  Source source;
+  source.data = {w.codes, w.scale, w.zero};
+  source.form = {w.rows,
+                 w.cols,
+                 w.levels,
+                 w.group_size,
+                 static_cast<int64_t>(w.scale_type),
+                 w.row_scale != nullptr};
+  if (!read_version(codes, &source.version[0]) || !read_version(scale, &source.version[1]) ||
+      !read_version(zero, &source.version[2])) {
+    return nullptr;
+  }
+  Entry& entry = entries()[codes.ptr()];
+  if (!(entry.source == source)) {
+    entry.source = source;
+    entry.products = 0;
+    entry.panels = nullptr;
+  }
+  if (!entry.reference) entry.reference = watch(codes);
+  if (++entry.products == making_product) entry.panels = make(w, num_threads);
+  if (entry.panels != nullptr) weight->panels = entry.panels->data();
+  return entry.panels;
+}
+
+void bind_panel_cache(py::module_& m) {
+  m.def("panel_memory", [] { return kept_bytes; });
+  m.def("set_panels", [](int64_t product, int64_t elements) {
+    const auto before = py::make_tuple(making_product, least_elements);
+    making_product = product;
+    least_elements = elements;
+    return before;
+  });
+  const char* const choice = std::getenv("PYROBUST_PANELS");
+  if (choice != nullptr && std::strcmp(choice, "0") == 0) making_product = 0;
+}
+
+}  // namespace pyrobust

@@ -1,0 +1,166 @@
+// Included by avx512.cpp alone: rows of x as the panel kernels want them, in tiles of eight rows of
+// bytes. Four columns of row 0, four of row 1, ... follow one another, so that a tile is one
+// stream:
+//
+//   tile   columns 0..3 of row 0 | of row 1 | ... of the tile's last row | columns 4..7 of row 0 |
+//   ...
+//
+// A row in 16 bits has two rows of bytes: the upper ones of a tile's rows come first, then the
+// lower ones. The last tile has fewer rows, and one or two of zeros where no kernel takes its
+// number.
+#pragma once
+
+#include "matmul/avx512_int8.h"
+#include "matmul/panels.h"
+
+namespace pyrobust::matmul {
+namespace {
+
+struct PanelRows {
+  int8_t* q;
+  double* step;    // (rows, groups), where there are two parts
+  int32_t* q_sum;  // (rows, parts, groups); times the zero where that is one for all
+  int64_t stride, rows, groups;
+  int parts;
+  int64_t used;
+
+  PanelRows(void* data, const PackedMatrix& w, int64_t count, Mode mode)
+      : stride(blocks_of(w) * kBlock),
+        rows(count),
+        groups(groups_of(w)),
+        parts(mode == Mode::kParts ? 2 : 1) {
+    Arena arena{static_cast<char*>(data)};
+    q = arena.take<int8_t>(round_up(rows, x_rows()) * parts * stride);
+    step = arena.take<double>(parts == 2 ? rows * groups : 0);
+    q_sum = arena.take<int32_t>(rows * parts * groups);
+    used = arena.used;
+  }
+
+  int64_t x_rows() const { return kTileRows / parts; }  // rows of x in a tile
+  int64_t rows_at(int64_t m) const {                    // in the tile from row m on
+    return rows - m < x_rows() ? rows - m : x_rows();
+  }
+  int64_t width(int64_t m) const {  // rows of bytes of that tile
+    const int64_t all = rows_at(m) * parts;
+    return all == 5 || all == 7 ? all + 1 : all;
+  }
+  int8_t* tile(int64_t m) const { return q + m * parts * stride; }
+};
+
+// 16 groups of four columns of `width` rows, side by side.
+inline void store_tile_block(const __m512i (&row)[kTileRows], int64_t width, int8_t* out) {
+  if (width == 1) {
+    _mm512_storeu_si512(out, row[0]);
+    return;
+  }
+  if (width == 2) {
+    const __m512i from = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i next = _mm512_add_epi32(from, _mm512_set1_epi32(8));
+    _mm512_storeu_si512(out, _mm512_permutex2var_epi32(row[0], from, row[1]));
+    _mm512_storeu_si512(out + kBlock, _mm512_permutex2var_epi32(row[0], next, row[1]));
+    return;
+  }
+  __m512i v[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i)
+    v[i] = i < kTileRows ? row[i % kTileRows] : _mm512_setzero_si512();
+  transpose_16(v);
+  if (width == kTileRows) {
+#pragma GCC unroll 16
+    for (int j = 0; j < kLanes; ++j) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 32 * j), _mm512_castsi512_si256(v[j]));
+    }
+    return;
+  }
+  const auto mask = static_cast<__mmask16>((1 << width) - 1);
+#pragma GCC unroll 16
+  for (int j = 0; j < kLanes; ++j) _mm512_mask_storeu_epi32(out + j * 4 * width, mask, v[j]);
+}
+
+inline __m512i sum_bytes(__m512i sum, __m512i q) {
+  return _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), q);
+}
+
+// Blocks [begin, end) of group g of the tile from row m on: convert(i, b, v) gives 64 columns of
+// its row i, each part apart by the tile's rows.
+template <typename Convert>
+void prepare_panel_group(const PackedMatrix& w, int64_t m, int64_t g, int64_t begin, int64_t end,
+                         const PanelRows& out, const Convert& convert) {
+  const int64_t count = out.rows_at(m), width = out.width(m);
+  const int32_t zero = w.zero == nullptr ? symmetric_zero(w) : 1;
+  __m512i v[kTileRows], sum[kTileRows];
+  for (int i = 0; i < kTileRows; ++i) v[i] = sum[i] = _mm512_setzero_si512();
+  for (int64_t b = begin; b < end; ++b) {
+    for (int64_t i = 0; i < count; ++i) convert(i, b, v + i);
+    for (int64_t i = 0; i < count * out.parts; ++i) sum[i] = sum_bytes(sum[i], v[i]);
+    store_tile_block(v, width, out.tile(m) + b * kBlock * width);
+  }
+  for (int64_t i = 0; i < count * out.parts; ++i) {
+    const int64_t row = (m + i % count) * out.parts + i / count;
+    out.q_sum[row * out.groups + g] = zero * _mm512_reduce_add_epi32(sum[i]);
+  }
+}
+
+// The rows [m, m + rows_at(m)) of the block; `x` holds the first one's elements.
+void prepare_panel_int8(const PackedMatrix& w, const char* x, FloatType type, int64_t m,
+                        const PanelRows& out, double* step) {
+  const int64_t row_bytes = w.cols * float_type_bytes(type), blocks = blocks_of(w);
+  for (int64_t i = 0; i < out.rows_at(m); ++i) {
+    step[i] = step_of(x + i * row_bytes, type, 0, w.cols, 127.0);
+  }
+  const auto convert = [&](int64_t i, int64_t b, __m512i* v) {
+    *v = step[i] > 0.0 ? quantize_64(x + i * row_bytes, type, b * kBlock, w.cols, step[i])
+                       : _mm512_setzero_si512();
+  };
+  for (int64_t g = 0, b = 0; g < out.groups; ++g) {
+    const int64_t stop = blocks - b < group_blocks(w) ? blocks : b + group_blocks(w);
+    prepare_panel_group(w, m, g, b, stop, out, convert);
+    b = stop;
+  }
+}
+
+void prepare_panel_parts(const PackedMatrix& w, const char* x, FloatType type, int64_t m,
+                         const PanelRows& out) {
+  const int64_t row_bytes = w.cols * float_type_bytes(type), blocks = blocks_of(w);
+  const int64_t count = out.rows_at(m);
+  for (int64_t g = 0, b = 0; g < out.groups; ++g) {
+    const int64_t stop = blocks - b < group_blocks(w) ? blocks : b + group_blocks(w);
+    const int64_t end = stop * kBlock < w.cols ? stop * kBlock : w.cols;
+    double inverse[kTileRows];
+    for (int64_t i = 0; i < count; ++i) {
+      const double step =
+          power_of_two(step_of(x + i * row_bytes, type, b * kBlock, end, kLargestPair));
+      out.step[(m + i) * out.groups + g] = step;
+      inverse[i] = step > 0.0 ? 1.0 / step : 0.0;
+    }
+    const auto convert = [&](int64_t i, int64_t block, __m512i* v) {
+      IntegerPair parts{_mm512_setzero_si512(), _mm512_setzero_si512()};
+      if (inverse[i] > 0.0) {
+        parts =
+            parts_64(x + i * row_bytes, type, block * kBlock, w.cols, _mm512_set1_pd(inverse[i]));
+      }
+      v[0] = parts.high;
+      v[count] = parts.low;
+    };
+    prepare_panel_group(w, m, g, b, stop, out, convert);
+    b = stop;
+  }
+}
+
+// Rows `part` of the block [first, first + rows) of x; `part` begins with a tile.
+void prepare_panel_rows(const PackedMatrix& w, Mode mode, const Activations& x, int64_t first,
+                        int64_t rows, RowRange part, void* prepared, double* step) {
+  const PanelRows out(prepared, w, rows, mode);
+  const int64_t row_bytes = w.cols * float_type_bytes(x.type);
+  for (int64_t m = part.begin; m < part.end; m += out.x_rows()) {
+    const auto* row = static_cast<const char*>(x.data) + (first + m) * row_bytes;
+    if (mode == Mode::kParts) {
+      prepare_panel_parts(w, row, x.type, m, out);
+    } else {
+      prepare_panel_int8(w, row, x.type, m, out, step + m);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace pyrobust::matmul
