@@ -77,7 +77,7 @@ def interval_linear(
     out_lower: Tensor,
     out_upper: Tensor,
     num_threads: int,
-) -> None: ...
+) -> bool: ...
 def interval_conv2d(
     lower: Tensor,
     upper: Tensor,
@@ -92,7 +92,7 @@ def interval_conv2d(
     out_lower: Tensor,
     out_upper: Tensor,
     num_threads: int,
-) -> None: ...
+) -> bool: ...
 def interval_packed_linear(
     lower: Tensor,
     upper: Tensor,
@@ -108,7 +108,7 @@ def interval_packed_linear(
     out_lower: Tensor,
     out_upper: Tensor,
     num_threads: int,
-) -> None: ...
+) -> bool: ...
 def interval_packed_conv2d(
     lower: Tensor,
     upper: Tensor,
@@ -129,7 +129,7 @@ def interval_packed_conv2d(
     out_lower: Tensor,
     out_upper: Tensor,
     num_threads: int,
-) -> None: ...
+) -> bool: ...
 def packed_linear(
     x: Tensor,
     codes: Tensor,

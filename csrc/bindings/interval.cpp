@@ -39,7 +39,8 @@ struct Ends {
   }
 
   interval::Call call(const interval::Weight& weight, const TensorView& bias,
-                      const std::string& rounding, bool int8, bool rectified) const {
+                      const std::string& rounding, bool int8, bool rectified,
+                      std::atomic<bool>* unbounded) const {
     out_lower.require_size(0, lower.shape[0]).require_size(1, weight.rows);
     const float* shift = nullptr;
     if (bias.ndim != 0) {
@@ -57,21 +58,25 @@ struct Ends {
             rectified,
             coarse_radius,
             out_lower.as<float>(),
-            out_upper.as<float>()};
+            out_upper.as<float>(),
+            unbounded};
   }
 };
 
-void linear(const Ends& ends, const interval::Weight& weight, const TensorView& bias,
+// Both products tell whether all ends are finite, and so do the functions for Python.
+bool linear(const Ends& ends, const interval::Weight& weight, const TensorView& bias,
             const std::string& rounding, bool int8, bool rectified, int num_threads) {
   ends.lower.require_size(1, weight.terms);
-  const interval::Call call = ends.call(weight, bias, rounding, int8, rectified);
+  std::atomic<bool> unbounded{false};
+  const interval::Call call = ends.call(weight, bias, rounding, int8, rectified, &unbounded);
   const py::gil_scoped_release release;
   interval::interval_linear(call, ends.lower.shape[0], num_threads);
+  return !unbounded;
 }
 
 using Pair = std::array<int64_t, 2>;
 
-void conv2d(const Ends& ends, const interval::Weight& weight, const TensorView& bias, Pair kernel,
+bool conv2d(const Ends& ends, const interval::Weight& weight, const TensorView& bias, Pair kernel,
             Pair stride, Pair pad, Pair dilation, int64_t groups, const std::string& rounding,
             bool int8, bool rectified, int num_threads) {
   const int64_t* size = ends.lower.shape;
@@ -87,32 +92,34 @@ void conv2d(const Ends& ends, const interval::Weight& weight, const TensorView& 
                                 groups,
                                 ends.out_lower.shape[2],
                                 ends.out_lower.shape[3]};
-  const interval::Call call = ends.call(weight, bias, rounding, int8, rectified);
+  std::atomic<bool> unbounded{false};
+  const interval::Call call = ends.call(weight, bias, rounding, int8, rectified, &unbounded);
   const py::gil_scoped_release release;
   interval::interval_conv2d(call, images, window, num_threads);
+  return !unbounded;
 }
 
-void interval_linear(py::handle lower, py::handle upper, py::handle weight_, py::handle bias,
+bool interval_linear(py::handle lower, py::handle upper, py::handle weight_, py::handle bias,
                      const std::string& rounding, bool rectified, py::handle out_lower,
                      py::handle out_upper, int num_threads) {
   const TensorView weight = view(weight_, "weight");
   weight.require_dtype(DType::kFloat32).require_ndim(2);
-  linear(Ends(lower, upper, out_lower, out_upper, 2),
-         {weight.as<float>(), nullptr, weight.shape[0], weight.shape[1]},
-         view_optional(bias, "bias"), rounding, false, rectified, num_threads);
+  return linear(Ends(lower, upper, out_lower, out_upper, 2),
+                {weight.as<float>(), nullptr, weight.shape[0], weight.shape[1]},
+                view_optional(bias, "bias"), rounding, false, rectified, num_threads);
 }
 
-void interval_conv2d(py::handle lower, py::handle upper, py::handle weight_, py::handle bias,
+bool interval_conv2d(py::handle lower, py::handle upper, py::handle weight_, py::handle bias,
                      Pair stride, Pair pad, Pair dilation, int64_t groups,
                      const std::string& rounding, bool rectified, py::handle out_lower,
                      py::handle out_upper, int num_threads) {
   const TensorView weight = view(weight_, "weight");
   weight.require_dtype(DType::kFloat32).require_ndim(4);
   const int64_t* shape = weight.shape;
-  conv2d(Ends(lower, upper, out_lower, out_upper, 4),
-         {weight.as<float>(), nullptr, shape[0], shape[1] * shape[2] * shape[3]},
-         view_optional(bias, "bias"), {shape[2], shape[3]}, stride, pad, dilation, groups, rounding,
-         false, rectified, num_threads);
+  return conv2d(Ends(lower, upper, out_lower, out_upper, 4),
+                {weight.as<float>(), nullptr, shape[0], shape[1] * shape[2] * shape[3]},
+                view_optional(bias, "bias"), {shape[2], shape[3]}, stride, pad, dilation, groups,
+                rounding, false, rectified, num_threads);
 }
 
 // (in_features, levels, group_size, group_dim)
@@ -125,26 +132,27 @@ matmul::PackedMatrix packed_weight(py::handle codes, py::handle scale, py::handl
                        static_cast<int>(format[3]), extras);
 }
 
-void interval_packed_linear(py::handle lower, py::handle upper, py::handle codes, py::handle scale,
+bool interval_packed_linear(py::handle lower, py::handle upper, py::handle codes, py::handle scale,
                             py::handle zero, py::handle bias, const Format& format,
                             py::handle extras, bool int8, const std::string& rounding,
                             bool rectified, py::handle out_lower, py::handle out_upper,
                             int num_threads) {
   const matmul::PackedMatrix weight = packed_weight(codes, scale, zero, format, extras);
-  linear(Ends(lower, upper, out_lower, out_upper, 2), {nullptr, &weight, weight.rows, weight.cols},
-         view_optional(bias, "bias"), rounding, int8, rectified, num_threads);
+  return linear(Ends(lower, upper, out_lower, out_upper, 2),
+                {nullptr, &weight, weight.rows, weight.cols}, view_optional(bias, "bias"), rounding,
+                int8, rectified, num_threads);
 }
 
-void interval_packed_conv2d(py::handle lower, py::handle upper, py::handle codes, py::handle scale,
+bool interval_packed_conv2d(py::handle lower, py::handle upper, py::handle codes, py::handle scale,
                             py::handle zero, py::handle bias, const Format& format,
                             py::handle extras, bool int8, Pair kernel, Pair stride, Pair pad,
                             Pair dilation, int64_t groups, const std::string& rounding,
                             bool rectified, py::handle out_lower, py::handle out_upper,
                             int num_threads) {
   const matmul::PackedMatrix weight = packed_weight(codes, scale, zero, format, extras);
-  conv2d(Ends(lower, upper, out_lower, out_upper, 4), {nullptr, &weight, weight.rows, weight.cols},
-         view_optional(bias, "bias"), kernel, stride, pad, dilation, groups, rounding, int8,
-         rectified, num_threads);
+  return conv2d(Ends(lower, upper, out_lower, out_upper, 4),
+                {nullptr, &weight, weight.rows, weight.cols}, view_optional(bias, "bias"), kernel,
+                stride, pad, dilation, groups, rounding, int8, rectified, num_threads);
 }
 
 // Tensors of float32 and of equal shape; absent ones give null.

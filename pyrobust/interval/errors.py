@@ -16,10 +16,13 @@ from pyrobust.ops._library import dispatcher_watched
 
 __all__ = [
     "MissingRule",
+    "assert_in_graph",
     "check_ends",
     "check_float",
+    "holds",
     "missing",
     "name_of",
+    "physical",
     "reject",
     "visible",
     "where",
@@ -80,6 +83,36 @@ def _readable(tensor: Tensor) -> bool:
     return not tensor.is_meta
 
 
+def physical(tensor: Tensor) -> Tensor | None:
+    """What transforms of torch.func wrap, all slices of ``torch.vmap`` together.
+
+    None where there are no numbers to look at: fake and meta tensors, and while compiling.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    while _functorch is not None and _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    plain = type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
+    return tensor.detach() if plain and not tensor.is_meta else None
+
+
+def holds(mask: Tensor) -> bool:
+    """Whether ``mask`` is true anywhere, in any slice of ``torch.vmap``."""
+    values = physical(mask)
+    return values is not None and bool(values.any())
+
+
+def assert_in_graph(condition: Tensor, message: str) -> None:
+    """While compiling for the CPU: let the compiled code raise RuntimeError where it is false.
+
+    Left out inside of ``torch.vmap``, which has no rule for it, and on a GPU, where it would end
+    the process's work with the device.
+    """
+    if condition.is_cuda or torch._C._are_functorch_transforms_active():
+        return
+    torch._assert_async(condition, message)
+
+
 def reject(requirement: str, violated: Tensor) -> None:
     """Raise ValueError where the data of a rule break its ``requirement``.
 
@@ -117,22 +150,30 @@ def check_ends(lower: Any, upper: Any) -> None:
         raise ValueError(
             f"Interval: upper must be on the device of lower, {lower.device}; got {upper.device}."
         )
-    if lower.numel() == 0 or not visible(lower, upper):
+    if torch.compiler.is_compiling():
+        finite = torch.isfinite(lower) & torch.isfinite(upper)
+        message = "Interval: lower and upper must be finite, and lower at most upper."
+        return assert_in_graph((finite & (lower <= upper)).all(), message)
+    width = physical(upper - lower) if lower.numel() else None
+    if width is None:
         return
-    least, most = (upper - lower).aminmax()
+    least, most = width.aminmax()
     if least.item() >= 0 and most.item() < math.inf:  # infinite or NaN where an end is
         return
-    if bool((lower.isnan() | upper.isnan()).any()):
+    if holds(lower.isnan() | upper.isnan()):
         raise ValueError("Interval: lower and upper must not be NaN; they hold NaN values.")
-    infinite = lower.isinf() | upper.isinf()
-    if bool(infinite.any()):
+    infinite, crossed = lower.isinf() | upper.isinf(), lower > upper
+    if holds(infinite):
         raise ValueError(
-            f"Interval: lower and upper must be finite; {int(infinite.sum())} of {lower.numel()} "
-            "elements are infinite."
+            f"Interval: lower and upper must be finite; {_count(infinite)} elements are infinite."
         )
-    count = int((lower > upper).sum())
-    if count:
+    if holds(crossed):
         raise ValueError(
-            f"Interval: lower must be at most upper; got lower > upper in {count} of "
-            f"{lower.numel()} elements."
+            f"Interval: lower must be at most upper; got lower > upper in {_count(crossed)} "
+            "elements."
         )
+
+
+def _count(mask: Tensor) -> str:
+    values = physical(mask)
+    return "" if values is None else f"{int(values.sum())} of {values.numel()}"

@@ -1,9 +1,10 @@
 """Ends must be finite: how infinite ones are found, where they are allowed, how they are refused.
 
 A box says something about every element, so an end that overflows is an error and not an answer.
-Infinities that the model itself puts in (a mask of ``-inf`` before a softmax) pass through. Where
-data cannot be looked at (while tracing, in ``torch.vmap``) or looking would stop a GPU, ends that
-overflow stay infinite, which contains everything.
+Infinities that the model itself puts in (a mask of ``-inf`` before a softmax) pass through. In
+``torch.vmap`` all slices are looked at together. Where there are no numbers to look at (while
+compiling or tracing) or looking would stop a GPU, ends that overflow stay infinite, which contains
+everything.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pyrobust import _native
-from pyrobust.interval.errors import visible, where
+from pyrobust.interval.errors import assert_in_graph, holds, physical, where
 
 __all__ = ["all_finite", "check_result", "infinite_ends"]
 
@@ -62,24 +63,43 @@ def check_result(
         OverflowError: the result left the range of its dtype.
         ValueError: an operand is NaN, or infinite without ``takes_infinity``.
     """
-    if lower.is_cuda or not visible(lower, upper) or all_finite(lower, upper) or _allowed.get():
+    if torch.compiler.is_compiling():
+        return _assert_finite(name, lower, upper, operands, takes_infinity)
+    low, high = physical(lower), physical(upper)
+    if low is None or high is None or low.is_cuda or all_finite(low, high) or _allowed.get():
         return
     for operand in _leaves(operands):
         box = not isinstance(operand, Tensor)
         parts = (operand.lower, operand.upper) if box else (operand,)
-        if any(bool(part.isnan().any()) for part in parts):
+        if any(holds(part.isnan()) for part in parts):
             raise ValueError(f"Interval: an operand of {name} must not be NaN; it is{where()}.")
-        if any(bool(part.isinf().any()) for part in parts):
+        if any(holds(part.isinf()) for part in parts):
             if box or takes_infinity:
                 return
             raise ValueError(
                 f"Interval: an operand of {name} must be finite; it holds infinite values{where()}."
             )
-    count = int((~(torch.isfinite(lower) & torch.isfinite(upper))).sum())
+    infinite = physical(~(torch.isfinite(lower) & torch.isfinite(upper)))
+    assert infinite is not None
     raise OverflowError(
         f"Interval: the ends must stay finite; {name} leaves the range of {lower.dtype} in "
-        f"{count} of {lower.numel()} elements{where()}."
+        f"{int(infinite.sum())} of {infinite.numel()} elements{where()}."
     )
+
+
+def _assert_finite(
+    name: str, lower: Tensor, upper: Tensor, operands: Iterable[Any], takes_infinity: bool
+) -> None:
+    """The check as part of a compiled graph: the same results pass."""
+    passes = (torch.isfinite(lower) & torch.isfinite(upper)).all()
+    for operand in operands:
+        if not isinstance(operand, Tensor) and hasattr(operand, "rounding"):
+            passes = passes | operand.lower.isinf().any() | operand.upper.isinf().any()
+        elif takes_infinity and isinstance(operand, Tensor) and operand.is_floating_point():
+            passes = passes | operand.isinf().any()
+        elif takes_infinity and isinstance(operand, float) and math.isinf(operand):
+            return
+    assert_in_graph(passes, f"Interval: the ends must stay finite; {name} leaves their range.")
 
 
 def _leaves(operands: Iterable[Any]) -> Iterator[Any]:

@@ -15,9 +15,10 @@ from pyrobust.interval.errors import name_of
 from pyrobust.interval.finite import check_result
 from pyrobust.interval.operands import Rule, refuse, require_box
 from pyrobust.interval.outward import straight_through
-from pyrobust.interval.type import Interval, adopt, defer_check, unclipped, wrap
+from pyrobust.interval.type import Interval, adopt, unclipped, wrap
 from pyrobust.ops import matmul as packed_matmul
 from pyrobust.ops import packed_layers
+from pyrobust.ops._interval_checks import finite_ends
 from pyrobust.ops._interval_fallback import outward_image
 from pyrobust.ops._library import differentiation_transforms, dispatcher_watched
 from pyrobust.ops.interval import (
@@ -56,19 +57,41 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Interval:
     if isinstance(weight, Interval) or isinstance(bias, Interval):
         raise refuse("linear with intervals as weight or bias")
     if _transformed():
-        return affine(box, weight, bias, F.linear, weight.shape[1])
+        result = affine(box, weight, bias, F.linear, weight.shape[1])
+        return _looked_at(box, F.linear, result)
     lower, upper, rectified = unclipped(box)
     rounding = box.rounding
-    ends = interval_linear(lower, upper, weight, bias, rounding=rounding, rectified=rectified)
-    return defer_check(wrap(*ends, rounding), F.linear)
+    options: dict[str, Any] = {"rounding": rounding, "rectified": rectified}
+    return _image(box, F.linear, lambda: interval_linear(lower, upper, weight, bias, **options))
+
+
+def _image(box: Interval, function: Any, call: Callable[[], tuple[Tensor, Tensor]]) -> Interval:
+    """The image of ``box`` under ``function`` that an operator gives.
+
+    Kernels of ours say whether its ends are finite; those of others must be looked at.
+    """
+    if torch.compiler.is_compiling():
+        return _looked_at(box, function, wrap(*call(), box.rounding))
+    finite_ends.start()
+    result = wrap(*call(), box.rounding)
+    return result if finite_ends.all else _looked_at(box, function, result)
+
+
+def _looked_at(box: Interval, function: Any, result: Interval) -> Interval:
+    """``result`` of ``function``, refused where its ends are infinite."""
+    _refuse_infinite(box, function, result.lower, result.upper)
+    return result
+
+
+def _refuse_infinite(box: Interval, function: Any, lower: Tensor, upper: Tensor) -> None:
+    check_result(name_of(function), lower, upper, (box,), takes_infinity=False)
 
 
 def _from_kernel(done: tuple[Tensor, Tensor, bool], box: Interval, function: Any) -> Interval:
     """The image of ``box`` under ``function``; a kernel knows whether its ends are finite."""
     lower, upper, finite = done
     if not finite:
-        operands = (wrap(box.lower, box.upper, box.rounding),)  # reading names an earlier layer
-        check_result(name_of(function), lower, upper, operands, takes_infinity=False)
+        _refuse_infinite(box, function, lower, upper)
     return adopt(lower, upper, box.rounding)
 
 
@@ -128,22 +151,18 @@ def _conv2d(
     box = require_box(input, "conv2d")
     _plain("conv2d", weight, bias)
     if _transformed():
-        any_device: Interval = _any_conv2d(box, weight, bias, stride, padding, dilation, groups)
-        return any_device
+        result = _any_conv2d(box, weight, bias, stride, padding, dilation, groups)
+        return _looked_at(box, torch.conv2d, result)
     lower, upper, rectified = unclipped(box)
-    ends = interval_conv2d(
-        lower,
-        upper,
-        weight,
-        bias,
-        stride=_sizes(stride),
-        padding=padding if isinstance(padding, str) else _sizes(padding),
-        dilation=_sizes(dilation),
-        groups=groups,
-        rounding=box.rounding,
-        rectified=rectified,
-    )
-    return defer_check(wrap(*ends, box.rounding), torch.conv2d)
+    options: dict[str, Any] = {
+        "stride": _sizes(stride),
+        "padding": padding if isinstance(padding, str) else _sizes(padding),
+        "dilation": _sizes(dilation),
+        "groups": groups,
+        "rounding": box.rounding,
+        "rectified": rectified,
+    }
+    return _image(box, torch.conv2d, lambda: interval_conv2d(lower, upper, weight, bias, **options))
 
 
 def _sizes(value: Any) -> Any:
@@ -200,23 +219,22 @@ def _packed_linear(
         )  # fmt: skip
         if done is not None:
             return _from_kernel(done, box, packed_matmul.packed_linear)
-    ends = interval_packed_linear(
-        lower,
-        upper,
-        codes,
-        scale,
-        zero,
-        None if bias is None else bias.to(box.dtype),
-        in_features=in_features,
-        bits=bits,
-        group_size=group_size,
-        group_dim=group_dim,
-        activations=activations,
-        rounding=box.rounding,
-        extras=extras,
-        rectified=rectified,
+    shift = None if bias is None else bias.to(box.dtype)
+    options: dict[str, Any] = {
+        "in_features": in_features,
+        "bits": bits,
+        "group_size": group_size,
+        "group_dim": group_dim,
+        "activations": activations,
+        "rounding": box.rounding,
+        "extras": extras,
+        "rectified": rectified,
+    }
+    return _image(
+        box,
+        packed_matmul.packed_linear,
+        lambda: interval_packed_linear(lower, upper, codes, scale, zero, shift, **options),
     )
-    return defer_check(wrap(*ends, box.rounding), packed_matmul.packed_linear)
 
 
 def _packed_conv2d(
@@ -230,10 +248,12 @@ def _packed_conv2d(
     box = require_box(x, "packed_conv2d")
     shift = None if bias is None else bias.to(box.dtype)
     lower, upper, options["rectified"] = unclipped(box)
-    ends = interval_packed_conv2d(
-        lower, upper, codes, scale, zero, shift, rounding=box.rounding, **options
+    options["rounding"] = box.rounding
+    return _image(
+        box,
+        packed_layers.packed_conv2d,
+        lambda: interval_packed_conv2d(lower, upper, codes, scale, zero, shift, **options),
     )
-    return defer_check(wrap(*ends, box.rounding), packed_layers.packed_conv2d)
 
 
 def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Interval:

@@ -119,6 +119,10 @@ RULES: dict[str, Rule] = {
     **{name: on_ends(_method(name), view=True) for name in _VIEWS},
     **{name: on_ends(_method(name)) for name in _MOVES},
     "moveaxis": on_ends(torch.movedim, view=True),  # torch.vmap knows movedim only
+    # Dynamo does not trace Tensor.unflatten of a plain tensor
+    "unflatten": on_ends(
+        lambda end, dim, sizes: torch.ops.aten.unflatten.int(end, dim, sizes), view=True
+    ),
     "__getitem__": lambda x, index: require_box(x, "indexing")[index],
     "cat": _cat,
     "concat": _cat,

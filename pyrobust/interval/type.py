@@ -34,7 +34,6 @@ __all__ = [
     "Interval",
     "adopt",
     "assign",
-    "defer_check",
     "install",
     "rectify",
     "unclipped",
@@ -73,8 +72,8 @@ class Interval:
         TypeError: an end is not a float32 or float64 tensor, or the dtypes differ.
         ValueError: the shapes differ, an end is NaN or infinite, ``lower > upper``, or ``rounding``
             is unknown.
-        OverflowError: an operation on a box leaves the range of its dtype (where data can be looked
-            at: not while compiling, in ``torch.vmap`` or on a GPU, where ends become infinite).
+        OverflowError: an operation on a box leaves the range of its dtype (RuntimeError from
+            compiled code; on a GPU ends become infinite instead).
 
     Example:
         >>> box = Interval(torch.tensor([-1.0, 2.0]), torch.tensor([1.0, 3.0]))
@@ -88,7 +87,6 @@ class Interval:
     _memory: list[int]  # shared with views: how often the memory was changed in place
     _seen: int  # the count at which this object is current
     _rectified: bool  # whether a ReLU of the ends is still to come: layers do it on the way in
-    _unchecked: Any  # the function that made ends not yet known to be finite, else None
     _graded: bool  # whether gradients were on when it was asked for
 
     def __init__(self, lower: Tensor, upper: Tensor, *, rounding: str = "real") -> None:
@@ -156,14 +154,14 @@ class Interval:
     @property
     def lower(self) -> Tensor:
         """The lower ends, not to be changed in place: results may still read them."""
-        if self._rectified or self._unchecked or self._seen != self._memory[0]:
+        if self._rectified or self._seen != self._memory[0]:
             _settle(self)
         return self._lower
 
     @property
     def upper(self) -> Tensor:
         """The upper ends, not to be changed in place: results may still read them."""
-        if self._rectified or self._unchecked or self._seen != self._memory[0]:
+        if self._rectified or self._seen != self._memory[0]:
             _settle(self)
         return self._upper
 
@@ -404,13 +402,7 @@ def adopt(lower: Tensor, upper: Tensor, rounding: str) -> Interval:
     box = Interval.__new__(Interval)
     box._lower, box._upper, box.rounding = lower, upper, rounding
     box._memory, box._seen = [0], 0
-    box._rectified, box._graded, box._unchecked = False, False, None
-    return box
-
-
-def defer_check(box: Interval, function: Any) -> Interval:
-    """Leave it to the first reader of ``box``, a result of ``function``, to find infinite ends."""
-    box._unchecked = function
+    box._rectified, box._graded = False, False
     return box
 
 
@@ -430,7 +422,6 @@ def assign(box: Interval, result: Interval) -> Interval:
     box._seen = box._memory[0]
     box._lower, box._upper, box.rounding = result._lower, result._upper, result.rounding
     box._rectified, box._graded = result._rectified, result._graded
-    box._unchecked = result._unchecked
     return box
 
 
@@ -440,7 +431,6 @@ def rectify(box: Interval) -> Interval:
         return wrap(box.lower.relu(), box.upper.relu(), box.rounding)
     lower, upper, _ = unclipped(box)
     result = adopt(lower, upper, box.rounding)
-    result._unchecked = box._unchecked
     result._rectified, result._graded = True, torch.is_grad_enabled()
     return result
 
@@ -468,21 +458,16 @@ def _set(box: Interval, lower: Tensor, upper: Tensor, rounding: str, base: Inter
     box._lower, box._upper, box.rounding = lower, upper, rounding
     box._memory = [0] if base is None else base._memory
     box._seen = box._memory[0]
-    box._rectified, box._graded, box._unchecked = False, False, None
+    box._rectified, box._graded = False, False
 
 
 def _settle(box: Interval) -> None:
-    """Carry out what was put off: the check of the ends and a ReLU.
+    """Carry out a ReLU that was put off.
 
     Raises:
         NotImplementedError: the memory was changed in place.
-        OverflowError: the ends are not finite.
     """
     _check_current(box)
-    if box._unchecked is not None:
-        name = f"{name_of(box._unchecked)}, or a layer before it,"
-        check_result(name, box._lower, box._upper, (), takes_infinity=False)
-        box._unchecked = None
     if box._rectified:
         with torch.set_grad_enabled(box._graded):
             box._lower, box._upper = box._lower.relu(), box._upper.relu()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ __all__ = [
     "check_weight_range",
     "clipped_at_zero",
     "dense",
+    "finite_ends",
     "in_dtype_of",
     "is_deployed",
     "map_one_by_one",
@@ -31,6 +33,27 @@ ROUNDINGS = ("real", "deployed", "nearest", "deployed-tf32", "deployed-bfloat16"
 _OPERAND_ERROR = {"deployed-tf32": 2.0**-10, "deployed-bfloat16": 2.0**-8}
 _MAX_TERMS = 2**21
 Ends = tuple[Tensor, Tensor]
+
+
+class _FiniteEnds(threading.local):
+    """What the kernels of a call said about their results, for the caller around an operator.
+
+    Attributes:
+        all: None before a kernel ran; then whether all ends since are finite.
+    """
+
+    all: bool | None = None
+
+    def start(self) -> None:
+        """Forget what kernels said."""
+        self.all = None
+
+    def note(self, finite: bool) -> None:
+        """Add what one kernel said."""
+        self.all = finite and self.all is not False
+
+
+finite_ends = _FiniteEnds()
 
 
 def is_deployed(rounding: str) -> bool:

@@ -23,6 +23,7 @@ from pyrobust.ops._interval_checks import (
     check_weight_range,
     clipped_at_zero,
     dense,
+    finite_ends,
     in_dtype_of,
     map_one_by_one,
     operand_error,
@@ -221,7 +222,7 @@ def _conv_cpu(
     size = output_size(_SUBJECT, lower.shape, weight.shape[2:], stride, pad, dilation)
     out_low = lower.new_empty((lower.shape[0], weight.shape[0], *size))
     out_high = torch.empty_like(out_low)
-    _native.interval_conv2d(
+    finite = _native.interval_conv2d(
         dense(lower),
         dense(upper),
         dense(weight),
@@ -236,6 +237,7 @@ def _conv_cpu(
         out_high,
         torch.get_num_threads(),
     )
+    finite_ends.note(finite)
     return out_low, out_high
 
 

@@ -21,6 +21,7 @@ from pyrobust.ops._interval_checks import (
     check_weight_range,
     clipped_at_zero,
     dense,
+    finite_ends,
     in_dtype_of,
     map_one_by_one,
     operand_error,
@@ -132,7 +133,7 @@ def _linear_cpu(
     shape, low, high = flat_ends(lower, upper)
     out_low = low.new_empty((low.shape[0], weight.shape[0]))
     out_high = torch.empty_like(out_low)
-    _native.interval_linear(
+    finite = _native.interval_linear(
         low,
         high,
         dense(weight),
@@ -143,6 +144,7 @@ def _linear_cpu(
         out_high,
         torch.get_num_threads(),
     )
+    finite_ends.note(finite)
     if len(shape) == 1:
         return out_low, out_high
     return out_low.reshape(*shape, weight.shape[0]), out_high.reshape(*shape, weight.shape[0])

@@ -29,6 +29,7 @@ from pyrobust.ops._interval_checks import (
     check_weight_range,
     clipped_at_zero,
     dense,
+    finite_ends,
     operand_error,
 )
 from pyrobust.ops._interval_fallback import half_step_of_int8, outward_image
@@ -279,7 +280,7 @@ def _linear_cpu(
     shape, low, high = linear.flat_ends(lower, upper)
     out_low = low.new_empty((low.shape[0], codes.shape[0]))
     out_high = torch.empty_like(out_low)
-    _native.interval_packed_linear(
+    finite = _native.interval_packed_linear(
         low,
         high,
         dense(codes),
@@ -295,6 +296,7 @@ def _linear_cpu(
         out_high,
         torch.get_num_threads(),
     )
+    finite_ends.note(finite)
     if len(shape) == 1:
         return out_low, out_high
     return out_low.reshape(*shape, codes.shape[0]), out_high.reshape(*shape, codes.shape[0])
@@ -480,7 +482,7 @@ def _conv_cpu(
     size = conv.output_size("interval_packed_conv2d", lower.shape, kernel, stride, pad, dilation)
     out_low = lower.new_empty((lower.shape[0], codes.shape[0], *size))
     out_high = torch.empty_like(out_low)
-    _native.interval_packed_conv2d(
+    finite = _native.interval_packed_conv2d(
         dense(lower),
         dense(upper),
         dense(codes),
@@ -501,6 +503,7 @@ def _conv_cpu(
         out_high,
         torch.get_num_threads(),
     )
+    finite_ends.note(finite)
     return out_low, out_high
 
 

@@ -272,6 +272,30 @@ def test_a_model_compiles_whole():
     assert model.conv.weight.grad is not None
 
 
+@pytest.mark.skipif(
+    tuple(int(v) for v in torch.__version__.split(".")[:2]) < (2, 13),
+    reason="older torch does not trace objects with __torch_function__",
+)
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda box: torch.cat([box, box], 1),
+        lambda box: torch.stack([box, box]),
+        lambda box: box.unflatten(1, (2, -1)),
+        nn.Unflatten(1, (2, 2)),
+    ],
+)
+def test_joins_and_unflatten_compile_whole(function):
+    def ends(lower, upper):
+        box = function(Interval(lower, upper))
+        return box.lower, box.upper
+
+    torch._dynamo.reset()
+    x = torch.rand(3, 4)
+    compiled = torch.compile(ends, backend="eager", fullgraph=True)(x, x + 1)
+    assert all(torch.equal(a, b) for a, b in zip(compiled, ends(x, x + 1), strict=True))
+
+
 def test_gradients_by_torch_func():
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
     parameters = dict(model.named_parameters())
