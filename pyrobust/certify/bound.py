@@ -24,7 +24,7 @@ from pyrobust._checks import (
 )
 from pyrobust.certify.relaxation import crown_bound
 from pyrobust.certify.relaxation.graph import trace_graph
-from pyrobust.certify.relaxation.memory import images_at_a_time
+from pyrobust.certify.relaxation.memory import gradients_recorded, images_at_a_time
 from pyrobust.interval import Interval
 from pyrobust.interval.attention import matmul
 from pyrobust.interval.outward import UNIT, bound_of_roundings, enclose, error_of_products
@@ -45,7 +45,7 @@ def bound(
     spec: Tensor | None = None,
     method: str = "ibp",
     *,
-    max_memory: int = MEMORY,
+    max_memory: int | None = None,
     iterations: int = 20,
     hidden_iterations: int | None = None,
     lower_only: bool = False,
@@ -62,10 +62,10 @@ def bound(
             optimised slopes. Each is at least as tight as those before it, up to rounding
             ("crown-ibp" and "crown" are intersected with "ibp"), and takes longer.
         max_memory: bytes to use at a time, beyond the model and the box, as torch's allocator
-            counts them: images, specifications and neurons are split accordingly, down to one of
-            each. Kept within 10% where no gradients are recorded (``torch.no_grad()``, or nothing
-            requires one); where they are, everything stays in memory until they are taken and the
-            argument splits only the coefficients. ``"ibp"`` splits images of models that torch.fx
+            counts them, by default 2**30: images, specifications and neurons are split accordingly,
+            down to one of each, and the limit is kept within 10%. Not to be given where gradients
+            are recorded (the box or a weight requires one, outside ``torch.no_grad()``): everything
+            stays in memory until they are taken. ``"ibp"`` splits images of models that torch.fx
             can trace, for limits below the default.
         iterations: optimisation steps of ``"alpha-crown"``, ``>= 1``.
         hidden_iterations: those for each hidden value that stays undecided, ``>= 0``, by far the
@@ -81,7 +81,7 @@ def bound(
         TypeError: ``x`` is not an Interval.
         ValueError: ``method`` is unknown, ``spec`` does not fit the output, or a relaxation is
             asked of a box with ``rounding="deployed"``, for which only "ibp" holds; one image and
-            one function do not fit ``max_memory``.
+            one function do not fit ``max_memory``, or it is given while gradients are recorded.
         NotImplementedError: an operation of the model has no rule.
 
     Example:
@@ -95,7 +95,11 @@ def bound(
     check_choice("bound", "method", method, METHODS)
     if not isinstance(x, Interval):
         raise TypeError(f"bound: x must be an Interval; got {type(x).__name__}.")
-    check_integer("bound", "max_memory", max_memory, 1)
+    if max_memory is None:
+        max_memory = MEMORY
+    else:
+        check_integer("bound", "max_memory", max_memory, 1)
+        _check_no_gradients(model, x, max_memory)
     check_integer("bound", "iterations", iterations, 1)
     if hidden_iterations is not None:
         check_integer("bound", "hidden_iterations", hidden_iterations, 0)
@@ -118,6 +122,15 @@ def bound(
         lower_only=lower_only,
         plain=_of_output,
     )
+
+
+def _check_no_gradients(model: nn.Module, x: Interval, max_memory: int) -> None:
+    if gradients_recorded(model, x):
+        raise ValueError(
+            "bound: max_memory must not be given where gradients are recorded, which keep every "
+            f"value until they are taken; got {max_memory}. Call bound under torch.no_grad(), or "
+            "on fewer images at a time without it."
+        )
 
 
 def _in_parts(model: nn.Module, x: Interval, spec: Tensor | None, max_memory: int) -> Interval:

@@ -69,6 +69,8 @@ def _pad(input: Any, pad: Any, mode: str = "constant", value: float | None = Non
 
 
 def _where(condition: Any, input: Any, other: Any) -> Interval:
+    if isinstance(condition, Interval) and getattr(input, "dtype", None) == torch.bool:
+        condition, input = input, condition  # as the method: x.where(condition, other)
     if isinstance(condition, Interval):
         raise refuse("where with a condition on intervals")
     parts = [torch.as_tensor(v) if isinstance(v, (int, float)) else v for v in (input, other)]

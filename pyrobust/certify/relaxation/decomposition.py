@@ -34,7 +34,7 @@ def decomposed(graph: fx.Graph, root: nn.Module, point: Tensor) -> fx.Graph:
     if not any(_rule(node, root) for node in graph.nodes):
         return graph
     try:
-        shapes = _shapes(graph, root, point)
+        shapes, constants = _shapes(graph, root, point)
     except Exception:  # a model for one size of batch; propagation names what is wrong otherwise
         return graph
     written = fx.Graph()
@@ -46,7 +46,7 @@ def decomposed(graph: fx.Graph, root: nn.Module, point: Tensor) -> fx.Graph:
             boxes.update([] if boxes else [node])
         elif node in shapes and any(n in boxes for n in node.all_input_nodes):
             boxes.add(node)
-        if node in boxes and _write(node, root, shapes, boxes, new, tracer, point.dtype):
+        if node in boxes and _write(node, root, shapes, constants, boxes, new, tracer, point.dtype):
             continue
         if not _picked(node, new):
             new[node] = written.node_copy(node, lambda n: new[n])
@@ -67,6 +67,7 @@ def _write(
     node: fx.Node,
     root: nn.Module,
     shapes: dict[fx.Node, torch.Size | None],
+    constants: dict[fx.Node, Tensor],
     boxes: set[fx.Node],
     new: dict[fx.Node, Any],
     tracer: Any,
@@ -83,7 +84,10 @@ def _write(
     named = node.kwargs.get("input")
     first = [*node.args, *([] if named is None else [named])]
     known = [shapes.get(a) if isinstance(a, fx.Node) else None for a in first]
-    site = Site(known, [a in boxes for a in first], dtype, str(node.target), tracer)
+    fixed = {
+        new[n]: constants[n] for n in node.all_input_nodes if n in constants and n not in boxes
+    }
+    site = Site(known, [a in boxes for a in first], dtype, str(node.target), tracer, fixed)
     if named is not None:
         args = (kwargs.pop("input"), *args)
     if not first:
@@ -123,13 +127,21 @@ def _picked(node: fx.Node, new: dict[fx.Node, Any]) -> bool:
 
 
 @torch.no_grad()
-def _shapes(graph: fx.Graph, root: nn.Module, point: Tensor) -> dict[fx.Node, torch.Size | None]:
-    """Of the values that are tensors; None for those that are several."""
+def _shapes(
+    graph: fx.Graph, root: nn.Module, point: Tensor
+) -> tuple[dict[fx.Node, torch.Size | None], dict[fx.Node, Tensor]]:
+    """Of the values that are tensors, None for those that are several; and the constant tensors."""
+    constants: dict[fx.Node, Tensor] = {}
+    moving: set[str] = set()
     found: dict[fx.Node, torch.Size | None] = {}
 
     class Recorder(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             value = super().run_node(n)
+            if n.op == "placeholder" or any(m.name in moving for m in n.all_input_nodes):
+                moving.add(n.name)
+            elif isinstance(value, Tensor):
+                constants[originals[n.name]] = value
             if isinstance(value, Tensor):
                 found[originals[n.name]] = value.shape
             elif isinstance(value, tuple | list) and n.op != "output":
@@ -138,4 +150,4 @@ def _shapes(graph: fx.Graph, root: nn.Module, point: Tensor) -> dict[fx.Node, to
 
     originals = {node.name: node for node in graph.nodes}
     Recorder(fx.GraphModule(root, graph)).run(point)
-    return found
+    return found, constants

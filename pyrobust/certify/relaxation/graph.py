@@ -33,6 +33,11 @@ from pyrobust.certify.relaxation.decomposition import function_name
 from pyrobust.certify.relaxation.joint import relaxation_of
 from pyrobust.certify.relaxation.lines import Bend
 from pyrobust.certify.relaxation.planes import Relaxation
+from pyrobust.certify.relaxation.selections import (
+    SELECTIONS,
+    is_selection,
+    magnitude_of_selection,
+)
 from pyrobust.interval.type import Interval
 from pyrobust.nn.packed_conv import PackedConv2d
 from pyrobust.nn.packed_linear import PackedLinear
@@ -354,6 +359,7 @@ def _sort_function(step: Step, root: nn.Module, values: dict[fx.Node, Any], dtyp
         return
     boxes = set(step.inputs)
     moves = name in _MOVES and not _signed(name, node, boxes)
+    moves = moves or is_selection(name, node, values)
     if moves or name in _OUTER or (name in _SCALED and _scales(name, node, boxes)):
         step.affine = _function(step, root, values, dtype, name)
         if name in ("add", "iadd") and len(boxes) == 2 and _alike(step, values):
@@ -441,6 +447,8 @@ def _function(
             return _of_magnitudes(name, *args)
         if sign and name in ("add", "iadd"):
             args = tuple(abs(a) if isinstance(a, int | float) else a for a in args)
+        if sign and name in SELECTIONS:
+            return magnitude_of_selection(name, lambda a, k: _call(node, root, a, k), args, kwargs)
         result = _call(node, root, args, kwargs)
         assert isinstance(result, Tensor)
         return result

@@ -18,7 +18,7 @@ from pyrobust.interval.type import Interval
 from pyrobust.nn.packed_conv import PackedConv2d
 from pyrobust.nn.packed_linear import PackedLinear
 
-__all__ = ["Split", "images_at_a_time", "split_of"]
+__all__ = ["Split", "gradients_recorded", "images_at_a_time", "split_of"]
 
 # Numbers in the working type kept per number of the values, measured: ends and lines, and in sound
 # mode the sums of magnitudes and the narrow intervals; temporary ones of the largest value.
@@ -62,7 +62,7 @@ def split_of(
         ValueError: one image and one function do not fit.
     """
     batch = len(x)
-    if batch == 0 or _recorded(root, x):
+    if batch == 0 or gradients_recorded(root, x):
         return Split(max(batch, 1), max_memory)
     sound = x.rounding != "nearest"
     item = 8 if sound else x.lower.element_size()
@@ -98,7 +98,7 @@ def images_at_a_time(graph: fx.Graph, root: nn.Module, x: Interval, max_memory: 
     Raises:
         ValueError: one image does not fit.
     """
-    if len(x) == 0 or _recorded(root, x):
+    if len(x) == 0 or gradients_recorded(root, x):
         return max(len(x), 1)
     sizes = _sizes(graph, root, x)
     if sizes is None:
@@ -113,8 +113,8 @@ def images_at_a_time(graph: fx.Graph, root: nn.Module, x: Interval, max_memory: 
     return min(max_memory // least, len(x))
 
 
-def _recorded(root: nn.Module, x: Interval) -> bool:
-    """Whether gradients are."""
+def gradients_recorded(root: nn.Module, x: Interval) -> bool:
+    """Whether gradients are recorded, by the model's weights or the box."""
     wanted = x.requires_grad or any(p.requires_grad for p in root.parameters())
     return torch.is_grad_enabled() and wanted
 

@@ -1,5 +1,7 @@
 """Small models of one operation that is made of others, between two linear layers."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -20,7 +22,8 @@ class Around(nn.Module):
     def forward(self, x):
         values = [layer(x) for layer in self.layers]
         if self.shape:
-            values = [value.unflatten(-1, self.shape) for value in values]
+            shapes = self.shape if isinstance(self.shape, list) else [self.shape] * len(values)
+            values = [v.unflatten(-1, shape) for v, shape in zip(values, shapes, strict=True)]
         if not isinstance(self.extra, nn.Identity):
             values = [self.extra, *values]
         return self.head(self.function(*values).flatten(1))
@@ -45,6 +48,51 @@ def _attend(m, x):
 
 def _encoder(**options):
     return nn.TransformerEncoderLayer(4, 2, 8, batch_first=True, **options)
+
+
+KEEP = torch.tensor([[True, False, True], [True, True, True], [False, True, False]])
+SHIFTS = torch.tensor([[0.5, -math.inf, -1.0], [0.0, 0.2, -0.3], [-math.inf, 1.0, -math.inf]])
+
+
+class _Masked(nn.Module):
+    """A module of attention, called with constant masks."""
+
+    def __init__(self, inner, **masks):
+        super().__init__()
+        self.inner = inner
+        self.names = list(masks)
+        for name, mask in masks.items():
+            self.register_buffer(name, mask)
+
+    def forward(self, *x):
+        result = self.inner(*x, **{name: getattr(self, name) for name in self.names})
+        return result[0] if isinstance(result, tuple) else result
+
+
+def _self_attention(m, x):
+    masks = {name: getattr(m, name) for name in m.names}
+    return m.inner(x, x, x, need_weights=False, **masks)[0]
+
+
+def _masked_attention(mask):
+    def function(m, q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=m.mask)
+
+    return lambda: Around(function, [6, 6, 6], (3, 2), 6, _Masked(nn.Identity(), mask=mask))
+
+
+def _masked_heads(**masks):
+    inner = nn.MultiheadAttention(4, 2, batch_first=True)
+    return Around(_self_attention, [12], (3, 4), 12, _Masked(inner, **masks))
+
+
+def _masked_layer(**masks):
+    inner = _encoder(norm_first=True, activation="gelu")
+    return Around(lambda m, x: m(x), [12], (3, 4), 12, _Masked(inner, **masks))
+
+
+def _grouped(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
 
 BROKEN_UP = {
@@ -79,6 +127,18 @@ BROKEN_UP = {
     ),
     "multi-head attention": lambda: Around(
         _attend, [12], (3, 4), 12, nn.MultiheadAttention(4, 2, batch_first=True)
+    ),
+    "bool mask": _masked_attention(KEEP),
+    "added mask": _masked_attention(SHIFTS),
+    "mask of keys": _masked_attention(KEEP[:1]),
+    "grouped queries": lambda: Around(
+        _grouped, [24, 12, 12], [(4, 3, 2), (2, 3, 2), (2, 3, 2)], 24
+    ),
+    "multi-head attention, masks": lambda: _masked_heads(attn_mask=~KEEP),
+    "multi-head attention, added mask": lambda: _masked_heads(attn_mask=SHIFTS),
+    "encoder layer, masks": lambda: _masked_layer(src_mask=~KEEP),
+    "logsumexp of two axes": lambda: Around(
+        lambda x: torch.logsumexp(x, (1, -1), keepdim=True), [12], (2, 3, 2), 3
     ),
     "encoder layer": _module(lambda: _encoder(norm_first=True, activation="gelu"), [8], (2, 4), 8),
     "encoder": _module(

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pyrobust.certify.relaxation.compositions.masks import Mask, mask_of, merged_mask
 from pyrobust.certify.relaxation.compositions.norms import layer_normed
 from pyrobust.certify.relaxation.compositions.parts import meet
 from pyrobust.certify.relaxation.compositions.site import Site, emit
@@ -28,17 +29,35 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """Scores, softmax and average, without a mask or with the causal one."""
+    """Scores, softmax and average, with constant masks."""
     shape, keys = site.shapes[0], site.shapes[1]
-    if dropout_p > 0 or enable_gqa or attn_mask is not None or len(shape) < 3 or keys[-2] < 2:
+    if dropout_p > 0 or len(shape) < 3 or keys[-2] < 2 or (is_causal and attn_mask is not None):
         return None
-    factor = 1 / math.sqrt(shape[-1]) if scale is None else scale
-    scores = torch.matmul(q, k.transpose(-2, -1)) * factor
+    if enable_gqa:
+        heads = [site.shapes[i][-3] for i in range(3)]
+        k, v = (
+            x if n == heads[0] else x.repeat_interleave(heads[0] // n, -3)
+            for x, n in zip((k, v), heads[1:], strict=True)
+        )
+    mask = None
+    if attn_mask is not None:
+        mask = mask_of(site, attn_mask, keys[-2])
+        if mask is None:
+            return None
     if is_causal:
-        weights = masked_soft(scores, _triangle(site, shape[-2], keys[-2]))
+        triangle = _triangle(site, shape[-2], keys[-2])
+        mask = Mask(triangle, None, triangle)
+    return _attended(q, k, v, 1 / math.sqrt(shape[-1]) if scale is None else scale, mask)
+
+
+def _attended(q: Any, k: Any, v: Any, factor: float, mask: Mask | None) -> Any:
+    scores = torch.matmul(q, k.transpose(-2, -1)) * factor
+    if mask is None:
+        weights, whole = soft(scores, -1), None
     else:
-        weights = soft(scores, -1)
-    plain = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=factor)
+        scores = scores if mask.added is None else scores + mask.added
+        weights, whole = masked_soft(scores, mask.keep), mask.whole
+    plain = F.scaled_dot_product_attention(q, k, v, attn_mask=whole, scale=factor)
     return emit(meet, torch.matmul(weights, v), plain)
 
 
@@ -49,9 +68,24 @@ def _triangle(site: Site, rows: int, columns: int) -> Any:
     return ones.tril()
 
 
-def _multi_head(site: Site, module: nn.MultiheadAttention, q: Any, k: Any, v: Any) -> Any:
-    """``(B, T, E)`` boxes, without masks; the weights are not returned."""
-    width = module.embed_dim
+def _multi_head(
+    site: Site,
+    module: nn.MultiheadAttention,
+    q: Any,
+    k: Any,
+    v: Any,
+    attn_mask: Any = None,
+    padding: Any = None,
+) -> Any:
+    """``(B, T, E)`` boxes; the weights are not returned."""
+    width, keys = module.embed_dim, site.shapes[1][1]
+    mask = None
+    if attn_mask is not None or padding is not None:
+        mask = merged_mask(site, attn_mask, padding, module.num_heads, keys)
+        if mask is None:
+            return None
+    if keys < 2:
+        return None
     bias = site.parameter(module, "in_proj_bias")
     joint = site.parameter(module, "in_proj_weight")
     if joint is not None:
@@ -64,12 +98,8 @@ def _multi_head(site: Site, module: nn.MultiheadAttention, q: Any, k: Any, v: An
         shift = None if bias is None else bias[i * width : (i + 1) * width]
         projected = F.linear(source, weights[i], shift)
         heads.append(projected.unflatten(-1, (module.num_heads, -1)).transpose(1, 2))
-    batch, length = site.shapes[0][:2]
-    inner = torch.Size((batch, module.num_heads, length, width // module.num_heads))
-    other = torch.Size((batch, module.num_heads, site.shapes[1][1], inner[-1]))
-    mixed = attention(site.at("", [inner, other, other]), *heads)
-    if mixed is None:
-        return None
+    factor = 1 / math.sqrt(width // module.num_heads)
+    mixed = _attended(heads[0], heads[1], heads[2], factor, mask)
     joined = mixed.transpose(1, 2).flatten(2)
     out = site.at("out_proj")
     weight = out.parameter(module.out_proj, "weight")
@@ -88,13 +118,13 @@ def multi_head_attention(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> Any:
-    """The module on ``(B, T, E)`` boxes, without masks."""
-    extra = (key_padding_mask, attn_mask, module.bias_k, module.bias_v)
-    if any(e is not None for e in extra) or module.add_zero_attn or not module.batch_first:
+    """The module on ``(B, T, E)`` boxes, with constant masks."""
+    extra = module.bias_k is not None or module.bias_v is not None
+    if extra or module.add_zero_attn or not module.batch_first:
         return None
     if len(site.shapes[0]) != 3 or (module.training and module.dropout > 0):
         return None
-    mixed = _multi_head(site, module, q, k, v)
+    mixed = _multi_head(site, module, q, k, v, attn_mask, key_padding_mask)
     return None if mixed is None else (mixed, None)
 
 
@@ -106,15 +136,14 @@ def encoder_layer(
     src_key_padding_mask: Any = None,
     is_causal: bool = False,
 ) -> Any:
-    """``torch.nn.TransformerEncoderLayer`` without masks, norms first or last."""
-    masked = src_mask is not None or src_key_padding_mask is not None
+    """``torch.nn.TransformerEncoderLayer`` with constant masks, norms first or last."""
     plain = all(type(n) is nn.LayerNorm and n.eps > 0 for n in (layer.norm1, layer.norm2))
-    if masked or not plain or not layer.self_attn.batch_first or layer.training:
+    if not plain or not layer.self_attn.batch_first or layer.training:
         return None
     inner = site.at("self_attn", [site.shapes[0]] * 3)
 
     def attend(y: Any) -> Any:
-        return _multi_head(inner, layer.self_attn, y, y, y)
+        return _multi_head(inner, layer.self_attn, y, y, y, src_mask, src_key_padding_mask)
 
     def feed(y: Any) -> Any:
         return site.call("linear2", layer.activation(site.call("linear1", y)))
@@ -125,12 +154,13 @@ def encoder_layer(
         affine = at.parameter(module, "weight"), at.parameter(module, "bias")
         return layer_normed(y, tuple(module.normalized_shape), *affine, module.eps)
 
-    if site.shapes[0][1] < 2:
+    mixed = attend(norm("norm1", x) if layer.norm_first else x)
+    if mixed is None:
         return None
     if layer.norm_first:
-        x = x + attend(norm("norm1", x))
+        x = x + mixed
         return x + feed(norm("norm2", x))
-    x = norm("norm1", x + attend(x))
+    x = norm("norm1", x + mixed)
     return norm("norm2", x + feed(x))
 
 
@@ -142,12 +172,11 @@ def encoder(
     src_key_padding_mask: Any = None,
     is_causal: bool | None = None,
 ) -> Any:
-    """``torch.nn.TransformerEncoder`` without masks."""
-    if mask is not None or src_key_padding_mask is not None:
-        return None
+    """``torch.nn.TransformerEncoder`` with constant masks."""
     for i, layer in enumerate(module.layers):
         plain = type(layer) is nn.TransformerEncoderLayer
-        x = encoder_layer(site.at(f"layers.{i}"), layer, x) if plain else None
+        inner = site.at(f"layers.{i}")
+        x = encoder_layer(inner, layer, x, mask, src_key_padding_mask) if plain else None
         if x is None:
             return None
     norm = module.norm

@@ -56,7 +56,17 @@ def softmin(site: Site, x: Any, dim: Any = None, *rest: Any, dtype: Any = None) 
 
 
 def log_sum_exp(site: Site, x: Any, dim: Any, keepdim: bool = False) -> Any:
-    """With its axis kept, which has planes."""
-    if not isinstance(dim, int) or dim % len(site.shapes[0]) == 0 or keepdim:
+    """Of one axis, which is kept and has planes; several become one first."""
+    rank = len(site.shapes[0])
+    axes = sorted({d % rank for d in ([dim] if isinstance(dim, int) else dim)})
+    if not axes or axes[0] == 0 or (len(axes) == 1 and keepdim and isinstance(dim, int)):
         return None
-    return torch.logsumexp(x, dim, True).squeeze(dim)
+    if len(axes) > 1:
+        others = [d for d in range(rank) if d not in axes]
+        x = x.permute(*others, *axes).flatten(len(others))
+        whole = torch.logsumexp(x, -1, True).squeeze(-1)
+    else:
+        whole = torch.logsumexp(x, axes[0], True).squeeze(axes[0])
+    for axis in axes if keepdim else []:
+        whole = whole.unsqueeze(axis)
+    return whole

@@ -59,6 +59,12 @@ def _pool(function: Callable[..., Any], *options: str) -> Rule:
     return written
 
 
+def _upsample(site: Site, module: Any, x: Any) -> Any:
+    options = ("size", "scale_factor", "mode", "align_corners", "recompute_scale_factor")
+    chosen: dict[str, Any] = {option: getattr(module, option, None) for option in options}
+    return F.interpolate(x, **chosen)
+
+
 _WINDOW = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
 
 FUNCTIONS: dict[str, Rule] = {
@@ -98,6 +104,7 @@ MODULES: dict[type[nn.Module], Rule] = {
     nn.AdaptiveMaxPool1d: _pool(F.adaptive_max_pool1d, "output_size"),
     nn.AdaptiveMaxPool2d: _pool(F.adaptive_max_pool2d, "output_size"),
     nn.AdaptiveMaxPool3d: _pool(F.adaptive_max_pool3d, "output_size"),
+    **dict.fromkeys((nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d), _upsample),
     nn.MultiheadAttention: attention.multi_head_attention,
     nn.TransformerEncoderLayer: attention.encoder_layer,
     nn.TransformerEncoder: attention.encoder,
