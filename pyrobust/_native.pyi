@@ -202,6 +202,9 @@ def add_levels(
     num_threads: int,
     saved: _SavedCopy | None,
 ) -> None: ...
+def add_values(
+    target: Tensor, values: Tensor, alpha: float, num_threads: int, saved: _SavedCopy | None
+) -> None: ...
 def gather_rows(
     indices: Tensor,
     codes: Tensor,

@@ -123,6 +123,20 @@ void add_levels(py::handle target_, py::handle codes_, py::handle table_, float 
   mark_filled(saved);
 }
 
+void add_values(py::handle target_, py::handle values_, float alpha, int num_threads,
+                py::handle saved) {
+  const TensorView target = view_rows(target_, "target"), values = view(values_, "values");
+  values.require_ndim(2).require_size(0, target.shape[0]).require_size(1, target.shape[1]);
+  const FloatType values_type = float_type(values);
+  const matmul::AddTarget rows = add_target(target, saved);
+  {
+    py::gil_scoped_release release;
+    matmul::add_values(values.data, values_type, target.shape[0], target.shape[1], alpha, rows,
+                       num_threads);
+  }
+  mark_filled(saved);
+}
+
 struct ComplexViews {
   TensorView real, imag, codes;
   matmul::ComplexProblem problem;
@@ -208,6 +222,7 @@ void bind_matmul(py::module_& m) {
   m.def("gather_rows", &gather_rows);
   m.def("add_dequantized", &add_dequantized);
   m.def("add_levels", &add_levels);
+  m.def("add_values", &add_values);
   m.def("complex_sums", &complex_sums);
   m.def("complex_linear", &complex_linear);
   m.def("unpack_codes", &unpack_codes);

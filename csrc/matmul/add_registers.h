@@ -3,145 +3,92 @@
 //
 // A group of at most 16 levels is a table of floats: scaled, rounded to the target's type and
 // multiplied with alpha once a group, then permuted into place. 256 levels are computed weight by
-// weight. Two registers of floats are worked on at a time. For bfloat16 they hold the even and the
-// odd elements, each in the upper half of 32 bits, which then takes no permutation to part and
-// join; for the other types one half of the elements each.
+// weight. Two registers of floats are worked on at a time, a pair. For bfloat16 they hold the even
+// and the odd elements, each in the upper half of 32 bits, which then takes no permutation to part
+// and join; for the other types one half of the elements each.
 //
-// The set supplies in `Codes`: sources Table<kWide> of 16 floats (8 where not kWide) and Table256,
-// made from `const float*`; and where kHalfTable256 is set HalfTable256, made from a LevelTable,
-// whose at() gives the entries of 2 kFloats codes in 16 bits each. Included by avx2_rows.h alone.
+// The set supplies in `Codes`: sources (sources.h) Table<kWide> of 16 floats (8 where not kWide)
+// and Table256, made from `const float*`; where kHalfTable256 is set HalfTable256, made from a
+// LevelTable, whose at() gives the entries of 2 kFloats codes in 16 bits each; and where
+// kReadsPacked is set PackedTable<kBits> of 2^kBits floats, a source that reads codes as they lie
+// in memory. Included by avx2_rows.h alone.
 #pragma once
 
 #include "core/float_types.h"
 #include "matmul/decode_rows.h"
-#include "matmul/registers.h"
+#include "matmul/sources.h"
+#include "runtime/stream_copy.h"
 
 namespace pyrobust::matmul {
 namespace {
 
-// What a target holds. round() leaves a float that the type holds.
-struct Float32Target {
-  using Type = float;
-  static constexpr bool kHalf = false;
-  static constexpr bool kAlternate = false;
-  static Pair widen(const float* from) { return {load(from), load(from + kFloats)}; }
-  static void narrow(float* to, Pair value) {
-    store(to, value.first);
-    store(to + kFloats, value.second);
-  }
-  static Floats round(Floats value) { return value; }
+// A type as a value.
+template <typename T>
+struct TypeOf {
+  using Type = T;
 };
 
-// Values come out of arithmetic: a NaN is quiet, its low bits 0 or the rest of an operand's.
-struct BFloat16Target {
-  using Type = uint16_t;
-  static constexpr bool kHalf = true;
-  static constexpr bool kAlternate = true;
-  static Pair widen(Ints halves) { return widen_bfloat16(halves); }
-  static Pair widen(const uint16_t* from) { return widen(load(from)); }
-  static void narrow(uint16_t* to, Pair value) {
-    store_upper(to, rounded_to_upper(value.first), rounded_to_upper(value.second));
-  }
-  static Floats round(Floats value) { return clear_lower(rounded_to_upper(value)); }
+// Columns [begin, end) of row n.
+struct Columns {
+  int64_t n, begin, end;
+  int64_t count() const { return end - begin; }
 };
 
-struct Float16Target {
-  using Type = uint16_t;
-  static constexpr bool kHalf = true;
-  static constexpr bool kAlternate = false;
-  static Pair widen(Ints halves) { return widen_float16(halves); }
-  static Pair widen(const uint16_t* from) {
-    return {widen_float16(from), widen_float16(from + kFloats)};
-  }
-  // The instruction keeps a NaN's payload; core/float_types.h has one NaN of each sign.
-  static void narrow(uint16_t* to, Pair value) {
-    store(to, to_float16(value.first));
-    store(to + kFloats, to_float16(value.second));
-    if (!has_nan(value.first, value.second)) return;
-    for (int64_t k = 0; k < 2 * kFloats; ++k) {
-      if ((to[k] & 0x7fff) > 0x7c00) to[k] = static_cast<uint16_t>((to[k] & 0x8000) | 0x7e00);
-    }
-  }
-  static Floats round(Floats value) { return from_float16(to_float16(value)); }
-};
-
-// alpha times the weights of integers, rounded to the target's type before.
-template <typename Target>
-struct Scaled {
-  int zero;
-  float scale, alpha;
-
-  Floats operator()(Ints integers) const {
-    const Floats weight = product(broadcast(scale), difference(integers, broadcast(zero)));
-    return product(broadcast(alpha), Target::round(weight));
-  }
-};
-
-// Sources of values: `at` reads 2 kFloats elements. This one computes them from bytes.
-template <typename Target>
-struct FromBytes {
-  Scaled<Target> scaled;
-
-  template <bool kAlternate>
-  Pair at(const uint8_t* code) const {
-    const Indices index = load_indices<kAlternate>(code);
-    return {scaled(index.first), scaled(index.second)};
-  }
-};
-
-template <typename Target>
-struct FromFloats {
-  float alpha;
-
-  template <bool kAlternate>
-  Pair at(const float* value) const {
-    Pair pair{load(value), load(value + kFloats)};
-    if constexpr (kAlternate) pair = even_and_odd(pair);
-    const Floats factor = broadcast(alpha);
-    return {product(factor, Target::round(pair.first)),
-            product(factor, Target::round(pair.second))};
-  }
-};
-
-// A quarter of the permutations that a table of floats takes; the product is exact.
-template <typename Target, typename Table>
-struct FromHalves {
-  Table table;
-  float alpha;
-
-  template <bool kAlternate>
-  Pair at(const uint8_t* code) const {
-    const Pair pair = Target::widen(table.at(code));
-    const Floats factor = broadcast(alpha);
-    return {product(factor, pair.first), product(factor, pair.second)};
-  }
-};
-
-template <typename Target, typename Element, typename Source>
-inline void add_two_registers(const Element* from, const Source& source,
-                              typename Target::Type* target) {
-  const Pair value = source.template at<Target::kAlternate>(from), sum = Target::widen(target);
-  Target::narrow(target, {add(sum.first, value.first), add(sum.second, value.second)});
+// Place k of what may be absent.
+template <typename Type>
+inline Type* at_place(Type* saved, int64_t k) {
+  return saved == nullptr ? nullptr : saved + k;
 }
 
-// target[k] += value of from[k]. The last ones go through copies, as nothing may be touched behind
-// `count`.
-template <typename Target, typename Element, typename Source>
-inline void add_run(const Element* from, int64_t count, const Source& source,
-                    typename Target::Type* target) {
-  constexpr int64_t kStep = 2 * kFloats;
+inline const Pair& nth(const Pair& only, int) { return only; }
+inline const Pair& nth(const Pairs& both, int i) { return both.pair[i]; }
+
+template <typename Target, typename Source>
+inline void add_registers(const uint8_t* from, const Source& source, typename Target::Type* target,
+                          typename Target::Type* saved) {
+  const auto values = source.template at<Target::kAlternate>(from);
+#pragma GCC unroll 2
+  for (int i = 0; i < Source::kPairs; ++i, target += 2 * kFloats) {
+    if (saved != nullptr) {
+      constexpr auto kRegister = static_cast<int64_t>(sizeof(Floats) / sizeof(*target));
+      for (int64_t k = 0; k < 2 * kFloats; k += kRegister) stream(saved + k, target + k);
+      saved += 2 * kFloats;
+    }
+    Target::narrow(target, source.add(Target::widen(target), nth(values, i)));
+  }
+}
+
+// target[k] += value of element k, after what it held was saved, unless that is null. The last ones
+// go through copies, as nothing may be touched behind `count`.
+template <typename Target, typename Source>
+inline void add_run(const uint8_t* from, int64_t count, const Source& source,
+                    typename Target::Type* target, typename Target::Type* saved) {
+  constexpr int64_t kStep = Source::kPairs * 2 * kFloats;
   int64_t k = 0;
   for (; k + kStep <= count; k += kStep) {
-    add_two_registers<Target>(from + k, source, target + k);
+    add_registers<Target>(from + k * Source::kBits / 8, source, target + k, at_place(saved, k));
   }
   if (k == count) return;
   const auto rest = static_cast<size_t>(count - k);
-  Element last[kStep] = {};
+  alignas(64) uint8_t last[kStep * Source::kBits / 8] = {};
   typename Target::Type sums[kStep] = {};
-  __builtin_memcpy(last, from + k, rest * sizeof(Element));
+  __builtin_memcpy(last, from + k * Source::kBits / 8, (rest * Source::kBits + 7) / 8);
   __builtin_memcpy(sums, target + k, rest * sizeof(sums[0]));
-  add_two_registers<Target>(last, source, sums);
+  if (saved != nullptr) __builtin_memcpy(saved + k, sums, rest * sizeof(sums[0]));
+  add_registers<Target>(last, source, sums, nullptr);
   __builtin_memcpy(target + k, sums, rest * sizeof(sums[0]));
+}
+
+// Where the loop of sums saves what `count` elements held, runs of `run` elements at a time: at
+// `saved` if every run begins on a line, else nowhere, after a copy.
+template <typename Type>
+inline Type* saved_by_runs(const Type* target, int64_t count, int64_t run, Type* saved) {
+  constexpr int64_t kLine = 64;
+  constexpr auto kSize = static_cast<int64_t>(sizeof(Type));
+  const auto past_line = static_cast<int64_t>(reinterpret_cast<uintptr_t>(saved) % kLine);
+  if (saved == nullptr || (past_line == 0 && run * kSize % kLine == 0)) return saved;
+  stream_copy(saved, target, count * kSize);
+  return nullptr;
 }
 
 // A software conversion would take as long as half of a group's sums.
@@ -152,90 +99,143 @@ inline float scale_of_group(const PackedMatrix& w, int64_t group) {
   return load_float(w.scale, group, w.scale_type);
 }
 
-template <typename Codes, typename Target, bool kWide>
-void add_group_tables(const PackedMatrix& w, int64_t n, int64_t begin, int64_t end, float alpha,
-                      typename Target::Type* target) {
-  alignas(64) uint8_t expanded[kSpan + kSpanSlack];
-  const uint8_t* code = span_codes<Codes>(w, n, begin, end, expanded);
+// Sums with a table a group; `codes` are those of the columns, Table::kBits each.
+template <typename Target, typename Table>
+void add_group_tables(const PackedMatrix& w, Columns at, const uint8_t* codes, float alpha,
+                      typename Target::Type* target, typename Target::Type* saved) {
   const GroupIntegers integers(w);
-  for_groups(w, n, begin, end, [&](int64_t group, int64_t k, int64_t count) {
+  for_groups(w, at.n, at.begin, at.end, [&](int64_t group, int64_t k, int64_t count) {
     const Scaled<Target> scaled{zero_at(w, group), scale_of_group(w, group), alpha};
     alignas(64) float table[16];
-    for (int64_t i = 0; i < (kWide ? 16 : 8); i += kFloats) {
-      store(table + i, scaled(load(integers.of_code + i)));
+    for (int64_t i = 0; i < Table::kEntries; i += kFloats) {
+      store(table + i, scaled(difference(load(integers.of_code + i), broadcast(scaled.zero))));
     }
-    add_run<Target>(code + k, count, typename Codes::template Table<kWide>(table), target + k);
+    add_run<Target>(codes + k * Table::kBits / 8, count, Table(table), target + k,
+                    at_place(saved, k));
   });
 }
 
 template <typename Target>
-void add_bytes(const PackedMatrix& w, int64_t n, int64_t begin, int64_t end, float alpha,
-               typename Target::Type* target) {
-  const uint8_t* code = code_row(w, n) + begin;
-  for_groups(w, n, begin, end, [&](int64_t group, int64_t k, int64_t count) {
-    const FromBytes<Target> source{{zero_at(w, group), scale_of_group(w, group), alpha}};
-    add_run<Target>(code + k, count, source, target + k);
+void add_bytes(const PackedMatrix& w, Columns at, float alpha, typename Target::Type* target,
+               typename Target::Type* saved) {
+  const uint8_t* code = code_row(w, at.n) + at.begin;
+  for_groups(w, at.n, at.begin, at.end, [&](int64_t group, int64_t k, int64_t count) {
+    const Scaled<Target> scaled{zero_at(w, group), scale_of_group(w, group), alpha};
+    typename Target::Type* room = at_place(saved, k);
+    if constexpr (Target::kHalf) {
+      if (FromBytesInRange<Target>::takes(scaled)) {
+        return add_run<Target>(code + k, count, FromBytesInRange<Target>{scaled}, target + k, room);
+      }
+    }
+    add_run<Target>(code + k, count, FromBytes<Target>(scaled), target + k, room);
   });
 }
 
+// Calls body(table, codes) for codes of at most 16 levels as Codes reads them best: `table` is a
+// type of sources. `in_runs` says whether runs begin on whole bytes.
+template <typename Codes, typename Packed, typename Body>
+void with_table(const Packed& w, Columns at, bool in_runs, const Body& body) {
+  if constexpr (Codes::kReadsPacked) {
+    const int bits = code_bits(w.levels);
+    const uint8_t* packed =
+        w.codes + at.n * packed_row_bytes(w.cols, w.levels) + at.begin * bits / 8;
+    if (in_runs && bits == 1)
+      return body(TypeOf<typename Codes::template PackedTable<1>>(), packed);
+    if (in_runs && bits == 2)
+      return body(TypeOf<typename Codes::template PackedTable<2>>(), packed);
+    if (in_runs && bits == 3)
+      return body(TypeOf<typename Codes::template PackedTable<3>>(), packed);
+    if (in_runs && bits == 4)
+      return body(TypeOf<typename Codes::template PackedTable<4>>(), packed);
+  }
+  alignas(64) uint8_t expanded[kSpan + kSpanSlack];
+  const uint8_t* code = span_codes<Codes>(w, at.n, at.begin, at.end, expanded);
+  if (w.levels == 16) return body(TypeOf<typename Codes::template Table<true>>(), code);
+  body(TypeOf<typename Codes::template Table<false>>(), code);
+}
+
 template <typename Codes, typename Target>
-void add_span_to(const PackedMatrix& w, int64_t n, int64_t begin, int64_t end, float alpha,
-                 typename Target::Type* target) {
-  if (has_group_tables(w)) {
-    return w.levels == 16 ? add_group_tables<Codes, Target, true>(w, n, begin, end, alpha, target)
-                          : add_group_tables<Codes, Target, false>(w, n, begin, end, alpha, target);
-  }
+void add_span_to(const PackedMatrix& w, Columns at, float alpha, typename Target::Type* target,
+                 typename Target::Type* saved) {
   const bool plain = w.row_scale == nullptr && w.remainder.offsets == nullptr;
-  if (plain && w.levels == 256 && w.group_dim == 1) {
-    return add_bytes<Target>(w, n, begin, end, alpha, target);
+  const bool tables = has_group_tables(w);
+  const bool bytes = plain && w.levels == 256 && w.group_dim == 1;
+  const int64_t run = tables || bytes ? w.group_size : at.count();
+  saved = saved_by_runs(target, at.count(), run < at.count() ? run : 0, saved);
+  if (tables) {
+    return with_table<Codes>(w, at, w.group_size % 8 == 0 || w.group_size >= w.cols,
+                             [&](auto type, const uint8_t* codes) {
+                               add_group_tables<Target, typename decltype(type)::Type>(
+                                   w, at, codes, alpha, target, saved);
+                             });
   }
+  if (bytes) return add_bytes<Target>(w, at, alpha, target, saved);
   alignas(64) float value[kSpan];
-  decode_span<Codes>(w, n, begin, end, value);
-  add_run<Target>(value, end - begin, FromFloats<Target>{alpha}, target);
+  decode_span<Codes>(w, at.n, at.begin, at.end, value);
+  add_run<Target>(reinterpret_cast<const uint8_t*>(value), at.count(), FromFloats<Target>(alpha),
+                  target, saved);
+}
+
+// body(Target()) for the target's type.
+template <typename Body>
+void with_target(FloatType type, const Body& body) {
+  if (type == FloatType::kFloat16) return body(Float16Target());
+  if (type == FloatType::kBFloat16) return body(BFloat16Target());
+  body(Float32Target());
 }
 
 template <typename Codes>
 void add_span(const PackedMatrix& w, int64_t n, int64_t begin, int64_t end, float alpha,
-              FloatType type, void* target) {
-  if (type == FloatType::kFloat16) {
-    add_span_to<Codes, Float16Target>(w, n, begin, end, alpha, static_cast<uint16_t*>(target));
-  } else if (type == FloatType::kBFloat16) {
-    add_span_to<Codes, BFloat16Target>(w, n, begin, end, alpha, static_cast<uint16_t*>(target));
-  } else {
-    add_span_to<Codes, Float32Target>(w, n, begin, end, alpha, static_cast<float*>(target));
-  }
+              FloatType type, void* target, void* saved) {
+  with_target(type, [&](auto held) {
+    using Type = typename decltype(held)::Type;
+    add_span_to<Codes, decltype(held)>(w, {n, begin, end}, alpha, static_cast<Type*>(target),
+                                       static_cast<Type*>(saved));
+  });
 }
 
 template <typename Codes, typename Target>
-void add_table(const uint8_t* code, int64_t count, int levels, const LevelTable& table,
-               void* target) {
-  auto* out = static_cast<typename Target::Type*>(target);
-  if (levels == 16) {
-    add_run<Target>(code, count, typename Codes::template Table<true>(table.scaled), out);
-  } else if (levels != 256) {
-    add_run<Target>(code, count, typename Codes::template Table<false>(table.scaled), out);
-  } else if constexpr (Target::kHalf && Codes::kHalfTable256) {
+void add_levels_to(const LevelCodes& codes, const LevelTable& table, Columns at,
+                   typename Target::Type* target, typename Target::Type* saved) {
+  saved = saved_by_runs(target, at.count(), 0, saved);
+  if (codes.levels != 256) {
+    return with_table<Codes>(codes, at, true, [&](auto type, const uint8_t* code) {
+      add_run<Target>(code, at.count(), typename decltype(type)::Type(table.scaled), target, saved);
+    });
+  }
+  const uint8_t* code = codes.codes + at.n * codes.cols + at.begin;
+  if constexpr (Target::kHalf && Codes::kHalfTable256) {
     using Halves = typename Codes::HalfTable256;
-    add_run<Target>(code, count, FromHalves<Target, Halves>{Halves(table), table.alpha}, out);
+    const FromHalves<Target, Halves> source(Halves(table), table.alpha);
+    add_run<Target>(code, at.count(), source, target, saved);
   } else {
-    add_run<Target>(code, count, typename Codes::Table256(table.scaled), out);
+    add_run<Target>(code, at.count(), typename Codes::Table256(table.scaled), target, saved);
   }
 }
 
-// target[k] += table.scaled[code of column begin + k].
 template <typename Codes>
 void add_levels_span(const LevelCodes& codes, const LevelTable& table, int64_t n, int64_t begin,
-                     int64_t end, FloatType type, void* target) {
-  alignas(64) uint8_t expanded[kSpan + kSpanSlack];
-  const uint8_t* code = span_codes<Codes>(codes, n, begin, end, expanded);
-  const int64_t count = end - begin;
-  if (type == FloatType::kFloat16) {
-    add_table<Codes, Float16Target>(code, count, codes.levels, table, target);
-  } else if (type == FloatType::kBFloat16) {
-    add_table<Codes, BFloat16Target>(code, count, codes.levels, table, target);
-  } else {
-    add_table<Codes, Float32Target>(code, count, codes.levels, table, target);
-  }
+                     int64_t end, FloatType type, void* target, void* saved) {
+  with_target(type, [&](auto held) {
+    using Type = typename decltype(held)::Type;
+    add_levels_to<Codes, decltype(held)>(codes, table, {n, begin, end}, static_cast<Type*>(target),
+                                         static_cast<Type*>(saved));
+  });
+}
+
+// target[k] += alpha * value[k]; values are of the target's type, float16 or bfloat16, or floats.
+inline void add_values_run(const void* value, FloatType value_type, int64_t count, float alpha,
+                           FloatType type, void* target, void* saved) {
+  with_target(type, [&](auto held) {
+    using Target = decltype(held);
+    using Type = typename Target::Type;
+    const auto* from = static_cast<const uint8_t*>(value);
+    auto* out = static_cast<Type*>(target);
+    Type* room = saved_by_runs(out, count, 0, static_cast<Type*>(saved));
+    if (value_type == type)
+      return add_run<Target>(from, count, FromSameType<Target>(alpha), out, room);
+    add_run<Target>(from, count, FromFloats<Target>(alpha), out, room);
+  });
 }
 
 }  // namespace

@@ -1,7 +1,6 @@
 // Differs from portable.cpp in working on tiles and in 256-bit registers; see avx2_paths.h.
 #include "matmul/avx2_paths.h"
 #include "matmul/avx2_rows.h"
-#include "runtime/stream_copy.h"
 
 namespace pyrobust::matmul {
 namespace {
@@ -14,7 +13,7 @@ constexpr MatmulKernels kKernels = {nullptr,
                                     decode_span<Avx2Codes>,
                                     add_span<Avx2Codes>,
                                     add_levels_span<Avx2Codes>,
-                                    stream_copy,
+                                    add_values_run,
                                     sparse_prepare,
                                     sparse_multiply,
                                     complex_order,

@@ -1,5 +1,4 @@
-// Included by avx2.cpp and avx512_rows.h: codes of a span of columns to bytes in plain order, and
-// tables of floats.
+// Included by avx2.cpp and avx512_rows.h: codes of a span of columns to bytes in plain order.
 //
 // Whole blocks of 64 columns are split by halves: bytes to nibbles, nibbles to pairs of bits, each
 // time the low half before the high one, which is the order of the columns.
@@ -7,6 +6,7 @@
 
 #include "matmul/add_registers.h"
 #include "matmul/avx2_decode.h"
+#include "matmul/avx2_tables.h"
 #include "matmul/decode_rows.h"
 
 namespace pyrobust::matmul {
@@ -88,62 +88,15 @@ struct TernaryRound {
 };
 constexpr TernaryRound kTernary;
 
-#if !defined(__AVX512F__)  // which has tables of its own
-
-// Up to 16 floats in two registers: a permutation of each, the fourth bit of the code chooses.
-template <bool kWide>
-class TwoRegisters {
- public:
-  explicit TwoRegisters(const float* table)
-      : low_(_mm256_loadu_ps(table)), high_(_mm256_loadu_ps(table + (kWide ? 8 : 0))) {}
-
-  template <bool kAlternate>
-  Pair at(const uint8_t* code) const {
-    const Indices index = load_indices<kAlternate>(code);
-    return {entries(index.first), entries(index.second)};
-  }
-
- private:
-  __m256 entries(__m256i index) const {
-    const __m256 low = _mm256_permutevar8x32_ps(low_, index);
-    if constexpr (!kWide) return low;
-    const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
-    return _mm256_blendv_ps(low, _mm256_permutevar8x32_ps(high_, index), upper);
-  }
-
-  __m256 low_, high_;
-};
-
-// 256 floats in memory: a load for every code, which is faster than gathering.
-class ManyLoads {
- public:
-  explicit ManyLoads(const float* table) : table_(table) {}
-
-  template <bool kAlternate>
-  Pair at(const uint8_t* code) const {
-    constexpr int kNext = kAlternate ? 2 : 1, kSecond = kAlternate ? 1 : 8;
-    return {eight<kNext>(code), eight<kNext>(code + kSecond)};
-  }
-
- private:
-  template <int kNext>
-  __m256 eight(const uint8_t* code) const {
-    const auto value = [&](int i) { return table_[code[kNext * i]]; };
-    return _mm256_setr_ps(value(0), value(1), value(2), value(3), value(4), value(5), value(6),
-                          value(7));
-  }
-
-  const float* table_;
-};
-
-#endif
-
 struct Avx2Codes {
 #if !defined(__AVX512F__)
   template <bool kWide>
   using Table = TwoRegisters<kWide>;
   using Table256 = ManyLoads;
   static constexpr bool kHalfTable256 = false;
+  static constexpr bool kReadsPacked = true;
+  template <int kBits>
+  using PackedTable = PackedTableOf<kBits>;
 #endif
 
   // Whole runs of 32 columns.

@@ -6,7 +6,6 @@
 #include "matmul/avx512_make_panels.h"
 #include "matmul/avx512_panels.h"
 #include "matmul/avx512_rows.h"
-#include "runtime/stream_copy.h"
 
 namespace pyrobust::matmul {
 namespace {
@@ -116,7 +115,7 @@ constexpr MatmulKernels kKernels = {takes_parts,
                                     decode_span<Avx512Codes>,
                                     add_span<Avx512Codes>,
                                     add_levels_span<Avx512Codes>,
-                                    stream_copy,
+                                    add_values_run,
                                     sparse_prepare,
                                     sparse_multiply,
                                     complex_order,

@@ -209,18 +209,18 @@ void fill_table(int levels, const float* from, float alpha, FloatType type, Leve
   }
 }
 
-// The target from column `begin` of row n on, up to `end` saved where that is wanted: span by span,
-// so that `add` finds it in the first-level cache.
-void* saved_elements(const MatmulKernels& kernels, const AddTarget& target, int64_t n, int64_t cols,
-                     int64_t begin, int64_t end) {
-  const int64_t size = float_type_bytes(target.type);
-  char* elements = static_cast<char*>(target.data) + (n * target.row_stride + begin) * size;
-  if (target.saved != nullptr) {
-    kernels.save(static_cast<char*>(target.saved) + (n * cols + begin) * size, elements,
-                 (end - begin) * size);
+// Where column k of row n of a target lies, and where it is saved, or null.
+struct Place {
+  void* held;
+  void* saved;
+
+  Place(const AddTarget& target, int64_t n, int64_t cols, int64_t k) {
+    const int64_t size = float_type_bytes(target.type);
+    held = static_cast<char*>(target.data) + (n * target.row_stride + k) * size;
+    saved = target.saved;
+    if (saved != nullptr) saved = static_cast<char*>(saved) + (n * cols + k) * size;
   }
-  return elements;
-}
+};
 
 }  // namespace
 
@@ -230,8 +230,8 @@ void add_dequantized(const PackedMatrix& weight, float alpha, const AddTarget& t
   const float factor = rounded_to(target.type, alpha);
   const MatmulKernels& kernels = kernels_with(&MatmulKernels::add);
   for_spans(0, weight.rows, weight.cols, num_threads, [&](int64_t n, int64_t begin, int64_t end) {
-    kernels.add(weight, n, begin, end, factor, target.type,
-                saved_elements(kernels, target, n, weight.cols, begin, end));
+    const Place place(target, n, weight.cols, begin);
+    kernels.add(weight, n, begin, end, factor, target.type, place.held, place.saved);
   });
 }
 
@@ -242,8 +242,23 @@ void add_levels(const LevelCodes& codes, const float* table, float alpha, const 
   fill_table(codes.levels, table, rounded_to(target.type, alpha), target.type, &entries);
   const MatmulKernels& kernels = kernels_with(&MatmulKernels::add_levels);
   for_spans(0, codes.rows, codes.cols, num_threads, [&](int64_t n, int64_t begin, int64_t end) {
-    kernels.add_levels(codes, entries, n, begin, end, target.type,
-                       saved_elements(kernels, target, n, codes.cols, begin, end));
+    const Place place(target, n, codes.cols, begin);
+    kernels.add_levels(codes, entries, n, begin, end, target.type, place.held, place.saved);
+  });
+}
+
+void add_values(const void* values, FloatType values_type, int64_t rows, int64_t cols, float alpha,
+                const AddTarget& target, int num_threads) {
+  check(values_type == FloatType::kFloat32 || values_type == target.type,
+        "values must be float32 or of the target's dtype.");
+  const float factor = rounded_to(target.type, alpha);
+  const int64_t size = float_type_bytes(values_type);
+  const MatmulKernels& kernels = kernels_with(&MatmulKernels::add_values);
+  for_spans(0, rows, cols, num_threads, [&](int64_t n, int64_t begin, int64_t end) {
+    const Place place(target, n, cols, begin);
+    const void* from = static_cast<const char*>(values) + (n * cols + begin) * size;
+    kernels.add_values(from, values_type, end - begin, factor, target.type, place.held,
+                       place.saved);
   });
 }
 

@@ -73,15 +73,18 @@ struct MatmulKernels {
                    int64_t end, const Output& out, void* scratch);
   // Columns [begin, end) of row n of the exact float weight: written to `out`, or added to
   // `target`, of `type`, times `alpha` (rounded as matmul.h says). `begin` is a multiple of kSpan,
-  // `end` at most kSpan further.
+  // `end` at most kSpan further. `saved`, where not null, receives what `target` held, past the
+  // caches (dispatch.cpp fences).
   void (*decode)(const PackedMatrix& weight, int64_t n, int64_t begin, int64_t end, float* out);
   void (*add)(const PackedMatrix& weight, int64_t n, int64_t begin, int64_t end, float alpha,
-              FloatType type, void* target);
+              FloatType type, void* target, void* saved);
   // target[k] += table.scaled[code of column begin + k], in the same spans.
   void (*add_levels)(const LevelCodes& codes, const LevelTable& table, int64_t n, int64_t begin,
-                     int64_t end, FloatType type, void* target);
-  // Copies bytes past the caches; dispatch.cpp fences.
-  void (*save)(void* to, const void* from, int64_t bytes);
+                     int64_t end, FloatType type, void* target, void* saved);
+  // target[k] += alpha * value[k] for `count` elements; values are floats or, like the target, of
+  // `type`.
+  void (*add_values)(const void* value, FloatType value_type, int64_t count, float alpha,
+                     FloatType type, void* target, void* saved);
   // The block as the remainder wants it: floats (cols, rows), rounded values in int8 mode. One row
   // of scratch.
   void (*sparse_prepare)(Mode mode, const Activations& x, int64_t cols, int64_t first, int64_t rows,

@@ -160,6 +160,11 @@ struct LevelCodes {
 void add_levels(const LevelCodes& codes, const float* table, float alpha, const AddTarget& target,
                 int num_threads);
 
+// target (rows, cols) += alpha * values (rows, cols; contiguous; float32 or of the target's type),
+// rounded as add_dequantized.
+void add_values(const void* values, FloatType values_type, int64_t rows, int64_t cols, float alpha,
+                const AddTarget& target, int num_threads);
+
 // dequantize on the calling thread and without checks: for kernels that decode block by block.
 void dequantize_rows(const PackedMatrix& weight, int64_t begin, int64_t end, float* out);
 

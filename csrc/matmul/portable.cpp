@@ -5,7 +5,6 @@
 #include "matmul/kernels.h"
 #include "matmul/sparse.h"
 #include "matmul/weights.h"
-#include "runtime/stream_copy.h"
 
 namespace pyrobust::matmul {
 namespace {
@@ -109,11 +108,40 @@ void multiply(const PackedMatrix& w, Mode mode, const Block& block, int64_t begi
   }
 }
 
+// The codes of kBits bits in every byte.
+template <int kBits>
+struct CodeTable {
+  uint8_t of_byte[256][8 / kBits];
+  constexpr CodeTable() : of_byte() {
+    for (int value = 0; value < 256; ++value) {
+      for (int k = 0; k < 8 / kBits; ++k) {
+        of_byte[value][k] = static_cast<uint8_t>((value >> (kBits * k)) & ((1 << kBits) - 1));
+      }
+    }
+  }
+};
+template <int kBits>
+constexpr CodeTable<kBits> kCodes;
+
 struct PlainCodes {
   // Eight codes lie in kBits bytes.
   template <int kBits>
-  static int64_t expand_runs(const uint8_t* codes, int64_t count, uint8_t* out) {
+  static int64_t expand_runs(const uint8_t* __restrict codes, int64_t count,
+                             uint8_t* __restrict out) {
     constexpr uint64_t kField = (1u << kBits) - 1;
+    if constexpr (kBits == 4) {
+      for (int64_t i = 0; i < count / 8 * 4; ++i) {
+        out[2 * i] = codes[i] & kField;
+        out[2 * i + 1] = static_cast<uint8_t>(codes[i] >> 4);
+      }
+      return count / 8 * 8;
+    } else if constexpr (kBits < 3) {
+      constexpr auto kPerByte = sizeof(kCodes<kBits>.of_byte[0]);
+      for (int64_t i = 0; i < count / 8 * kBits; ++i) {
+        __builtin_memcpy(out + kPerByte * i, kCodes<kBits>.of_byte[codes[i]], kPerByte);
+      }
+      return count / 8 * 8;
+    }
     for (int64_t i = 0; i < count / 8; ++i) {
       uint64_t word = 0;
       for (int b = 0; b < kBits; ++b) {
@@ -170,7 +198,7 @@ constexpr MatmulKernels kKernels = {takes_parts,
                                     decode_span<PlainCodes>,
                                     add_span<PlainCodes>,
                                     add_levels_span<PlainCodes>,
-                                    stream_copy,
+                                    add_values_run,
                                     sparse_prepare,
                                     sparse_multiply,
                                     complex_order,

@@ -1,4 +1,4 @@
-"""A packed vector added to a tensor in place, in one pass: decoded weights never lie in memory.
+"""Vectors added to a tensor in place in one pass, packed ones without their weights in memory.
 
 The contract is ``csrc/matmul/matmul.h``, with the same bits on every instruction set:
 
@@ -26,7 +26,14 @@ from pyrobust.ops.packed_weight import (
     native_extras,
 )
 
-__all__ = ["SavedCopy", "add_dequantized_", "add_levels_", "can_add_in_place"]
+__all__ = [
+    "SavedCopy",
+    "add_checked_weight_",
+    "add_dequantized_",
+    "add_levels_",
+    "add_values_",
+    "as_matrix",
+]
 
 
 # From where on a factor rounds to infinity: at first to float32, which the kernels take, then to
@@ -59,12 +66,20 @@ class SavedCopy:
         self.filled = True
 
 
-def can_add_in_place(target: Tensor) -> bool:
-    """Whether the operators below take ``target``.
+def as_matrix(target: Tensor, shape: tuple[int, int]) -> Tensor | None:
+    """A view of ``target`` that the operators below take, or None where there is none.
 
-    That is a plain matrix on the CPU, float32, float16 or bfloat16, whose rows are contiguous and
+    They take a plain matrix on the CPU, float32, float16 or bfloat16, whose rows are contiguous and
     do not overlap.
     """
+    try:
+        matrix = target.view(shape)
+    except RuntimeError:
+        return None
+    return matrix if _can_add_in_place(matrix) else None
+
+
+def _can_add_in_place(target: Tensor) -> bool:
     plain = type(target) in (Tensor, torch.nn.Parameter) and target.device.type == "cpu"
     return plain and target.dtype in _OVERFLOW and target.ndim == 2 and _has_dense_rows(target)
 
@@ -120,10 +135,35 @@ def add_dequantized_(
         >>> add_dequantized_(torch.ones(1, 3), codes, torch.ones(1, 1), alpha=0.5, **form)
         tensor([[0.5000, 1.0000, 1.5000]])
     """
-    subject = "add_dequantized_"
     extras = extras or NO_EXTRAS
-    check_weight(subject, codes, scale, zero, in_features, bits, group_size, group_dim, extras)
-    _check_target(subject, target, alpha, (codes.shape[0], in_features))
+    check_weight(
+        "add_dequantized_", codes, scale, zero, in_features, bits, group_size, group_dim, extras
+    )
+    form = in_features, bits, group_size, group_dim, extras
+    return add_checked_weight_(target, (codes, scale, zero), form, alpha, saved)
+
+
+def add_checked_weight_(
+    target: Tensor,
+    parts: tuple[Tensor, Tensor, Tensor | None],
+    form: tuple[int, float, int, int, WeightExtras],
+    alpha: float,
+    saved: SavedCopy | None,
+) -> Tensor:
+    """:func:`add_dequantized_` for a weight that was checked when it was made.
+
+    A patch of many tensors finds the interpreter's data pushed out of the caches at each of them;
+    the checks of a weight then take as long as a tenth of its sums.
+
+    Args:
+        target: as for :func:`add_dequantized_`.
+        parts: codes, scale and zero.
+        form: in_features, bits, group_size, group_dim and extras.
+        alpha: finite factor.
+        saved: receives what ``target`` held, unless None.
+    """
+    (codes, scale, zero), (in_features, bits, group_size, group_dim, extras) = parts, form
+    _check_target("add_dequantized_", target, alpha, (codes.shape[0], in_features))
     _native.add_dequantized(
         target.detach(), codes.contiguous(), scale.contiguous(),
         None if zero is None else zero.contiguous(), alpha, in_features, levels_of(bits),
@@ -182,6 +222,41 @@ def add_levels_(
     return target
 
 
+def add_values_(
+    target: Tensor, values: Tensor, *, alpha: float = 1.0, saved: SavedCopy | None = None
+) -> Tensor:
+    """``target += alpha * values``, rounded as sums with packed weights are.
+
+    Args:
+        target: ``(rows, columns)``, otherwise as for :func:`add_dequantized_`.
+        values: of its shape on the CPU, contiguous, float32 or of its dtype.
+        alpha: finite factor, rounded to the target's type.
+        saved: receives what ``target`` held.
+
+    Returns:
+        ``target``.
+
+    Raises:
+        TypeError: a dtype is not accepted.
+        ValueError: a shape is wrong, or ``target`` as for :func:`add_dequantized_`.
+
+    Example:
+        >>> add_values_(torch.ones(1, 2).bfloat16(), torch.tensor([[1.0, 2.0]]), alpha=0.5)
+        tensor([[1.5000, 2.0000]], dtype=torch.bfloat16)
+    """
+    subject = "add_values_"
+    if values.dtype not in (torch.float32, target.dtype):
+        raise TypeError(
+            f"{subject}: values must have dtype torch.float32 or that of target, {target.dtype}; "
+            f"got {values.dtype}."
+        )
+    _check_target(subject, target, alpha, (None, None))
+    check_shape(subject, "values", values, tuple(target.shape))
+    _native.add_values(target.detach(), values.detach(), alpha, torch.get_num_threads(), saved)
+    torch.autograd.graph.increment_version(target)
+    return target
+
+
 def _check_target(
     subject: str, target: Tensor, alpha: float, shape: tuple[int | None, int | None]
 ) -> None:
@@ -195,7 +270,7 @@ def _check_target(
             f"{subject}: alpha must be finite in the target's type, {target.dtype}; got {alpha}."
         )
     check_shape(subject, "target", target, shape)
-    if not can_add_in_place(target):
+    if not _can_add_in_place(target):
         raise ValueError(
             f"{subject}: target must be a plain tensor on the CPU with contiguous rows that do not "
             f"overlap; got strides {target.stride()} on {target.device}."

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pyrobust._checks import check_choice, check_integer, check_shape
 from pyrobust._safetensors import write_safetensors
-from pyrobust.ops.add_packed import SavedCopy, add_levels_, can_add_in_place
+from pyrobust.ops.add_packed import SavedCopy, add_levels_, as_matrix
 from pyrobust.ops.matmul import pack_codes, unpack_codes
 from pyrobust.quantize.qtensor import QTensor
 from pyrobust.quantize.round_to_nearest import round_to_nearest
@@ -107,12 +107,12 @@ class PackedDelta(Mapping[str, Tensor]):
         """
         part = self._parts[name]
         check_shape("PackedDelta.add_to_", "target", target, self.shapes[name])
-        if (matrix := _as_matrix(target.detach(), part.shape)) is not None:
+        if (matrix := as_matrix(target.detach(), part.shape)) is not None:
             part.add_to_(matrix, scale, saved)
             return
         if saved is not None:
             saved.fill(target)
-        if (dense := _as_matrix(target.detach().contiguous(), part.shape)) is not None:
+        if (dense := as_matrix(target.detach().contiguous(), part.shape)) is not None:
             part.add_to_(dense, scale, None)
             target.copy_(dense.view(target.shape))
         else:
@@ -191,15 +191,6 @@ class PackedDelta(Mapping[str, Tensor]):
             else:
                 parts[name] = _Codebook(codes, stored[f"{name}/levels"], bits, size[1])
         return cls(parts, shapes, metadata.get("base_checksum") or None)
-
-
-def _as_matrix(target: Tensor, shape: tuple[int, int]) -> Tensor | None:
-    """A view of ``target`` that can be added to, or None where there is none."""
-    try:
-        matrix = target.view(shape)
-    except RuntimeError:
-        return None
-    return matrix if can_add_in_place(matrix) else None
 
 
 def quantize_delta(

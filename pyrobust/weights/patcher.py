@@ -146,10 +146,7 @@ class Patcher:
 def _add(
     delta: Delta, name: str, target: Tensor, scale: float, original: SavedCopy | None = None
 ) -> None:
-    if isinstance(delta, PackedDelta) and scale != 0:
+    if scale != 0:
         delta.add_to_(name, target, scale, original)
-        return
-    if original is not None:
+    elif original is not None:  # not even a sign of zero changes
         original.fill(target)
-    if scale != 0:  # not even a sign of zero changes
-        delta.add_to_(name, target, scale)

@@ -15,7 +15,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from pyrobust._checks import check_shape
 from pyrobust._safetensors import write_safetensors
+from pyrobust.ops.add_packed import SavedCopy, add_values_, as_matrix
 from pyrobust.weights._state import check_names, check_no_ties, check_same_state, check_state_finite
 from pyrobust.weights._state import shorten as _shorten
 
@@ -191,9 +193,32 @@ class TaskVector(Mapping[str, Tensor]):
         """The tensors by name."""
         return dict(self._deltas)
 
-    def add_to_(self, name: str, target: Tensor, scale: float = 1.0) -> None:
-        """Add ``scale`` times the tensor ``name`` to ``target``, of the same shape, in place."""
-        target.add_(self[name].to(target.device, target.dtype), alpha=scale)
+    def add_to_(
+        self, name: str, target: Tensor, scale: float = 1.0, saved: SavedCopy | None = None
+    ) -> None:
+        """Add ``scale`` times the tensor ``name`` to ``target`` in place.
+
+        Contiguous float16 and bfloat16 weights on the CPU are added to as packed vectors are
+        (:mod:`pyrobust.ops.add_packed`): with equal bits for every number of threads.
+
+        Args:
+            name: of a tensor of the vector.
+            target: of its shape.
+            scale: finite factor.
+            saved: receives what ``target`` held, in the same pass where that is possible.
+
+        Raises:
+            KeyError: there is no such tensor.
+            ValueError: ``target`` has another shape.
+        """
+        value = self[name]
+        check_shape("TaskVector.add_to_", "target", target, tuple(value.shape))
+        if (matrix := _half_matrix(target.detach(), value)) is not None:
+            add_values_(matrix, value.reshape(matrix.shape), alpha=scale, saved=saved)
+            return
+        if saved is not None:
+            saved.fill(target)
+        target.add_(value.to(target.device, target.dtype), alpha=scale)
 
     def apply_to(self, module: nn.Module, scale: float | Mapping[str, float] = 1.0) -> nn.Module:
         """Add ``scale`` times the vector to ``module`` in place, in one pass over the weights.
@@ -234,6 +259,15 @@ class TaskVector(Mapping[str, Tensor]):
 
 WeightDelta = TaskVector
 """The same type under the name that robust weight signatures use."""
+
+
+def _half_matrix(target: Tensor, value: Tensor) -> Tensor | None:
+    """``target`` as one row of float16 or bfloat16 to which ``value`` can be added, or None."""
+    if target.dtype not in (torch.float16, torch.bfloat16) or type(value) is not Tensor:
+        return None
+    if value.device.type != "cpu" or value.dtype not in (torch.float32, target.dtype):
+        return None
+    return as_matrix(target, (1, target.numel())) if value.is_contiguous() else None
 
 
 def check_base(

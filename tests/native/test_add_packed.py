@@ -9,7 +9,7 @@ import torch
 
 from pyrobust import _native
 from pyrobust.ops import add_dequantized_, add_levels_, dequantize_codes, pack_codes
-from pyrobust.ops.add_packed import SavedCopy
+from pyrobust.ops.add_packed import SavedCopy, add_values_
 from pyrobust.quantize import BITS, QTensor
 
 LEVELS = {1: 2, 1.58: 3, 2: 4, 3: 8, 4: 16, 8: 256}
@@ -120,6 +120,51 @@ def test_adding_levels_to_halves_equals_the_definition_to_the_bit(bits, dtype):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("alpha", [0.37, -(2.0**-13), 2.0**12])
+def test_scales_of_every_size_are_rounded_alike(dtype, alpha):
+    """Scales within a range take fewer operations; some here are inside, some outside."""
+    scale = 2.0 ** torch.arange(-140, 125, dtype=torch.float64)[:, None]
+    scale = torch.cat([scale, -scale, 1.37 * scale, 0 * scale[:1]]).float()
+    codes = torch.arange(256, dtype=torch.uint8).expand(len(scale), 256).contiguous()
+    packed = QTensor.from_codes(
+        codes, scale, torch.full_like(scale, 93, dtype=torch.uint8), bits=8, group_size=256
+    )
+    target = (10.0 ** torch.randint(-6, 3, codes.shape) * torch.randn(codes.shape)).to(dtype)
+    target[:, :93:2] = -0.0
+    expected = sum_in_halves(target, packed.dequantize(), alpha)
+    number = ~expected.isnan()
+    for _ in isas():
+        result = packed.add_to_(target.clone(), alpha)
+        assert_same_bits(result[number], expected[number])
+        assert bool(result[~number].isnan().all())
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("values_dtype", [torch.float32, None])
+def test_adding_values_equals_the_definition_to_the_bit(dtype, values_dtype):
+    for cols in COLUMNS:
+        whole = torch.randn(3, cols + 7).to(dtype)
+        values = torch.randn(3, cols).to(values_dtype or dtype)
+        target = whole[:, 3:-4]
+        expected = sum_in_halves(target, values, -0.37)
+        for _ in isas():
+            changed, saved = whole.clone(), SavedCopy(torch.empty(3, cols, dtype=dtype))
+            add_values_(changed[:, 3:-4], values, alpha=-0.37, saved=saved)
+            assert_same_bits(changed[:, 3:-4], expected)
+            assert torch.equal(changed[:, :3], whole[:, :3])
+            assert torch.equal(changed[:, -4:], whole[:, -4:])
+            assert saved.filled
+            assert torch.equal(saved.values, target)
+
+
+def test_adding_values_to_floats_rounds_twice():
+    target, values = torch.randn(3, 1300), torch.randn(3, 1300)
+    expected = target + torch.tensor(0.37) * values
+    for _ in isas():
+        assert torch.equal(add_values_(target.clone(), values, alpha=0.37), expected)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("alpha", [0.37, 1.0, -1.0])
 def test_adding_to_halves_is_unpacking_and_adding(dtype, alpha):
     """Whole vectors of torch; in the elements that remain it rounds the product too."""
@@ -173,16 +218,18 @@ def test_rows_that_lie_apart_are_added_to_and_nothing_between(bits, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("bits", [1.58, 4, 8])
-def test_what_the_target_held_is_saved_in_the_same_pass(bits, dtype):
-    for offset, cols in enumerate(COLUMNS):  # places of any alignment, rows that lie apart
-        packed, whole = random_weight(3, cols, bits, 100), torch.randn(3, cols + 7).to(dtype)
+@pytest.mark.parametrize("group_size", [100, 64])  # runs anywhere; on lines, in the loop of sums
+def test_what_the_target_held_is_saved_in_the_same_pass(bits, dtype, group_size):
+    # Places of any alignment (0 and 32 are that of a line), rows that lie apart.
+    for offset, cols in zip((0, 1, 32, 3, 0, 32, 6, 0), COLUMNS, strict=True):
+        packed, whole = random_weight(3, cols, bits, group_size), torch.randn(3, cols + 7).to(dtype)
         codes, levels = packed.codes, torch.randn(LEVELS[bits])
         for _ in isas():
             for add in (
                 partial(packed.add_to_, alpha=0.37),
                 partial(add_levels_, codes=codes, levels=levels, bits=bits),
             ):
-                target, room = whole.clone()[:, 3:-4], torch.zeros(3 * cols + 20).to(dtype)
+                target, room = whole.clone()[:, 3:-4], torch.zeros(3 * cols + 40).to(dtype)
                 saved = SavedCopy(room[offset : offset + 3 * cols].view(3, cols))
                 result = add(target, saved=saved)
                 assert saved.filled
@@ -289,6 +336,10 @@ def test_refusals_before_anything_changes():
         add_levels_(target, codes, levels.double(), bits=2)
     with pytest.raises(ValueError, match="codes must have shape"):
         add_levels_(torch.zeros(3, 30), codes, levels, bits=2)
+    with pytest.raises(TypeError, match=r"values must have dtype torch\.float32 or that of target"):
+        add_values_(target, target.half())
+    with pytest.raises(ValueError, match="values must have shape"):
+        add_values_(target, target[:2])
     with pytest.raises(TypeError, match="codes must have dtype"):
         add_dequantized_(
             target, codes.int(), levels[:3, None], in_features=20, bits=2, group_size=20

@@ -211,6 +211,29 @@ def test_a_packed_vector_on_halves_is_never_unpacked_and_is_undone(
     assert same(before, base.state_dict())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("stored", ["float32", "as the model"])
+def test_a_float_vector_on_halves_has_one_rounding_and_is_undone(dtype, stored):
+    base, tuned = pair()
+    vector = TaskVector.from_modules(base, tuned)
+    vector = vector if stored == "float32" else vector.astype(dtype)
+    base.to(dtype)
+    before, patcher = snapshot(base), Patcher(base)
+    versions = {name: value._version for name, value in base.named_parameters()}
+    patcher.apply(vector, 0.3, "one")
+    factor = float(torch.tensor(0.3, dtype=dtype))
+    for name, delta in vector.items():
+        expected = (before[name].float() + factor * delta.to(dtype).float()).to(dtype)
+        assert torch.equal(base.state_dict()[name], expected)
+        assert base.get_parameter(name)._version > versions[name]
+    patcher.apply(vector, -0.7, "two")
+    patcher.remove("one")
+    patcher.remove("two")
+    assert same(before, base.state_dict())
+    with pytest.raises(ValueError, match="target must have shape"):
+        vector.add_to_("3.bias", torch.zeros(4, dtype=dtype))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_packed_vector_is_added_to_rows_that_lie_apart(dtype):
     packed = quantize_delta(TaskVector.from_deltas({"weight": torch.randn(20, 30)}), 3)
