@@ -70,7 +70,8 @@ void bind_cuda_matmul(py::module_& m) {
       .def("dequantize", &Matrix::dequantize)
       .def("int8", &Matrix::int8);
   py::class_<Linear>(m, "Linear")
-      .def(py::init<const Matrix&, uintptr_t, uintptr_t, int, uintptr_t, uintptr_t, int, bool>())
+      .def(py::init<const Matrix&, uintptr_t, uintptr_t, int, uintptr_t, uintptr_t, int, bool,
+                    bool>())
       .def("workspace", &Linear::workspace)
       .def("run", &Linear::run);
   py::class_<ComplexLinear>(m, "ComplexLinear")
@@ -79,6 +80,7 @@ void bind_cuda_matmul(py::module_& m) {
       .def("run", &ComplexLinear::run);
   m.def("multiprocessors", [](int device) { return usable_device(device).multiprocessors; });
   m.def("clusters", [](int device) { return usable_device(device).capability >= 90; });
+  m.def("warpgroups", [](int device) { return usable_device(device).capability == 90; });
   m.def("repack", &repack);
   m.def("stored_words", &stored_words);
 }

@@ -75,9 +75,10 @@ struct Linear {
   gpu::Format format;
   gpu::LinearArguments arguments;
   int multiprocessors;
+  mutable bool settled = false;  // a product has waited for the weight, and later ones for that
 
   Linear(const Matrix& matrix, uintptr_t codes, uintptr_t scale, int scale_type, uintptr_t zero,
-         uintptr_t alpha, int processors, bool clusters)
+         uintptr_t alpha, int processors, bool clusters, bool warpgroups)
       : multiprocessors(processors) {
     const matmul::PackedMatrix& w = matrix.weight;
     format = gpu::format_of(w.levels, w.codebook != nullptr);
@@ -97,6 +98,7 @@ struct Linear {
     p.symmetric_zero = static_cast<float>(matmul::symmetric_zero(w));
     const bool one_group = w.group_size >= (w.group_dim == 1 ? w.cols : w.rows);
     p.clusters = clusters;
+    p.warpgroups = warpgroups;
     gpu::plan_linear(one_group ? INT64_MAX : w.group_size, &p);
   }
 
@@ -122,6 +124,8 @@ struct Linear {
     p.out_type = static_cast<FloatType>(out_type);
     p.partials = device_pointer<float>(partials);
     p.arrivals = device_pointer<int32_t>(arrivals);
+    p.settled = settled;
+    settled = true;
     require(gpu::linear(format, p, on.queue.stream));
   }
 };

@@ -19,6 +19,7 @@ namespace fibres {
 namespace {
 
 constexpr size_t kStackBytes = 192 * 1024;
+constexpr uintptr_t kAlignment = 1024;  // of shared memory
 constexpr int64_t kResidentThreads = 8192;
 constexpr int64_t kIdlePasses = 64;  // over fibres that only spin, before that counts as a deadlock
 
@@ -40,11 +41,15 @@ struct Warp {
   alignas(16) uint8_t output[kWarp][kSlot];
 };
 
+struct Barrier {
+  unsigned arrived = 0;
+  uint64_t generation = 0;
+};
+
 // Blocks that run together and see each other's shared memory.
 struct Cluster {
   std::vector<Block*> blocks;
-  unsigned arrived = 0;
-  uint64_t generation = 0;
+  Barrier barrier;
 };
 
 struct Block {
@@ -54,8 +59,8 @@ struct Block {
   std::unique_ptr<uint8_t[]> storage;
   uint8_t* shared = nullptr;
   std::vector<Warp> warps;
-  unsigned arrived = 0;
-  uint64_t generation = 0;
+  Barrier whole;
+  Barrier groups[15];
 };
 
 struct Fibre {
@@ -186,6 +191,16 @@ void wait_for(const uint64_t* generation, const char* what) {
   leave_fibre();
 }
 
+void arrive_and_wait(Barrier* barrier, unsigned threads, const char* what) {
+  scheduler.progress = true;
+  if (++barrier->arrived == threads) {
+    barrier->arrived = 0;
+    ++barrier->generation;
+    return;
+  }
+  wait_for(&barrier->generation, what);
+}
+
 bool runnable(Fibre& fibre) {
   if (fibre.done) return false;
   if (fibre.waits_on == nullptr) return true;
@@ -244,8 +259,9 @@ void run_blocks(const Grid& grid, int64_t first, int64_t last) {
     block.index = {index % grid.blocks.x, index / grid.blocks.x, 0};
     block.cluster = &clusters[b / grid.cluster];
     block.cluster->blocks.push_back(&block);
-    block.storage.reset(new uint8_t[grid.shared_bytes + 128]);
-    const auto address = (reinterpret_cast<uintptr_t>(block.storage.get()) + 127) & ~uintptr_t{127};
+    block.storage.reset(new uint8_t[grid.shared_bytes + kAlignment]);
+    const auto address =
+        (reinterpret_cast<uintptr_t>(block.storage.get()) + kAlignment - 1) & ~(kAlignment - 1);
     block.shared = reinterpret_cast<uint8_t*>(address);
     std::memset(block.shared, 0xff, grid.shared_bytes);
     block.warps = std::vector<Warp>(grid.threads.x / kWarp);
@@ -325,26 +341,18 @@ void check_shared(const void* address, size_t bytes, const char* operation) {
 
 int lane_index() { return static_cast<int>(threadIdx.x % kWarp); }
 
-void block_barrier() {
-  Block& block = *scheduler.current->block;
-  scheduler.progress = true;
-  if (++block.arrived == blockDim.x) {
-    block.arrived = 0;
-    ++block.generation;
-    return;
+void block_barrier() { arrive_and_wait(&scheduler.current->block->whole, blockDim.x, "a barrier"); }
+
+void group_barrier(int group, unsigned threads) {
+  if (group < 0 || group >= 15 || threadIdx.x / threads != static_cast<unsigned>(group)) {
+    fault("a thread at the barrier of another group");
   }
-  wait_for(&block.generation, "a barrier");
+  arrive_and_wait(&scheduler.current->block->groups[group], threads, "a group's barrier");
 }
 
 void cluster_barrier() {
-  Cluster& cluster = *scheduler.current->block->cluster;
-  scheduler.progress = true;
-  if (++cluster.arrived == blockDim.x * scheduler.cluster) {
-    cluster.arrived = 0;
-    ++cluster.generation;
-    return;
-  }
-  wait_for(&cluster.generation, "a cluster's barrier");
+  arrive_and_wait(&scheduler.current->block->cluster->barrier, blockDim.x * scheduler.cluster,
+                  "a cluster's barrier");
 }
 
 void yield_while_spinning() {

@@ -74,6 +74,7 @@ void check_shared(const void* address, size_t bytes, const char* operation);
 [[noreturn]] void fault(const char* what);
 int lane_index();
 void block_barrier();
+void group_barrier(int group, unsigned threads);  // consecutive threads, `group`-th such run
 void cluster_barrier();
 void yield_while_spinning();
 

@@ -16,6 +16,9 @@ struct LaunchShape {
   unsigned threads = 128;
   size_t shared_bytes = 0;
   unsigned cluster = 1;  // consecutive blocks along x that see each other's shared memory
+  // May start while the grid before it on the stream ends (compute capability 9.0): what that one
+  // writes, and what it reads and this one writes, only after cuda::await_grid.
+  bool overlaps = false;
 };
 
 #if defined(__CUDACC__)
@@ -31,17 +34,26 @@ Status launch(void (*kernel)(Parameters...), const LaunchShape& shape, Stream st
                                                    static_cast<int>(shape.shared_bytes));
     if (error != cudaSuccess) return static_cast<Status>(error);
   }
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = shape.cluster;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchAttribute attributes[2] = {};
+  unsigned count = 0;
+  if (shape.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count].val.clusterDim.x = shape.cluster;
+    attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
+    ++count;
+  }
+  if (shape.overlaps) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count].val.programmaticStreamSerializationAllowed = 1;
+    ++count;
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(shape.blocks_x, shape.blocks_y);
   config.blockDim = shape.threads;
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = reinterpret_cast<cudaStream_t>(stream);
-  config.attrs = &attribute;
-  config.numAttrs = shape.cluster > 1 ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   return static_cast<Status>(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
 }
 

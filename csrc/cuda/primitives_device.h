@@ -16,7 +16,7 @@ namespace cuda {
 constexpr unsigned kFullWarp = 0xffffffffu;
 
 PYROBUST_DEVICE uint8_t* shared_memory() {
-  extern __shared__ __align__(128) uint8_t pyrobust_shared[];
+  extern __shared__ __align__(1024) uint8_t pyrobust_shared[];
   return pyrobust_shared;
 }
 
@@ -98,6 +98,78 @@ PYROBUST_DEVICE void mma_m16n8k32_s8(int32_t (&d)[4], const uint32_t (&a)[4],
       "{%8, %9}, {%0, %1, %2, %3};\n"
       : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// --- warpgroups ---------------------------------------------------------------------------------
+// Four warps multiply together (wgmma): code for sm_90a alone. Products are under way from their
+// instruction on until finish_products; registers and shared memory that they use stay as they are.
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define PYROBUST_WARPGROUP(types, d, a, b, onto)                                                 \
+  asm volatile(                                                                                  \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"                                               \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." types                                        \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, "                                                       \
+      "%8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, " \
+      "%26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}\n"               \
+      : PYROBUST_SUMS(d)                                                                         \
+      : "r"((a)[0]), "r"((a)[1]), "r"((a)[2]), "r"((a)[3]), "l"(b), "r"(static_cast<int>(onto)))
+#define PYROBUST_SUM(d) "+f"((d)[0]), "+f"((d)[1]), "+f"((d)[2]), "+f"((d)[3])
+#define PYROBUST_SUMS(d)                                                                  \
+  PYROBUST_SUM((d)[0]), PYROBUST_SUM((d)[1]), PYROBUST_SUM((d)[2]), PYROBUST_SUM((d)[3]), \
+      PYROBUST_SUM((d)[4]), PYROBUST_SUM((d)[5]), PYROBUST_SUM((d)[6]), PYROBUST_SUM((d)[7])
+#endif
+
+// The b operand at `shared`; 16 columns further on in its rows of 64: + 2; the next 64 rows of 128
+// bytes: + 512. A descriptor: swizzle of 128 bytes, eight rows every 1024 bytes.
+PYROBUST_DEVICE uint64_t operand_of(const void* shared) {
+  return uint64_t{shared_address(shared) >> 4} | uint64_t{1} << 16 | uint64_t{64} << 32 |
+         uint64_t{1} << 62;
+}
+
+// d = a b, plus d where `onto`.
+PYROBUST_DEVICE void multiply_m64n64k16_f16(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b,
+                                            bool onto) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  PYROBUST_WARPGROUP("f16.f16", d, a, b, onto);
+#endif
+}
+
+PYROBUST_DEVICE void multiply_m64n64k16_bf16(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b,
+                                             bool onto) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  PYROBUST_WARPGROUP("bf16.bf16", d, a, b, onto);
+#endif
+}
+
+// Before the first product that uses registers written since the last.
+PYROBUST_DEVICE void begin_products() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");
+#endif
+}
+
+// The products since the last call are one group.
+PYROBUST_DEVICE void commit_products() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory");
+#endif
+}
+
+// Waits until at most `Left` groups are under way, those onto d not among them.
+template <int Left>
+PYROBUST_DEVICE void finish_products(float (&d)[8][4]) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("wgmma.wait_group.sync.aligned %32;\n" : PYROBUST_SUMS(d) : "n"(Left) : "memory");
+#endif
+}
+
+// What this thread wrote to shared memory, its copies that have landed too, is there for products
+// of warpgroups once a barrier follows.
+PYROBUST_DEVICE void show_to_products() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+#endif
 }
 
 // --- words --------------------------------------------------------------------------------------
@@ -189,6 +261,27 @@ PYROBUST_DEVICE void sync_warp() { __syncwarp(); }
 // --- blocks and grids ---------------------------------------------------------------------------
 
 PYROBUST_DEVICE void sync_threads() { __syncthreads(); }
+
+// A barrier of kThreads threads, the `group`-th such group of the block, 0 .. 14.
+template <int kThreads>
+PYROBUST_DEVICE void sync_group(int group) {
+  asm volatile("bar.sync %0, %1;\n" ::"r"(group + 1), "n"(kThreads) : "memory");
+}
+
+// The grid after this one may be started when all thread blocks have come here or ended, where its
+// launch says LaunchShape::overlaps. It has room once thread blocks of this one end.
+PYROBUST_DEVICE void begin_next_grid() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
+#endif
+}
+
+// Waits until the grid before this one has ended and what it wrote is visible.
+PYROBUST_DEVICE void await_grid() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");
+#endif
+}
 
 // Waits until *lock == value, for the whole block; writes of whoever released it are then visible.
 // All blocks of the grid must be resident, or the awaited ones have lower indices.

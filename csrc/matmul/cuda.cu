@@ -4,6 +4,7 @@
 #include "cuda/launch.h"
 #include "cuda/primitives.h"
 #include "matmul/cuda.h"
+#include "matmul/cuda_decode_rows.cuh"
 #include "matmul/weights.h"
 
 namespace pyrobust::matmul::gpu {
@@ -222,6 +223,13 @@ int8_kernel(PackedMatrix w, const int8_t* q, const double* steps, int64_t count,
   store_result(out, 0, n, total, steps[m]);
 }
 
+// Products of warpgroups scale every 128 columns.
+bool is_wide(Format format, const LinearArguments& p) {
+  const bool coded = format == Format::kCodebook || format == Format::kComplex;
+  const bool pairs = p.groups == 1 || p.group_span % 2 == 0;
+  return p.clusters && p.warpgroups && p.group_dim == 1 && p.count > 16 && pairs && !coded;
+}
+
 unsigned blocks_for(int64_t work, int64_t of_each) {
   return static_cast<unsigned>(divide_up(work, of_each));
 }
@@ -239,6 +247,11 @@ void plan_linear(int64_t group_size, LinearArguments* p) {
 
 void plan_rows(Format format, int64_t count, int multiprocessors, LinearArguments* p) {
   p->count = count;
+  p->wide = is_wide(format, *p);
+  if (p->wide) {
+    p->schedule = make_wide_schedule(p->rows, p->cols, multiprocessors);
+    return;
+  }
   const int rows = instance_rows(format, p->group_dim, count);
   p->schedule = make_schedule(rows, p->rows, p->cols, multiprocessors);
 }
@@ -254,6 +267,7 @@ int64_t partial_floats(Format format, const LinearArguments& p) {
 int64_t arrival_words(const LinearArguments& p) { return p.schedule.tiles; }
 
 cuda::Status linear(Format format, const LinearArguments& p, cuda::Stream stream) {
+  if (p.wide) return linear_wide(format, p, stream);
   switch (format) {
     case Format::k1:
       return linear_1(p, stream);
@@ -283,6 +297,20 @@ cuda::Status dequantize(const PackedMatrix& weight, RowRange rows, const int64_t
                         FloatType type, void* out, cuda::Stream stream) {
   const int64_t blocks = (rows.end - rows.begin) * ceil_div(weight.cols, kSegment);
   if (blocks == 0) return 0;
+  if (indices == nullptr && plainly_decoded(weight, rows, type)) {
+    switch (weight.levels) {
+      case 2:
+        return decode_rows<1>(weight, rows, type, out, stream);
+      case 4:
+        return decode_rows<2>(weight, rows, type, out, stream);
+      case 8:
+        return decode_rows<3>(weight, rows, type, out, stream);
+      case 16:
+        return decode_rows<4>(weight, rows, type, out, stream);
+      case 256:
+        return decode_rows<8>(weight, rows, type, out, stream);
+    }
+  }
   const cuda::LaunchShape shape = {static_cast<unsigned>(blocks), 1, kThreads, 0};
   return cuda::launch(dequantize_kernel, shape, stream, weight, rows.begin, indices, type, out);
 }

@@ -52,7 +52,11 @@ struct LinearArguments {
   int group_dim = 1;
   int levels = 16;
   float symmetric_zero = 0.0f;
-  bool clusters = false;  // the device has them: compute capability 9.0
+  bool clusters = false;    // the device has them: compute capability 9.0 and above
+  bool warpgroups = false;  // the device multiplies by them: 9.0 alone
+  bool wide = false;        // plan_rows: the product is cuda_wide.cuh's
+  // The weight was complete before the grid ahead on this stream: this one may begin to read it.
+  bool settled = false;
   Schedule schedule;
 };
 
@@ -80,6 +84,7 @@ cuda::Status linear_3(const LinearArguments& p, cuda::Stream stream);
 cuda::Status linear_4(const LinearArguments& p, cuda::Stream stream);
 cuda::Status linear_8(const LinearArguments& p, cuda::Stream stream);
 cuda::Status linear_codebook(const LinearArguments& p, cuda::Stream stream);
+cuda::Status linear_wide(Format format, const LinearArguments& p, cuda::Stream stream);
 cuda::Status linear_complex(const LinearArguments& p, cuda::Stream stream);
 
 // Codes from the canonical layout to the GPU's, stored_words() of them.

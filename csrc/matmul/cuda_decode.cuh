@@ -29,6 +29,10 @@ struct Float16 {
   PYROBUST_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     cuda::mma_m16n8k16_f16(d, a, b);
   }
+  PYROBUST_DEVICE void multiply_warpgroup(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b,
+                                          bool onto) {
+    cuda::multiply_m64n64k16_f16(d, a, b, onto);
+  }
 };
 
 struct BFloat16 {
@@ -44,6 +48,10 @@ struct BFloat16 {
   PYROBUST_DEVICE float high(uint32_t pair) { return cuda::high_bf16(pair); }
   PYROBUST_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     cuda::mma_m16n8k16_bf16(d, a, b);
+  }
+  PYROBUST_DEVICE void multiply_warpgroup(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b,
+                                          bool onto) {
+    cuda::multiply_m64n64k16_bf16(d, a, b, onto);
   }
 };
 

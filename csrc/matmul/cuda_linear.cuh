@@ -23,11 +23,11 @@ template <Format kFormat, class Act, int kRows, int kGroupDim, int kLate = 0>
 struct Linear {
   using S = Shape<kFormat, kRows>;
   using M = Multiplier<kFormat, Act, kRows, kGroupDim>;
-  using R = Results<kFormat, Act, kRows>;
+  using R = Results<kFormat, Act, S>;
 
   PYROBUST_DEVICE WarpPlace place() {
     const int warp = static_cast<int>(threadIdx.x) % S::kTeam / kLanes;
-    return {static_cast<int>(threadIdx.x) % kLanes, warp % S::kStrips, warp / S::kStrips};
+    return {static_cast<int>(threadIdx.x) % kLanes, warp % S::kStrips, warp / S::kStrips, 0};
   }
 
   PYROBUST_DEVICE void sync_team() {
@@ -53,8 +53,16 @@ struct Linear {
     Loader<kFormat, kRows, kGroupDim> loader;
     loader.begin(p, at, tile, first, last);
     Unit unit = loader.unit;
+    // Weights are there before the grid ahead has ended; x may be its result.
+    auto ahead = loader;
     for (int i = 0; i < S::kStages - 1; ++i) {
-      if (i < count) loader.load(p, at, stages + i * S::kStageBytes);
+      if (i < count) ahead.load_weights(p, at, stages + i * S::kStageBytes);
+      ahead.advance_places(p);
+    }
+    cuda::begin_next_grid();
+    cuda::await_grid();
+    for (int i = 0; i < S::kStages - 1; ++i) {
+      if (i < count) loader.load_activations(p, stages + i * S::kStageBytes);
       loader.advance_places(p);
       cuda::commit_copies();
     }
@@ -102,6 +110,7 @@ cuda::Status start(const LinearArguments& p, cuda::Stream stream) {
   shape.threads = S::kThreads;
   shape.shared_bytes = S::kSharedBytes;
   if (p.clusters) shape.cluster = static_cast<unsigned>(p.schedule.parts);
+  shape.overlaps = p.clusters && p.settled;
   return cuda::launch(packed_linear_kernel<kFormat, Act, kRows, kGroupDim>, shape, stream, p);
 }
 

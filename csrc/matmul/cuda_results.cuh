@@ -10,10 +10,9 @@
 
 namespace pyrobust::matmul::gpu {
 
-template <Format kFormat, class Act, int kRows>
+template <Format kFormat, class Act, class S>
 struct Results {
-  using S = Shape<kFormat, kRows>;
-  using Sums = float[S::kSums][4][S::kEights][4];
+  using Sums = float[S::kSums][S::kTiles][S::kEights][4];
 
   struct Share {
     int64_t tile;
@@ -27,7 +26,8 @@ struct Results {
   PYROBUST_DEVICE void store_sums(const Sums& sum, uint8_t* to, int thread) {
 #pragma unroll
     for (int i = 0; i < S::kVectors; ++i) {
-      const float* v = sum[i / (4 * S::kEights)][i / S::kEights % 4][i % S::kEights];
+      const float* v =
+          sum[i / (S::kTiles * S::kEights)][i / S::kEights % S::kTiles][i % S::kEights];
       cuda::store16(
           to + (i * S::kTeam + thread) * 16,
           {{bits_of_float(v[0]), bits_of_float(v[1]), bits_of_float(v[2]), bits_of_float(v[3])}});
@@ -110,7 +110,8 @@ struct Results {
   // Of vector i: rows 16 r + g and 16 r + 8 + g of the strip, two rows of x.
   PYROBUST_DEVICE void finish_vector(const LinearArguments& p, const Share& share,
                                      const WarpPlace& at, int i) {
-    const int side = i / (4 * S::kEights), pair = 2 * (i / S::kEights % 4), m = i % S::kEights;
+    const int side = i / (S::kTiles * S::kEights), m = i % S::kEights;
+    const int pair = 2 * (at.tile + i / S::kEights % S::kTiles);
     const int64_t row = (at.half * S::kEights + m) * 8 + 2 * (at.lane % 4);
     if (row >= p.count) return;
     float sum[4] = {};

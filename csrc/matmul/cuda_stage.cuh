@@ -16,6 +16,7 @@ struct Shape {
   static constexpr int kStrips = strips_of_tile(kRows);
   static constexpr int kHalves = row_halves(kRows);    // warps that share a strip, by rows of x
   static constexpr int kEights = kRows / kHalves / 8;  // rows of x of a warp, by eights
+  static constexpr int kTiles = 4;                     // of 16 rows of W of a warp
   static constexpr int kTeams = teams_of(kRows);
   static constexpr int kTeam = kStrips * kHalves * kLanes;  // threads
   static constexpr int kThreads = kWarps * kLanes;
@@ -39,7 +40,7 @@ struct Shape {
   static constexpr int kSharedBytes = kTicketAt + 16;
 
   // The sums of a team, vectors of four a thread, lie over the stages in the end.
-  static constexpr int kVectors = kSums * 4 * kEights;
+  static constexpr int kVectors = kSums * kTiles * kEights;
   static constexpr int kRunBytes = kVectors * kTeam * 16;
   static_assert(kTeams * kRunBytes <= kTableAt, "the sums lie over the stages");
 };
@@ -47,6 +48,7 @@ struct Shape {
 // Which warp of its team a thread is in.
 struct WarpPlace {
   int lane, strip, half;  // strip within the tile; half of the rows of x
+  int tile;               // first of the strip's tiles of 16 rows
 };
 
 // Where a team is: columns [64 block, ...) of its tile and, with groups along input features, how
@@ -112,6 +114,11 @@ struct Loader {
   __device__ __forceinline__ void load(const LinearArguments& p, const WarpPlace& at,
                                        uint8_t* stage) const {
     load_activations(p, stage);
+    load_weights(p, at, stage);
+  }
+
+  __device__ __forceinline__ void load_weights(const LinearArguments& p, const WarpPlace& at,
+                                               uint8_t* stage) const {
     if (idle) return;
     uint8_t* to = stage + S::kCodesAt + at.strip * S::kStripCodes + at.lane * 16;
     const uint32_t* from = p.codes + int64_t{codes} * 4;

@@ -33,6 +33,7 @@ __all__ = [
     "multiprocessors",
     "product",
     "version",
+    "warpgroups",
     "whole_chunks",
     "workspace",
 ]
@@ -71,6 +72,11 @@ def multiprocessors(tensor: Tensor) -> int:
 def clusters(tensor: Tensor) -> bool:
     """Whether thread blocks of the tensor's device can share memory (compute capability 9.0)."""
     return bool(cuda_module(_SUBJECT).clusters(where(tensor)[0]))
+
+
+def warpgroups(tensor: Tensor) -> bool:
+    """Whether warps of the tensor's device multiply by fours (compute capability 9.0 alone)."""
+    return bool(cuda_module(_SUBJECT).warpgroups(where(tensor)[0]))
 
 
 def address(tensor: Tensor | None) -> int:
@@ -225,6 +231,7 @@ def _repack(weight: GpuWeight, dtype: torch.dtype) -> _Fused:
     native = module.Linear(
         weight.matrix, weight.stored.data_ptr(), scale.data_ptr(), FLOAT_CODES[scale.dtype],
         address(zero), address(alpha), multiprocessors(parts.codes), clusters(parts.codes),
+        warpgroups(parts.codes),
     )  # fmt: skip
     return _Fused(native, (scale, zero, alpha))
 

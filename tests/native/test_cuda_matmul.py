@@ -131,6 +131,7 @@ def test_thread_blocks_share_a_tile_with_and_without_clusters(
     """The same sums in the same order, whether through shared or through global memory."""
     shim.set_options(descending=descending)
     emulated(16)
+    monkeypatch.setattr(gpu, "warpgroups", lambda _: False)  # they need clusters
     drawn, x = draw(300, 3136, bits, 128), torch.randn(count, 3136).half()
     assert drawn.device.fused_for(torch.float16) is not None
     in_clusters = check(drawn, x, torch.randn(300).fill_(0.5))
@@ -174,6 +175,27 @@ def test_optional_parts(parts, bits):
 def test_every_number_of_rows(count, bits):
     drawn = draw(70, 72, bits, 64, 1, ("zero",))
     check(drawn, torch.randn(count, 72).half(), torch.randn(70))
+
+
+@EVERY_WIDTH
+@BOTH_TYPES
+@pytest.mark.parametrize("descending", [False, True], ids=["ascending", "descending"])
+@pytest.mark.parametrize("group_size", [128, 10_000], ids=lambda g: f"group{g}")
+def test_products_of_warpgroups(bits, dtype, descending, group_size, emulated):
+    """An odd number of blocks of columns, strips past the end, two thread blocks a tile."""
+    shim.set_options(descending=descending)
+    emulated(16)
+    parts = ("zero", "remainder") if bits not in (1, 1.58) else ()
+    drawn = draw(200, 712, bits, group_size, 1, parts)
+    check(drawn, torch.randn(50, 712).to(dtype), torch.randn(200))
+
+
+@pytest.mark.parametrize("scale_type", [torch.float16, torch.bfloat16, torch.float32])
+def test_scales_of_every_type(scale_type):
+    scale = (torch.randint(1, 64, (70, 3)) / 64).to(scale_type)
+    drawn = draw(70, 300, 4, 128, 1, ("zero",), scale)
+    for count in (3, 40):
+        check(drawn, torch.randn(count, 300).half())
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 7), (257, 9), (64, 64), (63, 65), (513, 129)])
@@ -262,6 +284,10 @@ def test_the_decoded_weight_is_exact(bits, group_dim, parts):
     weight = drawn.packed.dequantize()
     assert torch.equal(gpu.dequantize(drawn.device, 0, 40, torch.float32), weight)
     assert torch.equal(gpu.dequantize(drawn.device, 7, 31, torch.bfloat16), weight[7:31].bfloat16())
+    plain = draw(40, 96, bits, 24, group_dim, ("zero",) if bits not in (1, 1.58) else ())
+    for dtype in HALVES:  # rows that a kernel of their own decodes
+        found = gpu.dequantize(plain.device, 3, 38, dtype)
+        assert torch.equal(found, plain.packed.dequantize()[3:38].to(dtype))
     indices = torch.tensor([39, 0, 7, 7])
     assert torch.equal(gpu.dequantize(drawn.device, 0, 4, torch.float16, indices),
                        weight[indices].half())  # fmt: skip
