@@ -1,4 +1,4 @@
-// The fused product of 17 to 64 rows of x with a packed weight on the tensor cores of warpgroups
+// The fused product of 33 to 64 rows of x with a packed weight on the tensor cores of warpgroups
 // (compute capability 9.0): four warps multiply 64 rows of W at once with x as it lies in shared
 // memory, at twice the rate of one warp's products. For groups along input features of a multiple
 // of 128, or one a row; weights are never rounded, and each 128 columns are scaled in float32.

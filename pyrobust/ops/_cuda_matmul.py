@@ -1,7 +1,7 @@
 """The packed product on a GPU: repacked weights, workspaces, and the choice between two paths.
 
 Up to :data:`FUSED_ROWS` rows of x go through the fused kernels, 64 at a time; more rows multiply
-with W decoded in pieces that stay in the second-level cache, by torch's own matrix product. What is
+with W decoded in pieces of bounded size, by torch's own matrix product. What is
 computed, and to which error, is said in ``csrc/matmul/cuda.h``. Kernels see addresses only: the
 tensors are kept here, and everything comes from torch's allocator.
 """
@@ -43,7 +43,7 @@ __all__ = [
 FUSED_ROWS: dict[float, int] = {1: 128, 1.58: 128, 2: 128, 3: 128, 4: 128, 8: 128}
 
 _CALL_ROWS = 64  # of one launch; kMaxFusedRows
-_CACHE_BYTES = 24 << 20  # of decoded W at a time: half of an H200's second-level cache
+_PIECE_BYTES = 128 << 20  # of decoded W at a time
 _TILE = 128  # rows and columns of a result that one thread block of torch's product makes
 _STRIP, _BLOCK = 64, 64
 
@@ -361,10 +361,11 @@ def _two_term_linear(weight: GpuWeight, fused: _Fused, x: Tensor, bias: Tensor |
 def _decoded_linear(weight: GpuWeight, x: Tensor, bias: Tensor | None) -> Tensor:
     out = x.new_empty((x.shape[0], weight.rows))
     size = max(1, weight.parts.in_features) * x.element_size()
-    # Pieces that stay in the cache, but of enough tiles for all multiprocessors: for 256 rows of x
-    # and 8192 x 8192 weights, pieces of 24 MB took 275 us on an H200 where one product takes 51.
+    # Pieces bound the memory, but have enough tiles for all multiprocessors. On an H200, 4096 rows
+    # of x by 8192 x 8192 at 4 bits in pieces of 24 MB took 838 us, one dense product 706, decoding
+    # all of W 45.
     enough = -(-2 * multiprocessors(x) // -(-x.shape[0] // _TILE)) * _TILE
-    piece = max(_STRIP, _CACHE_BYTES // size // _STRIP * _STRIP, enough)
+    piece = max(_STRIP, _PIECE_BYTES // size // _STRIP * _STRIP, enough)
     for begin in range(0, weight.rows, piece):
         end = min(weight.rows, begin + piece)
         columns, transposed = out[:, begin:end], dequantize(weight, begin, end, x.dtype).T

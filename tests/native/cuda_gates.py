@@ -70,7 +70,7 @@ def disassembler() -> str | None:
     return None
 
 
-def compile_kernels(source: str, architecture: int, folder: Path) -> dict[str, Kernel]:
+def compile_kernels(source: str, architecture: int | str, folder: Path) -> dict[str, Kernel]:
     """Kernels of ``csrc/<source>`` by demangled name."""
     assert NVCC is not None
     output = folder / "kernels.cubin"

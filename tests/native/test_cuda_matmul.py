@@ -263,7 +263,7 @@ def test_groups_that_no_block_holds_are_multiplied_decoded(group_size):
 
 
 def test_many_rows_are_multiplied_decoded_in_pieces(monkeypatch):
-    monkeypatch.setattr(gpu, "_CACHE_BYTES", 64 * 100 * 2)
+    monkeypatch.setattr(gpu, "_PIECE_BYTES", 64 * 100 * 2)
     monkeypatch.setattr(gpu, "_TILE", 1)
     drawn = draw(200, 100, 4, 32, 1, ("zero", "remainder"))
     x, bias = torch.randn(gpu.FUSED_ROWS[4] + 1, 100), torch.randn(200)

@@ -87,6 +87,21 @@ def test_every_width(bits, act, tmp_path):
 
 
 @pytest.mark.slow
+def test_products_of_warpgroups(tmp_path):
+    """No spills, and no wait for every single product, which a branch among them would bring."""
+    kernels = gates.compile_kernels("matmul/cuda_wide.cu", "90a", tmp_path)
+    assert len(kernels) == 10
+    for kernel in kernels.values():
+        assert kernel.spills == 0
+        if not kernel.code:
+            continue
+        counts = kernel.counts(*kernel.loops()[0])
+        assert counts["HGMMA"] == 16
+        assert counts["WARPGROUP"] <= 8
+        assert kernel.has(r"LDGSTS\.E\.BYPASS\.128")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "architecture",
     [
