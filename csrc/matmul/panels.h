@@ -27,6 +27,9 @@
 
 namespace pyrobust::matmul {
 
+// Unnamed: code of one instruction set must not be merged into that of another.
+namespace {
+
 constexpr int64_t kPanelRows = 32;
 constexpr int64_t kQuadColumns = 16;
 constexpr int64_t kLineBytes = 64;
@@ -60,4 +63,5 @@ struct PanelLayout {
   int64_t bytes() const { return panels * panel_bytes; }
 };
 
+}  // namespace
 }  // namespace pyrobust::matmul
