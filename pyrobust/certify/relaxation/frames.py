@@ -73,23 +73,24 @@ class Frame:
         images = self.images
         return len(images) if isinstance(images, Tensor) else len(range(batch)[images])
 
-    def take(self, values: Tensor, size: torch.Size) -> Tensor:
+    def take(self, values: Tensor, size: torch.Size, beyond: str = "constant") -> Tensor:
         """``(b, *part)`` of ``(B or 1, *value)``: what coefficients with ``size`` last axes meet.
 
         What all images share comes back with one image, and what all places share as it is.
+        Beyond borders there is 0, or the nearest value with ``beyond="replicate"``.
         """
         rows = isinstance(self.images, Tensor)
         if self.window is None or values.shape[2:].numel() == 1:
             return values if len(values) == 1 else values[self.images]
         assert rows
-        return self._windows(values, self.window, size)
+        return self._windows(values, self.window, size, beyond)
 
-    def _windows(self, values: Tensor, window: Window, size: torch.Size) -> Tensor:
+    def _windows(self, values: Tensor, window: Window, size: torch.Size, beyond: str) -> Tensor:
         images = self.images
         assert isinstance(images, Tensor)
         first, last = (0, 1) if len(values) == 1 else (int(images[0]), int(images[-1]) + 1)
         (top, bottom), (left, right) = window.over(size, values.shape[2:])
-        padded = F.pad(values[first:last], (left, right, top, bottom))
+        padded = F.pad(values[first:last], (left, right, top, bottom), mode=beyond)
         each = padded.unfold(2, size[0], 1).unfold(3, size[1], 1)
         image = torch.zeros_like(images) if len(values) == 1 else images - first
         return each[image, :, window.corner(0, top), window.corner(1, left)]

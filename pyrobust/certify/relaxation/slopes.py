@@ -70,7 +70,8 @@ def best_bounds(
         best = values if best is None else torch.maximum(best, values)
         optimizer = optimizer or torch.optim.Adam(slopes.groups(search.learning_rate))
         for leaf, gradient in zip(leaves, gradients, strict=True):
-            leaf.grad = gradient
+            # where a line has no finite slope the place stays
+            leaf.grad = None if gradient is None else gradient.nan_to_num(0.0, 0.0, 0.0)
         optimizer.step()
         slopes.limit()
         for group in optimizer.param_groups:
@@ -79,7 +80,10 @@ def best_bounds(
         return best
     slopes.finish(problem.sound)
     # without the fixed lines, by which units that are off would be left out
-    return lower_bounds(replace(problem, lines={}), start, coefficients, slopes, frame)
+    found = lower_bounds(replace(problem, lines={}), start, coefficients, slopes, frame)
+    return torch.where(
+        found.isnan(), -torch.inf, found
+    )  # sums that met both infinities say nothing
 
 
 def _without_gradients(step: Step) -> Step:
@@ -167,9 +171,11 @@ class _Slopes:
         problem, bend, size = self._problem, step.bend, part.a.shape[3:]
         assert bend is not None
         box, lines = problem.boxes[step.inputs[0]], problem.lines[step.node]
+        box_ends = (box.lower, box.upper)
         four = (lines.lower_slope, lines.lower_shift, lines.upper_slope, lines.upper_shift)
-        fixed = Lines(*(part.frame.take(values.detach(), size) for values in four))
-        low, high = (part.frame.take(end.detach(), size) for end in (box.lower, box.upper))
+        # Beyond borders coefficients are 0, and a box of 0 may be none of the function's.
+        taken = [part.frame.take(v.detach(), size, "replicate") for v in (*four, *box_ends)]
+        fixed, (low, high) = Lines(*taken[:4]), taken[4:]
         shape = (self._rows, self._places, *part.a.shape[2:])
         count = 1 if bend.rays else 2
         least, most = _derivatives(bend, low, high)

@@ -133,3 +133,24 @@ def test_options_are_checked():
     model, ball = small(nn.ReLU), Interval.ball(torch.zeros(1, 5), 0.1)
     with pytest.raises(ValueError, match="hidden_iterations"):
         bound(model, ball, method="alpha-crown", hidden_iterations=-1)
+
+
+class _Inverse(nn.Module):
+    def forward(self, x):
+        return x**-1.0
+
+
+def test_windows_over_the_border_of_a_function_not_defined_at_zero():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(1, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1)
+    model = nn.Sequential(
+        conv[0], nn.Softplus(), _Inverse(), conv[1], nn.ReLU(), nn.Flatten(), nn.Linear(72, 2)
+    )
+    x = torch.rand(2, 1, 6, 6)
+    box = Interval.ball(x, 0.05)
+    found = bound(model, box, method="alpha-crown", iterations=3)
+    plain = bound(model, box, method="crown")
+    assert bool((found.lower >= plain.lower).all() & (found.upper <= plain.upper).all())
+    points = x + 0.05 * (2 * torch.rand(200, *x.shape) - 1)
+    values = model(points.flatten(0, 1)).unflatten(0, (200, 2))
+    assert bool((found.lower <= values).all() & (values <= found.upper).all())
