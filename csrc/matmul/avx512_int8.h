@@ -130,6 +130,32 @@ inline __m512d high_doubles(__m512i v) {
   return _mm512_cvtepi32_pd(_mm512_extracti64x4_epi64(v, 1));
 }
 
+// total += scale * sums, of sixteen lanes.
+__attribute__((always_inline)) inline void add_lanes(__m512i sums, const __m512d* scale,
+                                                     double* total) {
+  add_scaled(low_doubles(sums), scale[0], total);
+  add_scaled(high_doubles(sums), scale[1], total + 8);
+}
+
+// total += scale step (256 high + low). kNarrow: is_narrow().
+template <bool kNarrow>
+__attribute__((always_inline)) inline void add_lanes_of_parts(__m512i high, __m512i low,
+                                                              __m512d step, const __m512d* scale,
+                                                              double* total) {
+  __m512d first, second;
+  if constexpr (kNarrow) {
+    const __m512i both = _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
+    first = low_doubles(both);
+    second = high_doubles(both);
+  } else {
+    const __m512d unit = _mm512_set1_pd(256.0);
+    first = _mm512_fmadd_pd(low_doubles(high), unit, low_doubles(low));
+    second = _mm512_fmadd_pd(high_doubles(high), unit, high_doubles(low));
+  }
+  add_scaled(_mm512_mul_pd(first, step), scale[0], total);
+  add_scaled(_mm512_mul_pd(second, step), scale[1], total + 8);
+}
+
 // total += scale * (sums - zero q_sum) for `count` rows of x from m on; the products are exact.
 inline void scale_rows(const WideRows& x, const int32_t* sums, int64_t count, int64_t groups,
                        int64_t g, int64_t m, const WideScratch& s) {
@@ -140,8 +166,7 @@ inline void scale_rows(const WideRows& x, const int32_t* sums, int64_t count, in
 #pragma GCC unroll 2
     for (int t = 0; t < kWideTiles; ++t) {
       const __m512i exact = less_zeros(sums + t * kLanes, lanes.zero[t], *q_sum);
-      add_scaled(low_doubles(exact), lanes.scale[2 * t], total + t * kLanes);
-      add_scaled(high_doubles(exact), lanes.scale[2 * t + 1], total + t * kLanes + 8);
+      add_lanes(exact, lanes.scale + 2 * t, total + t * kLanes);
     }
   }
 }
@@ -154,7 +179,6 @@ inline void scale_parts(const WideRows& x, const int32_t* sums, int64_t count, i
   const int32_t* q_sum = x.q_sum + 2 * m * groups + g;
   const double* step = x.step + m * groups + g;
   double* total = s.total + m * kWidth;
-  const __m512d unit = _mm512_set1_pd(256.0);
   for (int64_t i = 0; i < count; ++i, q_sum += 2 * groups, step += groups) {
     const __m512d own = _mm512_set1_pd(*step);
 #pragma GCC unroll 2
@@ -162,17 +186,7 @@ inline void scale_parts(const WideRows& x, const int32_t* sums, int64_t count, i
       const int64_t at = i * kWidth + t * kLanes;
       const __m512i high = less_zeros(sums + at, lanes.zero[t], q_sum[0]);
       const __m512i low = less_zeros(sums + count * kWidth + at, lanes.zero[t], q_sum[groups]);
-      __m512d first, second;
-      if constexpr (kNarrow) {
-        const __m512i both = _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
-        first = low_doubles(both);
-        second = high_doubles(both);
-      } else {
-        first = _mm512_fmadd_pd(low_doubles(high), unit, low_doubles(low));
-        second = _mm512_fmadd_pd(high_doubles(high), unit, high_doubles(low));
-      }
-      add_scaled(_mm512_mul_pd(first, own), lanes.scale[2 * t], total + at);
-      add_scaled(_mm512_mul_pd(second, own), lanes.scale[2 * t + 1], total + at + 8);
+      add_lanes_of_parts<kNarrow>(high, low, own, lanes.scale + 2 * t, total + at);
     }
   }
 }

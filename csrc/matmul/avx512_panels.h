@@ -167,8 +167,7 @@ __attribute__((always_inline)) inline void scale_panel_sums(const PanelLanes& la
 #pragma GCC unroll 2
   for (int t = 0; t < 2; ++t) {
     const __m512i exact = less_offset<kZeros>(sums + kLanes * t, lanes.zero[t], q_sum);
-    add_scaled(low_doubles(exact), lanes.scale[2 * t], total + kLanes * t);
-    add_scaled(high_doubles(exact), lanes.scale[2 * t + 1], total + kLanes * t + 8);
+    add_lanes(exact, lanes.scale + 2 * t, total + kLanes * t);
   }
 }
 
@@ -204,7 +203,6 @@ void scale_panel_parts(const PanelTask& task, int64_t g, const uint8_t* head, co
   const int32_t* q_sum = x.q_sum + 2 * task.m * x.groups + g;
   const double* step = x.step + task.m * x.groups + g;
   double* total = task.total;
-  const __m512d unit = _mm512_set1_pd(256.0);
   for (int64_t i = 0; i < count; ++i) {
     const __m512d own = _mm512_set1_pd(*step);
 #pragma GCC unroll 2
@@ -213,17 +211,7 @@ void scale_panel_parts(const PanelTask& task, int64_t g, const uint8_t* head, co
                     *lower = upper + count * kPanelRows;
       const __m512i high = less_offset<kZeros>(upper, lanes.zero[t], q_sum[0]);
       const __m512i low = less_offset<kZeros>(lower, lanes.zero[t], q_sum[x.groups]);
-      __m512d first, second;
-      if constexpr (kNarrow) {
-        const __m512i all = _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
-        first = low_doubles(all);
-        second = high_doubles(all);
-      } else {
-        first = _mm512_fmadd_pd(low_doubles(high), unit, low_doubles(low));
-        second = _mm512_fmadd_pd(high_doubles(high), unit, high_doubles(low));
-      }
-      add_scaled(_mm512_mul_pd(first, own), lanes.scale[2 * t], total + kLanes * t);
-      add_scaled(_mm512_mul_pd(second, own), lanes.scale[2 * t + 1], total + kLanes * t + 8);
+      add_lanes_of_parts<kNarrow>(high, low, own, lanes.scale + 2 * t, total + kLanes * t);
     }
     q_sum += 2 * x.groups;
     step += x.groups;

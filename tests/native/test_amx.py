@@ -15,8 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pyrobust import _native
-from pyrobust.ops import packed_linear
 from pyrobust.quantize import BITS, QTensor
+
+from .. import packed_products
 
 LEVELS = {1: 2, 1.58: 3, 2: 4, 3: 8, 4: 16, 8: 256}
 LEAST_ROWS = 16  # kLeastTileRows of csrc/matmul/kernels.h
@@ -98,19 +99,7 @@ def random_weight(rows, cols, bits, group_size, *, kind="zeros", generator=None)
 
 
 def multiply(x, packed, bias=None, activations="int8"):
-    return packed_linear(
-        x,
-        packed.codes,
-        packed.scale,
-        packed.zero,
-        bias,
-        in_features=packed.shape[1],
-        bits=packed.bits,
-        group_size=packed.group_size,
-        group_dim=packed.group_dim,
-        activations=activations,
-        extras=packed.extras,
-    )
+    return packed_products.multiply(x, packed, bias, activations=activations)
 
 
 def on_portable(x, packed, bias=None):

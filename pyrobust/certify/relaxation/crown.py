@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pyrobust.certify.relaxation.backward import Box, Problem, lower_bounds
+from pyrobust.certify.relaxation.compositions.parts import meet
 from pyrobust.certify.relaxation.decomposition import decomposed
 from pyrobust.certify.relaxation.frames import Frame
 from pyrobust.certify.relaxation.graph import Affine, Step, step_of, trace_graph
@@ -147,18 +148,11 @@ def _bound_part(
     if work.hidden > 0:
         # tighter hidden intervals move the fixed lines, which may lose by it
         before = _bound_part(graph, root, x, spec, replace(work, method="crown", hidden=0))
-        found = _shared(found, before)
-    if work.plain is None:
-        return found
-    box = work.plain(values_of[output], *_last_layer(root, output, values_of), spec)
-    return _shared(box, found)
-
-
-def _shared(one: Interval, other: Interval) -> Interval:
-    """What two enclosures have in common."""
-    lower = torch.maximum(one.lower, other.lower)
-    upper = torch.maximum(torch.minimum(one.upper, other.upper), lower)
-    return wrap(lower, upper, one.rounding)
+        found = meet(found, before)
+    if work.plain is not None:
+        box = work.plain(values_of[output], *_last_layer(root, output, values_of), spec)
+        found = meet(box, found)
+    return found
 
 
 def _last_layer(

@@ -81,9 +81,8 @@ def best_bounds(
     slopes.finish(problem.sound)
     # without the fixed lines, by which units that are off would be left out
     found = lower_bounds(replace(problem, lines={}), start, coefficients, slopes, frame)
-    return torch.where(
-        found.isnan(), -torch.inf, found
-    )  # sums that met both infinities say nothing
+    # Sums that met both infinities say nothing.
+    return torch.where(found.isnan(), -torch.inf, found)
 
 
 def _without_gradients(step: Step) -> Step:
@@ -171,10 +170,10 @@ class _Slopes:
         problem, bend, size = self._problem, step.bend, part.a.shape[3:]
         assert bend is not None
         box, lines = problem.boxes[step.inputs[0]], problem.lines[step.node]
-        box_ends = (box.lower, box.upper)
         four = (lines.lower_slope, lines.lower_shift, lines.upper_slope, lines.upper_shift)
+        ends = (box.lower, box.upper)
         # Beyond borders coefficients are 0, and a box of 0 may be none of the function's.
-        taken = [part.frame.take(v.detach(), size, "replicate") for v in (*four, *box_ends)]
+        taken = [part.frame.take(v.detach(), size, "replicate") for v in (*four, *ends)]
         fixed, (low, high) = Lines(*taken[:4]), taken[4:]
         shape = (self._rows, self._places, *part.a.shape[2:])
         count = 1 if bend.rays else 2
