@@ -126,12 +126,28 @@ def _stored() -> dict[str, Any]:
     return stored
 
 
-def read_section(section: Section) -> None:
-    """Fill ``section`` with what earlier runs on this processor measured."""
-    found = _stored().get(section.title, {})
+def _fill(section: Section, found: dict[str, Any]) -> None:
     for batch, cells in found.get("columns", {}).items():
         section.columns[int(batch)] = {name: Measured(**cell) for name, cell in cells.items()}
         section.bounds[int(batch)] = found["bounds"][batch]
+
+
+def read_section(section: Section) -> None:
+    """Fill ``section`` with what earlier runs on this processor measured."""
+    _fill(section, _stored().get(section.title, {}))
+
+
+def stored_sections() -> list[Section]:
+    """All that earlier runs on this processor measured."""
+    sections = []
+    for title, found in _stored().items():
+        form = re.fullmatch(r"Packed matmul, (\d+) x (\d+), (\d+) threads, (.*)", title)
+        if form is not None:
+            rows, cols, threads = (int(form[i]) for i in (1, 2, 3))
+            section = Section((rows, cols), threads, form[4] != "hot")
+            _fill(section, found)
+            sections.append(section)
+    return sections
 
 
 def write_section(section: Section, command: str) -> Path:
@@ -140,15 +156,21 @@ def write_section(section: Section, command: str) -> Path:
     cells = {m: {n: asdict(c) for n, c in found.items()} for m, found in section.columns.items()}
     stored[section.title] = {"columns": cells, "bounds": section.bounds}
     _data_path().write_text(json.dumps(stored, indent=1) + "\n")
-    path = RESULTS / f"cpu-{processor()}.md"
     head = f"# {processor()}\n\nPacked matmul: `{command}`\n\n{LEGEND}"
+    return write_text(f"## {section.title}", section.text(), head)
+
+
+def write_text(heading: str, text: str, head: str = "") -> Path:
+    """Put ``text``, which begins with ``heading``, into the results in place of an earlier one.
+
+    Tables of measurements come first, sorted by heading; what else the file holds keeps its order.
+    """
+    path = RESULTS / f"cpu-{processor()}.md"
     old = path.read_text() if path.exists() else head
     parts = re.split(r"(?m)^(?=## )", old)
-    kept = [part for part in parts[1:] if not part.startswith(f"## {section.title}\n")]
-    tables = [part for part in kept if part.startswith("## Packed matmul, ")]
-    others = [part for part in kept if part not in tables]
-    tables = sorted([*(t.rstrip() + "\n" for t in tables), section.text()])
-    path.write_text(
-        "\n".join([parts[0].rstrip() + "\n", *tables, *(o.rstrip() + "\n" for o in others)])
-    )
+    kept = [part for part in parts[1:] if not part.startswith(f"{heading}\n")]
+    tables = [p for p in (*kept, text) if p.startswith("## Packed matmul, ")]
+    others = [p for p in (text, *kept) if p not in tables]
+    ordered = [parts[0], *sorted(tables), *others]
+    path.write_text("\n".join(part.rstrip() + "\n" for part in ordered))
     return path

@@ -4,7 +4,8 @@
 
 One test per shape, number of threads and rows M; the table is printed and written to
 ``bench/results/cpu-<processor>.md``, where its columns replace earlier ones of the same shape,
-threads and rows (``matmul_table.py`` tells what a cell holds). ``PYROBUST_BENCH_SHAPES`` (as
+threads and rows (``matmul_table.py`` tells what a cell holds), with the verdict on each target
+(``matmul_targets.py``, which can also be run alone). ``PYROBUST_BENCH_SHAPES`` (as
 4096x4096,11008x4096), ``PYROBUST_BENCH_ROWS`` (as 1,16), ``PYROBUST_BENCH_THREADS`` (as 1,2) and
 ``PYROBUST_BENCH_BITS`` (as 4,8) choose, so that a long table can be measured piece by piece; a part
 of the widths is printed only.
@@ -24,6 +25,7 @@ from pyrobust.quantize import BITS, QTensor, round_to_codebook, round_to_two_lev
 
 from . import limits
 from .matmul_table import Section, read_section, write_section
+from .matmul_targets import write_targets
 from .peer import Call, Peer
 from .peers import dense_peers, packed_peers, prepacked_peers
 
@@ -161,6 +163,8 @@ def run(request):
     for section in (measured.hot, measured.cold):
         if section.columns:
             print(section.text())
+    if list(BITS) == WIDTHS:
+        write_targets()
 
 
 @pytest.mark.parametrize("batch", BATCHES)
