@@ -73,8 +73,10 @@ def _image(box: Interval, function: Any, call: Callable[[], tuple[Tensor, Tensor
     if torch.compiler.is_compiling():
         return _looked_at(box, function, wrap(*call(), box.rounding))
     finite_ends.start()
-    result = wrap(*call(), box.rounding)
-    return result if finite_ends.all else _looked_at(box, function, result)
+    lower, upper = call()
+    if finite_ends.all:
+        return adopt(lower, upper, box.rounding)
+    return _looked_at(box, function, wrap(lower, upper, box.rounding))
 
 
 def _looked_at(box: Interval, function: Any, result: Interval) -> Interval:

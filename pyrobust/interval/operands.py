@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyrobust.interval.errors import MissingRule, where
 from pyrobust.interval.outward import Ends
-from pyrobust.interval.type import Interval, assign, wrap
+from pyrobust.interval.type import Interval, assign, put_off, unclipped, wrap
 
 __all__ = [
     "common_dtype",
@@ -19,6 +19,7 @@ __all__ = [
     "on_ends",
     "refuse",
     "require_box",
+    "reshaped",
     "spellings",
     "working",
 ]
@@ -94,6 +95,18 @@ def on_ends(function: Callable[..., Any], *, view: bool = False) -> Rule:
         if isinstance(low, Tensor):
             return wrap(low, high, box.rounding, base=base)
         return tuple(wrap(a, b, box.rounding, base=base) for a, b in zip(low, high, strict=True))
+
+    return rule
+
+
+def reshaped(function: Callable[..., Any]) -> Rule:
+    """The rule of a view of all elements in another shape: a ReLU that waits goes on waiting."""
+
+    def rule(x: Any, *args: Any, **kwargs: Any) -> Interval:
+        box = require_box(x, getattr(function, "__name__", "this operation"))
+        lower, upper, _ = unclipped(box)
+        low, high = function(lower, *args, **kwargs), function(upper, *args, **kwargs)
+        return put_off(wrap(low, high, box.rounding, base=box), box)
 
     return rule
 

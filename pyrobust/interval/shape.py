@@ -8,18 +8,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyrobust.interval.operands import Rule, common_dtype, ends_of, on_ends, refuse, require_box
+from pyrobust.interval.operands import (
+    Rule,
+    common_dtype,
+    ends_of,
+    on_ends,
+    refuse,
+    require_box,
+    reshaped,
+)
 from pyrobust.interval.outward import straight_through
 from pyrobust.interval.type import Interval, weakest, wrap
 from pyrobust.ops._interval_fallback import round_outward
 
 __all__ = ["RULES", "to_dtype"]
 
+_RESHAPES = (
+    *("view", "reshape", "flatten", "permute", "transpose", "swapaxes", "swapdims"),
+    *("movedim", "t", "unsqueeze", "squeeze"),
+)
 _VIEWS = (
-    *("view", "reshape", "flatten", "unflatten", "permute", "transpose", "swapaxes", "swapdims"),
-    *("movedim", "t", "unsqueeze", "squeeze", "expand", "broadcast_to", "chunk"),
+    *("unflatten", "expand", "broadcast_to", "chunk", "unfold"),
     *("split", "tensor_split", "unbind", "narrow", "select", "diagonal", "contiguous", "detach"),
-    "unfold",
 )
 _MOVES = (
     *("repeat", "repeat_interleave", "tile", "index_select", "gather", "take_along_dim", "clone"),
@@ -118,9 +128,10 @@ def _method(name: str) -> Any:
 
 
 RULES: dict[str, Rule] = {
+    **{name: reshaped(_method(name)) for name in _RESHAPES},
     **{name: on_ends(_method(name), view=True) for name in _VIEWS},
     **{name: on_ends(_method(name)) for name in _MOVES},
-    "moveaxis": on_ends(torch.movedim, view=True),  # torch.vmap knows movedim only
+    "moveaxis": reshaped(torch.movedim),  # torch.vmap knows movedim only
     # Dynamo does not trace Tensor.unflatten of a plain tensor
     "unflatten": on_ends(
         lambda end, dim, sizes: torch.ops.aten.unflatten.int(end, dim, sizes), view=True

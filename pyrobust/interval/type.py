@@ -35,6 +35,7 @@ __all__ = [
     "adopt",
     "assign",
     "install",
+    "put_off",
     "rectify",
     "unclipped",
     "weakest",
@@ -443,6 +444,12 @@ def unclipped(box: Interval) -> tuple[Tensor, Tensor, bool]:
     return box._lower, box._upper, box._rectified
 
 
+def put_off(box: Interval, like: Interval) -> Interval:
+    """Tell ``box``, made of the ends of ``like`` before its ReLU, that the ReLU is to come."""
+    box._rectified, box._graded = like._rectified, like._graded
+    return box
+
+
 def weakest(*values: Any) -> str:
     """The weakest promise among the intervals of ``values``."""
     ranks = [ROUNDINGS.index(v.rounding) for v in values if isinstance(v, Interval)]
@@ -450,7 +457,7 @@ def weakest(*values: Any) -> str:
 
 
 def _set(box: Interval, lower: Tensor, upper: Tensor, rounding: str, base: Interval | None) -> None:
-    if is_deployed(rounding):
+    if is_deployed(rounding) and base is None:
         # hardware that flushes denormals may replace them by zero: let the box hold it
         tiny = torch.finfo(lower.dtype).tiny
         lower = torch.where((lower > 0) & (lower < tiny), 0.0, lower)

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from pyrobust import Interval
 from pyrobust.ops.interval import (
@@ -125,3 +126,51 @@ def test_a_box_rectified_in_place_makes_its_views_unusable():
     assert torch.equal(box.lower, torch.zeros(2, 3))
     with pytest.raises(NotImplementedError, match="changed in place"):
         F.linear(row, torch.ones(1, 3))
+
+
+@pytest.mark.parametrize(
+    "reshape",
+    [
+        lambda box: box.flatten(1),
+        lambda box: torch.transpose(box, 1, 3).reshape(2, -1),
+        lambda box: box.view(2, 1, -1).squeeze(1),
+        nn.Flatten(),
+    ],
+)
+@pytest.mark.parametrize("graded", [False, True])
+def test_a_relu_waits_through_a_change_of_shape(reshape, graded):
+    x, layer = torch.randn(2, 3, 4, 5), nn.Linear(60, 7)
+    box = Interval((x - 0.1).requires_grad_(graded), x + 0.1)
+    with torch.set_grad_enabled(graded):
+        waiting = reshape(F.relu(box))
+        assert waiting._rectified
+        fused = layer(waiting)
+        settled = F.relu(box)
+        plain = layer(reshape(Interval(settled.lower, settled.upper)))
+    assert torch.equal(fused.lower, plain.lower)
+    assert torch.equal(fused.upper, plain.upper)
+    assert (waiting.lower >= 0).all()
+    if graded:
+        ours, theirs = (
+            torch.autograd.grad((ends.lower + 2 * ends.upper).sum(), box.lower, retain_graph=True)
+            for ends in (fused, plain)
+        )
+        torch.testing.assert_close(ours[0], theirs[0])
+
+
+def test_a_view_of_a_waiting_relu_is_unusable_once_its_memory_changed():
+    hidden = F.relu(Interval(-torch.ones(2, 3), torch.ones(2, 3)))
+    view = hidden.flatten()
+    hidden += 1.0
+    with pytest.raises(NotImplementedError, match="shares memory"):
+        _ = view.lower
+
+
+def test_deployed_ends_of_a_convolution_hold_zero_where_they_are_denormal(isa):
+    x = torch.rand(1, 2, 4, 16)
+    box = Interval(x, x + 0.1, rounding="deployed")
+    result = F.conv2d(box, torch.full((3, 2, 1, 1), 2.0**-130))
+    tiny = torch.finfo(torch.float32).tiny
+    assert not ((result.lower > 0) & (result.lower < tiny)).any()
+    assert not ((result.upper < 0) & (result.upper > -tiny)).any()
+    assert bool(result.contains(torch.zeros(1, 3, 4, 16)).all())
