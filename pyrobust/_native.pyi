@@ -1,6 +1,6 @@
 """Types of the native module."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -39,18 +39,19 @@ def interval_add_weight_gradient(
     from_centre: Tensor, from_radius: Tensor, weight: Tensor, num_threads: int
 ) -> None: ...
 def eager_interval_linear(
-    lower: Tensor,
-    upper: Tensor,
+    lower: Tensor | bytearray,
+    upper: Tensor | tuple[int, ...],
     weight: Tensor,
     bias: Tensor | None,
     rounding: str,
     rectified: bool,
     num_threads: int,
     grad_enabled: bool,
-) -> tuple[Tensor, Tensor, bool] | None: ...
+    keeps: bool,
+) -> tuple[Any, Any, bool] | None: ...
 def eager_interval_packed(
-    lower: Tensor,
-    upper: Tensor,
+    lower: Tensor | bytearray,
+    upper: Tensor | tuple[int, ...],
     codes: Tensor,
     scale: Tensor,
     zero: Tensor | None,
@@ -65,7 +66,26 @@ def eager_interval_packed(
     rectified: bool,
     num_threads: int,
     grad_enabled: bool,
-) -> tuple[Tensor, Tensor, bool] | None: ...
+    keeps: bool,
+) -> tuple[Any, Any, bool] | None: ...
+def set_box_type(type: type) -> None: ...
+def box_linear(box: Any, weight: Any, bias: Any, num_threads: int, grad_enabled: bool) -> Any: ...
+def box_packed_linear(
+    box: Any,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    in_features: int,
+    bits: float,
+    group_size: int,
+    group_dim: int,
+    activations: str | None,
+    extras: tuple[Tensor | None, ...] | None,
+    num_threads: int,
+    grad_enabled: bool,
+) -> Any: ...
+def box_relu(box: Any, grad_enabled: bool) -> Any: ...
 def box_is_finite(lower: Tensor, upper: Tensor) -> bool | None: ...
 def interval_linear(
     lower: Tensor,

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cmath>
 
+#include "bindings/eager_ends.h"
 #include "bindings/families.h"
 #include "bindings/interval_call.h"
 #include "bindings/plain_arguments.h"
@@ -13,28 +14,6 @@
 
 namespace pyrobust {
 namespace {
-
-struct Box {
-  py::handle lower, upper;
-  TensorView low, high;
-
-  Box(py::handle lower, py::handle upper, int64_t terms) : lower(lower), upper(upper) {
-    low = view(lower, "lower");
-    high = view(upper, "upper");
-    const bool alike = low.dtype == DType::kFloat32 && high.dtype == DType::kFloat32 &&
-                       low.ndim > 0 && low.ndim == high.ndim;
-    if (!alike || low.shape[low.ndim - 1] != terms) throw NotPlain();
-    for (int i = 0; i < low.ndim; ++i) {
-      if (low.shape[i] != high.shape[i]) throw NotPlain();
-    }
-  }
-
-  int64_t batch() const {
-    int64_t count = 1;
-    for (int i = 0; i + 1 < low.ndim; ++i) count *= low.shape[i];
-    return count;
-  }
-};
 
 const float* float_bias(py::handle bias, int64_t rows) {
   if (bias.is_none()) return nullptr;
@@ -49,23 +28,19 @@ bool truth(py::handle object) {
 }
 
 struct Options {
-  py::handle rounding, rectified, num_threads;
+  py::handle rounding, rectified, num_threads, keeps;
 };
 
-// (lower, upper, whether all ends are finite)
+// (lower, upper, whether all ends are finite), or kept ends in place of the first two
 py::object image(const Box& box, const interval::Weight& weight, py::handle bias, bool int8,
                  const Options& options) {
   if (!PyUnicode_CheckExact(options.rounding.ptr())) throw NotPlain();
   const Promise promise = parse_rounding(py::str(options.rounding));
   if (promise.operand_error > 0.0f) throw NotPlain();  // weights must be looked at first
-  int64_t sizes[TensorView::kMaxDims];
-  for (int i = 0; i < box.low.ndim; ++i) sizes[i] = box.low.shape[i];
-  sizes[box.low.ndim - 1] = weight.rows;
-  py::object lower = new_output(box.lower, sizes, box.low.ndim);
-  py::object upper = new_output(box.lower, sizes, box.low.ndim);
+  Result result(box, weight.rows, truth(options.keeps));
   std::atomic<bool> unbounded{false};
-  const interval::Call call{box.low.as<float>(),
-                            box.high.as<float>(),
+  const interval::Call call{box.low,
+                            box.high,
                             weight,
                             float_bias(bias, weight.rows),
                             promise.rounding,
@@ -73,8 +48,8 @@ py::object image(const Box& box, const interval::Weight& weight, py::handle bias
                             promise.operand_error,
                             truth(options.rectified),
                             coarse_radius_allowed(),
-                            view(lower, "lower").as<float>(),
-                            view(upper, "upper").as<float>(),
+                            result.low,
+                            result.high,
                             &unbounded};
   const int threads = static_cast<int>(integer(options.num_threads));
   const int64_t batch = box.batch();
@@ -84,36 +59,44 @@ py::object image(const Box& box, const interval::Weight& weight, py::handle bias
     const py::gil_scoped_release release;
     interval::interval_linear(call, batch, threads);
   }
-  return py::make_tuple(std::move(lower), std::move(upper), py::bool_(!unbounded));
+  return py::make_tuple(std::move(result.first), std::move(result.second), py::bool_(!unbounded));
 }
 
-// lower, upper, weight, bias, rounding, rectified, num_threads, grad_enabled
-constexpr Py_ssize_t kDenseCount = 8;
+// Both ends as tensors, or kept.
+void require_ends(PyObject* const* a, bool grad_enabled) {
+  if (PyByteArray_CheckExact(a[0])) return;
+  for (int i : {0, 1}) {
+    if (a[i] == Py_None) throw NotPlain();
+    require_tensor(a[i], grad_enabled);
+  }
+}
+
+// lower, upper, weight, bias, rounding, rectified, num_threads, grad_enabled, keeps
+constexpr Py_ssize_t kDenseCount = 9;
 
 py::object dense_image(PyObject* const* a) {
   const bool grad_enabled = a[7] == Py_True;
-  for (int i = 0; i < 4; ++i) require_tensor(a[i], grad_enabled);
-  for (int i = 0; i < 3; ++i) {
-    if (a[i] == Py_None) throw NotPlain();
-    require_unnegated(a[i]);
-  }
+  require_ends(a, grad_enabled);
+  if (a[2] == Py_None) throw NotPlain();
+  for (int i : {2, 3}) require_tensor(a[i], grad_enabled);
+  require_unnegated(a[2]);
   const TensorView weight = view(a[2], "weight");
   weight.require_dtype(DType::kFloat32).require_ndim(2);
   if (a[3] != Py_None) require_unnegated(a[3]);
   const Box box(a[0], a[1], weight.shape[1]);
   return image(box, {weight.as<float>(), nullptr, weight.shape[0], weight.shape[1]}, a[3], false,
-               {a[4], a[5], a[6]});
+               {a[4], a[5], a[6], a[8]});
 }
 
 // lower, upper, codes, scale, zero, bias, in_features, bits, group_size, group_dim, activations,
-// extras, rounding, rectified, num_threads, grad_enabled
-constexpr Py_ssize_t kPackedCount = 16;
+// extras, rounding, rectified, num_threads, grad_enabled, keeps
+constexpr Py_ssize_t kPackedCount = 17;
 
 py::object packed_image(PyObject* const* a) {
   const bool grad_enabled = a[15] == Py_True;
-  for (int i = 0; i < 6; ++i) require_tensor(a[i], grad_enabled);
+  require_ends(a, grad_enabled);
+  for (int i = 2; i < 6; ++i) require_tensor(a[i], grad_enabled);
   require_tensors(a[11], grad_enabled);
-  for (int i : {0, 1}) require_unnegated(a[i]);
   if (a[5] != Py_None) require_unnegated(a[5]);
   const int64_t columns = integer(a[6]);
   const matmul::PackedMatrix weight =
@@ -121,7 +104,7 @@ py::object packed_image(PyObject* const* a) {
                     levels_of(a[7]), integer(a[8]), static_cast<int>(integer(a[9])), a[11]);
   const bool int8 = mode_of(a[10]) == matmul::Mode::kInt8;
   return image(Box(a[0], a[1], columns), {nullptr, &weight, weight.rows, weight.cols}, a[5], int8,
-               {a[12], a[13], a[14]});
+               {a[12], a[13], a[14], a[16]});
 }
 
 // Whether lower <= upper and both are finite, for at most so many elements; beyond, torch's
@@ -160,6 +143,151 @@ py::object box_is_finite(PyObject* const* a) {
   return py::bool_(in_order(low.as<double>(), high.as<double>(), count));
 }
 
+// --- Interval in, Interval out
+// ------------------------------------------------------------------------------------------------
+
+// The attributes of pyrobust.interval.type.Interval, and the class.
+struct BoxNames {
+  PyObject* type = nullptr;
+  PyObject* lower = interned("_lower");
+  PyObject* upper = interned("_upper");
+  PyObject* kept = interned("_kept");
+  PyObject* rounding = interned("rounding");
+  PyObject* memory = interned("_memory");
+  PyObject* seen = interned("_seen");
+  PyObject* rectified = interned("_rectified");
+  PyObject* graded = interned("_graded");
+};
+
+BoxNames& box_names() {
+  static auto* const names = new BoxNames();  // never destroyed: the interpreter may be gone
+  return *names;
+}
+
+py::object attribute(py::handle object, PyObject* name) {
+  PyObject* const value = PyObject_GetAttr(object.ptr(), name);
+  if (value == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(value);
+}
+
+void set_attribute(py::handle object, PyObject* name, py::handle value) {
+  if (PyObject_SetAttr(object.ptr(), name, value.ptr()) != 0) throw py::error_already_set();
+}
+
+// What an Interval holds: kept ends as (bytearray, shape), or two tensors.
+struct Held {
+  py::object first, second, rounding, rectified;
+  bool kept;
+
+  Held(py::handle box, PyObject* grad_enabled) {
+    const BoxNames& names = box_names();
+    if (reinterpret_cast<PyObject*>(Py_TYPE(box.ptr())) != names.type) throw NotPlain();
+    // A box whose memory was changed in place under another name is refused elsewhere.
+    const py::object memory = attribute(box, names.memory), seen = attribute(box, names.seen);
+    if (!PyList_CheckExact(memory.ptr()) || PyList_GET_SIZE(memory.ptr()) != 1 ||
+        integer(PyList_GET_ITEM(memory.ptr(), 0)) != integer(seen)) {
+      throw NotPlain();
+    }
+    rounding = attribute(box, names.rounding);
+    rectified = attribute(box, names.rectified);
+    const py::object both = attribute(box, names.kept);
+    kept = !both.is_none();
+    if (kept) {
+      first = py::reinterpret_borrow<py::object>(PyTuple_GetItem(both.ptr(), 0));
+      second = py::reinterpret_borrow<py::object>(PyTuple_GetItem(both.ptr(), 1));
+      return;
+    }
+    // A ReLU that was asked for under another setting of gradients is carried out under that one.
+    if (truth(rectified) && attribute(box, names.graded).ptr() != grad_enabled) throw NotPlain();
+    first = attribute(box, names.lower);
+    second = attribute(box, names.upper);
+  }
+};
+
+py::object new_box(py::handle first, py::handle second, py::handle rounding, bool rectified,
+                   PyObject* graded) {
+  const BoxNames& names = box_names();
+  auto* const type = reinterpret_cast<PyTypeObject*>(names.type);
+  auto box = py::reinterpret_steal<py::object>(type->tp_alloc(type, 0));
+  if (!box) throw py::error_already_set();
+  if (PyByteArray_CheckExact(first.ptr())) {
+    set_attribute(box, names.kept, py::make_tuple(first, second));
+  } else {
+    set_attribute(box, names.lower, first);
+    set_attribute(box, names.upper, second);
+    set_attribute(box, names.kept, py::none());
+  }
+  const py::int_ zero(0);
+  auto memory = py::reinterpret_steal<py::object>(PyList_New(1));
+  if (!memory) throw py::error_already_set();
+  PyList_SET_ITEM(memory.ptr(), 0, py::object(zero).release().ptr());
+  set_attribute(box, names.memory, memory);
+  set_attribute(box, names.seen, zero);
+  set_attribute(box, names.rounding, rounding);
+  set_attribute(box, names.rectified, py::bool_(rectified));
+  set_attribute(box, names.graded, graded);
+  return box;
+}
+
+// The box of an image; one with infinite ends is made, and refused with its place, elsewhere.
+py::object box_of(const py::object& done, const Held& input) {
+  if (PyTuple_GET_ITEM(done.ptr(), 2) != Py_True) throw NotPlain();
+  return new_box(PyTuple_GET_ITEM(done.ptr(), 0), PyTuple_GET_ITEM(done.ptr(), 1), input.rounding,
+                 false, Py_False);
+}
+
+// box, weight, bias, num_threads, grad_enabled
+constexpr Py_ssize_t kBoxLinearCount = 5;
+
+py::object box_linear(PyObject* const* a) {
+  const Held box(a[0], a[4]);
+  PyObject* const arguments[kDenseCount] = {box.first.ptr(),
+                                            box.second.ptr(),
+                                            a[1],
+                                            a[2],
+                                            box.rounding.ptr(),
+                                            box.rectified.ptr(),
+                                            a[3],
+                                            a[4],
+                                            Py_True};
+  return box_of(dense_image(arguments), box);
+}
+
+// box, codes, scale, zero, bias, in_features, bits, group_size, group_dim, activations, extras,
+// num_threads, grad_enabled
+constexpr Py_ssize_t kBoxPackedCount = 13;
+
+py::object box_packed_linear(PyObject* const* a) {
+  const Held box(a[0], a[12]);
+  PyObject* const arguments[kPackedCount] = {box.first.ptr(),
+                                             box.second.ptr(),
+                                             a[1],
+                                             a[2],
+                                             a[3],
+                                             a[4],
+                                             a[5],
+                                             a[6],
+                                             a[7],
+                                             a[8],
+                                             a[9],
+                                             a[10],
+                                             box.rounding.ptr(),
+                                             box.rectified.ptr(),
+                                             a[11],
+                                             a[12],
+                                             Py_True};
+  return box_of(packed_image(arguments), box);
+}
+
+// box, grad_enabled -> the box of kept ends whose ReLU is still to come
+py::object box_relu(PyObject* const* a) {
+  const BoxNames& names = box_names();
+  const bool known = reinterpret_cast<PyObject*>(Py_TYPE(a[0])) == names.type;
+  if (!known || attribute(a[0], names.kept).is_none()) return py::none();  // sooner than a throw
+  const Held box(a[0], a[1]);
+  return new_box(box.first, box.second, box.rounding, true, a[1]);
+}
+
 template <py::object (*kFunction)(PyObject* const*), Py_ssize_t kCount>
 PyObject* entry(PyObject*, PyObject* const* values, Py_ssize_t count) {
   if (count != kCount) {
@@ -183,11 +311,15 @@ void bind_eager_interval(py::module_& m) {
       method("eager_interval_linear", &entry<&dense_image, kDenseCount>),
       method("eager_interval_packed", &entry<&packed_image, kPackedCount>),
       method("box_is_finite", &entry<&box_is_finite, 2>),
+      method("box_linear", &entry<&box_linear, kBoxLinearCount>),
+      method("box_packed_linear", &entry<&box_packed_linear, kBoxPackedCount>),
+      method("box_relu", &entry<&box_relu, 2>),
   };
   for (PyMethodDef& definition : methods) {
     m.attr(definition.ml_name) =
         py::reinterpret_steal<py::object>(PyCFunction_New(&definition, nullptr));
   }
+  m.def("set_box_type", [](py::object type) { box_names().type = type.release().ptr(); });
 }
 
 }  // namespace pyrobust

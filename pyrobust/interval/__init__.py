@@ -1,9 +1,12 @@
 """The Interval type: call any torch model on a box of inputs and get a box of outputs."""
 
+from pyrobust import _native
 from pyrobust.interval.table import KINDS as _KINDS
+from pyrobust.interval.table import QUICK as _QUICK
 from pyrobust.interval.table import RULES as _RULES
 from pyrobust.interval.type import Interval, install
 
-install(_RULES, _KINDS)
+install(_RULES, _KINDS, _QUICK)
+_native.set_box_type(Interval)
 
 __all__ = ["Interval"]

@@ -23,9 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyrobust import _native
 from pyrobust.interval.arithmetic import div, mul
 from pyrobust.interval.errors import reject
-from pyrobust.interval.operands import Rule, refuse, require_box, working
+from pyrobust.interval.operands import Rule, refuse, require_box, spellings, working
 from pyrobust.interval.outward import UNIT, Ends, enclose, straight_through
 from pyrobust.interval.type import Interval, assign, rectify, wrap
 from pyrobust.ops._interval_checks import is_deployed
@@ -205,6 +206,11 @@ def _relu(input: Any, inplace: bool = False) -> Interval:
     return _finish(box, rectify(box), inplace)
 
 
+def _quick_relu(input: Any, inplace: bool = False) -> Interval | None:
+    done: Interval | None = None if inplace else _native.box_relu(input, torch.is_grad_enabled())
+    return done
+
+
 def _clamp(input: Any, min: Any = None, max: Any = None, inplace: bool = False) -> Interval:
     box = require_box(input, "clamp")
     if isinstance(min, Interval) or isinstance(max, Interval):
@@ -346,3 +352,6 @@ RULES: dict[str, Rule] = {
     "log10": _log("log10", 0.0),
     "log1p": _log("log1p", -1.0),
 }
+
+QUICK: dict[Any, Rule] = dict.fromkeys(spellings("relu"), _quick_relu)
+"""Asked before the rule in plain eager mode; None where the rule is needed."""

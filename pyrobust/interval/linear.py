@@ -20,7 +20,7 @@ from pyrobust.ops import matmul as packed_matmul
 from pyrobust.ops import packed_layers
 from pyrobust.ops._interval_checks import finite_ends
 from pyrobust.ops._interval_fallback import outward_image
-from pyrobust.ops._library import differentiation_transforms, dispatcher_watched
+from pyrobust.ops._library import differentiation_transforms
 from pyrobust.ops.interval import (
     interval_conv2d,
     interval_linear,
@@ -43,17 +43,16 @@ def _transformed() -> bool:
     return active is not None and not torch.compiler.is_compiling() and bool(active())
 
 
+def _quick_linear(input: Any, weight: Any, bias: Any = None) -> Interval | None:
+    done: Interval | None = _native.box_linear(
+        input, weight, bias, torch.get_num_threads(), torch.is_grad_enabled()
+    )
+    return done
+
+
 def linear(input: Any, weight: Any, bias: Any = None) -> Interval:
     """``x W^T + b``."""
     box = require_box(input, "linear")
-    if not dispatcher_watched():
-        lower, upper, rectified = unclipped(box)
-        done = _native.eager_interval_linear(
-            lower, upper, weight, bias, box.rounding, rectified, torch.get_num_threads(),
-            torch.is_grad_enabled(),
-        )  # fmt: skip
-        if done is not None:
-            return _from_kernel(done, box, F.linear)
     if isinstance(weight, Interval) or isinstance(bias, Interval):
         raise refuse("linear with intervals as weight or bias")
     if _transformed():
@@ -87,14 +86,6 @@ def _looked_at(box: Interval, function: Any, result: Interval) -> Interval:
 
 def _refuse_infinite(box: Interval, function: Any, lower: Tensor, upper: Tensor) -> None:
     check_result(name_of(function), lower, upper, (box,), takes_infinity=False)
-
-
-def _from_kernel(done: tuple[Tensor, Tensor, bool], box: Interval, function: Any) -> Interval:
-    """The image of ``box`` under ``function``; a kernel knows whether its ends are finite."""
-    lower, upper, finite = done
-    if not finite:
-        _refuse_infinite(box, function, lower, upper)
-    return adopt(lower, upper, box.rounding)
 
 
 def affine(
@@ -213,14 +204,6 @@ def _packed_linear(
 ) -> Interval:
     box = require_box(x, "packed_linear")
     lower, upper, rectified = unclipped(box)
-    if not dispatcher_watched():
-        done = _native.eager_interval_packed(
-            lower, upper, codes, scale, zero, bias, in_features, bits, group_size, group_dim,
-            activations, extras, box.rounding, rectified, torch.get_num_threads(),
-            torch.is_grad_enabled(),
-        )  # fmt: skip
-        if done is not None:
-            return _from_kernel(done, box, packed_matmul.packed_linear)
     shift = None if bias is None else bias.to(box.dtype)
     options: dict[str, Any] = {
         "in_features": in_features,
@@ -274,6 +257,9 @@ RULES: dict[str, Rule] = {
     "conv_transpose3d": _convolution("conv_transpose3d", 3, True),
     "addmm": _addmm,
 }
+
+QUICK: dict[Any, Rule] = {F.linear: _quick_linear}
+"""Asked before the rule in plain eager mode: one native call that gives the box, or None."""
 
 PACKED_RULES: dict[Any, Rule] = {
     packed_matmul.packed_linear: _packed_linear,

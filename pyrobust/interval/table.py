@@ -22,7 +22,7 @@ from pyrobust.interval import (
 )
 from pyrobust.interval.operands import Rule, in_place, spellings
 
-__all__ = ["BY_NAME", "KINDS", "RULES"]
+__all__ = ["BY_NAME", "KINDS", "QUICK", "RULES"]
 
 _CHANGES_IN_PLACE = {
     **arithmetic.RULES,
@@ -53,6 +53,7 @@ def _table() -> dict[Any, Rule]:
 
 
 RULES = _table()
+QUICK: dict[Any, Rule] = {**linear.QUICK, **elementwise.QUICK}
 
 _BOUNDED = (
     *("relu", "relu6", "leaky_relu", "clamp", "clip", "clamp_min", "clamp_max", "hardtanh"),

@@ -27,7 +27,7 @@ from pyrobust.interval.finite import check_result
 from pyrobust.interval.outward import sum_ends
 from pyrobust.ops._interval_checks import Ends, is_deployed
 from pyrobust.ops._interval_fallback import round_outward
-from pyrobust.ops._library import plain_eager
+from pyrobust.ops._library import autocasting, dispatcher_watched, plain_eager
 
 __all__ = [
     "ROUNDINGS",
@@ -46,7 +46,8 @@ __all__ = [
 ROUNDINGS = ("nearest", "real", "deployed", "deployed-tf32", "deployed-bfloat16")
 _rules: dict[Any, Callable[..., Any]] = {}
 _kinds: dict[str, frozenset[Any]] = {}
-_any_autocast = getattr(torch._C, "_is_any_autocast_enabled", None)  # one call instead of two
+_seen_to: set[Any] = set()  # functions whose results need no look
+_quick: dict[Any, Callable[..., Any]] = {}
 
 
 class Interval:
@@ -85,6 +86,8 @@ class Interval:
     rounding: str
     _lower: Tensor
     _upper: Tensor
+    # memory and shape of both ends, in place of tensors, until somebody asks for those
+    _kept: tuple[bytearray, tuple[int, ...]] | None
     _memory: list[int]  # shared with views: how often the memory was changed in place
     _seen: int  # the count at which this object is current
     _rectified: bool  # whether a ReLU of the ends is still to come: layers do it on the way in
@@ -287,11 +290,20 @@ class Interval:
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Look ``func`` up in the table of rules and apply its rule."""
+        quick = _quick.get(func)
+        if quick is not None and not (dispatcher_watched() or autocasting()):
+            done = quick(*args, **kwargs) if kwargs else quick(*args)
+            if done is not None:
+                return done
         return _apply(func, *args, **kwargs) if kwargs else _apply(func, *args)
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        """Methods of ``torch.Tensor`` that have a rule."""
+    def __getattr__(self, name: str) -> Any:
+        """Methods of ``torch.Tensor`` that have a rule; ends that were kept, as tensors."""
         if name.startswith("_"):
+            if name in ("_lower", "_upper"):
+                _make_tensors(self)
+                if name in self.__dict__:
+                    return self.__dict__[name]
             raise AttributeError(f"Interval has no attribute {name!r}")
         method = getattr(torch.Tensor, name, None)
         if method is None:
@@ -371,7 +383,11 @@ class Interval:
         return assign(self, self / other)
 
 
-def install(rules: Mapping[Any, Callable[..., Any]], kinds: Mapping[str, frozenset[Any]]) -> None:
+def install(
+    rules: Mapping[Any, Callable[..., Any]],
+    kinds: Mapping[str, frozenset[Any]],
+    quick: Mapping[Any, Callable[..., Any]],
+) -> None:
     """Make ``rules`` the table that intervals look torch functions up in.
 
     Args:
@@ -379,9 +395,13 @@ def install(rules: Mapping[Any, Callable[..., Any]], kinds: Mapping[str, frozens
         kinds: the functions whose results are ``"finite"`` already where operands are, those whose
             rules see to it (``"checks itself"``), and those that ``"takes infinity"`` from operands
             that are no boxes.
+        quick: torch function to what is asked before its rule in plain eager mode, and may answer
+            None.
     """
     _rules.update(rules)
+    _quick.update(quick)
     _kinds.update(kinds)
+    _seen_to.update(kinds["finite"], kinds["checks itself"])
 
 
 def wrap(lower: Tensor, upper: Tensor, rounding: str, *, base: Interval | None = None) -> Interval:
@@ -398,13 +418,36 @@ def wrap(lower: Tensor, upper: Tensor, rounding: str, *, base: Interval | None =
     return box
 
 
-def adopt(lower: Tensor, upper: Tensor, rounding: str) -> Interval:
-    """An Interval of ends as the kernels make them: in order, and ready for flushed denormals."""
+def adopt(lower: Any, upper: Any, rounding: str) -> Interval:
+    """An Interval of ends as the kernels make them: in order, and ready for flushed denormals.
+
+    Args:
+        lower: lower ends; or the memory of both, a bytearray that nobody else has, and then
+        upper: their shape, instead of upper ends.
+        rounding: the promise they carry.
+    """
     box = Interval.__new__(Interval)
-    box._lower, box._upper, box.rounding = lower, upper, rounding
+    if type(lower) is bytearray:
+        box._kept = lower, upper
+    else:
+        box._kept, box._lower, box._upper = None, lower, upper
+    box.rounding = rounding
     box._memory, box._seen = [0], 0
     box._rectified, box._graded = False, False
     return box
+
+
+def _make_tensors(box: Interval) -> None:
+    """Give ``box`` tensors for its kept ends, if it has any, in the same memory."""
+    kept = box.__dict__.get("_kept")  # absent where an object is only being made
+    if kept is None:
+        return
+    memory, shape = kept
+    count = len(memory) // 8
+    low = torch.frombuffer(memory, dtype=torch.float32, count=count)
+    high = torch.frombuffer(memory, dtype=torch.float32, count=count, offset=4 * count)
+    box._lower, box._upper = low.view(shape), high.view(shape)
+    box._kept = None
 
 
 def assign(box: Interval, result: Interval) -> Interval:
@@ -422,23 +465,29 @@ def assign(box: Interval, result: Interval) -> Interval:
     box._memory[0] += 1
     box._seen = box._memory[0]
     box._lower, box._upper, box.rounding = result._lower, result._upper, result.rounding
+    box._kept = None
     box._rectified, box._graded = result._rectified, result._graded
     return box
 
 
 def rectify(box: Interval) -> Interval:
     """``max(0, x)``. In plain eager mode the next layer clips on its way in, or the first user."""
-    if not plain_eager(box._lower, box._upper):
+    if not (plain_eager() if box._kept else plain_eager(box._lower, box._upper)):
         return wrap(box.lower.relu(), box.upper.relu(), box.rounding)
-    lower, upper, _ = unclipped(box)
+    lower, upper, _ = unclipped(box, kept=True)
     result = adopt(lower, upper, box.rounding)
     result._rectified, result._graded = True, torch.is_grad_enabled()
     return result
 
 
-def unclipped(box: Interval) -> tuple[Tensor, Tensor, bool]:
-    """The ends, and whether their ReLU is still to come."""
+def unclipped(box: Interval, *, kept: bool = False) -> tuple[Any, Any, bool]:
+    """The ends, and whether their ReLU is still to come.
+
+    With ``kept``, ends that are no tensors yet are given as their memory and shape.
+    """
     _check_current(box)
+    if kept and box._kept is not None:
+        return *box._kept, box._rectified
     if box._rectified and box._graded != torch.is_grad_enabled():
         _settle(box)
     return box._lower, box._upper, box._rectified
@@ -462,7 +511,7 @@ def _set(box: Interval, lower: Tensor, upper: Tensor, rounding: str, base: Inter
         tiny = torch.finfo(lower.dtype).tiny
         lower = torch.where((lower > 0) & (lower < tiny), 0.0, lower)
         upper = torch.where((upper < 0) & (upper > -tiny), 0.0, upper)
-    box._lower, box._upper, box.rounding = lower, upper, rounding
+    box._lower, box._upper, box._kept, box.rounding = lower, upper, None, rounding
     box._memory = [0] if base is None else base._memory
     box._seen = box._memory[0]
     box._rectified, box._graded = False, False
@@ -481,23 +530,17 @@ def _settle(box: Interval) -> None:
         box._rectified = False
 
 
-def _autocasting() -> bool:
-    if _any_autocast is None or torch.compiler.is_compiling():
-        return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
-    return bool(_any_autocast())
-
-
 def _apply(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     rule = _rules.get(func)
     if rule is None:
         raise MissingRule(missing(name_of(func)))
-    if _autocasting():
+    if autocasting():
         raise RuntimeError(
             "Interval: autocast must be off, as it would round the bounds inwards; wrap the call "
             "in torch.autocast(device_type, enabled=False)."
         )
     result = rule(*args, **kwargs)
-    if func not in _kinds["finite"] and func not in _kinds["checks itself"]:
+    if func not in _seen_to:
         box = result[0] if isinstance(result, tuple) else result
         takes_infinity = func in _kinds["takes infinity"]
         operands = (*args, *kwargs.values())

@@ -78,7 +78,7 @@ def interval_linear(
     if plain:
         threads = torch.get_num_threads()
         done = _native.eager_interval_linear(
-            lower, upper, weight, bias, rounding, rectified, threads, False
+            lower, upper, weight, bias, rounding, rectified, threads, False, False
         )
         if done is not None:
             return done[0], done[1]

@@ -99,7 +99,7 @@ def interval_packed_linear(
     if not through_torch:
         done = _native.eager_interval_packed(
             *tensors, in_features, bits, group_size, group_dim, activations, extras, rounding,
-            rectified, torch.get_num_threads(), False,
+            rectified, torch.get_num_threads(), False, False,
         )  # fmt: skip
         if done is not None:
             return done[0], done[1]

@@ -10,11 +10,13 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 __all__ = [
+    "autocasting",
     "call_override",
     "define",
     "differentiation_transforms",
     "dispatcher_needed",
     "dispatcher_watched",
+    "function_modes",
     "plain_eager",
     "refuse_forward_mode",
     "slice_by_slice",
@@ -31,6 +33,9 @@ try:  # private names of torch; where one is missing the operator is always take
     _GUARD_AVAILABLE = hasattr(_forward_ad, "_current_level")
 except ImportError:  # pragma: no cover - depends on the torch version
     _GUARD_AVAILABLE = False
+
+
+_any_autocast = getattr(torch._C, "_is_any_autocast_enabled", None)  # one call instead of two
 
 
 def define(
@@ -154,6 +159,18 @@ def dispatcher_watched() -> bool:
         or maybe_current_level() is not None
         or _len_torch_dispatch_stack() != 0
     )
+
+
+def autocasting() -> bool:
+    """Whether autocast is on, for any kind of device that intervals know."""
+    if _any_autocast is None or torch.compiler.is_compiling():
+        return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+    return bool(_any_autocast())
+
+
+def function_modes() -> bool:
+    """Whether a ``TorchFunctionMode`` wants to see every torch function."""
+    return not _GUARD_AVAILABLE or _len_torch_function_stack() != 0
 
 
 def differentiation_transforms() -> bool:

@@ -15,10 +15,12 @@ from pyrobust import _native
 from pyrobust._checks import check_choice, check_integer, check_shape
 from pyrobust.ops import _cuda_matmul
 from pyrobust.ops._library import (
+    autocasting,
     call_override,
     define,
     dispatcher_needed,
     dispatcher_watched,
+    function_modes,
     refuse_forward_mode,
 )
 from pyrobust.ops.formats import check_bits, levels_of, row_bytes
@@ -96,13 +98,17 @@ def packed_linear(
         ValueError: a shape, ``bits``, ``group_size``, ``group_dim`` or ``activations`` is wrong.
         NotImplementedError: ``x`` or ``bias`` carries a forward-mode tangent.
     """
-    if not (has_torch_function((x,)) or dispatcher_watched()):
-        eager = _native.eager_linear(
+    overridden = has_torch_function((x,))
+    if not (dispatcher_watched() or (overridden and (function_modes() or autocasting()))):
+        # an Interval; or a plain tensor
+        native = _native.box_packed_linear if overridden else _native.eager_linear
+        eager: Any = native(
             x, codes, scale, zero, bias, in_features, bits, group_size, group_dim, activations,
             extras, get_num_threads(), is_grad_enabled(),
         )  # fmt: skip
         if eager is not None:
-            return eager
+            product: Tensor = eager
+            return product
     options: dict[str, Any] = {
         "in_features": in_features,
         "bits": bits,
@@ -119,7 +125,7 @@ def packed_linear(
     refuse_forward_mode("packed_linear", x, scale, bias)
     needed = dispatcher_needed(x, codes, scale, zero, bias)
     run = torch.ops.pyrobust.packed_linear if needed else linear_kernel
-    product: Tensor = run(
+    product = run(
         x, codes, scale, zero, bias, in_features, bits, group_size, group_dim,
         _INT8[activations], *(extras or NO_EXTRAS),
     )  # fmt: skip

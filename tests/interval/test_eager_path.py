@@ -38,7 +38,7 @@ KINDS = ["linear", "1", "1.58", "2", "3", "4", "8", "int8", "two-level", "codebo
 @pytest.fixture
 def native_calls(monkeypatch):
     calls = []
-    for name in ("eager_interval_linear", "eager_interval_packed"):
+    for name in ("box_linear", "box_packed_linear"):
         kernel = getattr(_native, name)
         monkeypatch.setattr(
             _native, name, lambda *a, k=kernel: calls.append(result := k(*a)) or result
@@ -118,7 +118,7 @@ def test_kernels_tell_one_infinite_end_among_many(isa, batch):
             large[row] = 3e38
             for matrix, expected in ((weight, True), (large, False), (-large, False)):
                 low, high, finite = _native.eager_interval_linear(
-                    x, x, matrix, None, "real", False, 1, False
+                    x, x, matrix, None, "real", False, 1, False, False
                 )
                 assert finite is expected
                 assert bool(low.isfinite().all() & high.isfinite().all()) is expected
