@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import limits
+from pyrobust._machine_limits import BEYOND_CACHE, bandwidth, least_seconds, product_rate
+
 from .peer import Peer
 
 RESULTS = Path(__file__).parent / "results"
@@ -72,8 +73,8 @@ class Section:
             kind.name: Measured(kind.bits, kind.ours, kind.nbytes, took, self._limit(kind, batch))
             for kind, took in seconds.items()
         }
-        size = limits.BEYOND_CACHE if self.cold else 8 << 20
-        speed, rate = limits.bandwidth(size, self.threads), self.threads * limits.int8_rate()
+        size = BEYOND_CACHE if self.cold else 8 << 20
+        speed, rate = bandwidth(size, self.threads), self.threads * product_rate()
         self.bounds[batch] = f"{speed / 1e9:.1f} GB/s, {rate / 1e9:.0f} GOP/s"
 
     def best_peer(self, bits: float, batch: int) -> float:
@@ -86,11 +87,9 @@ class Section:
 
     def _limit(self, kind: Peer, batch: int) -> float:
         """Seconds that the machine needs at least, by memory and by 8-bit arithmetic."""
-        size = limits.BEYOND_CACHE if self.cold else kind.nbytes
-        reading = kind.nbytes / limits.bandwidth(size, self.threads)
-        rate = self.threads * limits.int8_rate()
         work = 2 * batch * self.shape[0] * self.shape[1]
-        return max(reading, work / rate if rate else 0.0)
+        size = BEYOND_CACHE if self.cold else kind.nbytes
+        return least_seconds(kind.nbytes, work, self.threads, size=size)
 
     def cell(self, name: str, batch: int) -> str:
         """One cell of the table; empty where the kind was left out as far too slow."""
@@ -100,7 +99,8 @@ class Section:
         best = self.best_peer(cell.bits, batch)
         ratio = f"{best / cell.seconds:5.2f}x" if cell.ours else " " * 6
         rate, share = cell.nbytes / cell.seconds / 1e9, cell.limit / cell.seconds
-        return f"{1e6 * cell.seconds:9.0f} {rate:6.1f} {ratio}{share:5.0%}"
+        took = f"{1e6 * cell.seconds:9.{0 if cell.seconds > 1e-5 else 1}f}"
+        return f"{took} {rate:6.1f} {ratio}{share:5.0%}"
 
     def text(self) -> str:
         """The section as Markdown, with its heading."""
@@ -109,7 +109,7 @@ class Section:
         lines = [" " * 32 + "".join(f"{f'M={m}':>28}" for m in batches)]
         lines += [f"{name:32}" + "".join(self.cell(name, m) for m in batches) for name in names]
         body = "\n".join(line.rstrip() for line in lines)
-        size = limits.BEYOND_CACHE if self.cold else 8 << 20
+        size = BEYOND_CACHE if self.cold else 8 << 20
         bound = "; ".join(f"M={m}: {self.bounds[m]}" for m in batches)
         bound = f"Measured with each column, reading {size >> 20} MiB and `vpdpbusd`: {bound}."
         return f"## {self.title}\n{bound}\n```\n{body}\n```\n"

@@ -1,6 +1,7 @@
 """The command line, run in process; what must be known before torch is imported, in a fresh one."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -118,11 +119,44 @@ def test_bench_of_the_product_has_every_width(capsys, monkeypatch):
     from pyrobust import quick_bench
 
     monkeypatch.setattr(quick_bench, "_LARGE", 128)
+    monkeypatch.setattr(quick_bench, "_MATMUL_ROUNDS", 1)
     assert main(["bench", "matmul", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert len(rows) == 6 * 2 * 2
     assert {row["work"].split(",")[1].strip() for row in rows} == {"int8", "float"}
-    assert all(row["speed"] > 0 for row in rows)
+    assert all(row["speed"] > 0 and row["limit_seconds"] > 0 for row in rows)
+    peers = {row["peer"] for row in rows}
+    assert peers <= {"bfloat16 F.linear", "torch int4pack", "torch int8pack"}
+    assert main(["bench", "matmul"]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert "ratio to the best of torch's products" in head
+    assert all(re.search(r"[\d.]+ GB/s +\d+% +[\d.]+x  ", line) for line in lines)
+
+
+def test_products_of_torch_beside_ours_multiply_the_same_weight():
+    from pyrobust import quick_bench
+    from pyrobust.quantize import round_to_nearest
+
+    for bits, symmetric in ((4, False), (4, True), (8, False)):
+        packed = round_to_nearest(
+            torch.randn(128, 128), bits=bits, group_size=64, symmetric=symmetric
+        )
+        x = torch.randn(3, 128).bfloat16()
+        expected = x.float() @ packed.dequantize().t()
+        for product in quick_bench._torch_products(packed).values():
+            assert (product(x).float() - expected).norm() < 0.02 * expected.norm()
+
+
+def test_limits_read_all_that_they_are_given():
+    from pyrobust import _machine_limits, _native
+
+    words = torch.randint(-(2**62), 2**62, (64 * 13,))
+    expected = 0
+    for word in words.tolist():
+        expected ^= word % 2**64
+    assert [_native.read_words(words, threads) for threads in (1, 2, 3)] == [expected] * 3
+    assert _native.multiply_bytes(3) in (0, 3 * 16 * 64)
+    assert _machine_limits.least_seconds(1 << 16, 0, 1) > 0
 
 
 def test_bench_compares_three_families(capsys):

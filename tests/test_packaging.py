@@ -50,3 +50,20 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     assert all(
         n == "pyrobust/py.typed" or Path(n).name.startswith(("_native.", "_cuda.")) for n in rest
     ), rest
+    _bench_of_an_installation(wheel, tmp_path / "installed")
+
+
+def _bench_of_an_installation(wheel: Path, folder: Path) -> None:
+    """The short measurement needs nothing that a wheel does not hold."""
+    zipfile.ZipFile(wheel).extractall(folder)
+    # Without site, an editable installation of this package is not found; torch still is.
+    paths = [str(folder), *(path for path in sys.path if path.endswith("site-packages"))]
+    code = "import sys; sys.path[:0] = {!r}; import pyrobust, pyrobust_cli; "
+    code += "print(pyrobust.__file__); sys.exit(pyrobust_cli.main(['bench', 'matmul']))"
+    command = [sys.executable, "-I", "-S", "-c", code.format(paths)]
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    place, head, *lines = run.stdout.splitlines()
+    assert place.startswith(str(folder))
+    assert "this machine's limit" in head
+    assert len(lines) == 6 * 2 * 2
