@@ -5,6 +5,8 @@
 #include <array>
 #include <utility>
 
+#include "interval/avx512_ends.h"
+#include "interval/avx512_filters.h"
 #include "interval/avx512_packed.h"
 #include "interval/avx512_sums.h"
 #include "interval/few_inputs.h"
@@ -245,9 +247,15 @@ void direct(const Direct& work) {
 }
 
 constexpr IntervalKernels kKernels = {
-    nullptr, nullptr, nullptr, nullptr,       dots<FewInputs>, tiles,
-    direct,  nullptr, nullptr, fused_columns, fused_order,     fused_dots,
-    nullptr, nullptr, nullptr, nullptr,       nullptr,
+    prepare,         nullptr,
+    pack_patches,    spread_by_registers,
+    dots<FewInputs>, tiles,
+    direct,          nullptr,
+    nullptr,         fused_columns,
+    fused_order,     fused_dots,
+    nullptr,         nullptr,
+    nullptr,         nullptr,
+    nullptr,         {filter_tiles, filter_weights, filter_product, filter_ends},
 };
 
 }  // namespace

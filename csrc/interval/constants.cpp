@@ -17,7 +17,7 @@ constexpr double kLimit = 8.507059173023462e37;        // 2^126
 
 }  // namespace
 
-Constants constants_for(const Call& call, int64_t nonzero) {
+Constants constants_for(const Call& call, int64_t nonzero, bool own_error) {
   using rounding::gamma_bound;
   using rounding::kUnit;
   using rounding::to_float_up;
@@ -34,7 +34,9 @@ Constants constants_for(const Call& call, int64_t nonzero) {
   const bool deployed = call.rounding == Rounding::kDeployed;
   Constants out{};
   out.outward = call.rounding != Rounding::kNearest;
-  out.centre_gain = to_float_up(deployed ? (own * (1.0 + half) + of_terms) * kRoundings : own);
+  const double of_sum = own_error ? own : 0.0;
+  out.centre_gain =
+      to_float_up(deployed ? (of_sum * (1.0 + half) + of_terms) * kRoundings : of_sum);
   out.radius_gain = to_float_up(deployed ? (1.0 + of_terms + half) * kRoundings : 1.0);
   out.input_floor = out.outward ? to_float_up(kInputFloor) : 0.0f;
   const double reach =

@@ -6,6 +6,7 @@
 
 #include "interval/convolution_plan.h"
 #include "interval/direct_convolution.h"
+#include "interval/filtered_convolution.h"
 #include "runtime/check.h"
 
 namespace pyrobust {
@@ -25,13 +26,12 @@ int64_t slots_of(const Convolution& conv) { return (kMaxPanels - 1) / panels_of_
 
 // The buffers of one thread.
 struct Buffers {
-  float *decoded, *centre, *radius, *line, *packed, *sums, *scratch;
+  float *decoded, *centre, *radius, *lines, *packed, *sums, *scratch;
   float offsets[kMaxPanels + 1];  // of the images in the slots
 
   static int64_t size(const Convolution& conv, int64_t step) {
     return whole_lines(decoded_size(conv.call.weight, step)) +
-           2 * whole_lines(slots_of(conv) * conv.image_size()) +
-           whole_lines(2 * conv.images.width) +
+           2 * whole_lines(slots_of(conv) * conv.image_size()) + line_size(conv) +
            kMaxPanels * (panel_stride(conv) + step * kPanelWidth) +
            (conv.call.coarse_radius ? coarse_scratch() : 0);
   }
@@ -41,11 +41,11 @@ struct Buffers {
     decoded = memory;
     centre = decoded + whole_lines(decoded_size(conv.call.weight, step));
     radius = centre + images;
-    line = radius + images;
-    packed = line + whole_lines(2 * conv.images.width);
+    lines = radius + images;
+    packed = lines + line_size(conv);
     sums = packed + kMaxPanels * panel_stride(conv);
     scratch = sums + kMaxPanels * step * kPanelWidth;
-    std::fill(centre, line, 0.0f);  // the padding; images of one size keep it
+    std::fill(centre, lines, 0.0f);  // the padding; images of one size keep it
   }
 };
 
@@ -133,7 +133,7 @@ void convolve_panels(const Convolution& conv, int num_threads) {
       for (; prepared <= (last - 1) / of_image; ++prepared) {
         const int64_t slot = prepared % slots_of(conv), at = slot * conv.image_size();
         own.offsets[slot] =
-            prepare_image(conv, prepared, {own.centre + at, own.radius + at, own.line});
+            prepare_image(conv, prepared, {own.centre + at, own.radius + at, own.lines});
       }
       for (int64_t group = 0; group < conv.window.groups; ++group) {
         pack_group(conv, group, first, last, own);
@@ -174,11 +174,13 @@ void interval_conv2d(const Call& asked, const Images& images, const Window& wind
   }
   const IntervalKernels table = pick_kernels();
   Call call = asked;
-  call.coarse_radius = coarse_pays(asked, table, asked.weight.rows / window.groups);
+  const bool filters = filters_apply(asked, images, window, table);
+  call.coarse_radius = !filters && coarse_pays(asked, table, asked.weight.rows / window.groups);
   const int64_t bytes = images.batch * call.weight.rows * window.out_height * window.out_width *
                         int64_t{sizeof(float)};
   prefer_large_pages(call.out_lower, bytes);
   prefer_large_pages(call.out_upper, bytes);
+  if (filters) return convolve_by_filters(call, images, window, table, num_threads);
   const Convolution conv = plan(call, images, window, table);
   if (direct_applies(conv)) {
     convolve_directly(conv, num_threads);

@@ -70,36 +70,58 @@ Convolution plan(const Call& call, const Images& images, const Window& window,
   return conv;
 }
 
-// Where a thread prepares images: centres and radii of one image, and a line for strides.
+// Where a thread prepares images: centres and radii of one image, and lines for strides.
 struct Prepared {
   float* centre;
   float* radius;
-  float* line;  // 2 * images.width
+  float* lines;  // line_size() of them
 };
+
+// Rows whose columns are spread together: loads wait where they read what was just stored.
+constexpr int64_t kSpreadRows = 8;
+
+int64_t line_size(const Convolution& conv) {
+  return whole_lines(2 * kSpreadRows * conv.images.width);
+}
+
+// Rows [first, first + count) of all channels of an image; returns the largest |x|.
+float prepare_rows(const Convolution& conv, int64_t image, int64_t first, int64_t count,
+                   const Prepared& own) {
+  const Images& images = conv.images;
+  const bool direct = conv.window.stride_width == 1;
+  float* line_radius = own.lines + kSpreadRows * images.width;
+  const auto place = [&](int64_t row) {
+    return (row / images.height * conv.height + conv.window.pad_top + row % images.height) *
+           conv.row_size;
+  };
+  float largest = 0.0f;
+  for (int64_t row = first; row < first + count; ++row) {
+    const int64_t from = (image * images.channels * images.height + row) * images.width;
+    const int64_t at = (row - first) * images.width, to = place(row) + conv.window.pad_left;
+    const Ends ends{conv.call.lower + from, conv.call.upper + from, images.width,
+                    conv.call.floor()};
+    largest = std::max(
+        largest, conv.table.prepare(ends, conv.constants, direct ? own.centre + to : own.lines + at,
+                                    direct ? own.radius + to : line_radius + at));
+  }
+  for (int64_t row = first; !direct && row < first + count; ++row) {
+    const int64_t at = (row - first) * images.width, to = place(row);
+    for (const auto& [line, out] :
+         {std::pair(own.lines + at, own.centre + to), {line_radius + at, own.radius + to}}) {
+      conv.table.spread({line, images.width, conv.window.pad_left, conv.window.stride_width,
+                         conv.phase_size, out});
+    }
+  }
+  return largest;
+}
 
 // Returns the absolute term of the image.
 float prepare_image(const Convolution& conv, int64_t image, const Prepared& own) {
-  const Images& images = conv.images;
-  const bool direct = conv.window.stride_width == 1;
-  float *line_centre = own.line, *line_radius = own.line + images.width;
+  const int64_t rows = conv.images.channels * conv.images.height;
   float largest = 0.0f;
-  for (int64_t row = 0; row < images.channels * images.height; ++row) {
-    const int64_t from = (image * images.channels * images.height + row) * images.width;
-    const int64_t to =
-        (row / images.height * conv.height + conv.window.pad_top + row % images.height) *
-        conv.row_size;
-    float *centre = own.centre + to, *radius = own.radius + to;
-    const Ends ends{conv.call.lower + from, conv.call.upper + from, images.width,
-                    conv.call.floor()};
-    const float here = conv.table.prepare(ends, conv.constants,
-                                          direct ? centre + conv.window.pad_left : line_centre,
-                                          direct ? radius + conv.window.pad_left : line_radius);
-    largest = std::max(largest, here);
-    if (direct) continue;
-    for (const auto& [line, row] : {std::pair(line_centre, centre), {line_radius, radius}}) {
-      conv.table.spread({line, images.width, conv.window.pad_left, conv.window.stride_width,
-                         conv.phase_size, row});
-    }
+  for (int64_t row = 0; row < rows; row += kSpreadRows) {
+    largest =
+        std::max(largest, prepare_rows(conv, image, row, std::min(kSpreadRows, rows - row), own));
   }
   return offset_for(conv.call, largest);
 }

@@ -66,15 +66,15 @@ struct DirectBuffers {
 
   static int64_t size(const Convolution& conv, int64_t step) {
     const int64_t image = whole_lines(conv.image_size());
-    return (conv.call.coarse_radius ? 3 : 2) * image + whole_lines(2 * conv.images.width) +
+    return (conv.call.coarse_radius ? 3 : 2) * image + line_size(conv) +
            kGroupsOfPass * step * 2 * kPanelWidth;
   }
 
   DirectBuffers(const Convolution& conv, int64_t step, float* memory) {
     const int64_t size = whole_lines(conv.image_size());
     image = {memory, memory + size, memory + 2 * size};
-    std::fill(memory, image.line, 0.0f);  // the padding; images of one size keep it
-    sums = image.line + whole_lines(2 * conv.images.width);
+    std::fill(memory, image.lines, 0.0f);  // the padding; images of one size keep it
+    sums = image.lines + line_size(conv);
     radii = reinterpret_cast<uint32_t*>(sums + kGroupsOfPass * step * 2 * kPanelWidth);
   }
 };

@@ -64,6 +64,8 @@
 // Overflow. An infinity or NaN in yc + b or in R (it never becomes finite again) gives the ends
 // -inf and +inf, never NaN; so do infinite or NaN inputs. A deployed sum cannot overflow while
 // R < H 2^126, as S(|x|) + |b| <= R / H then; otherwise the ends are infinite.
+// Large convolutions with windows of 3 x 3 have another sum, with its own bounds: filtering.h.
+//
 // Packed weights are the floats they stand for, exactly. The packed layer's own float product
 // promises 1e-6 (sum |W x| + |b|) for float32 inputs, so kDeployed takes A and the factor of |b| no
 // smaller than that.

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "core/rounding.h"
+#include "interval/filtering.h"
 #include "matmul/matmul.h"
 
 namespace pyrobust {
@@ -238,6 +239,7 @@ struct IntervalKernels {
   // Radii of neighbouring channels, `plane` floats each, rounded up to pairs.
   void (*pair_channels)(const float* radius, int64_t channels, int64_t plane, uint32_t* radii);
   void (*coarse_direct)(const CoarseDirect& work);
+  FilterKernels filter = {};  // all or none
 };
 
 // Another null entry means "use the portable one"; a null table, that the build has no such path.

@@ -19,7 +19,9 @@ constexpr int64_t kRowStep = 60;  // a multiple of every kernel's tile height
 
 IntervalKernels pick_kernels();
 // `nonzero` counts the terms of an output that may be other than zero.
-Constants constants_for(const Call& call, int64_t nonzero);
+// Without `own_error` the radius does not take up the error of the centre's sum, which the caller
+// bounds in another way.
+Constants constants_for(const Call& call, int64_t nonzero, bool own_error = true);
 void check_terms(const char* subject, int64_t terms);
 // The absolute term of one input: what flushing and underflow lose.
 float offset_for(const Call& call, float largest);

@@ -1,0 +1,248 @@
+// Included by avx512.cpp alone: minimal filtering along rows, sixteen tiles a register.
+#pragma once
+
+#include <immintrin.h>
+
+#include <array>
+#include <utility>
+
+#include "interval/avx512_ends.h"
+#include "interval/avx512_packed.h"
+#include "interval/kernels.h"
+
+namespace pyrobust {
+namespace interval {
+namespace {
+
+static_assert(kTileGroup == 16 && kPanelWidth == 16, "a group of tiles fills a register");
+
+// --- rows of pixels
+// -------------------------------------------------------------------------------
+
+// Sixteen tiles, the first eight from one place and the others from another.
+struct Tile {
+  __m512 d0, d1, d2, d3;
+};
+
+inline Tile tile_of(const float* left, const float* right) {
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_or_si512(even, _mm512_set1_epi32(1));
+  const __m512 a = _mm512_loadu_ps(left), b = _mm512_loadu_ps(right);
+  const __m512 c = _mm512_loadu_ps(left + 2), d = _mm512_loadu_ps(right + 2);
+  return {_mm512_permutex2var_ps(a, even, b), _mm512_permutex2var_ps(a, odd, b),
+          _mm512_permutex2var_ps(c, even, d), _mm512_permutex2var_ps(c, odd, d)};
+}
+
+// r'' of filtering.h.
+inline Tile grown(const FilterRows& work, const Tile& centre, const Tile& radius) {
+  const __m512 slack = _mm512_set1_ps(kSlack), floor = _mm512_set1_ps(work.input_floor);
+  const __m512 gain = _mm512_set1_ps(work.centre_error);
+  const __m512 first = magnitude(centre.d1), second = magnitude(centre.d2);
+  const __m512 inner = _mm512_add_ps(first, second);
+  const __m512 left = _mm512_add_ps(inner, _mm512_add_ps(magnitude(centre.d0), second));
+  const __m512 right = _mm512_add_ps(inner, _mm512_add_ps(magnitude(centre.d3), first));
+  const auto with_centre = [&](__m512 r, __m512 error) {
+    const __m512 sum = _mm512_add_ps(r, _mm512_mul_ps(error, gain));
+    return _mm512_add_ps(_mm512_mul_ps(sum, slack), floor);
+  };
+  const Tile now{with_centre(radius.d0, left), with_centre(radius.d1, inner),
+                 with_centre(radius.d2, inner), with_centre(radius.d3, right)};
+  const __m512 largest =
+      _mm512_max_ps(_mm512_max_ps(now.d0, now.d1), _mm512_max_ps(now.d2, now.d3));
+  const __m512 own = _mm512_mul_ps(largest, _mm512_set1_ps(work.radius_error));
+  const auto with_own = [&](__m512 r) { return _mm512_mul_ps(_mm512_add_ps(r, own), slack); };
+  return {with_own(now.d0), with_own(now.d1), with_own(now.d2), with_own(now.d3)};
+}
+
+inline void store_products(const Tile& tile, int64_t plane, float* to) {
+  _mm512_storeu_ps(to, _mm512_sub_ps(tile.d0, tile.d2));
+  _mm512_storeu_ps(to + plane, _mm512_add_ps(tile.d1, tile.d2));
+  _mm512_storeu_ps(to + 2 * plane, _mm512_sub_ps(tile.d2, tile.d1));
+  _mm512_storeu_ps(to + 3 * plane, _mm512_sub_ps(tile.d1, tile.d3));
+}
+
+// Sixteen tiles whose halves start at pixels `left` and `right` of the lines, to place `to`.
+inline void sixteen_tiles(const FilterRows& work, int64_t left, int64_t right, int64_t to) {
+  const Tile centre = tile_of(work.centre + left, work.centre + right);
+  const Tile radius = tile_of(work.radius + left, work.radius + right);
+  store_products(centre, work.plane, work.centre_tiles + to);
+  store_products(work.radius_error > 0.0f ? grown(work, centre, radius) : radius, work.plane,
+                 work.radius_tiles + to);
+}
+
+void filter_tiles(const FilterRows& work) {
+  if (work.tiles % 8 == 0) {  // halves of neighbouring rows share registers
+    const int64_t of_row = work.tiles / 8, count = work.rows * of_row;
+    const auto place = [&](int64_t half) { return half / of_row * work.line + half % of_row * 16; };
+    for (int64_t half = 0; half < count; half += 2) {
+      sixteen_tiles(work, place(half), place(half + 1 < count ? half + 1 : half), half * 8);
+    }
+    return;
+  }
+  for (int64_t row = 0; row < work.rows; ++row) {
+    for (int64_t t = 0; t < work.tiles; t += 16) {
+      const int64_t from = row * work.line + 2 * t;
+      sixteen_tiles(work, from, from + 16, row * work.tiles + t);
+    }
+  }
+}
+
+// --- filters
+// --------------------------------------------------------------------------------------
+
+inline void filters_of(float a, float b, float c, int64_t plane, float* to) {
+  const float outer = a + c;
+  to[0] = a;
+  to[plane] = (outer + b) * 0.5f;
+  to[2 * plane] = (outer - b) * 0.5f;
+  to[3 * plane] = c;
+}
+
+void filter_weights(const FilterWeights& work) {
+  for (int64_t k = 0; k < work.count; ++k) {
+    const float* g = work.weight + 3 * k;
+    filters_of(g[0], g[1], g[2], work.plane, work.centre + k);
+    filters_of(std::fabs(g[0]), std::fabs(g[1]), std::fabs(g[2]), work.plane, work.radius + k);
+  }
+}
+
+// --- products
+// -------------------------------------------------------------------------------------
+
+// 24 accumulators, four columns of tiles and a weight: 29 of the 32 registers.
+constexpr int kFilterRows = 6;
+// Terms whose tiles stay in a first-level cache while all rows of W meet them.
+constexpr int64_t kFilterChunk = 3 * kFilterRun;
+
+struct FilterPart {
+  const float* tiles;
+  const int64_t* places;
+  const float* weight;
+  int64_t terms;  // of a row of W
+  float* sums;
+};
+
+template <int R, int P>
+void filter_run(const FilterPart& part, int64_t begin, int64_t end) {
+  __m512 sum[R][P];
+#pragma GCC unroll 6
+  for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) sum[i][p] = _mm512_setzero_ps();
+  }
+  for (int64_t k = begin; k < end; ++k) {
+    const float* from = part.tiles + part.places[k];
+    __m512 x[P];
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) x[p] = _mm512_loadu_ps(from + p * 16);
+#pragma GCC unroll 6
+    for (int i = 0; i < R; ++i) {
+      const __m512 w = _mm512_set1_ps(part.weight[i * part.terms + k]);
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p) sum[i][p] = _mm512_fmadd_ps(w, x[p], sum[i][p]);
+    }
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) {
+      float* at = part.sums + i * kBlockTiles + p * 16;
+      const __m512 before = begin == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(at);
+      _mm512_storeu_ps(at, _mm512_add_ps(before, sum[i][p]));
+    }
+  }
+}
+
+using FilterRun = void (*)(const FilterPart&, int64_t, int64_t);
+
+template <int P, int... R>
+constexpr std::array<FilterRun, sizeof...(R)> runs_by_rows(std::integer_sequence<int, R...>) {
+  return {filter_run<R + 1, P>...};
+}
+
+// One of the kFilters products.
+template <int P>
+void filter_plane(const FilterProduct& work, const FilterPart& all) {
+  static constexpr auto kRuns = runs_by_rows<P>(std::make_integer_sequence<int, kFilterRows>());
+  const int64_t count = (work.rows + kFilterRows - 1) / kFilterRows;
+  for (int64_t chunk = 0; chunk < work.terms; chunk += kFilterChunk) {
+    const int64_t last = work.terms < chunk + kFilterChunk ? work.terms : chunk + kFilterChunk;
+    for (int64_t t = 0, n = 0; t < count; ++t) {
+      const int64_t next = work.rows * (t + 1) / count;
+      FilterPart part = all;
+      part.weight += n * work.terms;
+      part.sums += n * kBlockTiles;
+      for (int64_t begin = chunk; begin < last; begin += kFilterRun) {
+        const int64_t end = last < begin + kFilterRun ? last : begin + kFilterRun;
+        kRuns[static_cast<size_t>(next - n - 1)](part, begin, end);
+      }
+      n = next;
+    }
+  }
+}
+
+void filter_product(const FilterProduct& work) {
+  for (int64_t i = 0; i < kFilters; ++i) {
+    const FilterPart part{work.tiles + i * work.plane, work.places,
+                          work.weight + i * work.weight_plane, work.terms,
+                          work.sums + i * work.rows * kBlockTiles};
+    switch (work.groups) {
+      case 1:
+        filter_plane<1>(work, part);
+        break;
+      case 2:
+        filter_plane<2>(work, part);
+        break;
+      case 3:
+        filter_plane<3>(work, part);
+        break;
+      default:
+        filter_plane<4>(work, part);
+    }
+  }
+}
+
+// --- outputs
+// --------------------------------------------------------------------------------------
+
+// Thirty-two neighbouring pixels of sixteen tiles.
+struct Pixels {
+  __m512 left, right;
+};
+
+inline Pixels pixels_of(const float* sums, int64_t plane) {
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  const __m512 m0 = _mm512_loadu_ps(sums), m1 = _mm512_loadu_ps(sums + plane);
+  const __m512 m2 = _mm512_loadu_ps(sums + 2 * plane), m3 = _mm512_loadu_ps(sums + 3 * plane);
+  const __m512 first = _mm512_add_ps(_mm512_add_ps(m0, m1), m2);
+  const __m512 second = _mm512_sub_ps(_mm512_sub_ps(m1, m2), m3);
+  return {_mm512_permutex2var_ps(first, low, second), _mm512_permutex2var_ps(first, high, second)};
+}
+
+bool filter_ends(const FilterEnds& work, const Constants& constants) {
+  const int64_t plane = work.rows * kBlockTiles;
+  const __m512 offset = _mm512_set1_ps(work.offset);
+  __m512 largest = _mm512_setzero_ps();
+  const auto store = [&](__m512 centre, __m512 radius, __m512 shift, int64_t at, int64_t count) {
+    if (count <= 0) return;
+    const SixteenEnds ends = finish_sixteen(centre, radius, shift, offset, constants, &largest);
+    store_lanes(work.out_lower + at, count, ends.lower);
+    store_lanes(work.out_upper + at, count, ends.upper);
+  };
+  for (int64_t n = 0; n < work.rows; ++n) {
+    const __m512 shift = _mm512_set1_ps(work.bias != nullptr ? work.bias[n] : 0.0f);
+    for (int64_t pixel = 0; pixel < work.pixels; pixel += 32) {
+      const int64_t from = n * kBlockTiles + pixel / 2, to = n * work.row_stride + pixel;
+      const Pixels c = pixels_of(work.centre + from, plane),
+                   r = pixels_of(work.radius + from, plane);
+      store(c.left, r.left, shift, to, work.pixels - pixel);
+      store(c.right, r.right, shift, to + 16, work.pixels - pixel - 16);
+    }
+  }
+  return finite(largest);
+}
+
+}  // namespace
+}  // namespace interval
+}  // namespace pyrobust

@@ -1,0 +1,156 @@
+"""3 x 3 convolutions by minimal filtering (AVX-512): sound, tight, and the same on other sets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pyrobust.ops.interval import interval_conv2d, interval_packed_conv2d
+from pyrobust.quantize import round_to_nearest
+
+from .test_interval_exact import KINDS, violations
+
+SOUND = ["real", "deployed"]
+SHAPES = [  # images, rows of W, padding; at least 2048 output pixels, 16 channels and 16 rows
+    ((2, 16, 32, 32), 16, 1),
+    ((9, 17, 16, 16), 19, 1),
+    ((33, 16, 8, 8), 50, 1),
+    ((8, 20, 19, 22), 33, (2, 0)),
+    ((3, 18, 31, 28), 97, (0, 3)),
+    ((5, 16, 20, 72), 16, "same"),
+]
+
+
+def problem(shape, rows, weight=None):
+    x = torch.rand(shape) - 0.3
+    kernel = torch.randn(rows, shape[1], 3, 3) if weight is None else weight
+    return x - 2 / 255, x + 2 / 255, kernel, torch.randn(rows)
+
+
+def exact(lower, upper, weight, bias, **options):
+    lower, upper, weight, bias = (t.double() for t in (lower, upper, weight, bias))
+    middle = F.conv2d((lower + upper) / 2, weight, bias, **options)
+    reach = F.conv2d((upper - lower) / 2, weight.abs(), None, **options)
+    return middle - reach, middle + reach
+
+
+@pytest.mark.parametrize("rounding", SOUND)
+@pytest.mark.parametrize(("shape", "rows", "padding"), SHAPES)
+def test_ends_enclose_float64_and_are_tight(isa, shape, rows, padding, rounding):
+    tensors = problem(shape, rows)
+    ends = interval_conv2d(*tensors, padding=padding, rounding=rounding)
+    low, high = exact(*tensors, padding=padding)
+    assert (ends[0] <= low).all()
+    assert (ends[1] >= high).all()
+    widening = (ends[1].double() - ends[0]).sum() / (high - low).sum()
+    assert widening < (1.0004 if rounding == "real" else 1.002)
+
+
+@pytest.mark.parametrize("rounding", [*SOUND, "nearest"])
+def test_the_kernel_clips_for_a_relu_before_it(isa, rounding):
+    lower, upper, weight, bias = problem((9, 17, 16, 16), 19)
+    options = {"padding": 1, "rounding": rounding}
+    fused = interval_conv2d(lower, upper, weight, bias, rectified=True, **options)
+    plain = interval_conv2d(lower.relu(), upper.relu(), weight, bias, **options)
+    assert torch.equal(fused[0], plain[0])
+    assert torch.equal(fused[1], plain[1])
+
+
+@pytest.mark.parametrize("rounding", SOUND)
+def test_packed_weights_are_the_floats_they_stand_for(isa, rounding):
+    shape, rows = (9, 16, 16, 16), 24
+    form = {"bits": 4, "group_size": 48}
+    packed = round_to_nearest(torch.randn(rows, 144), **form)
+    lower, upper, weight, bias = problem(shape, rows, packed.dequantize().reshape(rows, 16, 3, 3))
+    ends = interval_packed_conv2d(
+        lower, upper, packed.codes, packed.scale, packed.zero, bias, in_channels=16, kernel_size=3,
+        padding=1, rounding=rounding, **form,
+    )  # fmt: skip
+    low, high = exact(lower, upper, weight, bias, padding=1)
+    assert (ends[0] <= low).all()
+    assert (ends[1] >= high).all()
+    assert ((ends[1].double() - ends[0]) / (high - low)).mean() < 1.004
+
+
+def check_corners(lower, upper, kernel, bias, rounding):
+    """No attained corner of 24 pixels lies outside."""
+    rows, channels = kernel.shape[:2]
+    ends = interval_conv2d(lower, upper, kernel, bias, padding=1, rounding=rounding)
+    some = torch.randperm(lower.shape[0] * lower.shape[2] * lower.shape[3])[:24]
+    patches = [
+        F.unfold(end, 3, padding=1).transpose(1, 2).reshape(-1, 9 * channels)[some]
+        for end in (lower, upper)
+    ]
+    pixels = [end.permute(0, 2, 3, 1).reshape(-1, rows)[some] for end in ends]
+    outside, checked = violations(pixels, *patches, kernel.reshape(rows, -1), bias)
+    assert outside == 0
+    assert checked == 2 * 24 * rows
+
+
+@pytest.mark.parametrize("rounding", SOUND)
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_attained_corner_lies_outside(isa, kind, rounding):
+    channels, rows, batch, side = 16, 16, 8, 16
+    lower, upper, _, bias = kind(batch * side * side, channels, rows)
+    kernel = kind(1, 9 * channels, rows)[2].reshape(rows, channels, 3, 3)
+    lower, upper = (
+        end.reshape(batch, side, side, channels).permute(0, 3, 1, 2).contiguous()
+        for end in (lower, upper)
+    )
+    check_corners(lower, upper, kernel, bias, rounding)
+
+
+@pytest.mark.parametrize("rounding", SOUND)
+@pytest.mark.parametrize("column", [0, 1])
+@pytest.mark.parametrize("of", ["centre", "radius"])
+def test_what_cancels_between_the_products_of_a_tile(isa, of, column, rounding):
+    """Large numbers in every second column meet weights of zero: outputs are small differences."""
+    shape = (8, 16, 16, 16)
+    size = torch.full(shape, 2.0**-30)
+    size[..., column::2] = 1 + torch.rand(8, 16, 16, 8)
+    kernel = torch.randn(16, 16, 3, 3)
+    kernel[:8, :, :, 1] = 0.0
+    kernel[:8, :, :, 0::2] *= 2.0**-20
+    kernel[8:, :, :, 0::2] = 0.0
+    centre, radius = (size, torch.zeros(shape)) if of == "centre" else (torch.zeros(shape), size)
+    check_corners(centre - radius, centre + radius, kernel, torch.zeros(16), rounding)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_deployed_ends_hold_other_orders_of_summation(isa, scale):
+    shape, rows = (8, 20, 16, 16), 16
+    x, weight = torch.randn(shape) * scale, torch.randn(rows, 20, 3, 3)
+    bias = torch.randn(rows) * scale
+    ends = interval_conv2d(x, x, weight, bias, padding=1, rounding="deployed")
+    patches = F.unfold(x, 3, padding=1)  # (B, terms, pixels)
+    matrix = weight.reshape(rows, -1)
+    for order in (torch.arange(180), torch.arange(179, -1, -1), torch.randperm(180)):
+        total = bias.reshape(1, -1, 1).expand(8, rows, 256).clone()
+        for k in order:
+            total = total + matrix[:, k].reshape(1, -1, 1) * patches[:, k].unsqueeze(1)
+        value = total.reshape(8, rows, 16, 16)
+        assert (ends[0] <= value).all()
+        assert (value <= ends[1]).all()
+
+
+def test_numbers_near_the_largest_give_infinite_ends_and_no_nan(isa):
+    x = torch.full((8, 16, 16, 16), 3e38) * torch.randn(8, 16, 16, 16).sign()
+    ends = interval_conv2d(x, x, torch.randn(16, 16, 3, 3), None, padding=1)
+    assert not ends[0].isnan().any()
+    assert not ends[1].isnan().any()
+    assert (ends[0] == -torch.inf).any()
+    with_nan = x.clone()
+    with_nan[3, 2, 5, 7] = torch.nan
+    low, high = interval_conv2d(with_nan, with_nan, torch.randn(16, 16, 3, 3), None, padding=1)
+    assert (low[3, :, 4:7, 6:9] == -torch.inf).all()
+    assert (high[3, :, 4:7, 6:9] == torch.inf).all()
+
+
+def test_avx512_filters_where_there_are_enough_pixels(isa):
+    tensors = problem((2, 16, 32, 32), 16)
+    together = interval_conv2d(*tensors, padding=1)
+    alone = interval_conv2d(tensors[0][:1], tensors[1][:1], *tensors[2:], padding=1)
+    torch.testing.assert_close(together[0][:1], alone[0], rtol=0, atol=1e-3)
+    # one image is too little: its sums have another order
+    assert torch.equal(together[0][:1], alone[0]) == (isa not in ("avx512", "amx"))
