@@ -16,10 +16,24 @@
 namespace pyrobust::matmul {
 namespace {
 
+// What codes of the second half of a panel are multiplied by: 2 to the power of this. The sums fit:
+// |q (code - zero)| of 65536 columns is at most 65536 * 128 * 15, and 16 times that is below 2^31.
+int second_shift(const PackedMatrix& w) {
+  const int bits = stored_bits(w);
+  return w.codebook != nullptr || bits == 8 || bits == 1 ? 0 : bits;
+}
+
+// Minus the sums of a group of a tile's rows of bytes, times the zero where that is one for all;
+// for the first and the second half of a panel, times 2^PanelQuad::kShift.
+struct alignas(64) PanelOffsets {
+  int32_t first[kTileRows];
+  int32_t second[kTileRows];
+};
+
 struct PanelRows {
   int8_t* q;
-  double* step;    // (rows, groups), where there are two parts
-  int32_t* q_sum;  // (rows, parts, groups); times the zero where that is one for all
+  double* step;          // (tiles, groups, 8), where there are two parts
+  PanelOffsets* offset;  // (tiles, groups)
   int64_t stride, rows, groups;
   int parts;
   int64_t used;
@@ -31,8 +45,9 @@ struct PanelRows {
         parts(mode == Mode::kParts ? 2 : 1) {
     Arena arena{static_cast<char*>(data)};
     q = arena.take<int8_t>(round_up(rows, x_rows()) * parts * stride);
-    step = arena.take<double>(parts == 2 ? rows * groups : 0);
-    q_sum = arena.take<int32_t>(rows * parts * groups);
+    const int64_t tiles = round_up(rows, x_rows()) / x_rows();
+    step = arena.take<double>(parts == 2 ? tiles * groups * kTileRows : 0);
+    offset = arena.take<PanelOffsets>(tiles * groups);
     used = arena.used;
   }
 
@@ -45,6 +60,8 @@ struct PanelRows {
     return all == 5 || all == 7 ? all + 1 : all;
   }
   int8_t* tile(int64_t m) const { return q + m * parts * stride; }
+  PanelOffsets* offsets(int64_t m) const { return offset + m / x_rows() * groups; }
+  double* steps(int64_t m) const { return step + m / x_rows() * groups * kTileRows; }
 };
 
 // 16 groups of four columns of `width` rows, side by side.
@@ -88,6 +105,7 @@ void prepare_panel_group(const PackedMatrix& w, int64_t m, int64_t g, int64_t be
                          const PanelRows& out, const Convert& convert) {
   const int64_t count = out.rows_at(m), width = out.width(m);
   const int32_t zero = w.zero == nullptr ? symmetric_zero(w) : 1;
+  const int shift = second_shift(w);
   __m512i v[kTileRows], sum[kTileRows];
   for (int i = 0; i < kTileRows; ++i) v[i] = sum[i] = _mm512_setzero_si512();
   for (int64_t b = begin; b < end; ++b) {
@@ -95,9 +113,10 @@ void prepare_panel_group(const PackedMatrix& w, int64_t m, int64_t g, int64_t be
     for (int64_t i = 0; i < count * out.parts; ++i) sum[i] = sum_bytes(sum[i], v[i]);
     store_tile_block(v, width, out.tile(m) + b * kBlock * width);
   }
-  for (int64_t i = 0; i < count * out.parts; ++i) {
-    const int64_t row = (m + i % count) * out.parts + i / count;
-    out.q_sum[row * out.groups + g] = zero * _mm512_reduce_add_epi32(sum[i]);
+  PanelOffsets& offset = out.offsets(m)[g];
+  for (int64_t i = 0; i < kTileRows; ++i) {
+    offset.first[i] = -zero * _mm512_reduce_add_epi32(sum[i]);
+    offset.second[i] = offset.first[i] * (1 << shift);
   }
 }
 
@@ -130,7 +149,7 @@ void prepare_panel_parts(const PackedMatrix& w, const char* x, FloatType type, i
     for (int64_t i = 0; i < count; ++i) {
       const double step =
           power_of_two(step_of(x + i * row_bytes, type, b * kBlock, end, kLargestPair));
-      out.step[(m + i) * out.groups + g] = step;
+      out.steps(m)[g * kTileRows + i] = step;
       inverse[i] = step > 0.0 ? 1.0 / step : 0.0;
     }
     const auto convert = [&](int64_t i, int64_t block, __m512i* v) {

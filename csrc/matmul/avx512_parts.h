@@ -86,11 +86,12 @@ inline void prepare_parts_row(const PackedMatrix& w, const void* x, FloatType ty
   }
 }
 
-// Whether 256 high + low fits in 32 bits for sums of a group.
-inline bool is_narrow(const PackedMatrix& w) {
+// Whether 256 high + low, times 2^shift, fits in 32 bits for sums of a group: of |code - zero| <=
+// `weight`.
+inline bool is_narrow(const PackedMatrix& w, int shift = 0) {
   const int64_t columns = w.group_size < w.cols ? w.group_size : w.cols;
-  const int64_t weight = w.codebook != nullptr || w.zero != nullptr ? 255 : w.levels;
-  return columns * weight * (32512 + 256) < (int64_t{1} << 31);
+  const int64_t weight = w.codebook != nullptr ? 255 : w.levels;
+  return columns * weight * (32512 + 256) < (int64_t{1} << 31) >> shift;
 }
 
 // total += scale * step * (256 high + low) of eight rows of W: high parts in lanes 0 to 7, low ones

@@ -75,6 +75,22 @@ def test_same_bits(bits, symmetric, activations, dtype):
             assert torch.equal(canonical, panels), (rows, cols, group_size, count)
 
 
+@pytest.mark.parametrize(("activations", "dtype"), ACTIVATIONS[1:3])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("zero", [False, True])
+def test_long_groups_of_largest_sums(bits, zero, activations, dtype):
+    """Codes of half the rows of a panel count 2^bits times: the sums come near 2^31."""
+    cols, largest = 65536, 2**bits - 1
+    codes = torch.full((32, cols), 0 if zero else largest, dtype=torch.uint8)
+    scale, zeros = torch.ones(32, 1), torch.full((32, 1), largest * zero, dtype=torch.uint8)
+    q = QTensor.from_codes(codes, scale, zeros, bits=bits, group_size=cols)
+    for count in (1, 3, 8):
+        canonical, panels = _from_both(q, torch.ones(count, cols, dtype=dtype), activations)
+        assert torch.equal(canonical, panels)
+        expected = cols * (-largest if zero else largest) + torch.arange(32.0)
+        torch.testing.assert_close(panels.float(), expected.expand_as(panels), rtol=8e-3, atol=0)
+
+
 @pytest.mark.parametrize("activations", ["int8", None])
 @pytest.mark.parametrize("kind", ["codebook", "two_level", "remainder"])
 def test_same_bits_with_extras(kind, activations):

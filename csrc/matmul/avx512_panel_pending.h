@@ -1,0 +1,121 @@
+// Included by avx512.cpp alone: the sums of groups onto the totals of a tile, in double. They wait
+// in memory until the products of the next group run.
+#pragma once
+
+#include "matmul/avx512_panel_rows.h"
+
+namespace pyrobust::matmul {
+namespace {
+
+// The sums of the last group, of one tile. They are added to the totals while the products of the
+// next group run, a row at a time: 32 loads, products and stores in a row would hold those up.
+struct PanelPending {
+  alignas(64) int32_t sums[kTileRows * kPanelRows];
+  int64_t rows = 0;  // of x
+  const uint8_t* head;
+  const double* step;
+  double* total;
+};
+
+// What a tile of x meets: a panel, its groups [from, to), and the totals (rows, 32) of the tile.
+struct PanelTask {
+  const PackedMatrix* weight;
+  const PanelLayout* layout;
+  const uint8_t* panel;
+  const PanelRows* x;
+  PanelPending* pending;
+  bool narrow;  // is_narrow(), for two parts
+  int64_t m;    // the tile's first row
+  int64_t from, to;
+  double* total;
+};
+
+// Scales of a group of 32 rows. Sums of the second half come 2^kShift times too large.
+template <int kShift>
+__attribute__((always_inline)) inline void load_panel_scales(const PackedMatrix& w,
+                                                             const uint8_t* head, __m512d* scale) {
+#pragma GCC unroll 2
+  for (int t = 0; t < 2; ++t) {
+    __m512 lanes;
+    if (w.row_scale != nullptr) {
+      const auto* bytes = reinterpret_cast<const __m128i*>(head + kLanes * t);
+      lanes = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(bytes)));
+    } else {
+      lanes = load_floats(head, w.scale_type, kLanes * t, 0xffff);
+    }
+    scale[2 * t] = _mm512_cvtps_pd(_mm512_castps512_ps256(lanes));
+    scale[2 * t + 1] = _mm512_cvtps_pd(_mm512_extractf32x8_ps(lanes, 1));
+  }
+  if constexpr (kShift > 0) {
+    const __m512d unit = _mm512_set1_pd(1.0 / (1 << kShift));
+    scale[2] = _mm512_mul_pd(scale[2], unit);
+    scale[3] = _mm512_mul_pd(scale[3], unit);
+  }
+}
+
+inline __m256i eight_sums(const int32_t* sums) {
+  return _mm256_load_si256(reinterpret_cast<const __m256i*>(sums));
+}
+
+// total += scale * sums of row i of x; the products are exact.
+__attribute__((always_inline)) inline void add_pending_row(const PanelPending& pending,
+                                                           const __m512d* scale, int64_t i) {
+  const int32_t* sums = pending.sums + kPanelRows * i;
+  double* total = pending.total + kPanelRows * i;
+#pragma GCC unroll 4
+  for (int l = 0; l < 4; ++l) {
+    add_scaled(_mm512_cvtepi32_pd(eight_sums(sums + 8 * l)), scale[l], total + 8 * l);
+  }
+}
+
+// The same of two parts: total += scale step (256 high + low), step a power of two. kNarrow:
+// is_narrow() with room for kShift more bits.
+template <int kShift>
+__attribute__((always_inline)) inline void add_pending_parts(const PanelPending& pending,
+                                                             bool narrow, const __m512d* scale,
+                                                             int64_t i) {
+  const int32_t *high = pending.sums + kPanelRows * i, *low = high + kPanelRows * pending.rows;
+  double* total = pending.total + kPanelRows * i;
+  const __m512d step = _mm512_set1_pd(pending.step[i]), unit = _mm512_set1_pd(256.0);
+#pragma GCC unroll 4
+  for (int l = 0; l < 4; ++l) {
+    const __m256i upper = eight_sums(high + 8 * l), lower = eight_sums(low + 8 * l);
+    __m512d sum;
+    if (narrow) {
+      sum = _mm512_cvtepi32_pd(_mm256_add_epi32(_mm256_slli_epi32(upper, 8), lower));
+    } else {
+      sum = _mm512_fmadd_pd(_mm512_cvtepi32_pd(upper), unit, _mm512_cvtepi32_pd(lower));
+    }
+    add_scaled(sum, _mm512_mul_pd(scale[l], step), total + 8 * l);
+  }
+}
+
+// Rows [from, to) of what is pending.
+template <int kShift, int kParts>
+__attribute__((always_inline)) inline void add_pending(const PanelTask& task, const __m512d* scale,
+                                                       int64_t from, int64_t to) {
+  for (int64_t i = from; i < to; ++i) {
+    if constexpr (kParts == 1) {
+      add_pending_row(*task.pending, scale, i);
+    } else {
+      add_pending_parts<kShift>(*task.pending, task.narrow, scale, i);
+    }
+  }
+}
+
+// Adds what the last tile has left.
+template <int kShift>
+__attribute__((noinline)) void finish_pending(const PanelTask& task) {
+  if (task.pending->rows == 0) return;
+  __m512d scale[4];
+  load_panel_scales<kShift>(*task.weight, task.pending->head, scale);
+  if (task.x->parts == 1) {
+    add_pending<kShift, 1>(task, scale, 0, task.pending->rows);
+  } else {
+    add_pending<kShift, 2>(task, scale, 0, task.pending->rows);
+  }
+  task.pending->rows = 0;
+}
+
+}  // namespace
+}  // namespace pyrobust::matmul

@@ -1,0 +1,304 @@
+// Included by avx512.cpp alone: one tile of x against one panel of W.
+#pragma once
+
+#include "matmul/avx512_panel_pending.h"
+
+namespace pyrobust::matmul {
+namespace {
+
+// Bytes ahead in the stream: past what the prefetcher of the processor does within a page.
+constexpr int64_t kPanelAhead = 2048;
+
+// The codes of 16 columns of a panel.
+template <int kBits, bool kBook>
+struct PanelQuad {
+  __m512i raw[kBits];
+
+  __attribute__((always_inline)) inline void load(const uint8_t* at) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kBits; ++i) raw[i] = _mm512_loadu_si512(at + kLineBytes * i);
+  }
+
+  // The bytes of step s whose lower 2 kBits bits are the codes of both halves of the panel.
+  __attribute__((always_inline)) inline __m512i both(int s) const {
+    if constexpr (kBits == 4) return raw[s];
+    if constexpr (kBits == 2) return s % 2 == 0 ? raw[s / 2] : _mm512_srli_epi16(raw[s / 2], 4);
+    if constexpr (kBits == 1) return s == 0 ? raw[0] : _mm512_srli_epi16(raw[0], 2 * s);
+    if constexpr (kBits == 3) {
+      if (s < 3) return raw[s];
+      constexpr int kSelect = 0xe4;  // of the first where the third has ones, else of the second
+      const __m512i four =
+          _mm512_ternarylogic_epi32(_mm512_srli_epi16(raw[0], 6), _mm512_srli_epi16(raw[1], 4),
+                                    _mm512_set1_epi8(0x03), kSelect);
+      return _mm512_ternarylogic_epi32(four, _mm512_srli_epi16(raw[2], 2), _mm512_set1_epi8(0x0f),
+                                       kSelect);
+    }
+    return raw[0];
+  }
+
+  // The codes, or entries of the codebook `table`, of rows 0..15, and of rows 16..31. Those of the
+  // latter are 2^kShift times what they stand for.
+  static constexpr int kShift = kBook || kBits == 8 ? 0 : kBits;
+  __attribute__((always_inline)) inline void step(int s, __m512i table, __m512i* a,
+                                                  __m512i* b) const {
+    if constexpr (kBits == 8) {
+      *a = raw[2 * s];
+      *b = raw[2 * s + 1];
+      return;
+    }
+    const __m512i mask = _mm512_set1_epi8(static_cast<char>((1 << kBits) - 1)), v = both(s);
+    *a = _mm512_and_si512(v, mask);
+    if constexpr (kBook) {
+      *a = _mm512_shuffle_epi8(table, *a);
+      *b = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(v, kBits), mask));
+    } else {
+      *b = _mm512_and_si512(v, _mm512_set1_epi8(static_cast<char>(((1 << kBits) - 1) << kBits)));
+    }
+  }
+};
+
+// `sum` at the start of a group: minus the zero times the sum of x, for the lanes of both halves,
+// those of the second times 2^kShift. A group of one bit has -1 and 1 for codes: its first half is
+// doubled at the end, and starts from 0.
+template <int kRows, int kShift, bool kDouble>
+__attribute__((always_inline)) inline void start_sums(const uint8_t* zeros,
+                                                      const PanelOffsets& offset, __m512i* sum) {
+  if (zeros != nullptr) {
+    const auto* bytes = reinterpret_cast<const __m128i*>(zeros);
+    const __m512i first = _mm512_cvtepu8_epi32(_mm_loadu_si128(bytes));
+    const __m512i second = _mm512_cvtepu8_epi32(_mm_loadu_si128(bytes + 1));
+    const __m512i shifted = _mm512_slli_epi32(second, kShift);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const __m512i x = _mm512_set1_epi32(offset.first[r]);
+      sum[2 * r] = _mm512_mullo_epi32(first, x);
+      sum[2 * r + 1] = _mm512_mullo_epi32(shifted, x);
+    }
+    return;
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    sum[2 * r] = kDouble ? _mm512_setzero_si512() : _mm512_set1_epi32(offset.first[r]);
+    sum[2 * r + 1] = _mm512_set1_epi32(offset.second[r]);
+  }
+}
+
+// Codes of 16 columns against kRows rows of bytes: `sum` has kChains times kRows pairs.
+template <int kBits, bool kBook, int kRows, int kChains>
+__attribute__((always_inline)) inline void add_quad(const uint8_t* codes, const int8_t* q,
+                                                    __m512i table, __m512i* sum) {
+  PanelQuad<kBits, kBook> quad;
+  quad.load(codes);
+#pragma GCC unroll 8
+  for (int i = 0; i < kBits; ++i) {
+    const auto* ahead = reinterpret_cast<const char*>(codes) + kPanelAhead + kLineBytes * i;
+    _mm_prefetch(ahead, _MM_HINT_T0);
+  }
+#pragma GCC unroll 4
+  for (int s = 0; s < 4; ++s) {
+    __m512i a, b;
+    quad.step(s, table, &a, &b);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      int32_t four;
+      __builtin_memcpy(&four, q + 4 * (s * kRows + r), sizeof(four));
+      const __m512i x = _mm512_set1_epi32(four);
+      const int at = (s % kChains * kRows + r) * 2;
+      add_dots(sum[at], a, x);
+      add_dots(sum[at + 1], b, x);
+    }
+  }
+}
+
+// The streams that a tile of kRows rows of bytes reads, at the beginning of a group.
+template <int kBits, bool kBook, int kRows>
+struct PanelStreams {
+  static constexpr bool kDouble = kBits == 1 && !kBook;  // codes of one bit stand for -1 and 1
+  static constexpr int kShift = kDouble ? 0 : PanelQuad<kBits, kBook>::kShift;
+
+  const PackedMatrix& w;
+  const PanelLayout& layout;
+  const uint8_t* head;
+  const int8_t* q;
+  const PanelOffsets* offset;
+  const double* step;
+  int64_t columns;  // left
+
+  explicit PanelStreams(const PanelTask& task)
+      : w(*task.weight),
+        layout(*task.layout),
+        head(task.panel + task.from * layout.group_bytes),
+        q(task.x->tile(task.m) + task.from * layout.group_columns * kRows),
+        offset(task.x->offsets(task.m) + task.from),
+        step(task.x->steps(task.m) + task.from * kTileRows),
+        columns(layout.columns - task.from * layout.group_columns) {}
+
+  int64_t quads() const {  // at least four
+    return (columns < layout.group_columns ? columns : layout.group_columns) / kQuadColumns;
+  }
+  const uint8_t* codes() const { return head + layout.head_bytes; }
+
+  __attribute__((always_inline)) inline void start(__m512i* sum) const {
+    const uint8_t* zeros = w.zero == nullptr ? nullptr : head + kPanelRows * layout.scale_bytes;
+    start_sums<kRows, kShift, kDouble>(zeros, *offset, sum);
+  }
+
+  // Sums of one bit, of codes 0 and 1 in the first half and 0 and 2 in the second, as of -1 and 1.
+  __attribute__((always_inline)) inline void finish(__m512i* sum) const {
+    if constexpr (!kDouble) return;
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const __m512i start = _mm512_set1_epi32(offset->first[r]);
+      sum[2 * r] = _mm512_add_epi32(_mm512_add_epi32(sum[2 * r], sum[2 * r]), start);
+    }
+  }
+
+  __attribute__((always_inline)) inline void next() {
+    head += layout.group_bytes;
+    q += layout.group_columns * kRows;
+    columns -= layout.group_columns;
+    ++offset;
+    step += kTileRows;
+  }
+};
+
+// One tile of x, of three or more rows of bytes.
+template <int kBits, bool kBook, int kRows, int kParts>
+__attribute__((noinline)) void panel_tile(const PanelTask& task) {
+  PanelStreams<kBits, kBook, kRows> from(task);
+  constexpr int kShift = from.kShift;
+  PanelPending& pending = *task.pending;
+  const __m512i table = codebook_table(from.w);
+  for (int64_t g = task.from; g < task.to; ++g) {
+    const int64_t quads = from.quads(), rows_a_quad = quads >= kTileRows ? 1 : 2;
+    const uint8_t* codes = from.codes();
+    const int8_t* q = from.q;
+    __m512i sum[kRows * 2];
+    __m512d scale[4];
+    from.start(sum);
+    if (pending.rows > 0) load_panel_scales<kShift>(from.w, pending.head, scale);
+    for (int64_t j = 0, row = 0; j < quads; ++j) {
+      add_quad<kBits, kBook, kRows, 1>(codes, q, table, sum);
+      codes += kBits * kLineBytes;
+      q += kQuadColumns * kRows;
+      if (row < pending.rows) {
+        const int64_t stop = row + rows_a_quad < pending.rows ? row + rows_a_quad : pending.rows;
+        add_pending<kShift, kParts>(task, scale, row, stop);
+        row = stop;
+      }
+    }
+    from.finish(sum);
+#pragma GCC unroll 16
+    for (int i = 0; i < 2 * kRows; ++i) {
+      _mm512_store_si512(pending.sums + kLanes * i, sum[i]);
+    }
+    pending.head = from.head;
+    pending.step = from.step;
+    pending.total = task.total;
+    pending.rows = kRows / kParts;
+    from.next();
+  }
+}
+
+// Sums of half a panel, sum[0] of rows 0..15 and sum[1] of rows 16..31, in lanes of eight.
+__attribute__((always_inline)) inline void split_sums(const __m512i* sum, int shift, __m256i* out) {
+#pragma GCC unroll 2
+  for (int t = 0; t < 2; ++t) {
+    const __m512i v = t == 1 ? _mm512_srai_epi32(sum[t], static_cast<unsigned>(shift)) : sum[t];
+    out[2 * t] = _mm512_castsi512_si256(v);
+    out[2 * t + 1] = _mm512_extracti64x4_epi64(v, 1);
+  }
+}
+
+// One or two rows of bytes, which take several sums each, as a product waits for the one before,
+// and keep their totals in registers.
+template <int kBits, bool kBook, int kRows, int kParts>
+__attribute__((noinline)) void few_panel_rows(const PanelTask& task) {
+  constexpr int kChains = 4 / kRows, kTotals = 4 * kRows / kParts;
+  PanelStreams<kBits, kBook, kRows> from(task);
+  constexpr int kShift = from.kShift;
+  const __m512i table = codebook_table(from.w);
+  finish_pending<kShift>(task);
+  __m512d total[kTotals];
+#pragma GCC unroll 8
+  for (int i = 0; i < kTotals; ++i) total[i] = _mm512_load_pd(task.total + 8 * i);
+  for (int64_t g = task.from; g < task.to; ++g) {
+    const int64_t quads = from.quads();
+    const uint8_t* codes = from.codes();
+    const int8_t* q = from.q;
+    __m512i sum[8];
+    from.start(sum);
+#pragma GCC unroll 8
+    for (int i = 2 * kRows; i < 8; ++i) sum[i] = _mm512_setzero_si512();
+    for (int64_t j = 0; j < quads; ++j) {
+      add_quad<kBits, kBook, kRows, kChains>(codes, q, table, sum);
+      codes += kBits * kLineBytes;
+      q += kQuadColumns * kRows;
+    }
+#pragma GCC unroll 8
+    for (int i = 2 * kRows; i < 8; ++i) {
+      sum[i % (2 * kRows)] = _mm512_add_epi32(sum[i % (2 * kRows)], sum[i]);
+    }
+    from.finish(sum);
+    __m512d scale[4];
+    load_panel_scales<0>(from.w, from.head, scale);
+    __m256i part[4], low[4];
+    if constexpr (kParts == 1) {
+#pragma GCC unroll 2
+      for (int r = 0; r < kRows; ++r) {
+        split_sums(sum + 2 * r, kShift, part);
+#pragma GCC unroll 4
+        for (int l = 0; l < 4; ++l) {
+          total[4 * r + l] =
+              _mm512_fmadd_pd(_mm512_cvtepi32_pd(part[l]), scale[l], total[4 * r + l]);
+        }
+      }
+    } else {
+      const __m512d step = _mm512_set1_pd(*from.step);
+      split_sums(sum, kShift, part);
+      split_sums(sum + 2, kShift, low);
+#pragma GCC unroll 4
+      for (int l = 0; l < 4; ++l) {
+        const __m512d both = _mm512_fmadd_pd(_mm512_cvtepi32_pd(part[l]), _mm512_set1_pd(256.0),
+                                             _mm512_cvtepi32_pd(low[l]));
+        total[l] = _mm512_fmadd_pd(_mm512_mul_pd(both, step), scale[l], total[l]);
+      }
+    }
+    from.next();
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kTotals; ++i) _mm512_store_pd(task.total + 8 * i, total[i]);
+}
+
+template <int kBits, bool kBook>
+void panel_tile_of(int64_t width, const PanelTask& task) {
+  if (task.x->parts == 2) {
+    switch (width) {
+      case 2:
+        return few_panel_rows<kBits, kBook, 2, 2>(task);
+      case 4:
+        return panel_tile<kBits, kBook, 4, 2>(task);
+      case 6:
+        return panel_tile<kBits, kBook, 6, 2>(task);
+      default:
+        return panel_tile<kBits, kBook, 8, 2>(task);
+    }
+  }
+  switch (width) {
+    case 1:
+      return few_panel_rows<kBits, kBook, 1, 1>(task);
+    case 2:
+      return few_panel_rows<kBits, kBook, 2, 1>(task);
+    case 3:
+      return panel_tile<kBits, kBook, 3, 1>(task);
+    case 4:
+      return panel_tile<kBits, kBook, 4, 1>(task);
+    case 6:
+      return panel_tile<kBits, kBook, 6, 1>(task);
+    default:
+      return panel_tile<kBits, kBook, 8, 1>(task);
+  }
+}
+
+}  // namespace
+}  // namespace pyrobust::matmul
