@@ -1,5 +1,6 @@
 """Types of the native module."""
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -202,31 +203,24 @@ class _SavedCopy(Protocol):
     values: Tensor
     filled: bool
 
-def add_dequantized(
-    target: Tensor,
+class Summand: ...
+
+def weight_summand(
     codes: Tensor,
     scale: Tensor,
     zero: Tensor | None,
-    alpha: float,
     in_features: int,
     levels: int,
     group_size: int,
     group_dim: int,
     extras: tuple[Tensor | None, ...] | None,
-    num_threads: int,
-    saved: _SavedCopy | None,
+) -> Summand: ...
+def levels_summand(codes: Tensor, levels: Tensor, cols: int) -> Summand: ...
+def values_summand(values: Tensor, rows: int, cols: int) -> Summand: ...
+def add_all(
+    additions: Sequence[tuple[Summand, Tensor, float, _SavedCopy | None]], num_threads: int
 ) -> None: ...
-def add_levels(
-    target: Tensor,
-    codes: Tensor,
-    levels: Tensor,
-    alpha: float,
-    num_threads: int,
-    saved: _SavedCopy | None,
-) -> None: ...
-def add_values(
-    target: Tensor, values: Tensor, alpha: float, num_threads: int, saved: _SavedCopy | None
-) -> None: ...
+def use_large_pages(tensor: Tensor) -> None: ...
 def gather_rows(
     indices: Tensor,
     codes: Tensor,

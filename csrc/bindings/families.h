@@ -6,6 +6,7 @@
 namespace pyrobust {
 
 void bind_matmul(pybind11::module_& m);
+void bind_additions(pybind11::module_& m);
 void bind_eager_linear(pybind11::module_& m);
 void bind_eager_interval(pybind11::module_& m);
 void bind_panel_cache(pybind11::module_& m);

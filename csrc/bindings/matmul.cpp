@@ -71,72 +71,6 @@ void gather_rows(py::handle indices_, py::handle codes, py::handle scale, py::ha
                       num_threads);
 }
 
-// `saved` is None or has `values`, for what the target holds before, and `filled`.
-matmul::AddTarget add_target(const TensorView& target, py::handle saved) {
-  matmul::AddTarget out{target.data, float_type(target), target.stride[0]};
-  if (saved.is_none()) return out;
-  const TensorView values = view(py::object(saved.attr("values")), "saved");
-  values.require_dtype(target.dtype);
-  check(values.numel() == target.numel(), "saved must hold ", target.numel(), " values; got ",
-        values.numel(), ".");
-  out.saved = values.data;
-  return out;
-}
-
-// Without a step back into the interpreter after the values have changed, where a signal may raise.
-void mark_filled(py::handle saved) {
-  if (!saved.is_none()) saved.attr("filled") = true;
-}
-
-void add_dequantized(py::handle target_, py::handle codes, py::handle scale, py::handle zero,
-                     float alpha, int64_t in_features, int levels, int64_t group_size,
-                     int group_dim, py::handle extras, int num_threads, py::handle saved) {
-  const matmul::PackedMatrix weight =
-      packed_matrix(view(codes, "codes"), view(scale, "scale"), view_optional(zero, "zero"),
-                    in_features, levels, group_size, group_dim, extras);
-  const TensorView target = view_rows(target_, "target");
-  target.require_size(0, weight.rows).require_size(1, in_features);
-  const matmul::AddTarget rows = add_target(target, saved);
-  {
-    py::gil_scoped_release release;
-    matmul::add_dequantized(weight, alpha, rows, num_threads);
-  }
-  mark_filled(saved);
-}
-
-void add_levels(py::handle target_, py::handle codes_, py::handle table_, float alpha,
-                int num_threads, py::handle saved) {
-  const TensorView target = view_rows(target_, "target"), codes = view(codes_, "codes");
-  const TensorView table = view(table_, "levels");
-  table.require_dtype(DType::kFloat32).require_ndim(1);
-  const auto levels = static_cast<int>(table.shape[0]);
-  check(code_bits(levels) >= 0, "levels must hold 2, 3, 4, 8, 16 or 256 values; got ", levels, ".");
-  codes.require_dtype(DType::kUInt8).require_ndim(2).require_size(0, target.shape[0]);
-  codes.require_size(1, packed_row_bytes(target.shape[1], levels));
-  const matmul::LevelCodes packed{codes.as<const uint8_t>(), target.shape[0], target.shape[1],
-                                  levels};
-  const matmul::AddTarget rows = add_target(target, saved);
-  {
-    py::gil_scoped_release release;
-    matmul::add_levels(packed, table.as<const float>(), alpha, rows, num_threads);
-  }
-  mark_filled(saved);
-}
-
-void add_values(py::handle target_, py::handle values_, float alpha, int num_threads,
-                py::handle saved) {
-  const TensorView target = view_rows(target_, "target"), values = view(values_, "values");
-  values.require_ndim(2).require_size(0, target.shape[0]).require_size(1, target.shape[1]);
-  const FloatType values_type = float_type(values);
-  const matmul::AddTarget rows = add_target(target, saved);
-  {
-    py::gil_scoped_release release;
-    matmul::add_values(values.data, values_type, target.shape[0], target.shape[1], alpha, rows,
-                       num_threads);
-  }
-  mark_filled(saved);
-}
-
 struct ComplexViews {
   TensorView real, imag, codes;
   matmul::ComplexProblem problem;
@@ -220,9 +154,6 @@ void bind_matmul(py::module_& m) {
   m.def("packed_linear", &packed_linear);
   m.def("dequantize", &dequantize);
   m.def("gather_rows", &gather_rows);
-  m.def("add_dequantized", &add_dequantized);
-  m.def("add_levels", &add_levels);
-  m.def("add_values", &add_values);
   m.def("complex_sums", &complex_sums);
   m.def("complex_linear", &complex_linear);
   m.def("unpack_codes", &unpack_codes);

@@ -27,6 +27,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("set_isa", [](const std::string& name) { pyrobust::set_isa(pyrobust::parse_isa(name)); });
   m.def("supported_isas", &supported_isas);
   pyrobust::bind_matmul(m);
+  pyrobust::bind_additions(m);
   pyrobust::bind_eager_linear(m);
   pyrobust::bind_eager_interval(m);
   pyrobust::bind_panel_cache(m);

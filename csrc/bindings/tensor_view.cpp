@@ -222,14 +222,22 @@ TensorView view(py::handle tensor, const char* name) {
   return out;
 }
 
-TensorView view_rows(py::handle tensor, const char* name) {
-  const TensorView out = view_stored(tensor, name);
-  out.require_ndim(2);
-  const bool dense = out.shape[1] <= 1 || out.stride[1] == 1;
-  const bool apart = out.shape[0] <= 1 || out.stride[0] >= out.shape[1];
-  if (out.numel() > 0 && !(dense && apart)) {
+TensorView view_matrix(py::handle tensor, const char* name, int64_t rows, int64_t cols) {
+  TensorView out = view_stored(tensor, name);
+  if (!out.is_contiguous()) {
+    out.require_ndim(2).require_size(0, rows).require_size(1, cols);
+    const bool dense = cols == 1 || out.stride[1] == 1, apart = rows == 1 || out.stride[0] >= cols;
+    if (dense && apart) return out;
     throw py::value_error(std::string(name) + " must have contiguous rows that do not overlap.");
   }
+  if (out.numel() != rows * cols) {
+    throw py::value_error(std::string(name) + " must hold " + std::to_string(rows * cols) +
+                          " elements; got shape " + out.shape_text() + ".");
+  }
+  out.ndim = 2;
+  out.shape[0] = rows;
+  out.shape[1] = out.stride[0] = cols;
+  out.stride[1] = 1;
   return out;
 }
 

@@ -56,9 +56,9 @@ struct TensorView {
 // A dense, contiguous CPU tensor; anything else throws. `tensor` must outlive the view.
 TensorView view(py::handle tensor, const char* name);
 
-// A dense CPU matrix whose rows are contiguous and do not overlap; the row stride may be larger
-// than a row.
-TensorView view_rows(py::handle tensor, const char* name);
+// A dense CPU tensor as a matrix of that shape: any contiguous one with as many elements, or a
+// matrix whose rows are contiguous and do not overlap; the row stride may be larger than a row.
+TensorView view_matrix(py::handle tensor, const char* name, int64_t rows, int64_t cols);
 
 // `view` for an optional argument: None gives a view with a null pointer and ndim 0.
 TensorView view_optional(py::handle tensor, const char* name);

@@ -10,7 +10,9 @@ The contract is ``csrc/matmul/matmul.h``, with the same bits on every instructio
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,13 +29,22 @@ from pyrobust.ops.packed_weight import (
 )
 
 __all__ = [
+    "Addition",
     "SavedCopy",
-    "add_checked_weight_",
+    "Summand",
+    "add_all_",
     "add_dequantized_",
     "add_levels_",
     "add_values_",
-    "as_matrix",
+    "levels_summand",
+    "saved_copies",
+    "takes",
+    "values_summand",
+    "weight_summand",
 ]
+
+Summand = _native.Summand
+"""What is added, checked: a matrix of a packed weight, of levels with codes, or of plain values."""
 
 
 # From where on a factor rounds to infinity: at first to float32, which the kernels take, then to
@@ -43,6 +54,11 @@ _OVERFLOW = {
     torch.float16: 65520.0 - 2.0**-9,
     torch.bfloat16: 2.0**128 - 2.0**119 - 2.0**103,
 }
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_LINE = 64  # bytes
+_MOST_DIMENSIONS = 8  # that the binding reads
 
 
 @dataclass
@@ -66,28 +82,73 @@ class SavedCopy:
         self.filled = True
 
 
-def as_matrix(target: Tensor, shape: tuple[int, int]) -> Tensor | None:
-    """A view of ``target`` that the operators below take, or None where there is none.
+def saved_copies(targets: Sequence[Tensor]) -> list[SavedCopy]:
+    """Empty copies, contiguous and on the devices of the targets.
 
-    They take a plain matrix on the CPU, float32, float16 or bfloat16, whose rows are contiguous and
-    do not overlap.
+    Those on the CPU lie in one piece of memory, each from a line of the caches on. Large pages can
+    hold it: writing to it past the caches then takes a tenth less time, and less still when it is
+    new.
     """
-    try:
-        matrix = target.view(shape)
-    except RuntimeError:
-        return None
-    return matrix if _can_add_in_place(matrix) else None
+    sizes = [-(-t.nbytes // _LINE) * _LINE if t.device.type == "cpu" else 0 for t in targets]
+    memory = torch.empty(sum(sizes) + _LINE, dtype=torch.uint8)
+    _native.use_large_pages(memory)
+    begin, copies = -memory.data_ptr() % _LINE, []
+    for target, size in zip(targets, sizes, strict=True):
+        if target.device.type == "cpu":
+            values = memory[begin : begin + target.nbytes].view(target.dtype).view(target.shape)
+        else:
+            values = torch.empty(target.shape, dtype=target.dtype, device=target.device)
+        copies.append(SavedCopy(values))
+        begin += size
+    return copies
 
 
-def _can_add_in_place(target: Tensor) -> bool:
-    plain = type(target) in (Tensor, torch.nn.Parameter) and target.device.type == "cpu"
-    return plain and target.dtype in _OVERFLOW and target.ndim == 2 and _has_dense_rows(target)
+class Addition(NamedTuple):
+    """``target += alpha * summand``.
+
+    Attributes:
+        summand: what is added.
+        target: one that :func:`takes` accepts.
+        alpha: finite factor, rounded to the target's type.
+        saved: receives what ``target`` held, unless None.
+    """
+
+    summand: Summand
+    target: Tensor
+    alpha: float
+    saved: SavedCopy | None = None
+
+
+def takes(target: Tensor, shape: tuple[int, int]) -> bool:
+    """Whether ``target`` can be added to in place as a matrix of that shape.
+
+    That is a plain tensor of as many elements on the CPU, float32, float16 or bfloat16, which is
+    contiguous, or of the shape with contiguous rows that do not overlap.
+    """
+    if type(target) not in _PLAIN or target.device.type != "cpu" or target.dtype not in _OVERFLOW:
+        return False
+    dense = target.is_contiguous() and target.ndim <= _MOST_DIMENSIONS
+    return dense or (tuple(target.shape) == shape and _has_dense_rows(target))
 
 
 def _has_dense_rows(target: Tensor) -> bool:
     (rows, columns), (row_stride, column_stride) = target.shape, target.stride()
     dense = columns <= 1 or column_stride == 1
     return target.numel() == 0 or (dense and (rows <= 1 or row_stride >= columns))
+
+
+def add_all_(subject: str, additions: Sequence[Addition]) -> None:
+    """Make sums, in one call and with all checked before the first target is changed.
+
+    Raises:
+        ValueError: a factor is not finite in its target's type; a target has another size than its
+            summand, or :func:`takes` does not accept it.
+    """
+    for _, target, alpha, _ in additions:
+        _check_alpha(subject, target.dtype, alpha)
+    for addition in additions:
+        torch.autograd.graph.increment_version(addition.target)
+    _native.add_all(additions, torch.get_num_threads())
 
 
 def add_dequantized_(
@@ -140,37 +201,27 @@ def add_dequantized_(
         "add_dequantized_", codes, scale, zero, in_features, bits, group_size, group_dim, extras
     )
     form = in_features, bits, group_size, group_dim, extras
-    return add_checked_weight_(target, (codes, scale, zero), form, alpha, saved)
+    summand = weight_summand((codes, scale, zero), form)
+    _check_target("add_dequantized_", target, (codes.shape[0], in_features))
+    add_all_("add_dequantized_", [Addition(summand, target, alpha, saved)])
+    return target
 
 
-def add_checked_weight_(
-    target: Tensor,
+def weight_summand(
     parts: tuple[Tensor, Tensor, Tensor | None],
     form: tuple[int, float, int, int, WeightExtras],
-    alpha: float,
-    saved: SavedCopy | None,
-) -> Tensor:
-    """:func:`add_dequantized_` for a weight that was checked when it was made.
-
-    A patch of many tensors finds the interpreter's data pushed out of the caches at each of them;
-    the checks of a weight then take as long as a tenth of its sums.
+) -> Summand:
+    """A packed weight that was checked when it was made.
 
     Args:
-        target: as for :func:`add_dequantized_`.
-        parts: codes, scale and zero.
+        parts: codes, scale and zero, as for :func:`add_dequantized_`.
         form: in_features, bits, group_size, group_dim and extras.
-        alpha: finite factor.
-        saved: receives what ``target`` held, unless None.
     """
     (codes, scale, zero), (in_features, bits, group_size, group_dim, extras) = parts, form
-    _check_target("add_dequantized_", target, alpha, (codes.shape[0], in_features))
-    _native.add_dequantized(
-        target.detach(), codes.contiguous(), scale.contiguous(),
-        None if zero is None else zero.contiguous(), alpha, in_features, levels_of(bits),
-        group_size, group_dim, native_extras(extras), torch.get_num_threads(), saved,
+    return _native.weight_summand(
+        codes.contiguous(), scale.contiguous(), None if zero is None else zero.contiguous(),
+        in_features, levels_of(bits), group_size, group_dim, native_extras(extras),
     )  # fmt: skip
-    torch.autograd.graph.increment_version(target)
-    return target
 
 
 def add_levels_(
@@ -206,20 +257,24 @@ def add_levels_(
         tensor([[0.5000, 4.0000, 1.0000]])
     """
     subject = "add_levels_"
+    check_shape(subject, "target", target, (None, None))
+    summand = levels_summand(subject, codes, levels, bits=bits, length=target.shape[1])
+    _check_target(subject, target, (codes.shape[0], None))
+    add_all_(subject, [Addition(summand, target, alpha, saved)])
+    return target
+
+
+def levels_summand(
+    subject: str, codes: Tensor, levels: Tensor, *, bits: float, length: int
+) -> Summand:
+    """``levels[codes]`` with ``length`` columns, otherwise as for :func:`add_levels_`."""
     check_bits(subject, bits)
     check_bytes(subject, "codes", codes)
     if levels.dtype != torch.float32:
         raise TypeError(f"{subject}: levels must have dtype torch.float32; got {levels.dtype}.")
     check_shape(subject, "levels", levels, (levels_of(bits),))
-    check_shape(subject, "codes", codes, (None, None))
-    _check_target(subject, target, alpha, (codes.shape[0], None))
-    check_shape(subject, "codes", codes, (None, row_bytes(target.shape[1], bits)))
-    _native.add_levels(
-        target.detach(), codes.contiguous(), levels.contiguous(), alpha,
-        torch.get_num_threads(), saved,
-    )  # fmt: skip
-    torch.autograd.graph.increment_version(target)
-    return target
+    check_shape(subject, "codes", codes, (None, row_bytes(length, bits)))
+    return _native.levels_summand(codes.contiguous(), levels.contiguous(), length)
 
 
 def add_values_(
@@ -250,27 +305,33 @@ def add_values_(
             f"{subject}: values must have dtype torch.float32 or that of target, {target.dtype}; "
             f"got {values.dtype}."
         )
-    _check_target(subject, target, alpha, (None, None))
+    _check_target(subject, target, (None, None))
     check_shape(subject, "values", values, tuple(target.shape))
-    _native.add_values(target.detach(), values.detach(), alpha, torch.get_num_threads(), saved)
-    torch.autograd.graph.increment_version(target)
+    summand = values_summand(values, (target.shape[0], target.shape[1]))
+    add_all_(subject, [Addition(summand, target, alpha, saved)])
     return target
 
 
-def _check_target(
-    subject: str, target: Tensor, alpha: float, shape: tuple[int | None, int | None]
-) -> None:
+def values_summand(values: Tensor, shape: tuple[int, int]) -> Summand:
+    """Contiguous values as a matrix, float32 or of the dtype of their targets."""
+    return _native.values_summand(values.detach(), *shape)
+
+
+def _check_alpha(subject: str, dtype: torch.dtype, alpha: float) -> None:
+    if not abs(alpha) < _OVERFLOW[dtype]:  # NaN compares false
+        raise ValueError(
+            f"{subject}: alpha must be finite in the target's type, {dtype}; got {alpha}."
+        )
+
+
+def _check_target(subject: str, target: Tensor, shape: tuple[int | None, int | None]) -> None:
     if target.dtype not in _OVERFLOW:
         raise TypeError(
             f"{subject}: target must have dtype torch.float32, torch.float16 or torch.bfloat16; "
             f"got {target.dtype}."
         )
-    if not abs(alpha) < _OVERFLOW[target.dtype]:  # NaN compares false
-        raise ValueError(
-            f"{subject}: alpha must be finite in the target's type, {target.dtype}; got {alpha}."
-        )
     check_shape(subject, "target", target, shape)
-    if not _can_add_in_place(target):
+    if not takes(target, (target.shape[0], target.shape[1])):
         raise ValueError(
             f"{subject}: target must be a plain tensor on the CPU with contiguous rows that do not "
             f"overlap; got strides {target.stride()} on {target.device}."

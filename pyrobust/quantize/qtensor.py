@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyrobust._checks import check_choice, check_finite, check_integer, check_shape
-from pyrobust.ops.add_packed import SavedCopy, add_checked_weight_
+from pyrobust.ops.add_packed import SavedCopy, Summand, add_dequantized_, weight_summand
 from pyrobust.ops.formats import (
     check_bits,
     code_multiplier,
@@ -297,9 +297,17 @@ class QTensor:
             TypeError: ``target`` has another dtype.
             ValueError: it has another shape, its rows are not contiguous, or it is not on the CPU.
         """
+        return add_dequantized_(
+            target, self.codes, self.scale, self.zero,
+            in_features=self.shape[1], bits=self.bits, group_size=self.group_size,
+            group_dim=self.group_dim, extras=self.extras, alpha=alpha, saved=saved,
+        )  # fmt: skip
+
+    def summand(self) -> Summand:
+        """The weight as :func:`ops.add_packed.add_all_` takes it."""
         parts = self.codes, self.scale, self.zero
         form = self.shape[1], self.bits, self.group_size, self.group_dim, self.extras
-        return add_checked_weight_(target, parts, form, alpha, saved)
+        return weight_summand(parts, form)
 
     @property
     def dim(self) -> str:

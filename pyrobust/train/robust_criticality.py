@@ -30,8 +30,9 @@ from pyrobust._checks import (
 )
 from pyrobust._files import write_text
 from pyrobust.weights._state import shorten
+from pyrobust.weights.named_vector import state_checksum
 from pyrobust.weights.packed_delta import PackedDelta, quantize_delta
-from pyrobust.weights.task_vector import TaskVector, state_checksum
+from pyrobust.weights.task_vector import TaskVector
 
 __all__ = ["Criticality", "criticality_modules", "module_robust_criticality"]
 

@@ -21,6 +21,7 @@ from pyrobust.weights.farms import (
     spectral_report,
 )
 from pyrobust.weights.interpolate import interpolate
+from pyrobust.weights.named_vector import state_checksum
 from pyrobust.weights.packed_delta import PackedDelta, quantize_delta
 from pyrobust.weights.patcher import Patcher
 from pyrobust.weights.permutation import (
@@ -39,7 +40,7 @@ from pyrobust.weights.robust_weight_signatures import (
     signature_parameters,
 )
 from pyrobust.weights.svd_split import SVDSplit, rank_for_energy, svd_split
-from pyrobust.weights.task_vector import TaskVector, WeightDelta, state_checksum
+from pyrobust.weights.task_vector import TaskVector, WeightDelta
 from pyrobust.weights.trace_spec import trace_spec
 from pyrobust.weights.weight_matching import (
     Matching,

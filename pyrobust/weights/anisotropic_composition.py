@@ -19,7 +19,8 @@ from torch.func import functional_call, jvp
 
 from pyrobust._checks import check_choice, check_integer
 from pyrobust.weights._state import check_names, check_no_ties, check_state_finite, shorten
-from pyrobust.weights.task_vector import TaskVector, find_targets
+from pyrobust.weights.named_vector import find_targets
+from pyrobust.weights.task_vector import TaskVector
 
 __all__ = ["AnisotropicComposition"]
 

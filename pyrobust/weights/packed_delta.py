@@ -18,15 +18,16 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
-from pyrobust._checks import check_choice, check_integer, check_shape
+from pyrobust._checks import check_choice, check_integer
 from pyrobust._safetensors import write_safetensors
-from pyrobust.ops.add_packed import SavedCopy, add_levels_, as_matrix
+from pyrobust.ops.add_packed import Addition, Summand, add_all_, levels_summand, takes
 from pyrobust.ops.matmul import pack_codes, unpack_codes
 from pyrobust.quantize.qtensor import QTensor
 from pyrobust.quantize.round_to_nearest import round_to_nearest
-from pyrobust.weights.task_vector import TaskVector, add_everywhere, check_base
+from pyrobust.weights.named_vector import Change, NamedVector
+from pyrobust.weights.task_vector import TaskVector
 
 __all__ = ["PackedDelta", "quantize_delta"]
 
@@ -46,9 +47,9 @@ class _Codebook:
         codes = unpack_codes(self.codes, in_features=self.length, bits=self.bits)
         return self.levels[codes.long()]
 
-    def add_to_(self, target: Tensor, alpha: float, saved: SavedCopy | None) -> Tensor:
-        return add_levels_(
-            target, self.codes, self.levels, bits=self.bits, alpha=alpha, saved=saved
+    def summand(self) -> Summand:
+        return levels_summand(
+            "PackedDelta", self.codes, self.levels, bits=self.bits, length=self.length
         )
 
     @property
@@ -60,7 +61,7 @@ class _Codebook:
         return self.codes.numel() + self.levels.numel() * self.levels.element_size()
 
 
-class PackedDelta(Mapping[str, Tensor]):
+class PackedDelta(NamedVector):
     """A packed task vector; ``packed[name]`` unpacks one tensor to float32.
 
     Made by :func:`quantize_delta`. It is added to float32, float16 and bfloat16 weights on the CPU
@@ -75,6 +76,7 @@ class PackedDelta(Mapping[str, Tensor]):
         base_checksum: str | None = None,
     ) -> None:
         self._parts = dict(parts)
+        self._summands: dict[str, Summand] = {}
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self.base_checksum = base_checksum
 
@@ -90,56 +92,25 @@ class PackedDelta(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._parts)
 
-    def add_to_(
-        self, name: str, target: Tensor, scale: float = 1.0, saved: SavedCopy | None = None
-    ) -> None:
-        """Add ``scale`` times the tensor ``name`` to ``target`` in place.
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_summands": {}}
 
-        Args:
-            name: of a tensor of the vector.
-            target: of its shape.
-            scale: finite factor.
-            saved: receives what ``target`` held, in the same pass where that is possible.
-
-        Raises:
-            KeyError: there is no such tensor.
-            ValueError: ``target`` has another shape.
-        """
+    def _summand(self, name: str, target: Tensor) -> Summand | None:
         part = self._parts[name]
-        check_shape("PackedDelta.add_to_", "target", target, self.shapes[name])
-        if (matrix := as_matrix(target.detach(), part.shape)) is not None:
-            part.add_to_(matrix, scale, saved)
-            return
-        if saved is not None:
-            saved.fill(target)
-        if (dense := as_matrix(target.detach().contiguous(), part.shape)) is not None:
-            part.add_to_(dense, scale, None)
-            target.copy_(dense.view(target.shape))
+        if not takes(target, part.shape):
+            return None
+        if name not in self._summands:
+            self._summands[name] = part.summand()
+        return self._summands[name]
+
+    def _add_apart_(self, change: Change) -> None:
+        name, target, scale, _ = change
+        dense = target.detach().contiguous()
+        if (summand := self._summand(name, dense)) is not None:
+            add_all_("PackedDelta.add_to_", [Addition(summand, dense, scale)])
+            target.copy_(dense)
         else:
             target.add_(self[name].to(target.device, target.dtype), alpha=scale)
-
-    def apply_to(self, module: nn.Module, scale: float | Mapping[str, float] = 1.0) -> nn.Module:
-        """Add ``scale`` times the vector to ``module`` in place, as :meth:`TaskVector.apply_to`.
-
-        Use :class:`Patcher` where the change must be undone exactly.
-
-        Args:
-            module: holds every tensor of the vector, in the same shape.
-            scale: one number, or one for each tensor by name.
-
-        Returns:
-            ``module``.
-
-        Raises:
-            TypeError: a tensor of the model is not floating point.
-            ValueError: a tensor is missing or has another shape, weights are tied, or a scale is
-                missing or not finite.
-        """
-        return add_everywhere("PackedDelta.apply_to", module, self.shapes, scale, self.add_to_)
-
-    def check_base(self, state: Mapping[str, Tensor]) -> None:
-        """Raise ValueError unless ``state`` is, to the bit, the base of this vector."""
-        check_base("PackedDelta", self, self.base_checksum, state)
 
     @property
     def nbytes(self) -> int:

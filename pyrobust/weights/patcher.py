@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 
 import torch
 from torch import Tensor, nn
 
-from pyrobust._checks import check_finite
-from pyrobust.ops.add_packed import SavedCopy
+from pyrobust.ops.add_packed import SavedCopy, saved_copies
+from pyrobust.weights.named_vector import Change, find_targets
 from pyrobust.weights.packed_delta import PackedDelta
-from pyrobust.weights.task_vector import TaskVector, find_targets
+from pyrobust.weights.task_vector import TaskVector
 
 __all__ = ["Patcher"]
 
@@ -67,20 +68,16 @@ class Patcher:
         name = name if name is not None else self._free_name()
         if name in self._patches:
             raise ValueError(f"Patcher.apply: name must be new; '{name}' is on already.")
-        check_finite("Patcher.apply", "scale", torch.tensor(float(scale)))
+        if not math.isfinite(scale):
+            raise ValueError(f"Patcher.apply: scale must be finite; got {scale}.")
         targets = find_targets("Patcher.apply", self.model, delta.shapes)
-        saved: list[str] = []
+        rooms = self._rooms({n: t for n, t in targets.items() if n not in self._originals})
         try:
-            with torch.no_grad():
-                for tensor, target in targets.items():
-                    original = None
-                    if tensor not in self._originals:
-                        saved.append(tensor)
-                        original = self._originals[tensor] = self._room(tensor, target)
-                    _add(delta, tensor, target, scale, original)
+            self._originals.update(rooms)
+            _add(delta, [Change(n, target, scale, rooms.get(n)) for n, target in targets.items()])
         except BaseException:
             self._rebuild([n for n in targets if n in self._originals])
-            for n in saved:
+            for n in rooms:
                 self._originals.pop(n, None)
             raise
         self._patches[name] = (delta, scale)
@@ -118,23 +115,24 @@ class Patcher:
     ) -> None:
         self.clear()
 
-    def _room(self, name: str, value: Tensor) -> SavedCopy:
-        spare = self._spare.pop(name, None)
-        if spare is None or (spare.dtype, spare.device) != (value.dtype, value.device):
-            spare = torch.empty(value.shape, dtype=value.dtype, device=value.device)
-        return SavedCopy(spare)
+    def _rooms(self, targets: Mapping[str, Tensor]) -> dict[str, SavedCopy]:
+        rooms = {}
+        for name, value in targets.items():
+            form, spare = (value.shape, value.dtype, value.device), self._spare.pop(name, None)
+            if spare is not None and (spare.shape, spare.dtype, spare.device) == form:
+                rooms[name] = SavedCopy(spare)
+        missing = [name for name in targets if name not in rooms]
+        copies = saved_copies([targets[name] for name in missing])
+        return {**rooms, **dict(zip(missing, copies, strict=True))}
 
     def _rebuild(self, tensors: Iterable[str]) -> None:
         state = self.model.state_dict(keep_vars=True)
+        changed = [n for n in tensors if self._originals[n].filled]  # others were not added to
         with torch.no_grad():
-            for tensor in tensors:
-                original = self._originals[tensor]
-                if not original.filled:  # nothing was added to this one
-                    continue
-                state[tensor].copy_(original.values)
-                for delta, scale in self._patches.values():
-                    if tensor in delta:
-                        _add(delta, tensor, state[tensor], scale)
+            for n in changed:
+                state[n].copy_(self._originals[n].values)
+        for delta, scale in self._patches.values():
+            _add(delta, [Change(n, state[n], scale) for n in changed if n in delta])
 
     def _free_name(self) -> str:
         number = len(self._patches)
@@ -143,10 +141,10 @@ class Patcher:
         return f"patch{number}"
 
 
-def _add(
-    delta: Delta, name: str, target: Tensor, scale: float, original: SavedCopy | None = None
-) -> None:
-    if scale != 0:
-        delta.add_to_(name, target, scale, original)
-    elif original is not None:  # not even a sign of zero changes
-        original.fill(target)
+def _add(delta: Delta, changes: Sequence[Change]) -> None:
+    nothing = [change for change in changes if change.scale == 0]  # not even a sign of zero changes
+    with torch.no_grad():
+        delta.add_each_(change for change in changes if change.scale != 0)
+        for change in nothing:
+            if change.saved is not None:
+                change.saved.fill(change.target)

@@ -29,7 +29,8 @@ from pyrobust.weights._state import (
     check_state_finite,
     shorten,
 )
-from pyrobust.weights.task_vector import TaskVector, state_checksum
+from pyrobust.weights.named_vector import state_checksum
+from pyrobust.weights.task_vector import TaskVector
 
 __all__ = ["compose_signatures", "project_out", "robust_weight_signature", "signature_parameters"]
 

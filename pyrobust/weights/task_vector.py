@@ -6,7 +6,6 @@ by robust weight signatures (method 1) and aTLAS (method 43).
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,34 +14,26 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from pyrobust._checks import check_shape
 from pyrobust._safetensors import write_safetensors
-from pyrobust.ops.add_packed import SavedCopy, add_values_, as_matrix
-from pyrobust.weights._state import check_names, check_no_ties, check_same_state, check_state_finite
-from pyrobust.weights._state import shorten as _shorten
+from pyrobust.ops.add_packed import Summand, takes, values_summand
+from pyrobust.weights._state import check_no_ties, check_same_state, check_state_finite, shorten
+from pyrobust.weights.named_vector import Change, NamedVector, state_checksum
 
-__all__ = ["TaskVector", "WeightDelta", "state_checksum"]
+__all__ = ["TaskVector", "WeightDelta"]
 
 _STATISTICS = ("running_mean", "running_var")
 _FORMAT = "1"
 
 
-def state_checksum(state: Mapping[str, Tensor], names: Iterable[str] | None = None) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of the (named) entries, in sorted order."""
-    digest = hashlib.sha256()
-    for name in sorted(state if names is None else names):
-        value = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-class TaskVector(Mapping[str, Tensor]):
+class TaskVector(NamedVector):
     """``tuned - base``, tensor by tensor; a mapping from names to tensors.
 
     Integer entries (counters) are never part of it. Running statistics of batch norms are left
     out unless asked for: added to another model they describe no data; re-estimate them instead
     (:func:`recalibrate_batchnorm`).
+
+    Contiguous float16 and bfloat16 weights on the CPU are added to as packed vectors are
+    (:mod:`pyrobust.ops.add_packed`): with equal bits for every number of threads.
 
     Args:
         base_state: state before tuning.
@@ -69,13 +60,17 @@ class TaskVector(Mapping[str, Tensor]):
         check_same_state("TaskVector", base_state, tuned_state)
         check_state_finite("TaskVector", base_state)
         check_state_finite("TaskVector", tuned_state)
-        self._deltas = {
+        deltas = {
             name: (tuned_state[name].detach() - value.detach())
             for name, value in base_state.items()
             if value.is_floating_point()
             and (include_buffers or name.rpartition(".")[2] not in _STATISTICS)
         }
-        self.base_checksum: str | None = state_checksum(base_state, self._deltas)
+        self._hold(deltas, state_checksum(base_state, deltas))
+
+    def _hold(self, deltas: dict[str, Tensor], base_checksum: str | None) -> None:
+        self._deltas, self.base_checksum = deltas, base_checksum
+        self.shapes = {name: tuple(value.shape) for name, value in deltas.items()}
 
     @classmethod
     def from_modules(
@@ -114,8 +109,7 @@ class TaskVector(Mapping[str, Tensor]):
                 raise ValueError(f"TaskVector: '{name}' must be floating point; got {value.dtype}.")
         check_state_finite("TaskVector", deltas)
         vector = cls.__new__(cls)
-        vector._deltas = {name: value.detach() for name, value in deltas.items()}
-        vector.base_checksum = base_checksum
+        vector._hold({name: value.detach() for name, value in deltas.items()}, base_checksum)
         return vector
 
     def __getitem__(self, name: str) -> Tensor:
@@ -147,11 +141,6 @@ class TaskVector(Mapping[str, Tensor]):
     def __neg__(self) -> TaskVector:
         return self._map(lambda _, value: -value)
 
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors by name."""
-        return {name: tuple(value.shape) for name, value in self._deltas.items()}
-
     def select(self, names: Iterable[str]) -> TaskVector:
         """Only the named tensors.
 
@@ -161,7 +150,7 @@ class TaskVector(Mapping[str, Tensor]):
         wanted = list(names)
         unknown = [name for name in wanted if name not in self._deltas]
         if unknown:
-            raise ValueError(f"TaskVector: there is no {_shorten(unknown)} to select.")
+            raise ValueError(f"TaskVector: there is no {shorten(unknown)} to select.")
         values = {name: self._deltas[name] for name in wanted}
         return TaskVector.from_deltas(values)
 
@@ -193,55 +182,18 @@ class TaskVector(Mapping[str, Tensor]):
         """The tensors by name."""
         return dict(self._deltas)
 
-    def add_to_(
-        self, name: str, target: Tensor, scale: float = 1.0, saved: SavedCopy | None = None
-    ) -> None:
-        """Add ``scale`` times the tensor ``name`` to ``target`` in place.
+    def _summand(self, name: str, target: Tensor) -> Summand | None:
+        if target.dtype not in (torch.float16, torch.bfloat16):
+            return None
+        value, row = self[name], (1, target.numel())
+        plain = type(value) is Tensor and value.device.type == "cpu" and value.is_contiguous()
+        if not plain or value.dtype not in (torch.float32, target.dtype) or not takes(target, row):
+            return None
+        return values_summand(value, row)
 
-        Contiguous float16 and bfloat16 weights on the CPU are added to as packed vectors are
-        (:mod:`pyrobust.ops.add_packed`): with equal bits for every number of threads.
-
-        Args:
-            name: of a tensor of the vector.
-            target: of its shape.
-            scale: finite factor.
-            saved: receives what ``target`` held, in the same pass where that is possible.
-
-        Raises:
-            KeyError: there is no such tensor.
-            ValueError: ``target`` has another shape.
-        """
-        value = self[name]
-        check_shape("TaskVector.add_to_", "target", target, tuple(value.shape))
-        if (matrix := _half_matrix(target.detach(), value)) is not None:
-            add_values_(matrix, value.reshape(matrix.shape), alpha=scale, saved=saved)
-            return
-        if saved is not None:
-            saved.fill(target)
-        target.add_(value.to(target.device, target.dtype), alpha=scale)
-
-    def apply_to(self, module: nn.Module, scale: float | Mapping[str, float] = 1.0) -> nn.Module:
-        """Add ``scale`` times the vector to ``module`` in place, in one pass over the weights.
-
-        Use :class:`Patcher` where the change must be undone exactly.
-
-        Args:
-            module: holds every tensor of the vector, in the same shape.
-            scale: one number, or one for each tensor by name.
-
-        Returns:
-            ``module``.
-
-        Raises:
-            TypeError: a tensor of the model is not floating point.
-            ValueError: a tensor is missing or has another shape, weights are tied, or a scale is
-                missing or not finite.
-        """
-        return add_everywhere("TaskVector.apply_to", module, self.shapes, scale, self.add_to_)
-
-    def check_base(self, state: Mapping[str, Tensor]) -> None:
-        """Raise ValueError unless ``state`` is, to the bit, the base of this vector."""
-        check_base("TaskVector", self, self.base_checksum, state)
+    def _add_apart_(self, change: Change) -> None:
+        value = self[change.name].to(change.target.device, change.target.dtype)
+        change.target.add_(value, alpha=change.scale)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, whole or not at all, with the checksum of the base."""
@@ -259,80 +211,3 @@ class TaskVector(Mapping[str, Tensor]):
 
 WeightDelta = TaskVector
 """The same type under the name that robust weight signatures use."""
-
-
-def _half_matrix(target: Tensor, value: Tensor) -> Tensor | None:
-    """``target`` as one row of float16 or bfloat16 to which ``value`` can be added, or None."""
-    if target.dtype not in (torch.float16, torch.bfloat16) or type(value) is not Tensor:
-        return None
-    if value.device.type != "cpu" or value.dtype not in (torch.float32, target.dtype):
-        return None
-    return as_matrix(target, (1, target.numel())) if value.is_contiguous() else None
-
-
-def check_base(
-    subject: str, names: Iterable[str], base_checksum: str | None, state: Mapping[str, Tensor]
-) -> None:
-    """Raise ValueError unless the named tensors of ``state`` have the checksum, where there is one.
-
-    Wrong bases are not refused on every application: a signature is made for descendants of its
-    base, whose bytes differ.
-    """
-    missing = [name for name in names if name not in state]
-    if missing:
-        raise ValueError(f"{subject}: the base must hold all names; missing {_shorten(missing)}.")
-    if base_checksum is not None and state_checksum(state, names) != base_checksum:
-        raise ValueError(f"{subject}: the state is not the base of this vector; bytes differ.")
-
-
-def check_scales(
-    subject: str, names: Iterable[str], scale: float | Mapping[str, float]
-) -> dict[str, float]:
-    """One finite factor for each name; raises ValueError where one is missing or not finite."""
-    wanted = list(names)
-    if isinstance(scale, Mapping):
-        check_names(subject, wanted, scale)
-    factors = {n: float(scale[n] if isinstance(scale, Mapping) else scale) for n in wanted}
-    for name, factor in factors.items():
-        if not math.isfinite(factor):
-            raise ValueError(f"{subject}: scale must be finite; got {factor} for '{name}'.")
-    return factors
-
-
-def add_everywhere(
-    subject: str,
-    module: nn.Module,
-    shapes: Mapping[str, tuple[int, ...]],
-    scale: float | Mapping[str, float],
-    add: Callable[[str, Tensor, float], None],
-) -> nn.Module:
-    """Call ``add`` with the name, target and factor of every tensor; raises before the first."""
-    targets = find_targets(subject, module, shapes)
-    factors = check_scales(subject, shapes, scale)
-    with torch.no_grad():
-        for name, target in targets.items():
-            add(name, target, factors[name])
-    return module
-
-
-def find_targets(
-    subject: str, module: nn.Module, shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, Tensor]:
-    """The tensors of ``module`` that a vector changes; raises where one is missing or differs."""
-    state = check_no_ties(subject, module)
-    missing = [name for name in shapes if name not in state]
-    if missing:
-        raise ValueError(
-            f"{subject}: the model must hold every tensor; missing {_shorten(missing)}."
-        )
-    for name, shape in shapes.items():
-        if tuple(state[name].shape) != shape:
-            raise ValueError(
-                f"{subject}: '{name}' must have one shape on both sides; got "
-                f"{tuple(state[name].shape)} and {shape}."
-            )
-        if not state[name].is_floating_point():
-            raise TypeError(
-                f"{subject}: '{name}' must be floating point in the model; got {state[name].dtype}."
-            )
-    return {name: state[name] for name in shapes}

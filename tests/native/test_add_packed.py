@@ -1,7 +1,10 @@
 """Decoding and adding packed weights in spans: every format on every instruction set."""
 
+import copy
 import ctypes
+import gc
 import mmap
+import weakref
 from functools import partial
 
 import pytest
@@ -9,7 +12,15 @@ import torch
 
 from pyrobust import _native
 from pyrobust.ops import add_dequantized_, add_levels_, dequantize_codes, pack_codes
-from pyrobust.ops.add_packed import SavedCopy, add_values_
+from pyrobust.ops.add_packed import (
+    Addition,
+    SavedCopy,
+    add_all_,
+    add_values_,
+    levels_summand,
+    saved_copies,
+    values_summand,
+)
 from pyrobust.quantize import BITS, QTensor
 
 LEVELS = {1: 2, 1.58: 3, 2: 4, 3: 8, 4: 16, 8: 256}
@@ -239,6 +250,20 @@ def test_what_the_target_held_is_saved_in_the_same_pass(bits, dtype, group_size)
                 assert not room[offset + 3 * cols :].any()
 
 
+def test_copies_begin_on_lines_and_do_not_overlap():
+    shapes, dtypes = [(3, 5), (), (0, 4), (1000, 1001), (7,)], [torch.float32, *HALVES]
+    targets = [torch.randn(shape).to(dtype) for shape in shapes for dtype in dtypes]
+    copies = saved_copies(targets)
+    for copied, target in zip(copies, targets, strict=True):
+        assert (copied.values.shape, copied.values.dtype) == (target.shape, target.dtype)
+        assert copied.values.is_contiguous()
+        assert target.numel() == 0 or copied.values.data_ptr() % 64 == 0
+        copied.fill(target)
+    assert all(torch.equal(c.values, t) for c, t in zip(copies, targets, strict=True))
+    assert saved_copies([]) == []
+    assert saved_copies([torch.empty(2, 3, device="meta")])[0].values.is_meta
+
+
 def test_no_copy_is_called_filled_where_the_addition_is_refused():
     packed, target = random_weight(3, 20, 4, 8), torch.randn(3, 20)
     before = target.clone()
@@ -252,6 +277,54 @@ def test_no_copy_is_called_filled_where_the_addition_is_refused():
             packed.add_to_(target, 0.37, saved)
         assert not saved.filled
         assert torch.equal(target, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_sums_made_in_one_call_are_those_made_one_by_one(dtype):
+    weights = [random_weight(3, cols, 4, 64) for cols in COLUMNS]
+    codes, levels = pack_codes(torch.randint(0, 4, (3, 500)).byte(), bits=2), torch.randn(4)
+    values = torch.randn(3, 500)
+    targets = [torch.randn(weight.shape).to(dtype) for weight in weights]
+    targets += [torch.randn(3, 500).to(dtype) for _ in range(2)]
+    for _ in isas():
+        expected = [w.add_to_(t.clone(), 0.3) for w, t in zip(weights, targets, strict=False)]
+        expected.append(add_levels_(targets[-2].clone(), codes, levels, bits=2, alpha=0.4))
+        expected.append(add_values_(targets[-1].clone(), values, alpha=0.5))
+        changed, saved = ([t.clone() for t in targets], [SavedCopy(t + 1) for t in targets])
+        versions = [target._version for target in changed]
+        rooms = [*saved[:-1], None]
+        summands = [weight.summand() for weight in weights]
+        summands.append(levels_summand("test", codes, levels, bits=2, length=500))
+        summands.append(values_summand(values, (3, 500)))
+        factors = [0.3] * len(weights) + [0.4, 0.5]
+        sums = [Addition(*parts) for parts in zip(summands, changed, factors, rooms, strict=True)]
+        refused = [*sums, Addition(summands[0], torch.zeros(4, 1), 1.0)]
+        with pytest.raises(ValueError, match="target must hold 3 elements; got shape"):
+            add_all_("test", refused)
+        assert all(torch.equal(*both) for both in zip(changed, targets, strict=True))
+        add_all_("test", sums)
+        assert all(torch.equal(*both) for both in zip(changed, expected, strict=True))
+        assert all(
+            torch.equal(*both)
+            for both in zip((s.values for s in saved[:-1]), targets, strict=False)
+        )
+        assert [room.filled for room in saved] == [True] * (len(saved) - 1) + [False]
+        assert all(t._version > v for t, v in zip(changed, versions, strict=True))
+    add_all_("test", [])
+
+
+def test_a_summand_keeps_its_tensors():
+    packed, target = random_weight(3, 4000, 4, 64), torch.randn(3, 4000)
+    expected, copied = packed.add_to_(target.clone(), 0.3), copy.deepcopy(packed)
+    summand, codes = copied.summand(), weakref.ref(copied.codes)
+    del copied
+    gc.collect()
+    assert codes() is not None
+    add_all_("test", [Addition(summand, target, 0.3)])
+    assert torch.equal(target, expected)
+    del summand
+    gc.collect()
+    assert codes() is None
 
 
 def test_threads_do_not_change_the_bits():

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.autograd.graph import increment_version
 
+from pyrobust import _native
 from pyrobust.weights import PackedDelta, Patcher, TaskVector, quantize_delta, state_checksum
 
 
@@ -307,28 +307,31 @@ def test_an_exception_in_the_middle_changes_nothing():
     assert same(before, base.state_dict())
 
 
-@pytest.mark.parametrize("place", ["_room", "add"])
+@pytest.mark.parametrize("place", ["_rooms", "_summand", "_add_apart_"])
 def test_an_exception_while_saving_or_adding_a_packed_patch_changes_nothing(place, monkeypatch):
-    base, tuned = pair()
+    base, tuned = (nn.Sequential(*network(), *(nn.Conv2d(3, 4, 3) for _ in range(3))) for _ in "ab")
+    base.to(memory_format=torch.channels_last)  # kernels do not take the last three weights
     packed, before = quantize_delta(TaskVector.from_modules(base, tuned), 8), snapshot(base)
-    first = TaskVector.from_modules(base, network())
-    owner, attribute = (Patcher, "_room") if place == "_room" else (PackedDelta, "add_to_")
-    whole, calls = getattr(owner, attribute), []
+    first = TaskVector.from_modules(base, copy.deepcopy(tuned))
+    owner, last = (Patcher, 1) if place == "_rooms" else (PackedDelta, 3)
+    whole, calls = getattr(owner, place), []
 
-    def failing(self, name, *rest):
-        calls.append(name)
-        if len(calls) == 3:
+    def failing(self, *rest):
+        calls.append(rest)
+        if len(calls) == last:
+            # kernels have added to most of the others before one that they do not take
+            assert (place == "_add_apart_") != torch.equal(base[3].weight, patched["3.weight"])
             raise KeyboardInterrupt
-        return whole(self, name, *rest)
+        return whole(self, *rest)
 
     patcher = Patcher(base)
-    if place == "add":  # beneath another patch that stays on
+    if place != "_rooms":  # beneath another patch that stays on
         patcher.apply(first, 0.5, "first")
     patched = snapshot(base)
-    monkeypatch.setattr(owner, attribute, failing)
+    monkeypatch.setattr(owner, place, failing)
     with pytest.raises(KeyboardInterrupt):
         patcher.apply(packed)
-    assert len(calls) == 3
+    assert len(calls) == last
     assert same(patched, base.state_dict())
     monkeypatch.undo()
     patcher.apply(packed)
@@ -338,21 +341,22 @@ def test_an_exception_while_saving_or_adding_a_packed_patch_changes_nothing(plac
 
 @pytest.mark.parametrize("scheme", ["linear", "tanh"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_interruption_right_after_the_first_change_changes_nothing(scheme, dtype, monkeypatch):
+def test_an_interruption_right_after_the_sums_changes_nothing(scheme, dtype, monkeypatch):
     base, tuned = (model.to(dtype) for model in pair())
     packed = quantize_delta(TaskVector.from_modules(base, tuned), 4, scheme)
-    before, patcher, whole, calls = snapshot(base), Patcher(base), increment_version, []
+    before, patcher, whole, calls = snapshot(base), Patcher(base), _native.add_all, []
 
-    def interrupted(tensor):
-        whole(tensor)
-        calls.append(tensor)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
+    def interrupted(additions, threads):
+        whole(additions, threads)
+        calls.append(len(additions))
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(torch.autograd.graph, "increment_version", interrupted)
+    monkeypatch.setattr(_native, "add_all", interrupted)
     with pytest.raises(KeyboardInterrupt):
         patcher.apply(packed)
+    assert calls == [len(packed)]  # one call for all
     assert same(before, base.state_dict())
+    monkeypatch.undo()
     with torch.no_grad():
         base[0].weight.add_(1.0)  # nothing of the interrupted patch is kept
     before = snapshot(base)
