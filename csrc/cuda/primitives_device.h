@@ -24,6 +24,40 @@ PYROBUST_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// The same for loads from addresses that a kernel computes: 32 bits instead of a pointer's 64.
+// `offset` is a constant. Of what a barrier before has made visible.
+using SharedPlace = uint32_t;
+
+// By all lanes of a warp: of a shuffle the compiler keeps the result, an address it would find anew
+// at every use.
+PYROBUST_DEVICE SharedPlace shared_place(const void* pointer) {
+  return __shfl_sync(kFullWarp, shared_address(pointer), 0);
+}
+
+// place + row * 2^kShift as one instruction.
+template <int kShift>
+PYROBUST_DEVICE SharedPlace place_of_row(SharedPlace place, uint32_t row) {
+  SharedPlace out;
+  asm("mad.lo.u32 %0, %1, %2, %3;" : "=r"(out) : "r"(row), "n"(1 << kShift), "r"(place));
+  return out;
+}
+
+PYROBUST_DEVICE Words4 load16_shared(SharedPlace place, int offset) {
+  Words4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+               : "r"(place + static_cast<uint32_t>(offset)));
+  return v;
+}
+
+PYROBUST_DEVICE Words2 load8_shared(SharedPlace place, int offset) {
+  Words2 v;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];\n"
+               : "=r"(v.word[0]), "=r"(v.word[1])
+               : "r"(place + static_cast<uint32_t>(offset)));
+  return v;
+}
+
 // --- asynchronous copies ------------------------------------------------------------------------
 
 // Past L1. No cache policy: with one, ptxas 13.0 addresses some copies for sm_90 through a

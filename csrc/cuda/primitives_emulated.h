@@ -22,6 +22,34 @@ namespace cuda {
 
 PYROBUST_DEVICE uint8_t* shared_memory() { return fibres::shared_memory(); }
 
+using SharedPlace = uintptr_t;
+
+PYROBUST_DEVICE SharedPlace shared_place(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer);
+}
+
+template <int kShift>
+PYROBUST_DEVICE SharedPlace place_of_row(SharedPlace place, uint32_t row) {
+  return place + (static_cast<uintptr_t>(row) << kShift);
+}
+
+// Bytes of shared memory, at a multiple of their size, as the hardware demands.
+template <typename Words>
+PYROBUST_DEVICE Words load_shared(SharedPlace place, const char* what) {
+  const auto* from = reinterpret_cast<const Words*>(place);
+  fibres::check_shared(from, sizeof(Words), what);
+  if (place % sizeof(Words) != 0) fibres::fault("a misaligned load from shared memory");
+  return *from;
+}
+
+PYROBUST_DEVICE Words4 load16_shared(SharedPlace place, int offset) {
+  return load_shared<Words4>(place + static_cast<uintptr_t>(offset), "load16_shared");
+}
+
+PYROBUST_DEVICE Words2 load8_shared(SharedPlace place, int offset) {
+  return load_shared<Words2>(place + static_cast<uintptr_t>(offset), "load8_shared");
+}
+
 // --- asynchronous copies ------------------------------------------------------------------------
 
 PYROBUST_DEVICE void copy16_async(void* shared, const void* global) {

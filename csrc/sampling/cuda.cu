@@ -10,9 +10,8 @@ namespace sampling {
 namespace gpu {
 namespace {
 
-constexpr int kBlocksPerMultiprocessor = 8;       // of 256 threads: what a multiprocessor can hold
-constexpr int kNoiseBlocksPerMultiprocessor = 3;  // whose registers it can hold
-constexpr int64_t kVoteRowsTogether = 16;         // two for each warp
+constexpr int kBlocksPerMultiprocessor = 8;  // of 256 threads: what a multiprocessor can hold
+constexpr int64_t kVoteRowsTogether = 16;    // two for each warp
 constexpr int64_t kVoteRowsAtLeast = 256;  // of ten classes, so that a histogram is worth its flush
 
 // A grid over `items`, one a thread, that loops where they are more than fit at once.
@@ -34,14 +33,24 @@ cuda::Status launch_rows(const Distribution& distribution, int64_t channels,
                       queue.stream, distribution, channels, Tables{kNormalTable, kLaplaceTable});
 }
 
+// Samples `begin` .. `begin + count - 1` of the call.
 template <Noise kNoise>
-cuda::Status launch_noise(const NoiseCall& call, const cuda::Queue& queue) {
-  if (call.at.elements % 4 != 0) return launch_rows(OddNoise<kNoise>{call}, 1, queue);
-  if (call.at.images * call.at.samples * call.at.elements == 0) return 0;
-  const int64_t threads =
-      int64_t{queue.multiprocessors} * kNoiseBlocksPerMultiprocessor * kNoiseThreads;
-  const NoiseItems items = noise_items(call.at.images, call.at.samples, call.at.elements, threads);
-  const NoiseWork work = {items, call.at, call.x, call.scale, call.out, philox_keys(call.at.seed)};
+cuda::Status launch_part(const NoiseCall& call, int64_t begin, int64_t count,
+                         const cuda::Queue& queue) {
+  Positions at = call.at;
+  at.samples = count;
+  at.first_sample += begin;
+  const int64_t threads = int64_t{queue.multiprocessors} * kNoiseBlocks * kNoiseThreads;
+  const NoiseItems items = noise_items(at.images, at.samples, at.elements, threads);
+  const int64_t bytes = begin * at.elements * (call.out_type == FloatType::kFloat32 ? 4 : 2);
+  const NoiseWork work = {items,
+                          at,
+                          call.at.samples,
+                          call.x,
+                          call.scale,
+                          static_cast<uint8_t*>(call.out) + bytes,
+                          philox_keys(at.seed),
+                          bits_of_float(1.0f)};
   const Tables tables = {kNormalTable, kLaplaceTable};
   cuda::LaunchShape shape = shape_for(count_of(items), kNoiseThreads,
                                       kNoise == Noise::kGaussian ? kNormalShared : 0, queue);
@@ -52,6 +61,19 @@ cuda::Status launch_noise(const NoiseCall& call, const cuda::Queue& queue) {
       : call.out_type == FloatType::kFloat16 ? noise_kernel<kNoise, FloatType::kFloat16>
                                              : noise_kernel<kNoise, FloatType::kBFloat16>;
   return cuda::launch(kernel, shape, queue.stream, work, tables);
+}
+
+template <Noise kNoise>
+cuda::Status launch_noise(const NoiseCall& call, const cuda::Queue& queue) {
+  if (call.at.elements % 4 != 0) return launch_rows(OddNoise<kNoise>{call}, 1, queue);
+  if (call.at.images * call.at.elements == 0) return 0;
+  for (int64_t begin = 0; begin < call.at.samples;) {
+    const int64_t count = samples_together(call.at.first_sample + begin, call.at.samples - begin);
+    const cuda::Status status = launch_part<kNoise>(call, begin, count, queue);
+    if (status != 0) return status;
+    begin += count;
+  }
+  return 0;
 }
 
 }  // namespace

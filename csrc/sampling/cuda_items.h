@@ -32,19 +32,25 @@ PYROBUST_HD Divided divided(int64_t a, int64_t b) {
   return {a / b, a % b};
 }
 
-// An item of noise: one quad of an image, for a run of samples, so that x is read once a run.
+// Two tiles are a pair, of 8 quads. Its eight lanes exchange half of their vectors, so that each
+// stores one of the two words of every 32 elements of both tiles: whole lines of memory.
+constexpr int64_t kPair = 2 * kTile;
+constexpr int64_t kQuadsPerPair = 2 * kQuadsPerTile;
+
+// An item of noise: one quad of an image, for a run of samples, so that x is read once a run. The
+// samples of a run lie `runs` apart: at a time all threads write into rows that follow one another,
+// and memory is filled from front to back, however far threads are from one another.
 struct NoiseItems {
   int64_t images;
   int64_t samples;
-  int64_t quads;  // of one image
-  int64_t run;    // samples of an item
+  int64_t quads;  // of one image, of whole pairs of tiles
   int64_t runs;   // items over the samples
+  int64_t most;   // samples of the longest run
 };
 
 struct NoiseItem {
   int64_t image;
-  int64_t first_sample;
-  int64_t last_sample;
+  int64_t first_sample;  // then every runs-th
   int64_t quad;
 };
 
@@ -53,7 +59,8 @@ struct NoiseItem {
 constexpr int64_t kLongestRun = 64;
 PYROBUST_HD NoiseItems noise_items(int64_t images, int64_t samples, int64_t elements,
                                    int64_t threads) {
-  NoiseItems best = {images, samples, tiles_of(elements) * kQuadsPerTile, 1, samples};
+  const int64_t quads = (elements + kPair - 1) / kPair * kQuadsPerPair;
+  NoiseItems best = {images, samples, quads, samples, 1};
   int64_t least = 0;
   for (int64_t run = 1; run <= kLongestRun && (run <= samples || run == 1); ++run) {
     const int64_t runs = (samples + run - 1) / run;
@@ -61,8 +68,8 @@ PYROBUST_HD NoiseItems noise_items(int64_t images, int64_t samples, int64_t elem
     const int64_t time = rounds * (2 * run + 1);
     if (run > 1 && time >= least) continue;
     least = time;
-    best.run = run;
     best.runs = runs;
+    best.most = (samples + runs - 1) / runs;
   }
   return best;
 }
@@ -74,9 +81,29 @@ PYROBUST_HD int64_t count_of(const NoiseItems& items) {
 PYROBUST_HD NoiseItem noise_item(const NoiseItems& items, int64_t index) {
   const Divided row = divided(index, items.quads);
   const Divided place = divided(row.quotient, items.runs);
-  const int64_t first = place.rest * items.run;
-  const int64_t last = first + items.run;
-  return {place.quotient, first, last < items.samples ? last : items.samples, row.rest};
+  return {place.quotient, place.rest, row.rest};
+}
+
+// Samples of the run that begins with `first_sample`: `most`, or one less.
+PYROBUST_HD int64_t samples_of(const NoiseItems& items, int64_t first_sample) {
+  const bool all = first_sample + (items.most - 1) * items.runs < items.samples;
+  return all ? items.most : items.most - 1;
+}
+
+// Where a lane stores, from the first element of its pair of tiles on: four vectors of four, after
+// the exchange; vector v is store_offset(v) further on.
+PYROBUST_HD int64_t stored_by_quad(int64_t quad) {
+  const int64_t half = quad / kQuadsPerTile % 2, place = quad % kQuadsPerTile;
+  return quad / kQuadsPerPair * kPair + half * kLanes + place * kQuad;
+}
+PYROBUST_HD constexpr int store_offset(int vector) {
+  return (vector % 2 * 2 + vector / 2) * 2 * static_cast<int>(kLanes);
+}
+
+// Samples up to the next whose number has other high words, which a counter takes from its first.
+PYROBUST_HD int64_t samples_together(int64_t first_sample, int64_t samples) {
+  const int64_t left = (int64_t{1} << 32) - (first_sample & 0xffffffff);
+  return samples < left ? samples : left;
 }
 
 // Counter and first element of a quad.

@@ -27,7 +27,7 @@ struct Element {
 // The tables, wherever they are.
 struct Variates {
   const Tables& tables;
-  const NormalRow* shared;
+  cuda::SharedPlace shared;
 };
 
 template <Noise kNoise>
@@ -104,7 +104,7 @@ template <class Distribution>
 PYROBUST_KERNEL(kRowThreads)
 rows_kernel(const __grid_constant__ Distribution distribution, int64_t channels,
             const __grid_constant__ Tables tables) {
-  Variates variates = {tables, nullptr};
+  Variates variates = {tables, {}};
   if (Distribution::kPurpose == kPurposeNormal) {
     variates.shared = fill_normal(tables.normal, cuda::shared_memory());
   }

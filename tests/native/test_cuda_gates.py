@@ -36,6 +36,21 @@ def around_library(request, tmp_path_factory):
     return gates.compile_kernels("interval/cuda_library.cu", request.param, folder)
 
 
+def drawing_loop(kernel):
+    """The loop over samples: the shortest with Philox's products, 60 of four counters, and those of
+    16 values with their scale."""
+    loops = [loop for loop in kernel.loops() if kernel.counts(*loop)["FMUL"] >= 16]
+    return min(
+        (loop for loop in loops if wide_products(kernel, loop) >= 60),
+        key=lambda loop: loop[1] - loop[0],
+    )
+
+
+def wide_products(kernel, loop):
+    first, last = loop
+    return sum(first <= at <= last and "IMAD.WIDE.U32" in text for at, text in kernel.code)
+
+
 def matching(kernels, pattern):
     found = [kernel for name, kernel in kernels.items() if re.search(pattern, name)]
     assert found, pattern
@@ -43,11 +58,13 @@ def matching(kernels, pattern):
 
 
 def test_sampling_kernels_keep_their_registers(sampling):
-    """80 registers leave room for three blocks of 256 threads, 64 for four."""
-    for pattern, most in (("noise_kernel", 80), ("rows_kernel", 64), ("vote_kernel", 56)):
-        for kernel in matching(sampling, pattern):
-            assert kernel.spills == 0
-            assert kernel.registers <= most
+    """96 registers leave room for 20 warps, 64 for 32. Laplace noise may keep a few words of its
+    outermost loop in memory."""
+    for pattern, most in (("noise_kernel", 96), ("rows_kernel", 64), ("vote_kernel", 64)):
+        for name, kernel in sampling.items():
+            if pattern in name:
+                assert kernel.spills <= (24 if "Noise)2" in name else 0)
+                assert kernel.registers <= most
 
 
 def test_interval_kernels_do_not_spill(interval):
@@ -87,20 +104,22 @@ def test_kernels_around_a_library_move_vectors(around_library):
 
 @needs_code
 def test_noise_stores_vectors_and_stays_within_its_instructions(sampling):
-    """At most 37 instructions a value for the Gaussian, whose issue limit is then 0.84e12/s of an
-    H200 at 1.83 GHz; without the loop that mends one value in 2^13."""
-    for kind, most in ((0, 37), (1, 17), (2, 37)):
-        for out, store in ((0, "STG.E.128"), (1, "STG.E.64"), (2, "STG.E.64")):
-            pattern = rf"noise_kernel<\(pyrobust::sampling::Noise\){kind}, .*FloatType\){out}>"
-            (kernel,) = matching(sampling, pattern)
-            assert kernel.has(store)
-            assert kernel.has("LDG.E.*128")
-            assert not kernel.has("LDL|STL")
-            assert not kernel.has(gates.ODD_DESCRIPTOR)
-            loops = kernel.loops()
-            mend = sum(kernel.counts(*loops[2]).values()) if kind != 1 else 0
-            assert (sum(kernel.counts(*loops[1]).values()) - mend) / 16 <= most
-            assert not kernel.has("LDS") or kind == 0
+    """Issue slots a value, of which an H200 has 29.7e12/s at 1.755 GHz: 29 for bfloat16 Gaussians
+    are at most 1.02e12/s, 29.6 for float32 ones 0.89 of a fill_ of 4.5 TB/s. Without the loops
+    around the one that draws."""
+    for kind, out, most in ((0, 0, 29.6), (0, 2, 29.1), (1, 0, 16.2), (1, 2, 15.7), (2, 2, 32.5)):
+        pattern = rf"noise_kernel<\(pyrobust::sampling::Noise\){kind}, .*FloatType\){out}>"
+        (kernel,) = matching(sampling, pattern)
+        drawing = drawing_loop(kernel)
+        counts = kernel.counts(*drawing)
+        assert sum(counts.values()) / 16 <= most
+        assert counts["STG"] == 4
+        assert counts["SHFL"] == (8 if out == 0 else 4)
+        assert counts["LDS"] == (32 if kind == 0 else 0)
+        assert counts["LDL"] == counts["STL"] == 0
+        assert kernel.has("STG.E.128" if out == 0 else "STG.E.64")
+        assert kernel.has("LDG.E.*128")
+        assert not kernel.has(gates.ODD_DESCRIPTOR)
 
 
 @needs_code

@@ -1,5 +1,6 @@
 """The CUDA sampling kernels on fibres: the bits of the CPU, and index arithmetic beyond 2^31."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +12,7 @@ from pyrobust.ops import _cuda_module, _cuda_sampling
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NOISES = ["gaussian_samples", "uniform_samples", "laplace_samples"]
 POSITION = {"seed": 7, "first_sample": 2**40 - 40, "first_index": 2**48 - 9}
+ACROSS = {"seed": 5, "first_sample": 2**32 - 3, "first_index": 2**32 - 1}  # high words change
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -20,6 +22,14 @@ def test_noise_has_the_bits_of_the_cpu(emulated_cuda, name, dtype, shape):
     x, scale = torch.randn(shape), torch.rand(shape[0]) + 0.1
     seen = _cuda_sampling.noise(name, x, scale, 5, *POSITION.values(), dtype)
     assert torch.equal(seen, getattr(ops, name)(x, scale, 5, dtype=dtype, **POSITION))
+
+
+@pytest.mark.parametrize("name", NOISES)
+@pytest.mark.parametrize("elements", [4, 60, 124, 128, 132, 388])
+def test_samples_whose_numbers_have_other_high_words(emulated_cuda, name, elements):
+    x, scale = torch.randn(2, elements), torch.rand(2) + 0.1
+    seen = _cuda_sampling.noise(name, x, scale, 7, *ACROSS.values(), torch.bfloat16)
+    assert torch.equal(seen, getattr(ops, name)(x, scale, 7, dtype=torch.bfloat16, **ACROSS))
 
 
 def test_many_samples_make_runs_and_meet_refined_words(emulated_cuda):
@@ -113,6 +123,30 @@ def test_old_devices_and_missing_modules_are_refused(emulated_cuda, monkeypatch)
         _cuda_module.cuda_module("gaussian_samples")
 
 
+# --- transforms -----------------------------------------------------------------------------------
+
+
+def border_words():
+    """Every power of two and its neighbours, words that round up to the next, ties; both signs."""
+    near = np.arange(-260, 260)
+    magnitudes = np.concatenate([2**k + near for k in range(32)] + [np.arange(2**18 - 2000, 2**18)])
+    ties = np.concatenate([(2**k - 2 ** (k - 24) + near) for k in range(25, 32)])
+    magnitudes = np.concatenate([magnitudes, ties])
+    magnitudes = magnitudes[(magnitudes >= 0) & (magnitudes < 2**31)].astype(np.uint32)
+    return np.concatenate([magnitudes, magnitudes | np.uint32(1 << 31)])
+
+
+def test_transforms_have_the_bits_of_the_cpu_at_every_border():
+    shim = pytest.importorskip("pyrobust._cuda_shim")
+    random = np.random.default_rng(0).integers(0, 2**32, 2**20, dtype=np.uint32)
+    small = random >> np.random.default_rng(1).integers(0, 31, random.size, dtype=np.uint32)
+    words = np.concatenate([border_words(), random, small])
+    normal, laplace, redrawn, *expected = shim.variates_both_ways(words)
+    assert np.array_equal(redrawn, (words & 0x7FFFFFFF) < 2**18)
+    assert np.array_equal(normal[~redrawn], expected[0][~redrawn])
+    assert np.array_equal(laplace[~redrawn], expected[1][~redrawn])
+
+
 # --- index arithmetic ---------------------------------------------------------------------------
 
 LARGE = st.integers(1, 2**33)
@@ -122,23 +156,52 @@ LARGE = st.integers(1, 2**33)
 @given(st.integers(1, 2**20), st.integers(1, 2**24), LARGE, st.integers(1, 2**22), st.data())
 def test_items_of_noise_cover_everything_once(images, samples, elements, wanted, data):
     shim = pytest.importorskip("pyrobust._cuda_shim")
-    quads = -(-elements // 64) * 4
+    quads = -(-elements // 128) * 8
     if images * samples * quads >= 2**62:
         samples = 1
-    count = shim.noise_place(images, samples, elements, wanted, 0)[0]
+    count, *_, runs = shim.noise_place(images, samples, elements, wanted, 0)[:5]
     index = data.draw(st.integers(0, count - 1))
-    _, image, first, last, quad, block, element = shim.noise_place(
+    _, image, first, length, _, quad, block, element = shim.noise_place(
         images, samples, elements, wanted, index
     )
-    length = shim.noise_place(images, samples, elements, wanted, 0)[3]
-    runs = -(-samples // length)
     assert count == images * runs * quads
-    assert index == (image * runs + first // length) * quads + quad
-    assert last == min(samples, first + length)
+    assert index == (image * runs + first) * quads + quad
+    assert first < runs
+    assert length == len(range(first, samples, runs)) <= 64
     assert shim.element_place(element) == (block, 0)
     for word in range(4):
         for i in range(4):
             assert shim.element_place(element + 16 * word + i) == (block + i, word)
+
+
+@given(st.integers(0, 2**26))
+def test_lanes_of_two_tiles_store_all_their_elements_in_whole_lines(pair):
+    shim = pytest.importorskip("pyrobust._cuda_shim")
+    stored = [shim.stored_elements(8 * pair + lane) for lane in range(8)]
+    assert sorted(e for own in stored for e in own) == list(range(128 * pair, 128 * pair + 128))
+    for vector in range(4):
+        together = sorted(e for own in stored for e in own[4 * vector : 4 * vector + 4])
+        assert together == list(range(together[0], together[0] + 32))
+        assert together[0] % 32 == 0
+
+
+@given(st.integers(0, 2**40 - 1), st.integers(1, 2**36))
+def test_samples_of_a_launch_share_their_high_word(first, samples):
+    shim = pytest.importorskip("pyrobust._cuda_shim")
+    count = shim.samples_together(first, samples)
+    assert 0 < count <= samples
+    assert first >> 32 == (first + count - 1) >> 32
+    assert count == samples or (first + count) >> 32 != first >> 32
+
+
+WORD = st.integers(0, 2**32 - 1)
+
+
+@given(WORD, WORD, WORD, WORD, st.integers(0, 2**64 - 1))
+def test_philox_of_block_and_sample_parts_is_philox(block, sample, image, last, seed):
+    shim = pytest.importorskip("pyrobust._cuda_shim")
+    whole, parts = shim.philox_both_ways(block, sample, image, last, seed)
+    assert whole == parts
 
 
 @settings(max_examples=300, deadline=None)
