@@ -20,7 +20,13 @@ from pyrobust.interval.elementwise import sigmoid
 from pyrobust.interval.errors import where
 from pyrobust.interval.linear import linear
 from pyrobust.interval.operands import Rule, common_dtype, ends_of, refuse, require_box, working
-from pyrobust.interval.outward import UNIT, bound_of_roundings, enclose, error_of_products
+from pyrobust.interval.outward import (
+    UNIT,
+    bound_of_roundings,
+    enclose,
+    error_of_products,
+    infinite_where_beyond,
+)
 from pyrobust.interval.shape import to_dtype
 from pyrobust.interval.type import Interval, weakest, wrap
 from pyrobust.ops._interval_checks import is_deployed
@@ -60,6 +66,7 @@ def matmul(input: Any, other: Any, *, out: None = None) -> Interval:
             error = error + torch.finfo(dtype).tiny * (terms + 4) * (
                 1 + size_a.amax() + rad_a.amax()
             )
+            error = error + infinite_where_beyond(most, dtype)
     return wrap(*enclose(lower, upper, error, dtype), rounding)
 
 
@@ -92,6 +99,9 @@ def softmax(
         box = to_dtype(box, dtype)
     low, high = working(box)
     rest_low, rest_high = _others(low, dim), _others(high, dim)
+    # lower ends that overflowed all together: the others may be as small as they like
+    unbounded = low.amax(dim, keepdim=True).isneginf() & ~high.amax(dim, keepdim=True).isneginf()
+    rest_low = torch.where(unbounded, -math.inf, rest_low)
     drop_low, drop_high = low - rest_high, high - rest_low
     curve = torch.nn.functional.logsigmoid if log else sigmoid
     lower, upper = curve(drop_low), curve(drop_high)
@@ -156,6 +166,7 @@ def attention(
         box = require_box(value, "scaled_dot_product_attention")
         query = Interval(query, query, rounding=box.rounding)
     weights = mul(matmul(query, key.mT), factor)
+    bounded = (weights.lower.isfinite() & weights.upper.isfinite()).all(-1, keepdim=True)
     mask = attn_mask
     if is_causal:
         size = weights.shape[-2:]
@@ -165,8 +176,10 @@ def attention(
             weights = weights.masked_fill(~mask, -math.inf)
         else:
             weights = weights + mask
-    mixed = matmul(softmax(weights, -1), value)
-    return _cut_to_range(mixed, value)
+    mixed = _cut_to_range(matmul(softmax(weights, -1), value), value)
+    # scores that overflow, in boxes or in an evaluation, are no scores
+    lower = torch.where(bounded, mixed.lower, -math.inf)
+    return wrap(lower, torch.where(bounded, mixed.upper, math.inf), mixed.rounding)
 
 
 def _cut_to_range(mixed: Interval, value: Any) -> Interval:

@@ -14,11 +14,16 @@ from pyrobust.interval.arithmetic import add
 from pyrobust.interval.errors import name_of
 from pyrobust.interval.finite import check_result
 from pyrobust.interval.operands import Rule, refuse, require_box
-from pyrobust.interval.outward import straight_through
+from pyrobust.interval.outward import (
+    bound_of_roundings,
+    enclose,
+    infinite_where_beyond,
+    straight_through,
+)
 from pyrobust.interval.type import Interval, adopt, unclipped, wrap
 from pyrobust.ops import matmul as packed_matmul
 from pyrobust.ops import packed_layers
-from pyrobust.ops._interval_checks import finite_ends
+from pyrobust.ops._interval_checks import finite_ends, is_deployed
 from pyrobust.ops._interval_fallback import outward_image
 from pyrobust.ops._library import differentiation_transforms
 from pyrobust.ops.interval import (
@@ -244,7 +249,27 @@ def _packed_conv2d(
 def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Interval:
     if beta != 1 or alpha != 1 or isinstance(mat2, Interval):
         raise refuse("addmm with beta, alpha or an interval as second matrix")
-    return add(linear(mat1, mat2.mT), input)
+    if isinstance(input, Tensor) and input.shape == mat2.shape[1:]:
+        return linear(mat1, mat2.mT, input)
+    total = add(linear(mat1, mat2.mT), input)
+    return _summed_in_any_order(total, input, int(mat2.shape[0]))
+
+
+def _summed_in_any_order(total: Interval, term: Any, products: int) -> Interval:
+    """``total`` of a product and ``term``, also where evaluations start their sums with the term.
+
+    By the proof of ``csrc/interval/interval.h`` a term b adds H |b| to the error, and at most
+    another H |b| to that of the sum, which is no larger than |sum W x| + |b|.
+    """
+    if not is_deployed(total.rounding):
+        return total
+    with torch.no_grad():
+        ends = (term.lower, term.upper) if isinstance(term, Interval) else (term, term)
+        size = torch.maximum(ends[0].abs(), ends[1].abs()).double()
+        error = bound_of_roundings(products + 2, total.dtype) * size + torch.finfo(total.dtype).tiny
+        error = error + infinite_where_beyond(size * products, total.dtype)
+    low, high = enclose(total.lower.double(), total.upper.double(), error, total.dtype)
+    return wrap(low, high, total.rounding)
 
 
 RULES: dict[str, Rule] = {

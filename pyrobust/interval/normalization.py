@@ -5,6 +5,10 @@ With running statistics the layer is affine. A norm over the elements of its own
 ``R_i`` sums the squares of the other elements. ``y_i`` rises in ``d_i``, and its magnitude falls in
 ``R_i``; so the ends follow from the ends of ``d_i`` and ``R_i``. As the ``d_j`` sum to zero,
 ``R_i >= d_i^2 / (n - 1)`` (Cauchy-Schwarz), which bounds ``|y_i|`` by ``sqrt(n - 1)`` for any box.
+
+In deployed mode ``d`` has the error of a rounded mean, so the ``d_j`` sum to zero but for that, and
+the variance has the error of any way to sum it, but is taken for no less than zero (a sum of
+squares, or cut there).
 """
 
 from __future__ import annotations
@@ -19,7 +23,13 @@ from torch import Tensor
 from pyrobust.interval.arithmetic import add, mul
 from pyrobust.interval.errors import where
 from pyrobust.interval.operands import Rule, refuse, require_box, working
-from pyrobust.interval.outward import UNIT, Ends, bound_of_roundings, enclose
+from pyrobust.interval.outward import (
+    UNIT,
+    Ends,
+    bound_of_roundings,
+    enclose,
+    infinite_where_beyond,
+)
 from pyrobust.interval.type import Interval, wrap
 from pyrobust.ops._interval_checks import is_deployed
 
@@ -74,6 +84,8 @@ def _shifted_and_scaled(box: Interval, mean: Tensor, scale: Tensor, shift: Tenso
             reach = torch.maximum(low.abs(), high.abs()) + mean.abs()
             error = error + 12 * UNIT[box.dtype] * (reach * scale.abs() + shift.abs())
             error = error + torch.finfo(box.dtype).tiny * (4 + reach + scale.abs())
+            largest = torch.maximum(reach, reach * scale.abs() + shift.abs())
+            error = error + infinite_where_beyond(largest, box.dtype)
     return wrap(*enclose(lower + shift, upper + shift, error, box.dtype), box.rounding)
 
 
@@ -90,14 +102,20 @@ def normalized(box: Interval, dims: Sequence[int], eps: float, *, centred: bool)
     count = math.prod([box.shape[d] for d in dims])  # dynamo traces no generator
     noisy = torch.float64 if not is_deployed(box.rounding) else box.dtype
     unit = 0.0 if box.rounding == "nearest" else bound_of_roundings(count + 16, noisy)
+    # what each of the sums loses, and each product, where denormals are flushed
+    flushed = torch.finfo(box.dtype).tiny * (count + 8) if is_deployed(box.rounding) else 0.0
     size = torch.maximum(low.abs(), high.abs()).detach()
+    drift = torch.zeros((), dtype=low.dtype, device=low.device)
     if centred:
         low, high = _centred(low, high, dims, count)
-        slack = unit * (size + size.mean(list(dims), keepdim=True))
+        slack = unit * (size + size.mean(list(dims), keepdim=True)) + flushed
         low, high = low - slack, high + slack
-    squares = _squares_of_others(low, high, size, dims, unit)
-    lower = _quotient(low, squares, count, eps, centred)
-    upper = _quotient(high, (squares[1], squares[0]), count, eps, centred)
+        if is_deployed(box.rounding):
+            drift = slack.sum(list(dims), keepdim=True)
+    squares, lost = _squares_of_others(low, high, size, dims, unit, 2 * flushed)
+    balance = (drift, lost if is_deployed(box.rounding) else drift) if centred else None
+    lower = _quotient(low, squares, count, eps, balance)
+    upper = _quotient(high, (squares[1], squares[0]), count, eps, balance)
     if box.rounding == "nearest":
         return wrap(lower, upper, box.rounding)
     with torch.no_grad():
@@ -105,7 +123,9 @@ def normalized(box: Interval, dims: Sequence[int], eps: float, *, centred: bool)
         tiny = torch.finfo(box.dtype).tiny
         errors = lower.abs() * relative + tiny, upper.abs() * relative + tiny
         if is_deployed(box.rounding):
-            error = torch.maximum(*errors)
+            # squares of deviations, up to twice as far as x, may be summed before the division
+            total = 4 * size.square().sum(list(dims), keepdim=True)
+            error = torch.maximum(*errors) + 4 * tiny + infinite_where_beyond(total, box.dtype)
             errors = error, error
     return wrap(*enclose(lower, upper, errors, box.dtype), box.rounding)
 
@@ -119,38 +139,72 @@ def _centred(low: Tensor, high: Tensor, dims: Sequence[int], count: int) -> Ends
 
 
 def _squares_of_others(
-    low: Tensor, high: Tensor, size: Tensor, dims: Sequence[int], unit: float
-) -> Ends:
-    """Ends of ``R_i``, the sum of the squares of the other elements."""
+    low: Tensor, high: Tensor, size: Tensor, dims: Sequence[int], unit: float, flushed: float
+) -> tuple[Ends, Tensor]:
+    """Ends of ``R_i``, the sum of the squares of the other elements, and their slack.
+
+    ``flushed`` is what flushing of denormals may take from the sum.
+    """
     axes = list(dims)
     least = torch.clamp(torch.maximum(low, -high), min=0.0).square()
     most = torch.maximum(high, -low).square()
     total_low, total_high = least.sum(axes, keepdim=True), most.sum(axes, keepdim=True)
     # taking the own term out of the sum leaves the rounding error of the sum; implementations
     # that subtract the squared mean from the mean square (deployed mode) err by that of sum x^2
-    slack = 4 * unit * (total_high.detach() + size.square().sum(axes, keepdim=True))
-    return (total_low - least - slack).clamp(min=0.0), (total_high - most).clamp(min=0.0) + slack
+    slack = 4 * unit * (total_high.detach() + size.square().sum(axes, keepdim=True)) + flushed
+    fewest = (total_low - least).clamp(min=0.0) - slack
+    if not flushed:  # real mode; an evaluation may also lose part of the element's own square
+        fewest = fewest.clamp(min=0.0)
+    return (fewest, (total_high - most).clamp(min=0.0) + slack), slack
 
 
-def _quotient(end: Tensor, squares: Ends, count: int, eps: float, centred: bool) -> Tensor:
+def _quotient(
+    end: Tensor, squares: Ends, count: int, eps: float, balance: tuple[Tensor, Tensor] | None
+) -> Tensor:
     """``d / sqrt((d^2 + R) / n + eps)`` for the ``R`` that makes it most extreme.
 
     ``squares[1]`` is used where ``d`` is of the sign that a larger ``R`` pulls outward to zero.
+    ``balance`` of centred elements is how far the sum of the ``d_j`` may be from zero, and what
+    ``R`` may have lost, in an evaluation: ``R >= (|d| - drift)^2 / (n - 1) - lost``.
     """
     others = torch.where(end > 0, squares[1], squares[0])
-    if centred and count > 1:
-        others = torch.maximum(others, end.square() / (count - 1))
-    mean_square = (end.square() + others) / count + eps
+    if balance is not None and count > 1:
+        drift, lost = balance
+        opposite = (end.abs() - drift).clamp(min=0.0)
+        others = torch.maximum(others, opposite.square() / (count - 1) - lost)
+    mean_square = (end.square() + others).clamp(min=0.0) / count + eps
     return torch.where(end == 0, end, end * mean_square.clamp(min=2.0**-1000).rsqrt())
 
 
-def _with_weight(box: Interval, weight: Any, bias: Any, shape: Sequence[int]) -> Interval:
+def _with_weight(
+    box: Interval, source: Interval, weight: Any, bias: Any, shape: Sequence[int]
+) -> Interval:
+    """``box`` times weight plus bias, ``box`` normalised from ``source``."""
     _plain("a norm", weight, bias)
     if weight is not None:
         box = mul(box, weight.reshape(shape))
-    if bias is not None:
-        box = add(box, bias.reshape(shape))
-    return box
+    if bias is not None and not is_deployed(box.rounding):
+        return add(box, bias.reshape(shape))
+    if not is_deployed(box.rounding):
+        return box
+    return _as_one_line(box, source, weight, 0.0 if bias is None else bias.reshape(shape))
+
+
+def _as_one_line(box: Interval, source: Interval, weight: Any, shift: Any) -> Interval:
+    """``box + shift``, also for ``x s + (shift - mean s)`` with ``s = weight / deviation``.
+
+    Its two roundings of size ``shift`` are more than the one of a sum; those of size ``mean s`` are
+    in the box. Flushing may take ``s`` itself, times twice the largest ``|x|``.
+    """
+    low, high = working(box)
+    with torch.no_grad():
+        wide = torch.as_tensor(shift, dtype=low.dtype, device=low.device).detach()
+        reach = torch.maximum(source.lower.abs().amax(), source.upper.abs().amax()).to(low.dtype)
+        error = 4 * UNIT[box.dtype] * wide.abs()
+        if weight is not None:
+            error = error + torch.finfo(box.dtype).tiny * (4 + 2 * reach)
+    moved = low + shift, high + shift
+    return wrap(*enclose(*moved, error, box.dtype), box.rounding)
 
 
 def _layer_norm(
@@ -164,7 +218,7 @@ def _layer_norm(
     box = require_box(input, "layer_norm")
     dims = range(-len(normalized_shape), 0)
     result = normalized(box, dims, eps, centred=True)
-    return _with_weight(result, weight, bias, tuple(normalized_shape))
+    return _with_weight(result, box, weight, bias, tuple(normalized_shape))
 
 
 def _rms_norm(
@@ -176,7 +230,7 @@ def _rms_norm(
     box = require_box(input, "rms_norm")
     eps = torch.finfo(box.dtype).eps if eps is None else eps
     result = normalized(box, range(-len(normalized_shape), 0), eps, centred=False)
-    return _with_weight(result, weight, None, tuple(normalized_shape))
+    return _with_weight(result, box, weight, None, tuple(normalized_shape))
 
 
 def _group_norm(
@@ -190,7 +244,7 @@ def _group_norm(
     box = require_box(input, "group_norm")
     grouped = box.reshape(box.shape[0], num_groups, -1)
     result = normalized(grouped, (-1,), eps, centred=True).reshape(box.shape)
-    return _with_weight(result, weight, bias, (1, -1, *[1] * (box.ndim - 2)))
+    return _with_weight(result, box, weight, bias, (1, -1, *[1] * (box.ndim - 2)))
 
 
 def _instance_norm(
@@ -213,7 +267,7 @@ def _instance_norm(
         )
     box = require_box(input, "instance_norm")
     result = normalized(box, range(2 - box.ndim, 0), eps, centred=True)
-    return _with_weight(result, weight, bias, (1, -1, *[1] * (box.ndim - 2)))
+    return _with_weight(result, box, weight, bias, (1, -1, *[1] * (box.ndim - 2)))
 
 
 def _dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Interval:

@@ -23,6 +23,7 @@ __all__ = [
     "bound_of_roundings",
     "enclose",
     "error_of_products",
+    "infinite_where_beyond",
     "step_where",
     "straight_through",
     "sum_ends",
@@ -47,6 +48,15 @@ def error_of_products(count: int, dtype: torch.dtype, rounding: str) -> float:
     """
     operands = (1.0 + operand_error(rounding)) ** 2
     return (operands * (1.0 + bound_of_roundings(count, dtype)) - 1.0) * (1.0 + 2.0**-40)
+
+
+def infinite_where_beyond(size: Tensor, dtype: torch.dtype) -> Tensor:
+    """A slack for deployed mode: infinite where intermediate results of ``size`` may overflow.
+
+    An evaluation in ``dtype`` may overflow on the way to a result that is far from it, and then
+    returns anything; 0 elsewhere.
+    """
+    return torch.where(size < torch.finfo(dtype).max / 4, 0.0, float("inf"))
 
 
 def straight_through(value: Tensor, exact: Tensor) -> Tensor:

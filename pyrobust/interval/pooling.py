@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyrobust.interval.operands import Rule, on_ends, refuse, require_box, working
-from pyrobust.interval.outward import bound_of_roundings, enclose
+from pyrobust.interval.outward import bound_of_roundings, enclose, infinite_where_beyond
 from pyrobust.interval.type import Interval, wrap
 from pyrobust.ops._interval_checks import is_deployed
 
@@ -28,7 +28,7 @@ def averaged(
     Args:
         box: the input.
         average: linear with nonnegative coefficients.
-        terms: roundings that a term passes, at most.
+        terms: roundings that a term passes, at most; so many averages are at least the sum.
         size: bound of the sum of magnitudes behind each output, from the magnitudes of the input;
             their average where the coefficients themselves are exact.
     """
@@ -44,6 +44,7 @@ def averaged(
             reach = reach_of(torch.maximum(low.abs(), high.abs()))
             slack = bound_of_roundings(terms + 4, box.dtype) * reach
             slack = slack + torch.finfo(box.dtype).tiny * (terms + 4)
+            slack = slack + infinite_where_beyond(terms * reach, box.dtype)
             errors = [error + slack for error in errors]
     return wrap(*enclose(lower, upper, (errors[0], errors[1]), box.dtype), box.rounding)
 
@@ -61,10 +62,11 @@ def _average(name: str, dimensions: int) -> Rule:
 
     def rule(input: Any, kernel_size: Any, *args: Any, **options: Any) -> Interval:
         box = require_box(input, name)
+        divisor = options.get("divisor_override") or (args[4] if len(args) > 4 else None) or 1
         return averaged(
             box,
             lambda x: function(x, kernel_size, *args, **options),
-            _count(kernel_size, dimensions),
+            max(_count(kernel_size, dimensions), int(divisor)),
         )
 
     return rule

@@ -78,6 +78,24 @@ def _pad(input: Any, pad: Any, mode: str = "constant", value: float | None = Non
     return wrap(low, high, box.rounding)
 
 
+def _embedding(
+    input: Any,
+    weight: Any,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Interval:
+    """Rows of a box of a table; for sets of tokens see ``Interval.hull``."""
+    if not isinstance(weight, Interval) or isinstance(input, Interval):
+        raise refuse("embedding with the interval in another argument than weight")
+    if max_norm is not None or scale_grad_by_freq or sparse:
+        raise refuse("embedding with max_norm, scale_grad_by_freq or sparse")
+    low, high = (F.embedding(input, end, padding_idx) for end in (weight.lower, weight.upper))
+    return wrap(low, high, weight.rounding)
+
+
 def _where(condition: Any, input: Any, other: Any) -> Interval:
     if isinstance(condition, Interval) and getattr(input, "dtype", None) == torch.bool:
         condition, input = input, condition  # as the method: x.where(condition, other)
@@ -142,6 +160,7 @@ RULES: dict[str, Rule] = {
     "concatenate": _cat,
     "stack": _stack,
     "pad": _pad,
+    "embedding": _embedding,
     "where": _where,
     "masked_fill": _masked_fill,
     "to": to_dtype,

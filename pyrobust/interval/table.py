@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+
 from pyrobust.interval import (
     arithmetic,
     attention,
@@ -80,4 +82,6 @@ KINDS: dict[str, frozenset[Any]] = {
     "finite": _functions([*_BOUNDED, *set(shape.RULES).difference(_CONVERSIONS, _JOINS)]),
     "checks itself": _functions(["linear", "conv2d"]) | frozenset(linear.PACKED_RULES),
     "takes infinity": _functions(_TAKES_INFINITY),
+    # what dynamo calls for + += * *= @ of a box and a tensor, the tensor first in any case
+    "ambiguous": frozenset({torch.Tensor.add, torch.Tensor.mul, torch.Tensor.matmul}),
 }

@@ -393,8 +393,8 @@ def install(
     Args:
         rules: torch function to rule.
         kinds: the functions whose results are ``"finite"`` already where operands are, those whose
-            rules see to it (``"checks itself"``), and those that ``"takes infinity"`` from operands
-            that are no boxes.
+            rules see to it (``"checks itself"``), those that ``"takes infinity"`` from operands
+            that are no boxes, and those that are ``"ambiguous"`` in compiled code.
         quick: torch function to what is asked before its rule in plain eager mode, and may answer
             None.
     """
@@ -534,6 +534,8 @@ def _apply(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     rule = _rules.get(func)
     if rule is None:
         raise MissingRule(missing(name_of(func)))
+    if torch.compiler.is_compiling() and func in _kinds["ambiguous"]:
+        _check_order(func, args)
     if autocasting():
         raise RuntimeError(
             "Interval: autocast must be off, as it would round the bounds inwards; wrap the call "
@@ -546,6 +548,18 @@ def _apply(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         operands = (*args, *kwargs.values())
         check_result(name_of(func), box._lower, box._upper, operands, takes_infinity=takes_infinity)
     return result
+
+
+def _check_order(func: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """Refuse what dynamo makes of operators between a box and a tensor.
+
+    It hands ``box @ t`` and ``t @ box`` over alike, and ``box += t`` like ``box + t``.
+    """
+    if len(args) > 1 and not isinstance(args[0], Interval) and isinstance(args[1], Interval):
+        raise MissingRule(
+            f"Interval: no rule for an operator between a box and a tensor in compiled code "
+            f"({name_of(func)}); use torch.add, torch.mul or torch.matmul."
+        )
 
 
 def _check_current(box: Interval) -> None:

@@ -66,6 +66,11 @@ def batch_norm(x):
     return F.batch_norm(x, *statistics, *affine, False, 0.1, 1e-5)
 
 
+def statistics_norm(x):
+    statistics = parameter(x, 3), parameter(x, 3, seed=1, positive=True)
+    return F.instance_norm(x, *statistics, parameter(x, 3, seed=2), None, False)
+
+
 IMAGE = (2, 3, 6, 6)
 ROWS = [
     # arithmetic
@@ -123,6 +128,9 @@ ROWS = [
     # linear maps
     Row("linear", lambda x: F.linear(x, parameter(x, 5, 6), parameter(x, 5, seed=1))),
     Row("addmm", lambda x: torch.addmm(parameter(x, 5), x, parameter(x, 6, 5))),
+    Row("addmm", lambda x: torch.addmm(64 * parameter(x, 2, 5), x, parameter(x, 6, 5)),
+        label="matrix"),
+    Row("embedding", lambda x: F.embedding(torch.tensor([[1, 0], [1, 1]]), x)),
     Row("conv1d", lambda x: F.conv1d(x, parameter(x, 4, 3, 3), stride=2), (2, 3, 8)),
     Row(
         "conv2d",
@@ -131,6 +139,8 @@ ROWS = [
     ),
     Row("conv2d", lambda x: F.conv2d(x, parameter(x, 6, 1, 3, 2), None, 2, 1, 1, 3), IMAGE,
         label="groups"),
+    Row("conv2d", lambda x: F.conv2d(x, parameter(x, 4, 3, 2, 2), None, (2, 1), "valid", (1, 2)),
+        IMAGE, label="dilation"),
     Row("conv3d", lambda x: F.conv3d(x, parameter(x, 2, 3, 2, 2, 2)), (1, 3, 3, 3, 3)),
     Row("conv_transpose1d", lambda x: F.conv_transpose1d(x, parameter(x, 3, 4, 3)), (2, 3, 5)),
     Row(
@@ -138,6 +148,9 @@ ROWS = [
         lambda x: F.conv_transpose2d(x, parameter(x, 3, 2, 3, 3), parameter(x, 2, seed=1), 2, 1, 1),
         IMAGE,
     ),
+    Row("conv_transpose2d",
+        lambda x: F.conv_transpose2d(x, parameter(x, 3, 1, 2, 3), None, 2, 1, (1, 0), 3, (1, 2)),
+        IMAGE, label="groups and dilation"),
     Row("conv_transpose3d", lambda x: F.conv_transpose3d(x, parameter(x, 2, 2, 2, 2, 2)),
         (1, 2, 3, 3, 3)),
     # normalisation
@@ -146,7 +159,12 @@ ROWS = [
     Row("layer_norm", lambda x: F.layer_norm(x, (6, 6)), IMAGE, label="two dimensions"),
     Row("rms_norm", lambda x: F.rms_norm(x, (6,), parameter(x, 6), 1e-6)),
     Row("group_norm", lambda x: F.group_norm(x, 2, parameter(x, 4)), (2, 4, 3)),
+    Row("group_norm", lambda x: F.group_norm(x, 2, parameter(x, 4) / 16, parameter(x, 4, seed=1)),
+        (2, 4, 3), label="bias"),
     Row("instance_norm", F.instance_norm, IMAGE),
+    Row("instance_norm", lambda x: F.instance_norm(x, None, None, parameter(x, 3), parameter(x, 3)),
+        IMAGE, label="affine"),
+    Row("instance_norm", statistics_norm, IMAGE, label="running statistics"),
     *(
         Row(name, partial(without_dropout, name))
         for name in ("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout")
@@ -167,8 +185,16 @@ ROWS = [
     Row("interpolate", lambda x: F.interpolate(x, (9, 5), mode="bilinear"), IMAGE,
         label="bilinear"),
     Row("interpolate", lambda x: F.interpolate(x, (4, 5), mode="area"), IMAGE, label="area"),
+    Row("interpolate", lambda x: F.interpolate(x, 7, mode="linear", align_corners=True), (2, 3, 4),
+        label="linear"),
+    Row("interpolate", lambda x: F.interpolate(x, (3, 2, 5), mode="trilinear"), (1, 2, 3, 3, 3),
+        label="trilinear"),
+    Row("max_pool2d", lambda x: F.max_pool2d(x, 3, 1, 1, 2), IMAGE, label="padding and dilation"),
+    Row("avg_pool2d", lambda x: F.avg_pool2d(x, 2, divisor_override=9), IMAGE, label="divisor"),
+    Row("adaptive_avg_pool2d", lambda x: F.adaptive_avg_pool2d(x, (4, 5)), IMAGE, label="uneven"),
     # reductions
     Row("sum", lambda x: x.sum()),
+    Row("sum", lambda x: x.sum(1), label="dim"),
     Row("mean", lambda x: x.mean((1, 2), keepdim=True), (2, 3, 4)),
     Row("cumsum", lambda x: x.cumsum(1)),
     Row("amax", lambda x: x.amax(1)),
@@ -242,6 +268,10 @@ ROWS = [
     Row("concatenate", lambda x: torch.concatenate([x, x])),
     Row("stack", lambda x: torch.stack([x, parameter(x, 2, 6)], 1)),
     Row("pad", lambda x: F.pad(x, (1, 2), value=0.5)),
+    *(
+        Row("pad", lambda x, mode=mode: F.pad(x, (1, 2, 0, 1), mode), IMAGE, label=mode)
+        for mode in ("reflect", "replicate", "circular")
+    ),
     Row("where", lambda x: torch.where(parameter(x, 6) > 0, x, 0.25)),
     Row("masked_fill", lambda x: x.masked_fill(parameter(x, 6) > 0, 0.25)),
     Row("to", lambda x: x.to(x.dtype)),

@@ -176,7 +176,7 @@ def test_compiled_code_refuses_infinite_ends():
     with pytest.raises(RuntimeError, match=r"linear leaves their range"):
         ends(layer)(x, x + 1)
     mask = torch.tensor([[-INF], [0.0]])
-    masked = ends(lambda box: (box + mask).softmax(0))(x, x + 1)
+    masked = ends(lambda box: torch.add(box, mask).softmax(0))(x, x + 1)
     assert bool(torch.isfinite(masked[1]).all())
     torch._dynamo.reset()
     mapped = torch.vmap(lambda low: torch.exp(Interval(low, low + 1)).upper)

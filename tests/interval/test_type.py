@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import pickle
 from fractions import Fraction
 
@@ -294,6 +295,44 @@ def test_joins_and_unflatten_compile_whole(function):
     x = torch.rand(3, 4)
     compiled = torch.compile(ends, backend="eager", fullgraph=True)(x, x + 1)
     assert all(torch.equal(a, b) for a, b in zip(compiled, ends(x, x + 1), strict=True))
+
+
+def in_place(operation):
+    def changed(box):
+        name = box
+        name = operation(name)
+        return box  # the same object, changed
+
+    return changed
+
+
+@pytest.mark.skipif(
+    tuple(int(v) for v in torch.__version__.split(".")[:2]) < (2, 13),
+    reason="older torch does not trace objects with __torch_function__",
+)
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda box, t: box @ t,
+        lambda box, t: t @ box,
+        lambda box, t: box - t,
+        in_place(lambda box: operator.iadd(box, torch.full((3, 3), 2.0))),
+        in_place(lambda box: operator.imul(box, torch.full((3, 3), 2.0))),
+        in_place(lambda box: operator.isub(box, torch.full((3, 3), 2.0))),
+    ],
+)
+def test_operators_between_boxes_and_tensors_keep_their_order_when_compiled(function):
+    """Dynamo swaps the operands of some: those leave the graph instead of giving another result."""
+
+    def ends(lower, upper, tensor):
+        box = Interval(lower, upper)
+        box = function(box) if function.__name__ == "changed" else function(box, tensor)
+        return box.lower, box.upper
+
+    torch._dynamo.reset()
+    x, tensor = torch.rand(3, 3), torch.randn(3, 3)
+    compiled = torch.compile(ends, backend="eager")(x, x + 1, tensor)
+    torch.testing.assert_close(compiled, ends(x, x + 1, tensor))
 
 
 def test_gradients_by_torch_func():
