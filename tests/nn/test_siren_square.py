@@ -209,6 +209,22 @@ def test_best_state_is_kept():
     assert final == pytest.approx(max(history), abs=1e-3)
 
 
+def test_large_signals_are_fitted_in_random_parts():
+    class Counting(nn.Linear):
+        def forward(self, x):
+            if torch.is_grad_enabled():
+                seen.append(x.flatten().tolist())
+            return super().forward(x)
+
+    seen, net = [], Counting(1, 1)
+    coords = torch.linspace(-1, 1, 200).unsqueeze(1)
+    options = {"steps": 60, "lr": 0.4, "decay": 1.0, "max_points": 32}
+    history = fit_signal(net, coords, 3 * coords, generator=generator(), **options)
+    assert {len(part) for part in seen} == {32}
+    assert len({x for part in seen for x in part}) == 200
+    assert max(history) > history[0] + 10
+
+
 def band_limited(low, high, seed=0, n=2048):
     spectrum = torch.zeros(n // 2 + 1, dtype=torch.complex64)
     band = slice(int(low * n / 2), int(high * n / 2))

@@ -55,22 +55,37 @@ def test_targets_freeze_and_head():
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trained == {"q_proj.change", "v_proj.change", "head.weight", "head.bias"}
     x = torch.randn(8, 16)
-    fit(model, x, steps=20)
+    fit(model, x, steps=100)
     for name, parameter in model.named_parameters():
         plain = name.replace(".base.", ".")
         if plain in before and not name.startswith("head"):
             assert torch.equal(parameter, before[plain]), name
 
 
-def test_parameter_count_of_a_roberta_base_shaped_model():
-    model = nn.ModuleDict(
-        {f"layer{i}": nn.ModuleDict({"query": nn.Linear(768, 768, bias=False)}) for i in range(2)}
-    )
-    apply_adapter(model, SVFit(("query",), rank=768))
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * 768
-    # 24 such matrices: 18,432 numbers, against 294,912 of LoRA with r = 8
-    assert 24 * 768 == 18_432
-    assert 24 * 2 * 768 * 8 == 294_912
+@pytest.mark.parametrize("layers", [1, pytest.param(12, marks=pytest.mark.slow)])
+def test_parameter_count_of_a_roberta_base_shaped_model(layers):
+    def shaped():
+        pair = [
+            {n: nn.Linear(768, 768, bias=False) for n in ("query", "value")} for _ in range(layers)
+        ]
+        return nn.ModuleDict({f"layer{i}": nn.ModuleDict(p) for i, p in enumerate(pair)})
+
+    def count(config):
+        model = apply_adapter(shaped(), config)
+        return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    # of 12 layers: 18,432 numbers, against 294,912 of LoRA
+    assert count(SVFit(("query", "value"), rank=768)) == 18_432 * layers // 12
+    assert count(LoRA(("query", "value"), r=8)) == 294_912 * layers // 12
+
+
+def test_adapters_have_no_decay_and_a_rate_of_their_own():
+    model = apply_adapter(Block(), SVFit(("q_proj",), rank=3), trainable=("head",))
+    own, rest = adapter_param_groups(model, lr=1e-3, weight_decay=0.1, adapter_lr=1e-2)
+    assert (own["lr"], own["weight_decay"]) == (1e-2, 0.0)
+    assert own["params"] == [model.q_proj.change]
+    assert (rest["lr"], rest["weight_decay"]) == (1e-3, 0.1)
+    assert rest["params"] == [model.head.weight, model.head.bias]
 
 
 def test_merge_and_unmerge_a_model():

@@ -280,7 +280,13 @@ def test_diffusers_decoder():
         r=2,
     )
     latents = torch.randn(2, 4, 4, 4)
+    read, drawn = copy.deepcopy(extractor.state_dict()), copy.deepcopy(vae.state_dict())
+    assert any(name.endswith("num_batches_tracked") for name in read)
     steps = mark.fit([latents] * 2)
+    assert all(torch.equal(value, read[name]) for name, value in extractor.state_dict().items())
+    changed = [n for n, v in vae.state_dict().items() if not torch.equal(v, drawn[n])]
+    assert len(changed) == 12
+    assert all("conv" in name and ".base." not in name for name in changed)
     assert steps[0].psnr == math.inf  # the clean decoder is the reference
     assert math.isfinite(steps[1].psnr)
     moved = [n for n, p in vae.named_parameters() if p.requires_grad]

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pyrobust.data import load_digits
-from pyrobust.data.distortions import gaussian_blur, jpeg_like, resize_and_back
+from pyrobust.data.distortions import crop_and_zoom, gaussian_blur, jpeg_like, resize_and_back
 from pyrobust.evaluate import bit_accuracy, verify_ownership
 from pyrobust.train import (
     DynamicLossWeights,
@@ -139,6 +139,7 @@ def test_a_diffusers_decoder_carries_bits(built):
     print(f"false claims at {rate}: {false:.4f} of {len(claims)}")
     assert false <= rate
 
+    windows = torch.Generator().manual_seed(0)
     table = mark.robustness(
         unseen[:200],
         {
@@ -146,6 +147,8 @@ def test_a_diffusers_decoder_carries_bits(built):
             "blur 0.5": lambda x: gaussian_blur(x, sigma=0.5),
             "resize 0.7": lambda x: resize_and_back(x, factor=0.7),
             "noise 0.05": lambda x: x + 0.05 * torch.randn_like(x),
+            "middle half": lambda x: F.pad(x[..., 8:24, 8:24], (8, 8, 8, 8)),
+            "crop 0.9, enlarged": lambda x: crop_and_zoom(x, factor=0.9, generator=windows),
         },
     )
     print({name: round(value, 3) for name, value in table.items()})

@@ -29,6 +29,8 @@ def test_low_rank_and_zero_matrices():
     low = torch.randn(30, 3) @ torch.randn(3, 20)
     split = svd_split(low, rank=3)
     assert (low - (split.u * split.s) @ split.vh).abs().max() < 1e-6 * low.abs().max() * 10
+    exact = svd_split(low.double(), rank=3)
+    assert (low - (exact.u * exact.s) @ exact.vh).abs().max() < 1e-6
     assert svd_split(torch.zeros(4, 5)).rank == 1
 
 

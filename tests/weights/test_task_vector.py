@@ -282,6 +282,19 @@ def test_strength_is_linear_and_zero_is_nothing():
     assert same(before, base.state_dict())
 
 
+def test_two_patches_are_their_sum():
+    base, tuned = pair()
+    first, second = (TaskVector.from_modules(base, model) for model in (tuned, network()))
+    with Patcher(base) as patcher:
+        patcher.apply(first, 0.7)
+        patcher.apply(second, -0.4)
+        one_by_one = snapshot(base)
+    with Patcher(base) as patcher:
+        patcher.apply(0.7 * first - 0.4 * second)
+        for name, value in base.state_dict().items():
+            torch.testing.assert_close(value, one_by_one[name], rtol=0, atol=1e-6)
+
+
 def test_an_exception_in_the_middle_changes_nothing():
     class Failing(TaskVector):
         def __getitem__(self, name):

@@ -233,3 +233,9 @@ def test_refusals():
         apply_permutation(state, {"P_0": torch.tensor([0, 1, 1, 2])}, spec)
     with pytest.raises(ValueError, match="use trace_spec"):
         resnet_spec(state)
+    grouped = ResNet(groups=4).state_dict()  # names do not tell groups; the sizes do
+    with pytest.raises(ValueError, match=r"conv2\.weight'; its shape is .*does not close"):
+        resnet_spec(grouped)
+    attention = nn.Sequential(nn.Linear(3, 4), nn.MultiheadAttention(4, 2)).state_dict()
+    with pytest.raises(ValueError, match=r"cover every tensor; not 1\.in_proj_weight"):
+        mlp_spec(["0", "1.out_proj"], sizes=[4]).check(attention)

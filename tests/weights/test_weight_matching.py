@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from pyrobust.data import load_digits
 from pyrobust.evaluate import loss_barrier, singular_alignment
 from pyrobust.weights import (
+    TaskVector,
     activation_match,
     apply_permutation,
     average_states,
@@ -46,10 +47,10 @@ def split():
     return images[:cut], labels[:cut], images[cut:], labels[cut:]
 
 
-def trained(width, seed, split, epochs):
+def trained(width, seed, split, epochs, weight_decay=0.0):
     torch.manual_seed(seed)
     model = mlp(width)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=weight_decay)
     x, y = split[:2]
     for _ in range(epochs):
         for batch in torch.randperm(len(x)).split(64):
@@ -194,6 +195,10 @@ def test_matching_flattens_the_line(three, split):
     scores = [singular_alignment(a.state_dict(), m.state_dict()) for m in (b, moved)]
     assert scores[1] >= 8 * scores[0]
     assert scores[1] >= 2 * singular_alignment(a.state_dict(), moved.state_dict(), 0.0)
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    pyplot.switch_backend("Agg")
+    (line,) = flat.plot().lines
+    assert line.get_ydata().tolist() == flat.losses.tolist()
     middle = loaded(interpolate(a.state_dict(), moved.state_dict(), 0.5), a)
     assert accuracy(middle, split) >= min(accuracy(a, split), accuracy(b, split)) - 0.02
 
@@ -212,6 +217,8 @@ def test_three_models_average(three, split):
     merged = accuracy(merge_models(copy.deepcopy(three[0]), moved), split)
     assert merged >= 0.95
     assert naive <= merged - 0.2
+    to_the_first = [states[0], *(matched(three[0], m, spec).state_dict() for m in three[1:])]
+    assert accuracy(loaded(average_states(to_the_first), three[0]), split) >= 0.95
 
 
 def test_straight_through_search_does_not_align(three, split):
@@ -246,13 +253,32 @@ def test_activation_matching_finds_a_planted_permutation_and_flattens(three, spl
 
 
 @pytest.mark.slow
-def test_figures_of_a_wide_network(split):
-    a, b = (trained(512, seed, split, 30) for seed in range(2))
+def test_straight_through_search_from_the_anchor_stays_with_weight_matching(three, split):
+    a, b = three[:2]
+    spec = spec_of(a)
+    batches = list(zip(split[0].split(128), split[1].split(128), strict=True))
+    found = ste_match(a, b, batches, spec, epochs=12, lr=1e-2)
+    moved = apply_permutation(b.state_dict(), found, spec)
+    scores = [
+        singular_alignment(a.state_dict(), state)
+        for state in (moved, matched(a, b, spec).state_dict())
+    ]
+    print(f"\nR(0.3) from the anchor {scores[0]:.3f}, by weights {scores[1]:.3f}")
+    assert scores[0] >= 0.9 * scores[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weight_decay", [0.0, 1e-3])
+def test_figures_of_a_wide_network(split, weight_decay):
+    a, b = (trained(512, seed, split, 30, weight_decay) for seed in range(2))
     moved, loss = matched(a, b, spec_of(a)), loss_on(split)
     assert loss_barrier(a, moved, loss).barrier <= 0.05 * loss_barrier(a, b, loss).barrier
     scores = [singular_alignment(a.state_dict(), m.state_dict()) for m in (b, moved)]
     assert scores[1] >= 10 * scores[0]
     assert scores[1] >= 3 * singular_alignment(a.state_dict(), moved.state_dict(), 0.0)
+    lengths = [TaskVector.from_modules(a, m).norm() for m in (b, moved)]
+    print(f"\nweight decay {weight_decay}: distance {lengths[0]:.1f} to {lengths[1]:.1f}")
+    assert 0.6 * lengths[0] < lengths[1] < lengths[0]
 
 
 def test_batch_norms_need_data():
@@ -297,3 +323,5 @@ def test_interpolation_ends_are_exact():
     assert int(interpolate(a, b, 1.0)["n"]) == 3
     with pytest.raises(ValueError, match="missing n"):
         interpolate(a, {"w": b["w"]}, 0.5)
+    with pytest.raises(ValueError, match="'w' must have one shape on both sides"):
+        interpolate(a, {**b, "w": b["w"][:9]}, 0.5)
