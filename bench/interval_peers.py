@@ -43,6 +43,38 @@ def cnn7(width: int = 64) -> nn.Sequential:
     )  # fmt: skip
 
 
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with batch norm around a shortcut."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.norm1, self.norm2 = nn.BatchNorm2d(outputs), nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or inputs != outputs:
+            short = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(short, nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
+
+
+def resnet() -> nn.Module:
+    """Six residual blocks of 64 to 256 channels for 3x32x32 images, with statistics of noise."""
+    blocks = [(64, 64, 1), (64, 64, 1), (64, 128, 2), (128, 128, 1), (128, 256, 2), (256, 256, 1)]
+    model = nn.Sequential(
+        nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
+        *[ResidualBlock(*block) for block in blocks],
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 10),
+    )  # fmt: skip
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.rand(16, 3, 32, 32))
+    return model.eval()
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Sequential], tuple[int, ...]]] = {
     "MLP": (mlp, (784,)),
     "CNN7": (cnn7, (3, 32, 32)),
@@ -83,7 +115,7 @@ def centre_radius(model: nn.Sequential) -> Callable[[Tensor], Ends]:
     return run
 
 
-def auto_lirpa(model: nn.Sequential, x: Tensor) -> Callable[[Tensor], Ends] | None:
+def auto_lirpa(model: nn.Module, x: Tensor) -> Callable[[Tensor], Ends] | None:
     """``method="IBP"`` of auto_LiRPA, where it is installed."""
     try:
         from auto_LiRPA import BoundedModule, BoundedTensor, PerturbationLpNorm

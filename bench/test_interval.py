@@ -117,6 +117,23 @@ def test_forward(network: Any, batch: int, threads: int) -> None:
 
 
 @pytest.mark.parametrize("threads", THREADS, indirect=True)
+@pytest.mark.parametrize("batch", [1, 32])
+def test_residual(batch: int, threads: int) -> None:
+    torch.manual_seed(0)
+    model, x = peers.resnet(), torch.rand(batch, 3, 32, 32)
+    passes: dict[str, Any] = {
+        "torch, plain forward": model,
+        "pyrobust, nearest (unsound)": peers.ours(model, "nearest"),
+        "pyrobust, real": peers.ours(model, "real"),
+        "pyrobust, deployed": peers.ours(model, "deployed"),
+        "auto_LiRPA, IBP": peers.auto_lirpa(model, x),
+    }
+    with torch.no_grad():
+        passes = {name: run for name, run in passes.items() if run is not None}
+        show(f"ResNet, forward, batch {batch}", passes, x)
+
+
+@pytest.mark.parametrize("threads", THREADS, indirect=True)
 @pytest.mark.parametrize("network", peers.NETWORKS, indirect=True)
 def test_training_step(network: Any, threads: int) -> None:
     name, model, shape = network

@@ -38,6 +38,30 @@ def interval_join_gradients(
     to_upper: Tensor,
     num_threads: int,
 ) -> None: ...
+def interval_channel_affine(
+    lower: Tensor,
+    upper: Tensor,
+    rectified: bool,
+    mean: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    rounding: str,
+    out_lower: Tensor,
+    out_upper: Tensor,
+    num_threads: int,
+) -> bool: ...
+def interval_add(
+    low_x: Tensor,
+    high_x: Tensor,
+    rectified_x: bool,
+    low_y: Tensor,
+    high_y: Tensor,
+    rectified_y: bool,
+    rounding: str,
+    out_lower: Tensor,
+    out_upper: Tensor,
+    num_threads: int,
+) -> bool: ...
 def interval_add_weight_gradient(
     from_centre: Tensor, from_radius: Tensor, weight: Tensor, num_threads: int
 ) -> None: ...

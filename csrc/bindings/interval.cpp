@@ -10,6 +10,7 @@
 #include "bindings/interval_call.h"
 #include "bindings/packed_matrix.h"
 #include "bindings/tensor_view.h"
+#include "interval/elementwise.h"
 #include "interval/gradients.h"
 #include "runtime/check.h"
 #include "runtime/cpu_features.h"
@@ -204,6 +205,51 @@ void interval_add_weight_gradient(py::handle from_centre, py::handle from_radius
   interval::add_weight_gradient({t[0], t[1], t[2], count}, num_threads);
 }
 
+const double* channel_values(py::handle tensor, const char* name, int64_t channels) {
+  const TensorView value = view(tensor, name);
+  value.require_dtype(DType::kFloat64).require_ndim(1).require_size(0, channels);
+  return value.as<double>();
+}
+
+bool interval_channel_affine(py::handle lower, py::handle upper, bool rectified, py::handle mean,
+                             py::handle scale, py::handle shift, const std::string& rounding,
+                             py::handle out_lower, py::handle out_upper, int num_threads) {
+  int64_t count;
+  const auto t = alike<4>({lower, upper, out_lower, out_upper}, &count);
+  const TensorView box = view(lower, "lower");
+  check(box.ndim >= 2, "interval_channel_affine: lower must have channels; got ", box.ndim,
+        " dimensions.");
+  const int64_t images = box.shape[0], channels = box.shape[1];
+  if (count == 0) return true;
+  const interval::ChannelAffine work{{t[0], t[1], rectified},
+                                     images,
+                                     channels,
+                                     count / (images * channels),
+                                     channel_values(mean, "mean", channels),
+                                     channel_values(scale, "scale", channels),
+                                     channel_values(shift, "shift", channels),
+                                     parse_rounding(rounding).rounding,
+                                     t[2],
+                                     t[3]};
+  const py::gil_scoped_release release;
+  return interval::channel_affine(work, num_threads);
+}
+
+bool interval_add(py::handle low_x, py::handle high_x, bool rectified_x, py::handle low_y,
+                  py::handle high_y, bool rectified_y, const std::string& rounding,
+                  py::handle out_lower, py::handle out_upper, int num_threads) {
+  int64_t count;
+  const auto t = alike<6>({low_x, high_x, low_y, high_y, out_lower, out_upper}, &count);
+  const interval::BoxSum work{{t[0], t[1], rectified_x},
+                              {t[2], t[3], rectified_y},
+                              count,
+                              parse_rounding(rounding).rounding,
+                              t[4],
+                              t[5]};
+  const py::gil_scoped_release release;
+  return interval::add_boxes(work, num_threads);
+}
+
 }  // namespace
 
 bool coarse_radius_allowed() { return coarse_radius; }
@@ -227,6 +273,8 @@ void bind_interval(py::module_& m) {
   m.def("interval_split_gradients", &interval_split_gradients);
   m.def("interval_join_gradients", &interval_join_gradients);
   m.def("interval_add_weight_gradient", &interval_add_weight_gradient);
+  m.def("interval_channel_affine", &interval_channel_affine);
+  m.def("interval_add", &interval_add);
   m.def("interval_linear", &interval_linear);
   m.def("interval_conv2d", &interval_conv2d);
   m.def("interval_packed_linear", &interval_packed_linear);

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include "core/rounding.h"
+#include "interval/element_loops.h"
 #include "interval/ends.h"
 #include "interval/few_inputs.h"
 #include "interval/patches.h"
@@ -391,7 +392,7 @@ bool finish_panel(const FinishPanel& work, const Constants& constants) {
 constexpr IntervalKernels kKernels = {
     prepare, pack,       pack_patches, spread,  dots<FewInputs>, tiles,
     nullptr, finish_row, finish_panel, nullptr, nullptr,         nullptr,
-    nullptr, nullptr,    nullptr,      nullptr, nullptr,
+    nullptr, nullptr,    nullptr,      nullptr, nullptr,         kElementLoops,
 };
 
 }  // namespace

@@ -9,6 +9,7 @@
 #include "interval/avx512_filters.h"
 #include "interval/avx512_packed.h"
 #include "interval/avx512_sums.h"
+#include "interval/element_loops.h"
 #include "interval/few_inputs.h"
 
 namespace pyrobust {
@@ -247,15 +248,25 @@ void direct(const Direct& work) {
 }
 
 constexpr IntervalKernels kKernels = {
-    prepare,         nullptr,
-    pack_patches,    spread_by_registers,
-    dots<FewInputs>, tiles,
-    direct,          nullptr,
-    nullptr,         fused_columns,
-    fused_order,     fused_dots,
-    nullptr,         nullptr,
-    nullptr,         nullptr,
-    nullptr,         {filter_tiles, filter_weights, filter_product, filter_ends},
+    prepare,
+    nullptr,
+    pack_patches,
+    spread_by_registers,
+    dots<FewInputs>,
+    tiles,
+    direct,
+    nullptr,
+    nullptr,
+    fused_columns,
+    fused_order,
+    fused_dots,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr,
+    kElementLoops,
+    {filter_tiles, filter_weights, filter_product, filter_ends},
 };
 
 }  // namespace

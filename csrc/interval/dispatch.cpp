@@ -35,6 +35,7 @@ IntervalKernels pick_kernels() {
       table.fused_order = faster->fused_order;
       table.fused_dots = faster->fused_dots;
     }
+    if (faster->elements.sum != nullptr) table.elements = faster->elements;
     if (faster->filter.product != nullptr) table.filter = faster->filter;
     if (faster->coarse_tiles != nullptr) {
       table.round_sizes = faster->round_sizes;

@@ -217,6 +217,37 @@ struct FinishPanel {
   float* out_upper;
 };
 
+// Sums of the ends of two boxes.
+struct SumLoop {
+  const float *low_x, *high_x, *low_y, *high_y;
+  float floor_x, floor_y;  // ends below count as these
+  int64_t count;
+  float least;  // as in Constants
+  bool outward;
+  float* out_lower;
+  float* out_upper;
+};
+
+// (x - mean) scale + shift of the ends of a box, in float64.
+struct AffineLoop {
+  const float* first;  // the ends that give the lower ones: upper where the scale is negative
+  const float* last;
+  float floor;
+  int64_t count;
+  double mean, scale, shift;
+  double value_error, input_error, error;  // times |(x - mean) scale|, times |x|, and the rest
+  float least;
+  float* out_lower;
+  float* out_upper;
+};
+
+// Each tells whether all ends are finite.
+struct ElementLoops {
+  bool (*sum)(const SumLoop& work) = nullptr;
+  bool (*affine)(const AffineLoop& work) = nullptr;
+  bool (*nearest_affine)(const AffineLoop& work) = nullptr;
+};
+
 struct IntervalKernels {
   float (*prepare)(const Ends& ends, const Constants& constants, float* centre, float* radius);
   void (*pack)(const PackRows& work);
@@ -239,7 +270,8 @@ struct IntervalKernels {
   // Radii of neighbouring channels, `plane` floats each, rounded up to pairs.
   void (*pair_channels)(const float* radius, int64_t channels, int64_t plane, uint32_t* radii);
   void (*coarse_direct)(const CoarseDirect& work);
-  FilterKernels filter = {};  // all or none
+  ElementLoops elements = {};  // all or none
+  FilterKernels filter = {};   // all or none
 };
 
 // Another null entry means "use the portable one"; a null table, that the build has no such path.

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "core/rounding.h"
+#include "interval/element_loops.h"
 #include "interval/ends.h"
 #include "interval/kernels.h"
 #include "interval/patches.h"
@@ -168,7 +169,7 @@ bool finish_panel(const FinishPanel& work, const Constants& constants) {
 
 const IntervalKernels kPortableKernels = {
     prepare, pack,    pack_patches, spread,  dots,    tiles,   nullptr, finish_row, finish_panel,
-    nullptr, nullptr, nullptr,      nullptr, nullptr, nullptr, nullptr, nullptr,
+    nullptr, nullptr, nullptr,      nullptr, nullptr, nullptr, nullptr, nullptr,    kElementLoops,
 };
 
 }  // namespace interval

@@ -21,6 +21,7 @@ from pyrobust.interval import (
     pooling,
     reduction,
     shape,
+    single_pass,
 )
 from pyrobust.interval.operands import Rule, in_place, spellings
 
@@ -55,7 +56,12 @@ def _table() -> dict[Any, Rule]:
 
 
 RULES = _table()
-QUICK: dict[Any, Rule] = {**linear.QUICK, **elementwise.QUICK}
+QUICK: dict[Any, Rule] = {
+    **linear.QUICK,
+    **elementwise.QUICK,
+    **dict.fromkeys(spellings("add"), single_pass.add),
+    **dict.fromkeys(spellings("batch_norm"), single_pass.batch_norm),
+}
 
 _BOUNDED = (
     *("relu", "relu6", "leaky_relu", "clamp", "clip", "clamp_min", "clamp_max", "hardtanh"),

@@ -332,7 +332,7 @@ class Interval:
     __hash__ = object.__hash__
 
     def __add__(self, other: Any) -> Any:
-        return _apply(torch.add, self, other)
+        return Interval.__torch_function__(torch.add, (Interval,), (self, other))
 
     def __radd__(self, other: Any) -> Any:
         return _apply(torch.add, other, self)

@@ -1,0 +1,93 @@
+#include "interval/elementwise.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "interval/plan.h"
+
+namespace pyrobust {
+namespace interval {
+namespace {
+
+constexpr int64_t kGrain = 1 << 14;  // elements of a thread
+
+float floor_of(const Box& box) { return box.rectified ? 0.0f : -rounding::infinity(); }
+
+float least_of(Rounding rounding) {
+  return rounding == Rounding::kDeployed ? std::numeric_limits<float>::min() : 0.0f;
+}
+
+void ask_for_large_pages(float* lower, float* upper, int64_t count) {
+  prefer_large_pages(lower, count * static_cast<int64_t>(sizeof(float)));
+  prefer_large_pages(upper, count * static_cast<int64_t>(sizeof(float)));
+}
+
+// What a channel's loop adds outward. In float64, (x - mean) scale errs by 7 units at most, and the
+// sum with the shift by one of each; a float32 evaluation by 12 of its units of all magnitudes that
+// can cancel, and by what flushing loses.
+void set_errors(AffineLoop& loop, bool deployed) {
+  constexpr double kUnit64 = 1.0 / 9007199254740992.0, kSmallest = 1e-300;
+  constexpr double kRoundings = 1.0 + 1e-12;
+  const double slope = std::fabs(loop.scale), shift = std::fabs(loop.shift);
+  loop.value_error = 16.0 * kUnit64;
+  loop.input_error = 0.0;
+  loop.error = 2.0 * kUnit64 * shift + kSmallest;
+  if (!deployed) return;
+  const double tiny = std::numeric_limits<float>::min(), units = 12.0 * rounding::kUnit;
+  loop.input_error = (units * slope + tiny) * kRoundings;
+  loop.error +=
+      ((units * slope + tiny) * std::fabs(loop.mean) + units * shift + tiny * (4.0 + slope)) *
+      kRoundings;
+}
+
+}  // namespace
+
+bool channel_affine(const ChannelAffine& work, int num_threads) {
+  const IntervalKernels table = pick_kernels();
+  const int64_t lines = work.images * work.channels;
+  ask_for_large_pages(work.out_lower, work.out_upper, lines * work.pixels);
+  std::atomic<bool> finite{true};
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work.pixels));
+  parallel_for(lines, grain, 1, num_threads, [&](int64_t begin, int64_t end) {
+    const DefaultFloatEnvironment environment;
+    for (int64_t line = begin; line < end; ++line) {
+      const int64_t channel = line % work.channels, at = line * work.pixels;
+      AffineLoop loop{};
+      loop.mean = work.mean[channel];
+      loop.scale = work.scale[channel];
+      loop.shift = work.shift[channel];
+      const bool falls = loop.scale < 0.0;
+      loop.first = (falls ? work.box.upper : work.box.lower) + at;
+      loop.last = (falls ? work.box.lower : work.box.upper) + at;
+      loop.floor = floor_of(work.box);
+      loop.count = work.pixels;
+      loop.least = least_of(work.rounding);
+      loop.out_lower = work.out_lower + at;
+      loop.out_upper = work.out_upper + at;
+      set_errors(loop, work.rounding == Rounding::kDeployed);
+      const auto run = work.rounding == Rounding::kNearest ? table.elements.nearest_affine
+                                                           : table.elements.affine;
+      if (!run(loop)) finite.store(false, std::memory_order_relaxed);
+    }
+  });
+  return finite;
+}
+
+bool add_boxes(const BoxSum& work, int num_threads) {
+  const IntervalKernels table = pick_kernels();
+  ask_for_large_pages(work.out_lower, work.out_upper, work.count);
+  std::atomic<bool> finite{true};
+  parallel_for(work.count, kGrain, 16, num_threads, [&](int64_t begin, int64_t end) {
+    const DefaultFloatEnvironment environment;
+    const bool bounded = table.elements.sum(
+        {work.x.lower + begin, work.x.upper + begin, work.y.lower + begin, work.y.upper + begin,
+         floor_of(work.x), floor_of(work.y), end - begin, least_of(work.rounding),
+         work.rounding != Rounding::kNearest, work.out_lower + begin, work.out_upper + begin});
+    if (!bounded) finite.store(false, std::memory_order_relaxed);
+  });
+  return finite;
+}
+
+}  // namespace interval
+}  // namespace pyrobust
