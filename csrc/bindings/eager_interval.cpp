@@ -9,6 +9,7 @@
 #include "bindings/eager_ends.h"
 #include "bindings/families.h"
 #include "bindings/interval_call.h"
+#include "bindings/panel_cache.h"
 #include "bindings/plain_arguments.h"
 #include "interval/interval.h"
 
@@ -99,11 +100,16 @@ py::object packed_image(PyObject* const* a) {
   require_tensors(a[11], grad_enabled);
   if (a[5] != Py_None) require_unnegated(a[5]);
   const int64_t columns = integer(a[6]);
-  const matmul::PackedMatrix weight =
+  matmul::PackedMatrix weight =
       packed_matrix(view(a[2], "codes"), view(a[3], "scale"), view_optional(a[4], "zero"), columns,
                     levels_of(a[7]), integer(a[8]), static_cast<int>(integer(a[9])), a[11]);
   const bool int8 = mode_of(a[10]) == matmul::Mode::kInt8;
-  return image(Box(a[0], a[1], columns), {nullptr, &weight, weight.rows, weight.cols}, a[5], int8,
+  const Box box(a[0], a[1], columns);
+  std::shared_ptr<const PanelMemory> panels;  // for the sums of few inputs
+  if (!int8 && box.batch() <= interval::kFewInputs) {
+    panels = attach_panels(a[2], a[3], a[4], static_cast<int>(integer(a[14])), &weight);
+  }
+  return image(box, {nullptr, &weight, weight.rows, weight.cols}, a[5], int8,
                {a[12], a[13], a[14], a[16]});
 }
 

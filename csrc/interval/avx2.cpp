@@ -7,6 +7,7 @@
 #include "interval/element_loops.h"
 #include "interval/ends.h"
 #include "interval/few_inputs.h"
+#include "interval/integer_loops.h"
 #include "interval/patches.h"
 
 namespace pyrobust {
@@ -390,9 +391,10 @@ bool finish_panel(const FinishPanel& work, const Constants& constants) {
 }
 
 constexpr IntervalKernels kKernels = {
-    prepare, pack,       pack_patches, spread,  dots<FewInputs>, tiles,
-    nullptr, finish_row, finish_panel, nullptr, nullptr,         nullptr,
-    nullptr, nullptr,    nullptr,      nullptr, nullptr,         kElementLoops,
+    prepare, pack,    pack_patches,  spread,       dots<FewInputs>,
+    tiles,   nullptr, finish_row,    finish_panel, nullptr,
+    nullptr, nullptr, nullptr,       nullptr,      nullptr,
+    nullptr, nullptr, kElementLoops, {},           &kIntegerLoops,
 };
 
 }  // namespace

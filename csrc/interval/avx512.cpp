@@ -7,6 +7,7 @@
 
 #include "interval/avx512_ends.h"
 #include "interval/avx512_filters.h"
+#include "interval/avx512_integers.h"
 #include "interval/avx512_packed.h"
 #include "interval/avx512_sums.h"
 #include "interval/element_loops.h"
@@ -267,6 +268,7 @@ constexpr IntervalKernels kKernels = {
     nullptr,
     kElementLoops,
     {filter_tiles, filter_weights, filter_product, filter_ends},
+    &kIntegers,
 };
 
 }  // namespace

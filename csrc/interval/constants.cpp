@@ -17,11 +17,28 @@ constexpr double kLimit = 8.507059173023462e37;        // 2^126
 
 }  // namespace
 
-Constants constants_for(const Call& call, int64_t nonzero, bool own_error) {
+Constants constants_for(const Call& call, int64_t nonzero) {
+  const auto depth = static_cast<double>(sum_depth(call.weight.terms));
+  return constants_for(call, nonzero, rounding::gamma_bound(depth));
+}
+
+int64_t nonzero_terms(const Ends& ends) {
+  int32_t zeros = 0;  // at most kMaxTerms; without branches, so that the loop becomes vectors
+  for (int64_t k = 0; k < ends.count; ++k) {
+    const float low = ends.lower[k], high = ends.upper[k];
+    const int32_t left = static_cast<int32_t>(low == 0.0f) | static_cast<int32_t>(low < ends.floor);
+    const int32_t right =
+        static_cast<int32_t>(high == 0.0f) | static_cast<int32_t>(high < ends.floor);
+    zeros += left & right;
+  }
+  return ends.count - zeros;
+}
+
+Constants constants_for(const Call& call, int64_t nonzero, double of_sum) {
   using rounding::gamma_bound;
   using rounding::kUnit;
   using rounding::to_float_up;
-  const double own = gamma_bound(static_cast<double>(sum_depth(call.weight.terms)));
+  const auto depth = static_cast<double>(sum_depth(call.weight.terms));
   const double half = 0.5 * gamma_bound(static_cast<double>(nonzero + 1));       // H
   const double moved = (2.0 + call.operand_error) * call.operand_error;          // V
   double of_terms = moved + kUnit * (1.0 + moved) + half * (1.0 + 2.0 * moved);  // A
@@ -34,14 +51,11 @@ Constants constants_for(const Call& call, int64_t nonzero, bool own_error) {
   const bool deployed = call.rounding == Rounding::kDeployed;
   Constants out{};
   out.outward = call.rounding != Rounding::kNearest;
-  const double of_sum = own_error ? own : 0.0;
   out.centre_gain =
       to_float_up(deployed ? (of_sum * (1.0 + half) + of_terms) * kRoundings : of_sum);
   out.radius_gain = to_float_up(deployed ? (1.0 + of_terms + half) * kRoundings : 1.0);
   out.input_floor = out.outward ? to_float_up(kInputFloor) : 0.0f;
-  const double reach =
-      call.coarse_radius ? gamma_bound(static_cast<double>(sum_depth(call.weight.terms)) + 4 * kRun)
-                         : own;
+  const double reach = gamma_bound(depth + (call.coarse_radius ? 4.0 * kRun : 0.0));
   out.inflate = to_float_up((1.0 + 8.0 * kUnit) / (1.0 - reach));
   out.bias_gain = deployed ? to_float_up(of_bias * kRoundings) : 0.0f;
   out.value_gain = deployed ? to_float_up(half * (1.0 + 2.0 * kUnit)) : 0.0f;

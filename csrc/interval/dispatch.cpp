@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "interval/integers.h"
 #include "interval/interval.h"
 #include "interval/panels.h"
 #include "interval/plan.h"
@@ -10,13 +11,6 @@
 
 namespace pyrobust {
 namespace interval {
-namespace {
-
-// Up to this many inputs the dot kernels read W once for all; beyond, panels do.
-constexpr int64_t kFewInputs = 4;
-
-}  // namespace
-
 IntervalKernels pick_kernels() {
   IntervalKernels table = kPortableKernels;
   const auto take = [&table](const IntervalKernels* faster) {
@@ -37,6 +31,7 @@ IntervalKernels pick_kernels() {
     }
     if (faster->elements.sum != nullptr) table.elements = faster->elements;
     if (faster->filter.product != nullptr) table.filter = faster->filter;
+    if (faster->integers != nullptr) table.integers = faster->integers;
     if (faster->coarse_tiles != nullptr) {
       table.round_sizes = faster->round_sizes;
       table.coarse_tiles = faster->coarse_tiles;
@@ -56,17 +51,6 @@ IntervalKernels pick_kernels() {
 }
 
 namespace {
-
-// Terms of an input whose box is not {0} after the ReLU that the floor stands for.
-int64_t nonzero_terms(const Ends& ends) {
-  int64_t zeros = 0;
-  for (int64_t k = 0; k < ends.count; ++k) {
-    const bool low = ends.lower[k] == 0.0f || ends.lower[k] < ends.floor;
-    const bool high = ends.upper[k] == 0.0f || ends.upper[k] < ends.floor;
-    zeros += (low && high) ? 1 : 0;
-  }
-  return ends.count - zeros;
-}
 
 // The constants of one input. The 8-bit layer sums integers: a count would not help it.
 Constants constants_of_input(const Call& call, const Ends& input, const Constants& of_all) {
@@ -323,19 +307,10 @@ void many_inputs(const Call& call, const IntervalKernels& table, const Constants
   });
 }
 
-}  // namespace
-
-void interval_linear(const Call& asked, int64_t batch, int num_threads) {
-  const int64_t terms = asked.weight.terms;
-  check_terms("interval_linear", terms);
-  if (batch == 0 || asked.weight.rows == 0) return;
-  const IntervalKernels table = pick_kernels();
-  Call call = asked;
-  call.coarse_radius = batch > kFewInputs && coarse_pays(asked, table, asked.weight.rows);
-  const Constants constants = constants_for(call, terms);
-  prefer_large_pages(call.out_lower, batch * call.weight.rows * int64_t{sizeof(float)});
-  prefer_large_pages(call.out_upper, batch * call.weight.rows * int64_t{sizeof(float)});
-  if (batch > kFewInputs) return many_inputs(call, table, constants, batch, num_threads);
+// Up to kFewInputs inputs by sums of floats.
+void by_floats(const Call& call, const IntervalKernels& table, const Constants& constants,
+               int64_t batch, int num_threads) {
+  const int64_t terms = call.weight.terms;
   Prepared input{floats(batch * terms), floats(batch * terms), floats(batch), {}};
   const Shares shares(batch, 1, static_cast<double>(batch * terms), num_threads);
   shares.run([&](int64_t, int64_t begin, int64_t end) {
@@ -356,6 +331,34 @@ void interval_linear(const Call& asked, int64_t batch, int num_threads) {
   } else {
     few_inputs(call, table, input, batch, num_threads);
   }
+}
+
+}  // namespace
+
+void interval_linear(const Call& asked, int64_t batch, int num_threads) {
+  const int64_t terms = asked.weight.terms;
+  check_terms("interval_linear", terms);
+  if (batch == 0 || asked.weight.rows == 0) return;
+  const IntervalKernels table = pick_kernels();
+  Call call = asked;
+  call.coarse_radius = batch > kFewInputs && coarse_pays(asked, table, asked.weight.rows);
+  const Constants constants = constants_for(call, terms);
+  prefer_large_pages(call.out_lower, batch * call.weight.rows * int64_t{sizeof(float)});
+  prefer_large_pages(call.out_upper, batch * call.weight.rows * int64_t{sizeof(float)});
+  if (batch > kFewInputs) return many_inputs(call, table, constants, batch, num_threads);
+  if (call.weight.packed != nullptr) {
+    Call rest = call;  // of inputs that integers do not suit
+    for (int64_t b = 0; b < batch; ++b) {
+      if (integer_image(call, b, num_threads)) continue;
+      rest.lower = call.lower + b * terms;
+      rest.upper = call.upper + b * terms;
+      rest.out_lower = call.out_lower + b * call.weight.rows;
+      rest.out_upper = call.out_upper + b * call.weight.rows;
+      by_floats(rest, table, constants, 1, num_threads);
+    }
+    return;
+  }
+  by_floats(call, table, constants, batch, num_threads);
 }
 
 }  // namespace interval

@@ -60,7 +60,7 @@ Filtering plan_filters(const Call& call, const Images& images, const Window& win
   const int64_t width = std::max(window.pad_left + images.width, window.out_width + 2);
   out.line = whole_lines(kLineMargin + width + kLineEnd);
   const double gain = rounding::gamma_bound(static_cast<double>(filter_depth(out.terms)));
-  out.constants = constants_for(call, call.weight.terms, false);
+  out.constants = constants_for(call, call.weight.terms, 0.0);
   if (out.constants.outward) {
     out.centre_error =
         rounding::to_float_up(gain * (1.0 + static_cast<double>(out.constants.value_gain)));

@@ -66,7 +66,8 @@
 // R < H 2^126, as S(|x|) + |b| <= R / H then; otherwise the ends are infinite.
 // Large convolutions with windows of 3 x 3 have another sum, with its own bounds: filtering.h.
 //
-// Packed weights are the floats they stand for, exactly. The packed layer's own float product
+// Packed weights are the floats they stand for, exactly; few inputs meet their codes in integers,
+// with a proof of its own (integers.h). The packed layer's own float product
 // promises 1e-6 (sum |W x| + |b|) for float32 inputs, so kDeployed takes A and the factor of |b| no
 // smaller than that.
 // With int8 activations the layer multiplies step q in place of x, |step q - x| <= step / 2, step =
@@ -87,6 +88,10 @@ namespace interval {
 enum class Rounding : int { kNearest = 0, kReal = 1, kDeployed = 2 };
 
 constexpr int64_t kMaxTerms = int64_t{1} << 21;
+
+// Up to this many inputs, kernels read W once for all, or once an input in integers (integers.h);
+// beyond, panels of inputs meet it.
+constexpr int64_t kFewInputs = 4;
 
 // The weight (rows, terms): dense row-major floats, or packed codes that are decoded, exactly, a
 // block of rows at a time.

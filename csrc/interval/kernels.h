@@ -248,6 +248,8 @@ struct ElementLoops {
   bool (*nearest_affine)(const AffineLoop& work) = nullptr;
 };
 
+struct IntegerKernels;  // integers.h
+
 struct IntervalKernels {
   float (*prepare)(const Ends& ends, const Constants& constants, float* centre, float* radius);
   void (*pack)(const PackRows& work);
@@ -272,6 +274,7 @@ struct IntervalKernels {
   void (*coarse_direct)(const CoarseDirect& work);
   ElementLoops elements = {};  // all or none
   FilterKernels filter = {};   // all or none
+  const IntegerKernels* integers = nullptr;
 };
 
 // Another null entry means "use the portable one"; a null table, that the build has no such path.

@@ -19,9 +19,12 @@ constexpr int64_t kRowStep = 60;  // a multiple of every kernel's tile height
 
 IntervalKernels pick_kernels();
 // `nonzero` counts the terms of an output that may be other than zero.
-// Without `own_error` the radius does not take up the error of the centre's sum, which the caller
-// bounds in another way.
-Constants constants_for(const Call& call, int64_t nonzero, bool own_error = true);
+Constants constants_for(const Call& call, int64_t nonzero);
+// The same where the radius is to take up an error of the centre's sum of at most `of_sum` times
+// the sum of magnitudes; 0 where the caller bounds it in another way.
+Constants constants_for(const Call& call, int64_t nonzero, double of_sum);
+// Terms of an input whose box is not {0} after the ReLU that the floor stands for.
+int64_t nonzero_terms(const Ends& ends);
 void check_terms(const char* subject, int64_t terms);
 // The absolute term of one input: what flushing and underflow lose.
 float offset_for(const Call& call, float largest);

@@ -4,6 +4,7 @@
 #include "core/rounding.h"
 #include "interval/element_loops.h"
 #include "interval/ends.h"
+#include "interval/integer_loops.h"
 #include "interval/kernels.h"
 #include "interval/patches.h"
 
@@ -168,8 +169,9 @@ bool finish_panel(const FinishPanel& work, const Constants& constants) {
 }  // namespace
 
 const IntervalKernels kPortableKernels = {
-    prepare, pack,    pack_patches, spread,  dots,    tiles,   nullptr, finish_row, finish_panel,
-    nullptr, nullptr, nullptr,      nullptr, nullptr, nullptr, nullptr, nullptr,    kElementLoops,
+    prepare,    pack,         pack_patches, spread,        dots,    tiles,          nullptr,
+    finish_row, finish_panel, nullptr,      nullptr,       nullptr, nullptr,        nullptr,
+    nullptr,    nullptr,      nullptr,      kElementLoops, {},      &kIntegerLoops,
 };
 
 }  // namespace interval

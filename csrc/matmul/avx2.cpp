@@ -18,7 +18,11 @@ constexpr MatmulKernels kKernels = {nullptr,
                                     sparse_multiply,
                                     complex_order,
                                     complex_multiply,
-                                    kTile};
+                                    kTile,
+                                    0,
+                                    nullptr,
+                                    nullptr,
+                                    expand_row<Avx2Codes>};
 
 }  // namespace
 

@@ -123,7 +123,8 @@ constexpr MatmulKernels kKernels = {takes_parts,
                                     kWideTiles * kLanes,
                                     kPanelRows,
                                     bytes_of_panels,
-                                    write_panels};
+                                    write_panels,
+                                    expand_row<Avx512Codes>};
 
 }  // namespace
 

@@ -2,6 +2,7 @@
 // Sixteen sums stand in the lanes of a register; scales and zeros are brought into the same lanes.
 #pragma once
 
+#include "matmul/avx512_panel_quad.h"
 #include "matmul/avx512_prepare.h"
 
 namespace pyrobust::matmul {
@@ -176,14 +177,6 @@ template <int kBits, bool kBook>
 inline __m512i wide_values(const uint8_t* codes, __m512i table) {
   const __m512i bytes = wide_bytes<kBits>(codes);
   return kBook ? _mm512_shuffle_epi8(table, bytes) : bytes;
-}
-
-__m512i codebook_table(const PackedMatrix& w) {
-  uint8_t entries[16] = {};
-  if (w.codebook != nullptr) {
-    __builtin_memcpy(entries, w.codebook, static_cast<size_t>(w.levels));
-  }
-  return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(entries)));
 }
 
 // Low half at 0..31, high at 32..63, of a pair of registers: (a low, b low), (a high, b high).

@@ -2,6 +2,7 @@
 // in memory until the products of the next group run.
 #pragma once
 
+#include "matmul/avx512_panel_quad.h"
 #include "matmul/avx512_panel_rows.h"
 
 namespace pyrobust::matmul {
@@ -29,29 +30,6 @@ struct PanelTask {
   int64_t from, to;
   double* total;
 };
-
-// Scales of a group of 32 rows. Sums of the second half come 2^kShift times too large.
-template <int kShift>
-__attribute__((always_inline)) inline void load_panel_scales(const PackedMatrix& w,
-                                                             const uint8_t* head, __m512d* scale) {
-#pragma GCC unroll 2
-  for (int t = 0; t < 2; ++t) {
-    __m512 lanes;
-    if (w.row_scale != nullptr) {
-      const auto* bytes = reinterpret_cast<const __m128i*>(head + kLanes * t);
-      lanes = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(bytes)));
-    } else {
-      lanes = load_floats(head, w.scale_type, kLanes * t, 0xffff);
-    }
-    scale[2 * t] = _mm512_cvtps_pd(_mm512_castps512_ps256(lanes));
-    scale[2 * t + 1] = _mm512_cvtps_pd(_mm512_extractf32x8_ps(lanes, 1));
-  }
-  if constexpr (kShift > 0) {
-    const __m512d unit = _mm512_set1_pd(1.0 / (1 << kShift));
-    scale[2] = _mm512_mul_pd(scale[2], unit);
-    scale[3] = _mm512_mul_pd(scale[3], unit);
-  }
-}
 
 inline __m256i eight_sums(const int32_t* sums) {
   return _mm256_load_si256(reinterpret_cast<const __m256i*>(sums));

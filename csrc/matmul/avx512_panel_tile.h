@@ -6,57 +6,6 @@
 namespace pyrobust::matmul {
 namespace {
 
-// Bytes ahead in the stream: past what the prefetcher of the processor does within a page.
-constexpr int64_t kPanelAhead = 2048;
-
-// The codes of 16 columns of a panel.
-template <int kBits, bool kBook>
-struct PanelQuad {
-  __m512i raw[kBits];
-
-  __attribute__((always_inline)) inline void load(const uint8_t* at) {
-#pragma GCC unroll 8
-    for (int i = 0; i < kBits; ++i) raw[i] = _mm512_loadu_si512(at + kLineBytes * i);
-  }
-
-  // The bytes of step s whose lower 2 kBits bits are the codes of both halves of the panel.
-  __attribute__((always_inline)) inline __m512i both(int s) const {
-    if constexpr (kBits == 4) return raw[s];
-    if constexpr (kBits == 2) return s % 2 == 0 ? raw[s / 2] : _mm512_srli_epi16(raw[s / 2], 4);
-    if constexpr (kBits == 1) return s == 0 ? raw[0] : _mm512_srli_epi16(raw[0], 2 * s);
-    if constexpr (kBits == 3) {
-      if (s < 3) return raw[s];
-      constexpr int kSelect = 0xe4;  // of the first where the third has ones, else of the second
-      const __m512i four =
-          _mm512_ternarylogic_epi32(_mm512_srli_epi16(raw[0], 6), _mm512_srli_epi16(raw[1], 4),
-                                    _mm512_set1_epi8(0x03), kSelect);
-      return _mm512_ternarylogic_epi32(four, _mm512_srli_epi16(raw[2], 2), _mm512_set1_epi8(0x0f),
-                                       kSelect);
-    }
-    return raw[0];
-  }
-
-  // The codes, or entries of the codebook `table`, of rows 0..15, and of rows 16..31. Those of the
-  // latter are 2^kShift times what they stand for.
-  static constexpr int kShift = kBook || kBits == 8 ? 0 : kBits;
-  __attribute__((always_inline)) inline void step(int s, __m512i table, __m512i* a,
-                                                  __m512i* b) const {
-    if constexpr (kBits == 8) {
-      *a = raw[2 * s];
-      *b = raw[2 * s + 1];
-      return;
-    }
-    const __m512i mask = _mm512_set1_epi8(static_cast<char>((1 << kBits) - 1)), v = both(s);
-    *a = _mm512_and_si512(v, mask);
-    if constexpr (kBook) {
-      *a = _mm512_shuffle_epi8(table, *a);
-      *b = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(v, kBits), mask));
-    } else {
-      *b = _mm512_and_si512(v, _mm512_set1_epi8(static_cast<char>(((1 << kBits) - 1) << kBits)));
-    }
-  }
-};
-
 // `sum` at the start of a group: minus the zero times the sum of x, for the lanes of both halves,
 // those of the second times 2^kShift. A group of one bit has -1 and 1 for codes: its first half is
 // doubled at the end, and starts from 0.

@@ -134,6 +134,15 @@ const uint8_t* span_codes(const Packed& w, int64_t n, int64_t begin, int64_t end
   return expanded;
 }
 
+// All codes of row n, or their entries of the codebook, one a byte; writes up to kSpanSlack more.
+template <typename Codes>
+void expand_row(const PackedMatrix& w, int64_t n, uint8_t* out) {
+  for (int64_t k = 0; k < w.cols; k += kSpan) {
+    const int64_t end = w.cols - k < kSpan ? w.cols : k + kSpan;
+    expand<Codes>(code_row(w, n), k, end, w.levels, w.codebook, out + k);
+  }
+}
+
 // Calls body(group, k, count) for the groups of columns [begin, end) of row n: `group` is the place
 // of the scale, k counts from `begin`.
 template <typename Body>

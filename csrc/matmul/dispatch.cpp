@@ -272,6 +272,17 @@ void dequantize_rows(const PackedMatrix& weight, int64_t begin, int64_t end, flo
   }
 }
 
+const uint8_t* code_bytes(const PackedMatrix& weight, int64_t n, uint8_t* scratch) {
+  if (weight.levels != 256) {
+    kernels_with(&MatmulKernels::expand).expand(weight, n, scratch);
+    return scratch;
+  }
+  const uint8_t* row = code_row(weight, n);
+  if (weight.codebook == nullptr) return row;
+  for (int64_t k = 0; k < weight.cols; ++k) scratch[k] = weight.codebook[row[k]];
+  return scratch;
+}
+
 void gather_rows(const PackedMatrix& weight, const int64_t* indices, int64_t count, float* out,
                  int num_threads) {
   check_weight(weight);

@@ -104,6 +104,8 @@ struct MatmulKernels {
   int64_t (*panel_bytes)(const PackedMatrix& weight) = nullptr;
   void (*write_panels)(const PackedMatrix& weight, int64_t begin, int64_t end,
                        uint8_t* out) = nullptr;
+  // The codes of row n, or their entries of the codebook, one a byte; writes up to 64 bytes more.
+  void (*expand)(const PackedMatrix& weight, int64_t n, uint8_t* out) = nullptr;
 };
 
 // Null where the build has no such path. A null entry of a table means "use the next lower".

@@ -168,6 +168,10 @@ void add_values(const void* values, FloatType values_type, int64_t rows, int64_t
 // dequantize on the calling thread and without checks: for kernels that decode block by block.
 void dequantize_rows(const PackedMatrix& weight, int64_t begin, int64_t end, float* out);
 
+// The codes of row n, or their entries of the codebook, one a byte, on the calling thread and
+// without checks. They are written to `scratch`, cols + 64 bytes, or stand in the weight itself.
+const uint8_t* code_bytes(const PackedMatrix& weight, int64_t n, uint8_t* scratch);
+
 // Rows `indices` of it, each in [0, rows): out (count, cols).
 void gather_rows(const PackedMatrix& weight, const int64_t* indices, int64_t count, float* out,
                  int num_threads);

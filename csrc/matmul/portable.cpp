@@ -203,7 +203,11 @@ constexpr MatmulKernels kKernels = {takes_parts,
                                     sparse_multiply,
                                     complex_order,
                                     complex_multiply,
-                                    1};
+                                    1,
+                                    0,
+                                    nullptr,
+                                    nullptr,
+                                    expand_row<PlainCodes>};
 
 }  // namespace
 

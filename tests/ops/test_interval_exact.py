@@ -198,7 +198,8 @@ def test_packed_weights_of_whole_blocks(isa, bits, rounding):
             )  # fmt: skip
             assert violations(ends, lower, upper, packed.dequantize(), bias)[0] == 0
             dense = interval_linear(lower, upper, packed.dequantize(), bias, rounding=rounding)
-            torch.testing.assert_close(ends, dense, rtol=1e-5, atol=1e-5)
+            wider = (ends[1] - ends[0]) / (dense[1] - dense[0])
+            assert (wider < 1.002).all()  # the steps of integers
 
 
 @pytest.mark.parametrize("kind", [denormal, denormal_weights, ordinary])

@@ -1,0 +1,286 @@
+// Included by avx512.cpp alone: integer sums of one input against a weight in panel order
+// (matmul/panels.h), 32 rows in the lanes of two registers. Four columns of the input are broadcast
+// at a time: upper and lower bytes of the centre, unsigned, meet the signed weights; magnitudes,
+// unsigned, meet upper and lower bytes of the radius, which are signed. For every product of bytes
+// of the packed layer there are four here, and codes are unpacked once for all.
+//
+// Codes of at most four bits less a zero of at most 128 are signed bytes. Others (8 bits, entries
+// of a codebook) are moved down by 128, and the sum of q times 128 - zero is added to their sums.
+#pragma once
+
+#include <algorithm>
+
+#include "interval/avx512_integer_input.h"
+#include "matmul/avx512_panel_quad.h"
+
+namespace pyrobust {
+namespace interval {
+namespace {
+
+using matmul::kLineBytes;
+using matmul::kPanelRows;
+using matmul::kQuadColumns;
+using matmul::PanelLayout;
+
+// Sums of a group over 16 rows: of the weights times both bytes of q, of magnitudes times both of
+// p, and of weights.
+struct HalfSums {
+  __m512i q_high, q_low, p_high, p_low, weights;
+};
+
+inline __m512i four_bytes(const uint8_t* from) {
+  int32_t four;
+  __builtin_memcpy(&four, from, sizeof(four));
+  return _mm512_set1_epi32(four);
+}
+
+// What a code less its zero is, as signed bytes and as magnitudes. `zero` holds a row's in each of
+// its four bytes.
+template <bool kWide>
+__attribute__((always_inline)) inline void weigh(__m512i code, __m512i zero, __m512i* weight,
+                                                 __m512i* size) {
+  if constexpr (kWide) {
+    *weight = _mm512_xor_si512(code, _mm512_set1_epi8(-128));
+    *size = _mm512_sub_epi8(_mm512_max_epu8(code, zero), _mm512_min_epu8(code, zero));
+  } else {
+    *weight = _mm512_sub_epi8(code, zero);
+    *size = _mm512_abs_epi8(*weight);
+  }
+}
+
+template <int kBits, bool kBook, bool kWide, bool kShifted>
+__attribute__((always_inline)) inline void group_sums(const uint8_t* codes, const uint8_t* x,
+                                                      const uint8_t* ones, int64_t quads,
+                                                      __m512i table, const __m512i (&zero)[2],
+                                                      HalfSums (&out)[2]) {
+  using Quad = matmul::PanelQuad<kBits, kBook>;
+  // Eight sums in a row hide the latency of a product; two times eight were slower.
+  const __m512i none = _mm512_setzero_si512();
+  HalfSums sum[2] = {{none, none, none, none, none}, {none, none, none, none, none}};
+  for (int64_t j = 0; j < quads; ++j) {
+    Quad quad;
+    quad.load(codes);
+#pragma GCC unroll 8
+    for (int i = 0; i < kBits; ++i) {
+      const auto* ahead =
+          reinterpret_cast<const char*>(codes) + matmul::kPanelAhead + kLineBytes * i;
+      _mm_prefetch(ahead, _MM_HINT_T0);
+    }
+#pragma GCC unroll 4
+    for (int s = 0; s < 4; ++s) {
+      __m512i code[2];
+      quad.step(s, table, code, code + 1);
+      if constexpr (kBits == 1 && !kBook) {
+        code[0] = _mm512_add_epi8(code[0], code[0]);  // one bit stands for -1 and 1
+      } else if constexpr (Quad::kShift > 0) {
+        code[1] = _mm512_srli_epi16(code[1], Quad::kShift);
+      }
+      const uint8_t* bytes = x + kStepBytes * s;
+      const __m512i q_high = four_bytes(bytes), q_low = four_bytes(bytes + 4);
+      const __m512i p_high = four_bytes(bytes + 8), p_low = four_bytes(bytes + 12);
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; ++h) {
+        HalfSums& to = sum[h];
+        __m512i weight, size;
+        weigh<kWide>(code[h], zero[h], &weight, &size);
+        to.q_high = _mm512_dpbusd_epi32(to.q_high, q_high, weight);
+        to.q_low = _mm512_dpbusd_epi32(to.q_low, q_low, weight);
+        to.p_high = _mm512_dpbusd_epi32(to.p_high, size, p_high);
+        to.p_low = _mm512_dpbusd_epi32(to.p_low, size, p_low);
+        if constexpr (kShifted) {
+          to.weights = _mm512_dpbusd_epi32(to.weights, four_bytes(ones + 4 * s), weight);
+        }
+      }
+    }
+    codes += kBits * kLineBytes;
+    x += 4 * kStepBytes;
+    ones += kQuadColumns;
+  }
+  out[0] = sum[0];
+  out[1] = sum[1];
+}
+
+// Eight of sixteen lanes as doubles.
+inline __m512d eight_lanes(__m512i lanes, int half) {
+  return _mm512_cvtepi32_pd(half == 0 ? _mm512_castsi512_si256(lanes)
+                                      : _mm512_extracti64x4_epi64(lanes, 1));
+}
+
+// 256 high + low of eight lanes; `narrow` where that fits 32 bits.
+inline __m512d joined_lanes(__m512i high, __m512i low, bool narrow, int half) {
+  if (narrow) return eight_lanes(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low), half);
+  return _mm512_fmadd_pd(eight_lanes(high, half), _mm512_set1_pd(256.0), eight_lanes(low, half));
+}
+
+// A group of a panel: what stands before its codes, and its place in the input.
+struct PanelGroup {
+  const IntegerInput* input;
+  int64_t g;
+  bool wide;    // codes were moved down by 128
+  bool narrow;  // joined sums fit 32 bits
+};
+
+// Adds a group's sums of 16 rows to their totals. Every number before the two products is an exact
+// integer.
+template <bool kShifted>
+__attribute__((always_inline)) inline void add_group(const PanelGroup& group, const HalfSums& sums,
+                                                     const __m512d* scale, __m512i zero,
+                                                     double* centre, double* radius) {
+  const IntegerInput& input = *group.input;
+  const __m512d step = _mm512_set1_pd(input.step[group.g]);
+  const __m512d radius_step = _mm512_set1_pd(input.radius_step[group.g]);
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
+    __m512d c = joined_lanes(sums.q_high, sums.q_low, group.narrow, half);
+    const __m512d r = joined_lanes(sums.p_high, sums.p_low, group.narrow, half);
+    __m512d moved = _mm512_setzero_pd();
+    if (group.wide) {
+      moved = _mm512_sub_pd(_mm512_set1_pd(128.0), eight_lanes(zero, half));
+      c = _mm512_fmadd_pd(moved, _mm512_set1_pd(static_cast<double>(input.total[group.g])), c);
+    }
+    if constexpr (kShifted) {
+      __m512d weights = eight_lanes(sums.weights, half);
+      weights = _mm512_fmadd_pd(moved, _mm512_set1_pd(static_cast<double>(input.count(group.g))),
+                                weights);
+      c = _mm512_fmadd_pd(weights, _mm512_set1_pd(input.shift[group.g]), c);
+    }
+    const __m512d own = scale[half];
+    const __m512d added = _mm512_mul_pd(c, _mm512_mul_pd(own, step));
+    const __m512d spread = _mm512_mul_pd(r, _mm512_mul_pd(_mm512_abs_pd(own), radius_step));
+    _mm512_storeu_pd(centre + 8 * half, _mm512_add_pd(_mm512_loadu_pd(centre + 8 * half), added));
+    _mm512_storeu_pd(radius + 8 * half, _mm512_add_pd(_mm512_loadu_pd(radius + 8 * half), spread));
+  }
+}
+
+template <int kBits, bool kBook, bool kShifted>
+void panel_sums(const matmul::PackedMatrix& w, const PanelLayout& layout, const uint8_t* panel,
+                const IntegerInput& input, double* centre, double* radius) {
+  constexpr bool kAlwaysWide = kBits == 8 || kBook;
+  const __m512i table = matmul::codebook_table(w);
+  const bool narrow = input.group <= 128;  // 255 * 65535 * 128 < 2^31
+  for (int64_t g = 0; g < input.groups; ++g) {
+    const uint8_t* head = panel + g * layout.group_bytes;
+    __m512d scale[4];
+    matmul::load_panel_scales<0>(w, head, scale);
+    __m512i lanes[2], zero[2];  // zeros of rows, in 32 bits and in four bytes
+    for (int h = 0; h < 2; ++h) {
+      const uint8_t* zeros = head + kPanelRows * layout.scale_bytes + 16 * h;
+      lanes[h] =
+          w.zero == nullptr
+              ? _mm512_set1_epi32(matmul::symmetric_zero(w))
+              : _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros)));
+      zero[h] = _mm512_mullo_epi32(lanes[h], _mm512_set1_epi32(0x01010101));
+    }
+    const int64_t left = layout.columns - g * layout.group_columns;
+    const int64_t quads =
+        (left < layout.group_columns ? left : layout.group_columns) / kQuadColumns;
+    const uint8_t *codes = head + layout.head_bytes, *x = input.quads + 4 * g * input.stride;
+    const uint8_t* ones = input.ones + g * input.stride;
+    HalfSums sums[2];
+    const __m512i most = _mm512_set1_epi32(128);
+    const bool large = _mm512_cmpgt_epi32_mask(_mm512_max_epi32(lanes[0], lanes[1]), most) != 0;
+    const PanelGroup group{&input, g, kAlwaysWide || large, narrow};
+    if (group.wide) {
+      group_sums<kBits, kBook, true, kShifted>(codes, x, ones, quads, table, zero, sums);
+    } else if constexpr (!kAlwaysWide) {
+      group_sums<kBits, kBook, false, kShifted>(codes, x, ones, quads, table, zero, sums);
+    }
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) {
+      add_group<kShifted>(group, sums[h], scale + 2 * h, lanes[h], centre + 16 * h,
+                          radius + 16 * h);
+    }
+  }
+}
+
+template <int kBits, bool kBook>
+void panel_rows(const IntegerDots& work) {
+  const matmul::PackedMatrix& w = *work.weight;
+  const PanelLayout layout(w);
+  alignas(64) double centre[kPanelRows], radius[kPanelRows];
+  for (int64_t n = 0; n < work.rows; n += kPanelRows) {
+    const uint8_t* panel = w.panels + (work.first + n) / kPanelRows * layout.panel_bytes;
+    std::fill_n(centre, kPanelRows, 0.0);
+    std::fill_n(radius, kPanelRows, 0.0);
+    if (work.input->shifted) {
+      panel_sums<kBits, kBook, true>(w, layout, panel, *work.input, centre, radius);
+    } else {
+      panel_sums<kBits, kBook, false>(w, layout, panel, *work.input, centre, radius);
+    }
+    const int64_t count = work.rows - n < kPanelRows ? work.rows - n : kPanelRows;
+    for (int64_t i = 0; i < count; ++i) {
+      const double outer = w.row_scale != nullptr ? w.row_scale[work.first + n + i] : 1.0;
+      work.centre_sums[n + i] = centre[i] * outer;
+      work.radius_sums[n + i] = radius[i] * std::fabs(outer);
+    }
+  }
+}
+
+void integer_panels(const IntegerDots& work) {
+  const bool book = work.weight->codebook != nullptr;
+  switch (PanelLayout(*work.weight).bits) {
+    case 1:
+      return book ? panel_rows<1, true>(work) : panel_rows<1, false>(work);
+    case 2:
+      return book ? panel_rows<2, true>(work) : panel_rows<2, false>(work);
+    case 3:
+      return book ? panel_rows<3, true>(work) : panel_rows<3, false>(work);
+    case 4:
+      return book ? panel_rows<4, true>(work) : panel_rows<4, false>(work);
+    default:
+      return panel_rows<8, false>(work);
+  }
+}
+
+// finish_integers(), eight rows at a time.
+bool finish_by_eights(const IntegerEnds& work, const IntegerConstants& constants) {
+  const auto all = [](double value) { return _mm512_set1_pd(value); };
+  const __m256 infinity = _mm256_set1_ps(rounding::infinity()), zero = _mm256_setzero_ps();
+  const __m256 least = _mm256_set1_ps(constants.least), sign = _mm256_set1_ps(-0.0f);
+  const auto step_of = [&](__m256 x) {  // rounding::below and above
+    return _mm256_add_ps(
+        _mm256_mul_ps(_mm256_andnot_ps(sign, x), _mm256_set1_ps(rounding::kNeighbour)),
+        _mm256_set1_ps(rounding::kLeast));
+  };
+  bool finite = true;
+  for (int64_t n = 0; n < work.count; n += 8) {
+    const int64_t left = work.count - n;
+    const auto mask = static_cast<__mmask8>(left < 8 ? (1 << left) - 1 : 0xff);
+    __m512d shift = _mm512_setzero_pd();
+    if (work.bias != nullptr) shift = _mm512_cvtps_pd(_mm256_maskz_loadu_ps(mask, work.bias + n));
+    const __m512d value = _mm512_add_pd(_mm512_maskz_loadu_pd(mask, work.centre_sums + n), shift);
+    const __m512d size = _mm512_abs_pd(value);
+    __m512d radius = _mm512_maskz_loadu_pd(mask, work.radius_sums + n);
+    radius = _mm512_add_pd(_mm512_mul_pd(radius, all(constants.inflate)), all(work.offset));
+    radius = _mm512_add_pd(
+        radius, _mm512_add_pd(_mm512_mul_pd(_mm512_abs_pd(shift), all(constants.bias_gain)),
+                              _mm512_mul_pd(size, all(constants.value_gain))));
+    radius = _mm512_add_pd(_mm512_mul_pd(radius, all(kSlackOfDouble)),
+                           _mm512_mul_pd(size, all(kSlackOfValue)));
+    const __mmask8 bounded =
+        _mm512_cmp_pd_mask(radius, all(constants.limit), _CMP_LT_OQ) &
+        _mm512_cmp_pd_mask(_mm512_add_pd(size, radius), all(kMostOfFloat), _CMP_LT_OQ);
+    __m256 low = _mm512_cvtpd_ps(_mm512_sub_pd(value, radius));
+    __m256 high = _mm512_cvtpd_ps(_mm512_add_pd(value, radius));
+    low = _mm256_sub_ps(low, step_of(low));
+    high = _mm256_add_ps(high, step_of(high));
+    const __mmask8 low_flushed =
+        _mm256_cmp_ps_mask(low, zero, _CMP_GT_OQ) & _mm256_cmp_ps_mask(low, least, _CMP_LT_OQ);
+    const __mmask8 high_flushed = _mm256_cmp_ps_mask(high, zero, _CMP_LT_OQ) &
+                                  _mm256_cmp_ps_mask(high, _mm256_xor_ps(least, sign), _CMP_GT_OQ);
+    low = _mm256_mask_mov_ps(low, low_flushed, zero);
+    high = _mm256_mask_mov_ps(high, high_flushed, zero);
+    low = _mm256_mask_mov_ps(_mm256_xor_ps(infinity, sign), bounded, low);
+    _mm256_mask_storeu_ps(work.out_lower + n, mask, low);
+    _mm256_mask_storeu_ps(work.out_upper + n, mask, _mm256_mask_mov_ps(infinity, bounded, high));
+    finite &= (bounded & mask) == mask;
+  }
+  return finite;
+}
+
+constexpr IntegerKernels kIntegers = {prepare_integers<Avx512Input>, integer_rows, finish_by_eights,
+                                      order_quads, integer_panels};
+
+}  // namespace
+}  // namespace interval
+}  // namespace pyrobust
