@@ -6,11 +6,12 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from gpu_ceilings import copy_bandwidth
-from gpu_timing import Clock, Row, copies_beyond_cache, seconds_of
+from gpu_timing import Clock, Row, copies_beyond_cache, no_time, seconds_of
 from torch import Tensor
 
 from pyrobust.ops import _cuda_interval, _interval_conv, _interval_packed
@@ -23,7 +24,8 @@ _SIZES = (8192, 4096)
 _MUST = {1: (1.5, 1.9), 16: (1.5, 1.9), 64: (1.5, 1.9), 256: (0.9, None), 1024: (0.9, None)}
 _BITS = (8, 4, 2)
 _IMAGES = (128, 128, 32)  # images, channels in and out, height and width; windows of 3 x 3
-_SWITCH = (64, 128, 256, 512)  # inputs at which both paths are timed
+_SWITCH = (16, 32, 64, 128, 256, 512)  # inputs at which both paths are timed
+_KERNELS = (1, 8, 16, 64)  # inputs at which both fused kernels are timed
 _CHUNKS = (512, 1024, 2048, 1 << 17)
 _CHUNKED_INPUTS = 1024
 _LEAST_SECONDS = 4.0  # left for one more cell
@@ -38,9 +40,10 @@ def measure(clock: Clock) -> Iterator[Row]:
     except Exception as error:
         bandwidth = math.nan
         yield _failed("copy", error)
-    for cell in _cells(bandwidth):
+    for cell in _cells(bandwidth, clock):
         if clock.left() < _LEAST_SECONDS:
-            return
+            yield no_time(_PART, cell.what)
+            continue
         try:
             yield from cell.rows()
         except Exception as error:
@@ -59,16 +62,16 @@ def _failed(what: str, error: Exception) -> Row:
     return Row(_PART, what, math.nan, "", detail=f"{type(error).__name__}: {str(error)[:120]}")
 
 
-def _cells(bandwidth: float) -> Iterator[_Cell]:
-    """The cells of the largest size first."""
+def _cells(bandwidth: float, clock: Clock) -> Iterator[_Cell]:
+    """The cells of the largest size first; references are timed on the way, while there is time."""
     for index, size in enumerate(_SIZES):
         weight = torch.randn(size, size) / size**0.5
         references: dict[int, float] = {}
         for batch in _MUST:
-            try:
-                references[batch] = _two_products(weight, batch)
-            except Exception:
-                references[batch] = math.nan
+            references[batch] = math.nan
+            with contextlib.suppress(Exception):
+                if clock.left() >= _LEAST_SECONDS:
+                    references[batch] = _two_products(weight, batch)
             shape = _Shape(size, batch, references[batch], bandwidth)
             for name, matrix in (("bf16", weight.bfloat16()), ("fp32", weight)):
                 yield _Cell(
@@ -79,6 +82,9 @@ def _cells(bandwidth: float) -> Iterator[_Cell]:
         if index == 0:
             yield _Cell("convolution", _convolution_rows)
             yield _Cell("chunks", lambda w=weight, r=references: _chunk_rows(w, r))
+            for batch in _KERNELS:
+                what = f"both fused kernels, M = {batch}"
+                yield _Cell(what, lambda w=weight, m=batch: _kernel_rows(w, m))
             for batch in _SWITCH:
                 yield _Cell(f"switch, M = {batch}", lambda w=weight, m=batch: _switch_rows(w, m))
 
@@ -152,13 +158,13 @@ def _dense_rows(shape: _Shape, name: str, matrix: Tensor) -> Iterator[Row]:
         yield Row(_PART, shape.what(name), ratio, "x torch float32 IBP", 4.0, None, detail)
 
 
-def _packed_rows(shape: _Shape, bits: int) -> Iterator[Row]:
-    """Random codes: what they stand for does not matter to the time."""
-    size, groups = shape.size, max(1, shape.size // 128)
+def _packed_calls(size: int, bits: int, batch: int) -> tuple[Calls, int]:
+    """Calls by mode, and the bytes of a weight. Random codes: their values do not matter."""
+    groups = max(1, size // 128)
     codes = torch.randint(0, 256, (size, size * bits // 8), dtype=torch.uint8)
     scale = torch.rand(size, groups).half()
     zero = torch.full((size, groups), 1 << (bits - 1), dtype=torch.uint8)
-    ends, copies = _boxes(shape.batch, size), _copies(codes)
+    ends, copies = _boxes(batch, size), _copies(codes)
     tail = (scale, zero, None, size, bits, 128, 1, None)
 
     def calls(mode: str) -> list[Callable[[], object]]:
@@ -169,7 +175,11 @@ def _packed_rows(shape: _Shape, bits: int) -> Iterator[Row]:
         ]
         return _warm(own)  # type: ignore[arg-type]
 
-    yield from _rows(shape, f"{bits} bits", calls, codes.nbytes + scale.nbytes + zero.nbytes)
+    return calls, codes.nbytes + scale.nbytes + zero.nbytes
+
+
+def _packed_rows(shape: _Shape, bits: int) -> Iterator[Row]:
+    yield from _rows(shape, f"{bits} bits", *_packed_calls(shape.size, bits, shape.batch))
 
 
 def _rows(shape: _Shape, name: str, calls: Calls, nbytes: int) -> Iterator[Row]:
@@ -224,18 +234,18 @@ def _convolution_rows() -> Iterator[Row]:
 
 
 @contextlib.contextmanager
-def _setting(**values: int) -> Iterator[None]:
-    before = {name: getattr(library, name) for name in values}
+def _setting(module: ModuleType = library, **values: int) -> Iterator[None]:
+    before = {name: getattr(module, name) for name in values}
     try:
         for name, value in values.items():
-            setattr(library, name, value)
+            setattr(module, name, value)
         yield
     finally:
         for name, value in before.items():
-            setattr(library, name, value)
+            setattr(module, name, value)
 
 
-def _bfloat16_seconds(copies: list[Tensor], batch: int) -> float:
+def _dense_seconds(copies: list[Tensor], batch: int) -> float:
     ends = _boxes(batch, copies[0].shape[1])
     calls = [lambda w=w: _cuda_interval.linear(*ends, w, None, "real") for w in copies]
     return seconds_of(_warm(calls))  # type: ignore[arg-type]
@@ -247,19 +257,40 @@ def _chunk_rows(weight: Tensor, references: dict[int, float]) -> Iterator[Row]:
     reference = references.get(_CHUNKED_INPUTS, math.nan)
     for terms in _CHUNKS:
         with _setting(CHUNK_TERMS=terms, LEAST_INPUTS=1, LEAST_PRODUCTS=0):
-            seconds = _bfloat16_seconds(copies, _CHUNKED_INPUTS)
+            seconds = _dense_seconds(copies, _CHUNKED_INPUTS)
         what = f"bf16 W, {weight.shape[0]}^2, M = {_CHUNKED_INPUTS}, chunks of {terms} terms"
         detail = f"{seconds * 1e6:.1f} us"
         yield Row(_PART, what, reference / seconds, "x two bf16 products", detail=detail)
+
+
+def _kernel_rows(weight: Tensor, batch: int) -> Iterator[Row]:
+    """The fused kernels: _cuda_interval.LEAST_SHARED_INPUTS belongs where the ratio passes 1."""
+    kinds: list[tuple[str, Callable[[], float]]] = []
+    for name, matrix in (("bf16", weight.bfloat16()), ("fp32", weight)):
+        copies = _copies(matrix)
+        kinds.append((name, lambda c=copies: _dense_seconds(c, batch)))  # type: ignore[misc]
+    for bits in (8, 4, 2):
+        calls = _packed_calls(weight.shape[0], bits, batch)[0]
+        kinds.append((f"{bits} bits", lambda c=calls: seconds_of(c("real"))))  # type: ignore[misc]
+    with _setting(LEAST_INPUTS=1 << 60, LEAST_PACKED_INPUTS=1 << 60):
+        for name, seconds in kinds:
+            with _setting(_cuda_interval, LEAST_SHARED_INPUTS=1 << 60):
+                own = seconds()
+            with _setting(_cuda_interval, LEAST_SHARED_INPUTS=1):
+                shared = seconds()
+            what = f"{name} W, {weight.shape[0]}^2, M = {batch}: inputs shared by 64 rows"
+            detail = f"shared {shared * 1e6:.1f} us, own {own * 1e6:.1f} us"
+            detail += f", shared from M = {_cuda_interval.LEAST_SHARED_INPUTS} on"
+            yield Row(_PART, what, own / shared, "x inputs of its own", detail=detail)
 
 
 def _switch_rows(weight: Tensor, batch: int) -> Iterator[Row]:
     """Both paths; LEAST_INPUTS belongs where the ratio passes 1."""
     copies = _copies(weight.bfloat16())
     with _setting(LEAST_INPUTS=1 << 60):
-        fused = _bfloat16_seconds(copies, batch)
+        fused = _dense_seconds(copies, batch)
     with _setting(LEAST_INPUTS=1, LEAST_PRODUCTS=0):
-        around = _bfloat16_seconds(copies, batch)
+        around = _dense_seconds(copies, batch)
     what = f"bf16 W, {weight.shape[0]}^2, M = {batch}: library's product"
     detail = f"fused {fused * 1e6:.1f} us, library {around * 1e6:.1f} us"
     yield Row(_PART, what, fused / around, "x the fused kernel", detail=detail)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from gpu_ceilings import copy_bandwidth
 from gpu_peers import PEERS, Peer
-from gpu_timing import Clock, Row, copies_beyond_cache, seconds_of
+from gpu_timing import Clock, Row, copies_beyond_cache, no_time, seconds_of
 
 from pyrobust import ops
 from pyrobust.ops import _cuda_matmul
@@ -48,11 +48,9 @@ def measure(clock: Clock) -> Iterator[Row]:
     """Few rows at every width, 64 rows, many rows, the switch, other groups, peers."""
     copy_rate = copy_bandwidth()
     for count in (1, 8, 16, 32, 64):
-        dense = _dense(count, torch.bfloat16)
+        dense = math.nan if clock.left() < 3 else _dense(count, torch.bfloat16)
         for bits in _WIDTHS:
-            if clock.left() < 3:
-                return
-            yield from _fused(count, bits, dense, copy_rate)
+            yield from _fused(clock, count, bits, dense, copy_rate)
     yield from _many(clock)
     yield from _peers(clock)
     yield from _groups(clock)
@@ -102,10 +100,13 @@ def _floor(count: int, bits: float, copy_rate: float) -> float:
     return max(nbytes / copy_rate, 2 * count * weights / _TENSOR, weights * issue / lanes)
 
 
-def _fused(count: int, bits: float, dense: float, copy_rate: float) -> Iterator[Row]:
+def _fused(clock: Clock, count: int, bits: float, dense: float, copy_rate: float) -> Iterator[Row]:
+    what = f"{bits} bits, M = {count}, {_SIZE} x {_SIZE}, group {_GROUP}, float16"
+    if clock.left() < 3:
+        yield no_time(_PART, what)
+        return
     seconds = _product(count, bits, torch.float16)
     floor = _floor(count, bits, copy_rate)
-    what = f"{bits} bits, M = {count}, {_SIZE} x {_SIZE}, group {_GROUP}, float16"
     detail = f"{seconds * 1e6:.1f} us, bf16 {dense * 1e6:.1f}, floor {floor * 1e6:.1f}"
     if count <= 16:
         must, lead, share, best = _FEW[bits]
@@ -119,14 +120,15 @@ def _fused(count: int, bits: float, dense: float, copy_rate: float) -> Iterator[
 
 def _many(clock: Clock) -> Iterator[Row]:
     for count, (must, lead) in _MANY.items():
-        dense = _dense(count, torch.bfloat16)
+        dense = math.nan if clock.left() < 3 else _dense(count, torch.bfloat16)
         for bits in (4, 2):
+            what, target = f"{bits} bits, M = {count}, decoded", (must, max(lead, must))
             if clock.left() < 3:
-                return
+                yield no_time(_PART, what, "x torch bf16", *target)
+                continue
             seconds = _product(count, bits, torch.bfloat16)
             detail = f"{seconds * 1e6:.0f} us, bf16 {dense * 1e6:.0f}"
-            what = f"{bits} bits, M = {count}, decoded"
-            yield Row(_PART, what, dense / seconds, "x torch bf16", must, max(lead, must), detail)
+            yield Row(_PART, what, dense / seconds, "x torch bf16", *target, detail)
 
 
 def _switch(clock: Clock) -> Iterator[Row]:
@@ -136,14 +138,15 @@ def _switch(clock: Clock) -> Iterator[Row]:
     try:
         for bits in (8, 4, 2, 1):
             for count in _SWITCH_ROWS:
+                what = f"{bits} bits, M = {count}, switch now at {kept[bits]}"
                 if clock.left() < 3:
-                    return
+                    yield no_time(_PART, what, "x the decoded path")
+                    continue
                 table[bits] = 1 << 30
                 fused = _product(count, bits, torch.float16)
                 table[bits] = 0
                 decoded = _product(count, bits, torch.float16)
                 detail = f"fused {fused * 1e6:.0f} us, decoded {decoded * 1e6:.0f}"
-                what = f"{bits} bits, M = {count}, switch now at {kept[bits]}"
                 yield Row(_PART, what, decoded / fused, "x the decoded path", detail=detail)
     finally:
         table.update(kept)
@@ -151,7 +154,7 @@ def _switch(clock: Clock) -> Iterator[Row]:
 
 def _groups(clock: Clock) -> Iterator[Row]:
     """What other groups, directions and types cost at 4 bits."""
-    base = _product(16, 4, torch.float16)
+    base = math.nan if clock.left() < 3 else _product(16, 4, torch.float16)
     for what, options, dtype in (
         ("group 32", {"group_size": 32}, torch.float16),
         ("one scale a row", {"group_size": _SIZE}, torch.float16),
@@ -160,11 +163,13 @@ def _groups(clock: Clock) -> Iterator[Row]:
         ("bfloat16", {}, torch.bfloat16),
         ("float32", {}, torch.float32),
     ):
+        cell = f"4 bits, M = 16, {what}"
         if clock.left() < 3:
-            return
+            yield no_time(_PART, cell, "x group 128")
+            continue
         seconds = _product(16, 4, dtype, **options)
         detail = f"{seconds * 1e6:.1f} us, base {base * 1e6:.1f}"
-        yield Row(_PART, f"4 bits, M = 16, {what}", base / seconds, "x group 128", detail=detail)
+        yield Row(_PART, cell, base / seconds, "x group 128", detail=detail)
 
 
 def _peers(clock: Clock) -> Iterator[Row]:
@@ -173,10 +178,8 @@ def _peers(clock: Clock) -> Iterator[Row]:
         dtype = torch.bfloat16 if name == "torch's tinygemm" else torch.float16
         for bits in (4, 2, 8, 3, 1) if name == "humming" else (4, 2) if name == "gemlite" else (4,):
             if clock.left() < 3:
-                yield Row(
-                    _PART, f"{bits} bits against {name}: no time left", math.nan, "x the peer"
-                )
-                break
+                yield no_time(_PART, f"{bits} bits against {name}", "x the peer", 0.85, 1.1)
+                continue
             try:
                 yield from _against(name, build, bits, dtype)
             except Exception as error:  # not installed, or not for this card

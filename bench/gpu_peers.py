@@ -64,6 +64,26 @@ def bitsandbytes(bits: float, weight: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda x: bnb.matmul_4bit(x, codes.t(), quant_state=state)
 
 
+def marlin(bits: float, weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """Marlin, as IST-DASLab publishes it: 4 bits, symmetric, float16."""
+    import marlin as published
+
+    if bits != 4 or weight.dtype != torch.float16:
+        raise NotImplementedError("4 bits and float16 only")
+    rows, columns = weight.shape
+    word = 2**31
+    codes = torch.randint(-word, word, (columns // 16, rows * 2)).int()
+    scales = torch.rand(columns // _GROUP, rows).half() / 64
+    workspace = torch.zeros(rows // 128 * 16, dtype=torch.int32)
+
+    def call(x: Tensor) -> Tensor:
+        out = torch.empty(len(x), rows, dtype=x.dtype)
+        published.mul(x, codes, out, scales, workspace)
+        return out
+
+    return call
+
+
 def tinygemm(bits: float, weight: Tensor) -> Callable[[Tensor], Tensor]:
     """Torch's own, with zero-points, for bfloat16."""
     if bits != 4 or weight.dtype != torch.bfloat16:
@@ -78,6 +98,7 @@ def tinygemm(bits: float, weight: Tensor) -> Callable[[Tensor], Tensor]:
 PEERS: dict[str, Peer] = {
     "torch's tinygemm": tinygemm,
     "humming": humming,
+    "Marlin": marlin,
     "bitsandbytes": bitsandbytes,
     "gemlite": gemlite,
 }

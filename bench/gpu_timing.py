@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Clock", "Row", "copies_beyond_cache", "seconds_of", "table"]
+__all__ = ["Clock", "Row", "copies_beyond_cache", "no_time", "seconds_of", "table"]
 
 _ROTATED_BYTES = 256 << 20  # of operands between two uses of one: four times an H200's L2
 _REPLAYS = 15
@@ -50,6 +50,13 @@ class Row:
         if self.must is None:
             return ""
         return "yes" if sign * self.value >= sign * self.must else "NO"
+
+
+def no_time(
+    part: str, what: str, unit: str = "", must: float | None = None, lead: float | None = None
+) -> Row:
+    """The row of a cell that the budget did not reach."""
+    return Row(part, what, math.nan, unit, must, lead, "no time left")
 
 
 class Clock:

@@ -30,8 +30,10 @@ interval::Rounding parse_rounding(const std::string& name) {
 // lower, upper, bias (0: none), out_lower, out_upper, scratch
 using Pointers = std::array<uintptr_t, 6>;
 
-LinearCall call_of(const Pointers& pointers, int64_t batch, int64_t rows, int64_t terms,
-                   const std::string& rounding) {
+// batch, rows, terms, and whether the rows of a block share inputs
+using Sizes = std::tuple<int64_t, int64_t, int64_t, bool>;
+
+LinearCall call_of(const Pointers& pointers, const Sizes& sizes, const std::string& rounding) {
   LinearCall call{};
   call.lower = device_pointer<const float>(pointers[0]);
   call.upper = device_pointer<const float>(pointers[1]);
@@ -39,22 +41,20 @@ LinearCall call_of(const Pointers& pointers, int64_t batch, int64_t rows, int64_
   call.out_lower = device_pointer<float>(pointers[3]);
   call.out_upper = device_pointer<float>(pointers[4]);
   call.scratch = device_pointer<void>(pointers[5]);
-  call.batch = batch;
-  call.rows = rows;
-  call.terms = terms;
+  std::tie(call.batch, call.rows, call.terms, call.shared_inputs) = sizes;
   call.rounding = parse_rounding(rounding);
   return call;
 }
 
-void run(const LinearCall& call, Where where) {
+void run(LinearCall call, Where where) {
   const Launching on(where.first, where.second);
+  call.clusters = usable_device(where.first).capability >= 90;
   require_launched("interval_linear", interval::gpu::interval_linear(call, on.queue));
 }
 
 void interval_linear(const Pointers& pointers, uintptr_t weight, bool bfloat16, bool int8,
-                     bool decoded, int64_t batch, int64_t rows, int64_t terms,
-                     const std::string& rounding, Where where) {
-  LinearCall call = call_of(pointers, batch, rows, terms, rounding);
+                     bool decoded, const Sizes& sizes, const std::string& rounding, Where where) {
+  LinearCall call = call_of(pointers, sizes, rounding);
   call.kind = bfloat16 ? WeightKind::kBFloat16 : WeightKind::kFloat32;
   call.dense = device_pointer<const void>(weight);
   call.int8 = int8;
@@ -82,11 +82,10 @@ matmul::PackedMatrix packed_matrix(uintptr_t codes, uintptr_t scale, int scale_t
 
 void interval_packed_linear(const Pointers& pointers, uintptr_t codes, uintptr_t scale,
                             int scale_type, uintptr_t zero, const Format& format, bool int8,
-                            int64_t batch, int64_t rows, int64_t terms, const std::string& rounding,
-                            Where where) {
-  LinearCall call = call_of(pointers, batch, rows, terms, rounding);
+                            const Sizes& sizes, const std::string& rounding, Where where) {
+  LinearCall call = call_of(pointers, sizes, rounding);
   call.kind = WeightKind::kPacked;
-  call.packed = packed_matrix(codes, scale, scale_type, zero, rows, terms, format);
+  call.packed = packed_matrix(codes, scale, scale_type, zero, call.rows, call.terms, format);
   call.int8 = int8;
   check(interval::gpu::packed_fits(call.packed),
         "interval_packed_linear: no CUDA kernel for this format.");

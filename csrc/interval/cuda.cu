@@ -4,7 +4,7 @@
 #include "interval/cuda.h"
 #include "interval/cuda_constants.h"
 #include "interval/cuda_prepare.cuh"
-#include "interval/cuda_product.cuh"
+#include "interval/cuda_shared.cuh"
 
 namespace pyrobust {
 namespace interval {
@@ -14,39 +14,43 @@ namespace {
 // What float32 weights leave out, relative: their rest and W2 c_lo, W2 r_lo (cuda.h).
 constexpr double kLeftOut = 3.2 / 65536.0;
 
-Constants constants_for(const LinearCall& call) {
+// How the terms of a sum are shared out.
+int64_t parts_of_sum(const LinearCall& call, int parts) {
+  return call.shared_inputs ? int64_t{parts} * kTeams : kWarps;
+}
+
+Constants constants_for(const LinearCall& call, int parts) {
   const double delta = 3.0 * static_cast<double>(kStep) * kTensorUnit;
-  const double gamma = rounding::gamma_bound(static_cast<double>(gpu_depth(call.terms)));
+  const double gamma =
+      rounding::gamma_bound(static_cast<double>(gpu_depth(call.terms, parts_of_sum(call, parts))));
   double own = kMagnitudes * ((1.0 + delta) * (1.0 + gamma) - 1.0);
   if (call.kind == WeightKind::kFloat32) own += kLeftOut;
   const bool packed = call.kind == WeightKind::kPacked || call.decoded;
   return constants_of({own, own}, call.terms, call.rounding, packed);
 }
 
-template <class Source, int kTiles>
-cuda::Status launch_tiles(const ProductWork<Source>& work, const cuda::Queue& queue) {
-  const int64_t rows = 16 * kRowTiles<kTiles>;
-  const int64_t groups = operand_shape(work.batch, work.terms).batch / kColumns / kTiles;
-  const cuda::LaunchShape shape = {static_cast<unsigned>((work.rows + rows - 1) / rows * groups), 1,
-                                   kProductThreads, product_shared_bytes<kTiles>()};
-  return cuda::launch(product_kernel<Source, kTiles>, shape, queue.stream, work);
+int64_t shared_blocks(const LinearCall& call) {
+  return (call.rows + kSharedRows - 1) / kSharedRows *
+         ((call.batch + kSharedInputs - 1) / kSharedInputs);
 }
 
 template <class Source>
 cuda::Status launch_product(const Source& source, const LinearCall& call,
                             const Constants& constants, const uint16_t* operands,
-                            const float* offsets, const cuda::Queue& queue) {
-  const ProductWork<Source> work = {source,         operands,      offsets,    call.bias,
-                                    call.batch,     call.rows,     call.terms, constants,
-                                    call.out_lower, call.out_upper};
-  switch (tiles_for(call.batch)) {
-    case 1:
-      return launch_tiles<Source, 1>(work, queue);
-    case 2:
-      return launch_tiles<Source, 2>(work, queue);
-    default:
-      return launch_tiles<Source, 4>(work, queue);
+                            const float* offsets, int parts, const cuda::Queue& queue) {
+  const ProductWork<Source> work = {source,         operands,       offsets,    call.bias,
+                                    call.batch,     call.rows,      call.terms, constants,
+                                    call.out_lower, call.out_upper, parts};
+  if (call.shared_inputs) {
+    const cuda::LaunchShape shape = {static_cast<unsigned>(shared_blocks(call) * parts), 1,
+                                     kSharedThreads, kSharedBytes, static_cast<unsigned>(parts)};
+    return cuda::launch(shared_kernel<Source>, shape, queue.stream, work);
   }
+  constexpr int64_t kRows = 16 * kRowTiles;
+  const int64_t groups = operand_shape(work.batch, work.terms).batch / kColumns;
+  const cuda::LaunchShape shape = {static_cast<unsigned>((work.rows + kRows - 1) / kRows * groups),
+                                   1, kProductThreads, kProductShared};
+  return cuda::launch(product_kernel<Source>, shape, queue.stream, work);
 }
 
 template <int kBits>
@@ -66,9 +70,10 @@ bool aligned(const void* pointer, int64_t row_bytes) {
 }
 
 cuda::Status launch_any(const LinearCall& call, const Constants& constants,
-                        const uint16_t* operands, const float* offsets, const cuda::Queue& queue) {
+                        const uint16_t* operands, const float* offsets, int parts,
+                        const cuda::Queue& queue) {
   const auto with = [&](const auto& source) {
-    return launch_product(source, call, constants, operands, offsets, queue);
+    return launch_product(source, call, constants, operands, offsets, parts, queue);
   };
   if (call.kind == WeightKind::kFloat32) {
     return with(Float32Source{static_cast<const float*>(call.dense), call.terms,
@@ -109,7 +114,9 @@ int64_t scratch_bytes(int64_t batch, int64_t terms) {
 
 cuda::Status interval_linear(const LinearCall& call, const cuda::Queue& queue) {
   if (call.batch == 0 || call.rows == 0) return 0;
-  const Constants constants = constants_for(call);
+  const bool many = call.shared_inputs && call.clusters;
+  const int parts = many ? shared_parts(shared_blocks(call), queue.multiprocessors, call.terms) : 1;
+  const Constants constants = constants_for(call, parts);
   const Shape shape = operand_shape(call.batch, call.terms);
   auto* operands = static_cast<uint16_t*>(call.scratch);
   auto* offsets = reinterpret_cast<float*>(operands + kPlanes * shape.batch * shape.terms);
@@ -122,7 +129,7 @@ cuda::Status interval_linear(const LinearCall& call, const cuda::Queue& queue) {
       cuda::launch(prepare_kernel, {static_cast<unsigned>(shape.batch), 1, kPrepareThreads, 128},
                    queue.stream, prepare);
   if (status != 0) return status;
-  return launch_any(call, constants, operands, offsets, queue);
+  return launch_any(call, constants, operands, offsets, parts, queue);
 }
 
 }  // namespace gpu

@@ -1,4 +1,4 @@
-// The interval product on tensor cores: y = W x over boxes, W read once for both sums of up to 32
+// The interval product on tensor cores: y = W x over boxes, W read once for both sums of up to 16
 // inputs. Same promises as interval.h, other arithmetic.
 //
 // Operands. Tensor cores multiply bfloat16 exactly and add in float32. So
@@ -54,7 +54,9 @@ struct LinearCall {
   bool decoded;      // a dense weight that was packed: kDeployed speaks of the packed product
   float* out_lower;  // (batch, rows)
   float* out_upper;
-  void* scratch;  // scratch_bytes(batch, terms), 16-byte aligned
+  void* scratch;       // scratch_bytes(batch, terms), 16-byte aligned
+  bool shared_inputs;  // 64 rows of a block share inputs (cuda_shared.cuh), else 32 do not
+  bool clusters;       // the device has them: compute capability 9.0 and above
 };
 
 bool packed_fits(const matmul::PackedMatrix& weight);

@@ -24,8 +24,8 @@ constexpr int64_t kColumns = 8;  // inputs of one tile
 
 PYROBUST_HD int64_t padded(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
 
-// Tiles of inputs that one block holds: 1, 2 or 4.
-PYROBUST_HD int tiles_for(int64_t batch) { return batch <= 8 ? 1 : batch <= 16 ? 2 : 4; }
+// Tiles of inputs that operands are padded to: what a block of either kernel holds divides them.
+PYROBUST_HD int tiles_for(int64_t batch) { return batch <= 8 ? 1 : 2; }
 
 // Blocks of the same rows follow one another, so that only the first reads W from memory.
 struct BlockPlace {
@@ -86,11 +86,43 @@ PYROBUST_HD int64_t operand_index(const Shape& shape, int plane, int64_t input, 
 }
 
 // How many float32 roundings a term meets on its way from an accumulator to the result: a product
-// and a sum a step of its warp, then the sums over warps.
-constexpr int kWarps = 8;
-PYROBUST_HD int64_t gpu_depth(int64_t terms) {
+// and a sum a step of its part of the terms, then the sums over the parts.
+PYROBUST_HD int64_t gpu_depth(int64_t terms, int64_t parts) {
   const int64_t steps = (terms + kStep - 1) / kStep;
-  return 2 * ((steps + kWarps - 1) / kWarps) + kWarps + 2;
+  return 2 * ((steps + parts - 1) / parts) + parts + 2;
+}
+
+// --- blocks whose inputs are shared (cuda_shared.cuh) -------------------------------------------
+// Four warps, a team, multiply 64 rows; the teams of a block and the blocks of a cluster take every
+// so many-th step.
+constexpr int kTeams = 2, kTeamWarps = 4, kTeam = 32 * kTeamWarps;
+constexpr int kSharedTiles = 2;
+constexpr int64_t kSharedRows = 16 * kTeamWarps;
+constexpr int kSharedInputs = kSharedTiles * static_cast<int>(kColumns);
+
+// Blocks that share rows and inputs: as many as fit the device at a time, each with a step or more
+// a team.
+constexpr int kMostParts = 8;
+PYROBUST_HD int shared_parts(int64_t blocks, int multiprocessors, int64_t terms) {
+  const int64_t steps = (terms + kStep - 1) / kStep;
+  int parts = 1;
+  while (2 * parts <= kMostParts && blocks * 2 * parts <= multiprocessors &&
+         2 * parts * kTeams <= steps) {
+    parts *= 2;
+  }
+  return parts;
+}
+
+// A step of an input is 64 vectors of 16 bytes in either memory. In shared memory those of one
+// plane and eighth lie side by side, every other input's four further on: eight lanes that load
+// together find eight banks.
+constexpr int kStepVectors = static_cast<int>(kStep) * kPlanes / 8;
+PYROBUST_HD int shared_vector(int input, int eighth, int plane, int lane) {
+  return input * kStepVectors + ((eighth * 16 + plane * 4 + lane) ^ (input % 2 * 4));
+}
+// Where vector `index` of an input's step in global memory (operand_index) goes.
+PYROBUST_HD int shared_place_of(int input, int index) {
+  return shared_vector(input, index / 16, index % 4, index / 4 % 4);
 }
 
 }  // namespace gpu

@@ -15,7 +15,9 @@ struct Eight {
 };
 
 // Each source: kSecond (whether `second` is used), kBits (0: dense), kOrder (of the terms),
-// begin(row, step, lane) to fetch a lane's 32 terms, eight(i) for i in 0 .. 3, scale().
+// begin(row, step, lane) to fetch a lane's 32 terms, eight(i) for i in 0 .. 3, scale(). What begin
+// leaves in memory load(i) brings as a Part, of which convert(i) makes the same as eight(i); where
+// `whole`(step), load_whole(i) does so without looking for the end of a row.
 
 struct Float32Source {
   static constexpr bool kSecond = true;
@@ -31,7 +33,12 @@ struct Float32Source {
     int64_t terms;
     bool vectors;
 
-    __device__ __forceinline__ void load(int i, float (&w)[8]) const {
+    struct Part {
+      float w[8];
+    };
+
+    __device__ __forceinline__ void load(int i, Part* out) const {
+      float (&w)[8] = out->w;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int64_t at = first + 32 * i + 16 * half;
@@ -47,9 +54,16 @@ struct Float32Source {
         }
       }
     }
-    __device__ __forceinline__ void eight(int i, Eight* out) const {
-      float w[8];
-      load(i, w);
+    __device__ __forceinline__ void load_whole(int i, Part* out) const {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const cuda::Words4 four = cuda::load16_once(row + first + 32 * i + 16 * half);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) out->w[4 * half + k] = float_from_bits(four.word[k]);
+      }
+    }
+    __device__ __forceinline__ void convert(int, const Part& part, Eight* out) const {
+      const float (&w)[8] = part.w;
 #pragma unroll
       for (int p = 0; p < 4; ++p) {
         const uint32_t pair = cuda::pack_bf16x2(w[2 * p], w[2 * p + 1]);
@@ -58,11 +72,19 @@ struct Float32Source {
                                            w[2 * p + 1] - cuda::high_bf16(pair));
       }
     }
+    __device__ __forceinline__ void eight(int i, Eight* out) const {
+      Part part;
+      load(i, &part);
+      convert(i, part, out);
+    }
     __device__ __forceinline__ float scale() const { return 1.0f; }
   };
 
   __device__ __forceinline__ Lane begin(int64_t row, int64_t step, int lane) const {
     return {weight + row * terms, step * kStep + lane * 4, terms, vectors};
+  }
+  __device__ __forceinline__ bool whole(int64_t step) const {
+    return vectors && (step + 1) * kStep <= terms;
   }
 };
 
@@ -80,26 +102,47 @@ struct BFloat16Source {
     int64_t terms;
     bool vectors;
 
-    __device__ __forceinline__ void eight(int i, Eight* out) const {
+    struct Part {
+      uint32_t word[4];
+    };
+
+    __device__ __forceinline__ void load(int i, Part* out) const {
       const int64_t at = first + 8 * i;
       if (vectors && at < terms) {
         const cuda::Words4 words = cuda::load16_once(row + at);
 #pragma unroll
-        for (int p = 0; p < 4; ++p) out->first[p] = words.word[p];
+        for (int p = 0; p < 4; ++p) out->word[p] = words.word[p];
         return;
       }
 #pragma unroll
       for (int p = 0; p < 4; ++p) {
         const uint32_t low = at + 2 * p < terms ? row[at + 2 * p] : 0u;
         const uint32_t high = at + 2 * p + 1 < terms ? row[at + 2 * p + 1] : 0u;
-        out->first[p] = low | high << 16;
+        out->word[p] = low | high << 16;
       }
+    }
+    __device__ __forceinline__ void load_whole(int i, Part* out) const {
+      const cuda::Words4 words = cuda::load16_once(row + first + 8 * i);
+#pragma unroll
+      for (int p = 0; p < 4; ++p) out->word[p] = words.word[p];
+    }
+    __device__ __forceinline__ void convert(int, const Part& part, Eight* out) const {
+#pragma unroll
+      for (int p = 0; p < 4; ++p) out->first[p] = part.word[p];
+    }
+    __device__ __forceinline__ void eight(int i, Eight* out) const {
+      Part part;
+      load(i, &part);
+      convert(i, part, out);
     }
     __device__ __forceinline__ float scale() const { return 1.0f; }
   };
 
   __device__ __forceinline__ Lane begin(int64_t row, int64_t step, int lane) const {
     return {weight + row * terms, step * kStep + lane * kTermsOfLane, terms, vectors};
+  }
+  __device__ __forceinline__ bool whole(int64_t step) const {
+    return vectors && (step + 1) * kStep <= terms;
   }
 };
 
@@ -121,6 +164,11 @@ struct PackedSource {
     uint32_t word[kBits_];
     uint32_t minus_zero;  // twice, as bfloat16
     float scale_of_group;
+
+    struct Part {};
+    __device__ __forceinline__ void load(int, Part*) const {}
+    __device__ __forceinline__ void load_whole(int, Part*) const {}
+    __device__ __forceinline__ void convert(int i, const Part&, Eight* out) const { eight(i, out); }
 
     // word[first + i] for i in 0 .. 3, by selection, so that a loop over i need not be unrolled.
     template <int kStride>
@@ -175,6 +223,8 @@ struct PackedSource {
     __device__ __forceinline__ float scale() const { return scale_of_group; }
   };
 
+  __device__ __forceinline__ bool whole(int64_t) const { return true; }
+
   __device__ __forceinline__ Lane begin(int64_t row, int64_t step, int lane) const {
     Lane out;
     const auto* from = reinterpret_cast<const uint32_t*>(codes + row * row_bytes) +
@@ -190,7 +240,9 @@ struct PackedSource {
 #pragma unroll
       for (int k = 0; k < kBits_; ++k) out.word[k] = from[k];
     }
-    const int64_t group = row * groups + step / steps_a_group;
+    // 32 bits are enough for steps: a division of 64 costs about 70 instructions.
+    const auto past = static_cast<uint32_t>(step) / static_cast<uint32_t>(steps_a_group);
+    const int64_t group = row * groups + past;
     const int zero = zeros != nullptr ? zeros[group] : 1 << (kBits_ - 1);
     out.minus_zero = bfloat16_from_float(static_cast<float>(-zero)) * 0x10001u;
     out.scale_of_group = load_float(scales, group, scale_type);

@@ -26,6 +26,10 @@ __all__ = [
     "packed_linear",
 ]
 
+# Inputs from which on 64 rows share them in shared memory. For fewer the kernel that was measured
+# on an H200 serves, 32 rows that read them each for itself; `bench/gpu.py` times both.
+LEAST_SHARED_INPUTS = 9
+
 
 def linear(
     lower: Tensor,
@@ -60,13 +64,16 @@ def linear(
         weight.dtype == torch.bfloat16,
         int8,
         packed,
-        lower.shape[0],
-        rows,
-        terms,
+        _sizes(lower, rows),
         rounding,
         where(lower),
     )
     return ends
+
+
+def _sizes(lower: Tensor, rows: int) -> tuple[int, int, int, bool]:
+    """Inputs, rows and terms, and whether the rows of a thread block share inputs."""
+    return lower.shape[0], rows, lower.shape[1], lower.shape[0] >= LEAST_SHARED_INPUTS
 
 
 def packed_fits(
@@ -105,9 +112,7 @@ def packed_linear(
         0 if zero is None else zero.data_ptr(),
         (levels_of(bits), group_size, 1),
         int8,
-        lower.shape[0],
-        rows,
-        terms,
+        _sizes(lower, rows),
         rounding,
         where(lower),
     )

@@ -37,12 +37,21 @@ def tensor_core(request, emulated_cuda):
     return emulated_cuda
 
 
+@pytest.fixture(params=[1, 1 << 60], ids=["shared-inputs", "own-inputs"])
+def kernel(request, monkeypatch):
+    """Either of the two kernels, whatever the number of inputs."""
+    monkeypatch.setattr(_cuda_interval, "LEAST_SHARED_INPUTS", request.param)
+
+
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize(
     ("batch", "rows", "terms"),
-    [(1, 16, 128), (3, 33, 200), (9, 40, 131), (17, 20, 256), (40, 18, 64), (2, 5, 1)],
-)
-def test_dense_weights(tensor_core, batch, rows, terms, rounding):
+    [
+        (1, 16, 128), (3, 33, 200), (9, 40, 131), (17, 20, 256), (40, 18, 64), (2, 5, 1),
+        (16, 130, 1150), (5, 64, 640),
+    ],
+)  # fmt: skip
+def test_dense_weights(tensor_core, kernel, batch, rows, terms, rounding):
     lower, upper = boxes(batch, terms)
     weight, bias = torch.randn(rows, terms), torch.randn(rows)
     for matrix in (weight, weight.bfloat16()):
@@ -63,7 +72,7 @@ def packed(rows, terms, bits, group_size, symmetric=False):
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize(("group_size", "terms"), [(128, 384), (256, 512), (-1, 256)])
-def test_packed_weights_are_bounded_exactly(tensor_core, bits, group_size, terms):
+def test_packed_weights_are_bounded_exactly(tensor_core, kernel, bits, group_size, terms):
     size = terms if group_size == -1 else group_size
     for symmetric in (False, True):
         weight = packed(21, terms, bits, size, symmetric or bits == 1)
@@ -76,7 +85,7 @@ def test_packed_weights_are_bounded_exactly(tensor_core, bits, group_size, terms
         check_sound(ends, exact_ends(lower, upper, matrix), lower, upper, matrix)
 
 
-def test_the_rounding_of_activations_widens_packed_bounds(emulated_cuda):
+def test_the_rounding_of_activations_widens_packed_bounds(emulated_cuda, kernel):
     weight = packed(8, 128, 4, 128)
     lower, upper = boxes(3, 128)
     parts = (weight.codes, weight.scale, weight.zero, None, 128, 4, 128)
@@ -95,7 +104,7 @@ def test_the_rounding_of_activations_widens_packed_bounds(emulated_cuda):
     assert ((ends[1] - ends[0]) <= (cpu[1] - cpu[0]) * 1.01).all()
 
 
-def test_corners_of_adversarial_boxes_in_rationals(tensor_core):
+def test_corners_of_adversarial_boxes_in_rationals(tensor_core, kernel):
     """One huge term and many just below what a truncating sum keeps, signs all one way."""
     terms = 300
     weight = torch.full((1, terms), 1.0)
@@ -108,7 +117,7 @@ def test_corners_of_adversarial_boxes_in_rationals(tensor_core):
         assert Fraction(low.item()) <= exact <= Fraction(high.item())
 
 
-def test_sums_that_nearly_cancel_stay_sound(tensor_core):
+def test_sums_that_nearly_cancel_stay_sound(tensor_core, kernel):
     lower, upper = boxes(4, 512, width=1e-6)
     weight = torch.randn(16, 512)
     weight[:, 256:] = -weight[:, :256]
@@ -120,7 +129,7 @@ def test_sums_that_nearly_cancel_stay_sound(tensor_core):
     assert (y <= ends[1]).all()
 
 
-def test_tiny_huge_infinite_and_nan_inputs(emulated_cuda):
+def test_tiny_huge_infinite_and_nan_inputs(emulated_cuda, kernel):
     weight = torch.randn(4, 128)
     for size in (1e-44, 1e-38, 1e30):
         lower, upper = (end * size for end in boxes(3, 128))
@@ -139,7 +148,7 @@ def test_tiny_huge_infinite_and_nan_inputs(emulated_cuda):
         assert low[[0, 4]].isfinite().all()
 
 
-def test_point_boxes_with_exact_arithmetic_are_nearly_points(emulated_cuda):
+def test_point_boxes_with_exact_arithmetic_are_nearly_points(emulated_cuda, kernel):
     x = torch.randint(-8, 9, (2, 128)).float()
     weight = torch.randint(-8, 9, (16, 128)).float()
     low, high = _cuda_interval.linear(x, x, weight, None, "real")
@@ -148,7 +157,7 @@ def test_point_boxes_with_exact_arithmetic_are_nearly_points(emulated_cuda):
     assert (high - low <= 6e-4 * (x.abs() @ weight.abs().T) + 1e-6).all()
 
 
-def test_it_is_about_as_tight_as_the_cpu(emulated_cuda):
+def test_it_is_about_as_tight_as_the_cpu(emulated_cuda, kernel):
     lower, upper = boxes(4, 512)
     weight = torch.randn(32, 512)
     ends = _cuda_interval.linear(lower, upper, weight, None, "real")
@@ -191,6 +200,46 @@ def test_operand_places_beyond_2_31(batch, terms, data):
         32: eighth * 32 + i // 4 * 16 + lane * 4 + i % 4,
     }
     assert step * 128 + own[order] == term
+
+
+def test_shared_inputs_lie_where_products_look_and_fill_their_stage():
+    shim = pytest.importorskip("pyrobust._cuda_shim")
+    places = shim.shared_places(16)
+    assert all(copied == read for copied, read in places)
+    assert sorted(place for place, _ in places) == list(range(16 * 64))
+    for eighth in range(4):
+        for plane in range(4):
+            for lane in (0, 8, 16, 24):
+                assert sorted(shim.banks_together(eighth, plane, lane)) == list(range(8))
+
+
+@given(st.integers(1, 2**30), st.integers(1, 200), st.integers(1, 2**21))
+def test_parts_fit_the_device_and_have_a_step_each(blocks, multiprocessors, terms):
+    shim = pytest.importorskip("pyrobust._cuda_shim")
+    parts, steps = shim.shared_parts(blocks, multiprocessors, terms), -(-terms // 128)
+    assert parts in (1, 2, 4, 8)
+    assert parts == 1 or (blocks * parts <= multiprocessors and 2 * parts <= steps)
+    assert parts == 8 or 2 * blocks * parts > multiprocessors or 4 * parts > steps
+    # A product and a sum a step of one team, then a sum a team.
+    assert shim.gpu_depth(terms, 2 * parts) >= 2 * -(-steps // (2 * parts)) + 2 * parts
+
+
+def test_both_kernels_have_the_bits_of_one_another_where_sums_are_exact(emulated_cuda, monkeypatch):
+    """Small integers: every order of summation gives the same sums, and with one rounding of
+    the result the same ends."""
+    lower = torch.randint(-8, 9, (19, 700)).float()
+    upper = lower + torch.randint(0, 5, lower.shape)
+    weight = torch.randint(-8, 9, (150, 700)).float()
+    for matrix in (weight, weight.bfloat16()):
+        seen = []
+        for least in (1, 1 << 60):
+            monkeypatch.setattr(_cuda_interval, "LEAST_SHARED_INPUTS", least)
+            seen.append(_cuda_interval.linear(lower, upper, matrix, None, "nearest"))
+        assert torch.equal(seen[0][0], seen[1][0])
+        assert torch.equal(seen[0][1], seen[1][1])
+        exact = exact_ends(lower, upper, matrix)
+        assert torch.equal(seen[0][0].double(), exact[0])
+        assert torch.equal(seen[0][1].double(), exact[1])
 
 
 # --- the operators' CUDA functions, on CPU tensors ----------------------------------------------

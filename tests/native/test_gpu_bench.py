@@ -41,6 +41,7 @@ def bench(monkeypatch):
     monkeypatch.setattr(gpu_interval, "_MUST", {1: (1.5, 1.9), 9: (1.5, 1.9)})
     monkeypatch.setattr(gpu_interval, "_IMAGES", (2, 3, 9))
     monkeypatch.setattr(gpu_interval, "_SWITCH", (3,))
+    monkeypatch.setattr(gpu_interval, "_KERNELS", (2,))
     monkeypatch.setattr(gpu_interval, "_CHUNKS", (64, 128))
     monkeypatch.setattr(gpu_interval, "_CHUNKED_INPUTS", 9)
     monkeypatch.setattr(torch, "compile", lambda function: function)
@@ -65,7 +66,7 @@ def test_every_part_yields_rows_with_targets(bench, emulated_cuda):
         "x torch float32 IBP",
     }
     assert not [row for row in rows if row.part == "interval" and math.isnan(row.value)]
-    for unit in ("x two bf16 convolutions", "x the fused kernel"):
+    for unit in ("x two bf16 convolutions", "x the fused kernel", "x inputs of its own"):
         assert [row for row in rows if row.unit == unit]
     text = timing.table(rows)
     assert text.count("\n## ") == 4
@@ -85,6 +86,18 @@ def test_a_cell_of_intervals_that_fails_is_a_row(bench, emulated_cuda, monkeypat
     assert "no kernel image" in failed.detail
     assert failed.verdict() == "not measured"
     assert rows[-1] is not failed
+
+
+def test_cells_without_time_are_rows_that_say_so(bench, emulated_cuda):
+    timing, (_, *parts) = bench
+    for part in parts:
+        rows = [row for row in part.measure(timing.Clock(-1)) if row.detail == "no time left"]
+        assert rows
+        assert all(row.verdict() == "not measured" for row in rows)
+        assert "not measured | no time left" in timing.table(rows)
+    whats = {row.what for row in parts[0].measure(timing.Clock(-1))}
+    full = {row.what for row in parts[0].measure(timing.Clock(600))}
+    assert {what for what in full if "against" not in what} <= whats
 
 
 def test_verdicts(bench):
