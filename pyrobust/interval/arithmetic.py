@@ -198,6 +198,9 @@ def _rising_power(box: Interval, exponent: float) -> Interval:
 def root(x: Interval) -> Interval:
     """Square root.
 
+    Not all are correctly rounded (MKL's are not), but off by less than a unit in the last place:
+    where a root is no float, evaluations give one of its two neighbours, which the ends hold.
+
     Raises:
         ValueError: the box holds negative numbers.
     """

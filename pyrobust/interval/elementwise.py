@@ -38,8 +38,11 @@ __all__ = [
     "GELU_TURN",
     "MISH_TURN",
     "RULES",
+    "SELU",
     "SILU_TURN",
     "Curve",
+    "celu_curve",
+    "elu_curve",
     "sigmoid",
     "trace",
 ]
@@ -258,32 +261,43 @@ def _scaled_exponential(alpha: float, scale: float) -> Callable[[Tensor], Tensor
     return function
 
 
+def elu_curve(alpha: float) -> Curve:
+    """``x``, below zero ``alpha (e^x - 1)``."""
+    return Curve(_scaled_exponential(alpha, 1.0), deployed_absolute=4.0 * max(alpha, 1.0))
+
+
+def celu_curve(alpha: float) -> Curve:
+    """``x``, below zero ``alpha (e^(x / alpha) - 1)``."""
+
+    def function(x: Tensor) -> Tensor:
+        return torch.where(x > 0, x, alpha * torch.expm1((x / alpha).clamp(max=0.0)))
+
+    return Curve(function, deployed_absolute=4.0 * max(alpha, 1.0))
+
+
+SELU = Curve(
+    _scaled_exponential(1.6732632423543772848170429916717, 1.0507009873554804934193349852946),
+    deployed_absolute=8.0,
+)
+
+
 def _elu(input: Any, alpha: float = 1.0, inplace: bool = False) -> Interval:
     if alpha < 0:
         raise refuse("elu with a negative alpha")
     box = require_box(input, "elu")
-    curve = Curve(_scaled_exponential(alpha, 1.0), deployed_absolute=4.0 * max(alpha, 1.0))
-    return _finish(box, trace(curve, box), inplace)
+    return _finish(box, trace(elu_curve(alpha), box), inplace)
 
 
 def _selu(input: Any, inplace: bool = False) -> Interval:
-    alpha, scale = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
     box = require_box(input, "selu")
-    curve = Curve(_scaled_exponential(alpha, scale), deployed_absolute=8.0)
-    return _finish(box, trace(curve, box), inplace)
+    return _finish(box, trace(SELU, box), inplace)
 
 
 def _celu(input: Any, alpha: float = 1.0, inplace: bool = False) -> Interval:
     if alpha <= 0:
         raise refuse("celu with alpha <= 0")
     box = require_box(input, "celu")
-
-    def function(x: Tensor) -> Tensor:
-        return torch.where(x > 0, x, alpha * torch.expm1((x / alpha).clamp(max=0.0)))
-
-    return _finish(
-        box, trace(Curve(function, deployed_absolute=4.0 * max(alpha, 1.0)), box), inplace
-    )
+    return _finish(box, trace(celu_curve(alpha), box), inplace)
 
 
 def _gelu_rule(input: Any, *, approximate: str = "none") -> Interval:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyrobust import _native
-from pyrobust.ops._library import dispatcher_watched
+from pyrobust.ops._library import assert_all, dispatcher_watched
 
 __all__ = [
     "MissingRule",
@@ -105,12 +105,10 @@ def holds(mask: Tensor) -> bool:
 def assert_in_graph(condition: Tensor, message: str) -> None:
     """While compiling for the CPU: let the compiled code raise RuntimeError where it is false.
 
-    Left out inside of ``torch.vmap``, which has no rule for it, and on a GPU, where it would end
-    the process's work with the device.
+    Left out on a GPU, where it would end the process's work with the device.
     """
-    if condition.is_cuda or torch._C._are_functorch_transforms_active():
-        return
-    torch._assert_async(condition, message)
+    if not condition.is_cuda:
+        assert_all(condition, message)
 
 
 def reject(requirement: str, violated: Tensor) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 __all__ = [
+    "assert_all",
     "autocasting",
     "call_override",
     "define",
@@ -67,6 +68,35 @@ def define(
         )
     if vmap is not None and hasattr(torch.library, "register_vmap"):  # torch >= 2.5
         torch.library.register_vmap(f"pyrobust::{name}", vmap, lib=_LIBRARY)
+
+
+def _define_assertion() -> None:
+    """``assert_all``, which every backend keeps and ``torch.vmap`` hands all slices together."""
+    _LIBRARY.define("assert_all(Tensor condition, str message) -> ()")
+    _LIBRARY.impl(
+        "assert_all",
+        lambda condition, message: torch._assert_async(condition.all(), message),
+        "CompositeImplicitAutograd",
+    )
+    operator = torch.ops.pyrobust.assert_all
+    torch.fx.node.has_side_effect(operator.default)
+    if hasattr(torch.library, "register_vmap"):  # torch >= 2.5
+
+        def all_slices(
+            info: Any, dims: tuple[int | None, ...], condition: Tensor, message: str
+        ) -> tuple[None, None]:
+            operator(condition, message)
+            return None, None
+
+        torch.library.register_vmap("pyrobust::assert_all", all_slices, lib=_LIBRARY)
+
+
+_define_assertion()
+
+
+def assert_all(condition: Tensor, message: str) -> None:
+    """Raise RuntimeError, in compiled code too, unless ``condition`` is true throughout."""
+    torch.ops.pyrobust.assert_all(condition, message)
 
 
 def call_override(

@@ -21,6 +21,7 @@ static extended exponential(extended x) {
 
 static extended exponential_less_one(extended x) {
   if (far_out(x)) return x > 0 ? INFINITY : -1;
+  if (x < -70) return -1;
   return fabsl(x) < 0x1p-40L ? x * (1 + x / 2) : expm1l(x);
 }
 
@@ -68,6 +69,16 @@ static extended hardsigmoid(extended x) { return clamp(x + 3, 0, 6) / 6; }
 static extended hardswish(extended x) { return x * clamp(x + 3, 0, 6) / 6; }
 static extended softsign(extended x) { return x / (1 + fabsl(x)); }
 
+static extended elu(extended x) { return x > 0 ? x : exponential_less_one(x); }
+static extended celu(extended x) { return x > 0 ? x : 0.75L * exponential_less_one(x / 0.75L); }
+static extended selu(extended x) {
+  const extended alpha = 1.6732632423543772848170429916717L;
+  return 1.0507009873554804934193349852946L * (x > 0 ? x : alpha * exponential_less_one(x));
+}
+static extended inverse_root(extended x) { return 1 / sqrtl(x); }
+static extended cube(extended x) { return x * x * x; }
+static extended power_three_halves(extended x) { return x * sqrtl(x); }
+
 typedef extended (*Function)(extended);
 
 static const struct {
@@ -84,6 +95,9 @@ static const struct {
     {"atan", atanl},        {"log", logl},
     {"log2", log2l},        {"log10", log10l},
     {"log1p", log_of_one_more}, {"sqrt", sqrtl},
+    {"elu", elu},           {"celu", celu},
+    {"selu", selu},         {"rsqrt", inverse_root},
+    {"pow 3", cube},        {"pow 1.5", power_three_halves},
 };
 
 /* Name of function number i, or null beyond the last. */

@@ -178,10 +178,28 @@ def test_compiled_code_refuses_infinite_ends():
     mask = torch.tensor([[-INF], [0.0]])
     masked = ends(lambda box: torch.add(box, mask).softmax(0))(x, x + 1)
     assert bool(torch.isfinite(masked[1]).all())
+
+
+@pytest.mark.skipif(
+    tuple(int(v) for v in torch.__version__.split(".")[:2]) < (2, 13),
+    reason="older torch does not trace objects with __torch_function__",
+)
+@pytest.mark.parametrize("maps", [1, 2])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_vmap_refuses_infinite_ends(backend, maps):
+    def image(low):
+        return torch.exp(Interval(low, low + 1)).upper
+
+    for _ in range(maps):
+        image = torch.vmap(image)
     torch._dynamo.reset()
-    mapped = torch.vmap(lambda low: torch.exp(Interval(low, low + 1)).upper)
-    compiled = torch.compile(mapped, backend="aot_eager", fullgraph=True)  # leaves the check out
-    assert torch.isinf(compiled(2 * x)).flatten().tolist() == [False, True]
+    compiled = torch.compile(image, backend=backend, fullgraph=True)
+    x = torch.tensor([[0.0], [50.0]]).reshape(2, *[1] * maps)
+    torch.testing.assert_close(compiled(x), image(x))
+    with pytest.raises(RuntimeError, match=r"must stay finite; torch\.exp leaves"):
+        compiled(2 * x)
+    with pytest.raises(RuntimeError, match="must be finite, and lower at most upper"):
+        compiled(x * math.nan)
 
 
 def test_in_vmap_all_slices_are_looked_at():
