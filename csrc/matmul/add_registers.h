@@ -43,13 +43,13 @@ inline Type* at_place(Type* saved, int64_t k) {
 inline const Pair& nth(const Pair& only, int) { return only; }
 inline const Pair& nth(const Pairs& both, int i) { return both.pair[i]; }
 
-template <typename Target, typename Source>
+template <bool kSaves, typename Target, typename Source>
 inline void add_registers(const uint8_t* from, const Source& source, typename Target::Type* target,
                           typename Target::Type* saved) {
   const auto values = source.template at<Target::kAlternate>(from);
 #pragma GCC unroll 2
   for (int i = 0; i < Source::kPairs; ++i, target += 2 * kFloats) {
-    if (saved != nullptr) {
+    if constexpr (kSaves) {
       constexpr auto kRegister = static_cast<int64_t>(sizeof(Floats) / sizeof(*target));
       for (int64_t k = 0; k < 2 * kFloats; k += kRegister) stream(saved + k, target + k);
       saved += 2 * kFloats;
@@ -58,25 +58,44 @@ inline void add_registers(const uint8_t* from, const Source& source, typename Ta
   }
 }
 
-// target[k] += value of element k, after what it held was saved, unless that is null. The last ones
-// go through copies, as nothing may be touched behind `count`.
-template <typename Target, typename Source>
-inline void add_run(const uint8_t* from, int64_t count, const Source& source,
-                    typename Target::Type* target, typename Target::Type* saved) {
+// Whole steps of add_run(); returns for how many elements. Whether to save is asked outside of the
+// loop, which has no instruction to spare.
+template <bool kSaves, typename Target, typename Source>
+inline int64_t add_steps(const uint8_t* from, int64_t count, const Source& source,
+                         typename Target::Type* target, typename Target::Type* saved) {
   constexpr int64_t kStep = Source::kPairs * 2 * kFloats;
   int64_t k = 0;
   for (; k + kStep <= count; k += kStep) {
-    add_registers<Target>(from + k * Source::kBits / 8, source, target + k, at_place(saved, k));
+    add_registers<kSaves, Target>(from + k * Source::kBits / 8, source, target + k,
+                                  kSaves ? saved + k : nullptr);
   }
-  if (k == count) return;
+  return k;
+}
+
+// The elements from k on, less than a step, go through copies, as nothing may be touched behind
+// `count`. Apart, so that the registers of the loop are not spilled for it.
+template <typename Target, typename Source>
+__attribute__((noinline)) void add_rest(const uint8_t* from, int64_t k, int64_t count,
+                                        const Source& source, typename Target::Type* target,
+                                        typename Target::Type* saved) {
+  constexpr int64_t kStep = Source::kPairs * 2 * kFloats;
   const auto rest = static_cast<size_t>(count - k);
   alignas(64) uint8_t last[kStep * Source::kBits / 8] = {};
   typename Target::Type sums[kStep] = {};
   __builtin_memcpy(last, from + k * Source::kBits / 8, (rest * Source::kBits + 7) / 8);
   __builtin_memcpy(sums, target + k, rest * sizeof(sums[0]));
   if (saved != nullptr) __builtin_memcpy(saved + k, sums, rest * sizeof(sums[0]));
-  add_registers<Target>(last, source, sums, nullptr);
+  add_registers<false, Target>(last, source, sums, nullptr);
   __builtin_memcpy(target + k, sums, rest * sizeof(sums[0]));
+}
+
+// target[k] += value of element k, after what it held was saved, unless that is null.
+template <typename Target, typename Source>
+inline void add_run(const uint8_t* from, int64_t count, const Source& source,
+                    typename Target::Type* target, typename Target::Type* saved) {
+  const int64_t k = saved == nullptr ? add_steps<false, Target>(from, count, source, target, saved)
+                                     : add_steps<true, Target>(from, count, source, target, saved);
+  if (k != count) add_rest<Target>(from, k, count, source, target, saved);
 }
 
 // Where the loop of sums saves what `count` elements held, runs of `run` elements at a time: at
@@ -99,20 +118,53 @@ inline float scale_of_group(const PackedMatrix& w, int64_t group) {
   return load_float(w.scale, group, w.scale_type);
 }
 
-// Sums with a table a group; `codes` are those of the columns, Table::kBits each.
-template <typename Target, typename Table>
-void add_group_tables(const PackedMatrix& w, Columns at, const uint8_t* codes, float alpha,
-                      typename Target::Type* target, typename Target::Type* saved) {
-  const GroupIntegers integers(w);
-  for_groups(w, at.n, at.begin, at.end, [&](int64_t group, int64_t k, int64_t count) {
-    const Scaled<Target> scaled{zero_at(w, group), scale_of_group(w, group), alpha};
-    alignas(64) float table[16];
-    for (int64_t i = 0; i < Table::kEntries; i += kFloats) {
-      store(table + i, scaled(difference(load(integers.of_code + i), broadcast(scaled.zero))));
+// Scales and zeros of the groups in a span, which have at least 32 columns each; a loop over each.
+struct SpanGroups {
+  static constexpr int64_t kMost = kSpan / 32 + 2;
+  float scale[kMost];
+  int32_t zero[kMost];
+  int64_t first_size;
+
+  SpanGroups(const PackedMatrix& w, Columns at) {
+    const int64_t before = at.begin / w.group_size;
+    const int64_t first = scale_row(w, at.n) + before;
+    const int64_t count = (at.end - 1) / w.group_size - before + 1;
+    first_size = (before + 1) * w.group_size - at.begin;
+    if (w.scale_type == FloatType::kFloat32) {
+      const auto* from = static_cast<const float*>(w.scale) + first;
+      for (int64_t i = 0; i < count; ++i) scale[i] = from[i];
+    } else {
+      for (int64_t i = 0; i < count; ++i) scale[i] = scale_of_group(w, first + i);
     }
-    add_run<Target>(codes + k * Table::kBits / 8, count, Table(table), target + k,
+    const int symmetric = symmetric_zero(w);
+    for (int64_t i = 0; i < count; ++i) zero[i] = w.zero == nullptr ? symmetric : w.zero[first + i];
+  }
+};
+
+// Sums with a table a group; `codes` are those of the columns, Table::kBits each. A function of its
+// own for every kind of table, as all in one leave too few registers.
+template <typename Target, typename Table>
+__attribute__((noinline)) void add_group_tables(const PackedMatrix& w, Columns at,
+                                                const uint8_t* codes, float alpha,
+                                                typename Target::Type* target,
+                                                typename Target::Type* saved) {
+  constexpr int kRegisters = Table::kEntries / kFloats == 0 ? 1 : Table::kEntries / kFloats;
+  const GroupIntegers integers(w);
+  const SpanGroups groups(w, at);
+  Ints of_code[kRegisters];
+  for (int i = 0; i < kRegisters; ++i) of_code[i] = load(integers.of_code + i * kFloats);
+  int64_t size = groups.first_size;
+  for (int64_t k = 0, group = 0; k < at.count(); k += size, size = w.group_size, ++group) {
+    if (size > at.count() - k) size = at.count() - k;
+    const Ints zero = broadcast(groups.zero[group]);
+    const Scaled<Target> scaled{0, groups.scale[group], alpha};
+    alignas(64) float table[16];
+    for (int i = 0; i < kRegisters; ++i) {
+      store(table + i * kFloats, scaled(difference(of_code[i], zero)));
+    }
+    add_run<Target>(codes + k * Table::kBits / 8, size, Table(table), target + k,
                     at_place(saved, k));
-  });
+  }
 }
 
 template <typename Target>
