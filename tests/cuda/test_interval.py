@@ -17,11 +17,18 @@ def boxes(batch, terms, width=0.1):
     return centre - radius, centre + radius
 
 
+@pytest.fixture(params=[1, 1 << 60], ids=["shared-inputs", "own-inputs"])
+def kernel(request, monkeypatch):
+    """Either of the two fused kernels, whatever the number of inputs."""
+    monkeypatch.setattr(_cuda_interval, "LEAST_SHARED_INPUTS", request.param)
+
+
 @pytest.mark.parametrize("rounding", ["real", "deployed"])
 @pytest.mark.parametrize(
-    ("batch", "rows", "terms"), [(1, 512, 784), (9, 300, 4096), (40, 1000, 131), (300, 64, 20_000)]
+    ("batch", "rows", "terms"),
+    [(1, 512, 784), (9, 300, 4096), (16, 8192, 8192), (40, 1000, 131), (300, 64, 20_000)],
 )
-def test_dense_bounds_contain_the_exact_image(batch, rows, terms, rounding):
+def test_dense_bounds_contain_the_exact_image(kernel, batch, rows, terms, rounding):
     lower, upper = boxes(batch, terms)
     weight, bias = torch.randn(rows, terms), torch.randn(rows)
     on_gpu = [t.cuda() for t in (lower, upper, weight, bias)]
@@ -38,7 +45,7 @@ def test_dense_bounds_contain_the_exact_image(batch, rows, terms, rounding):
         assert ((low <= y) & (y <= high)).all()
 
 
-def test_the_bound_of_truncating_sums_holds_on_this_card():
+def test_the_bound_of_truncating_sums_holds_on_this_card(kernel):
     """One huge term and many just under what an aligned sum keeps of it, at every distance."""
     terms = 4096
     weight = torch.ones(1, terms, device="cuda")
@@ -54,7 +61,7 @@ def test_the_bound_of_truncating_sums_holds_on_this_card():
 
 @pytest.mark.parametrize("bits", [1, 1.58, 2, 3, 4, 8])
 @pytest.mark.parametrize("activations", [None, "int8"])
-def test_packed_layers_are_bounded(bits, activations):
+def test_packed_layers_are_bounded(kernel, bits, activations):
     layer = pyrobust.nn.PackedLinear.from_linear(
         nn.Linear(512, 96), bits=bits, group_size=128, activations=activations
     ).cuda()

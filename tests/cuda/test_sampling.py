@@ -19,6 +19,17 @@ def test_noise_has_the_bits_of_the_cpu(noise, dtype, shape):
     assert torch.equal(seen.cpu(), noise(x, scale, 300, dtype=dtype, **POSITION))
 
 
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("elements", [4, 124, 784, 3072])
+def test_samples_whose_numbers_have_other_high_words(noise, elements):
+    """Two launches, tiles without a neighbour, and enough words that some are drawn again."""
+    position = {"seed": 5, "first_sample": 2**32 - 300, "first_index": 2**32 - 1}
+    x = torch.randn(2, elements)
+    for dtype in DTYPES:
+        seen = noise(x.cuda(), 0.5, 1000, dtype=dtype, **position)
+        assert torch.equal(seen.cpu(), noise(x, 0.5, 1000, dtype=dtype, **position))
+
+
 def test_the_other_distributions_have_the_bits_of_the_cpu():
     x = torch.randn(2, 3, 17, 19)
     mask = torch.rand(3, 17, 19) < 0.5
