@@ -298,7 +298,7 @@ cuda::Status dequantize(const PackedMatrix& weight, RowRange rows, const int64_t
                         FloatType type, void* out, cuda::Stream stream) {
   const int64_t blocks = (rows.end - rows.begin) * ceil_div(weight.cols, kSegment);
   if (blocks == 0) return 0;
-  if (indices == nullptr && plainly_decoded(weight, rows, type)) {
+  if (indices == nullptr && plainly_decoded(weight, rows)) {
     switch (weight.levels) {
       case 2:
         return decode_rows<1>(weight, rows, type, out, stream);

@@ -1,6 +1,6 @@
-// Rows of a packed weight as dense halves, for torch's product: what dequantize_kernel makes,
-// without its choices in the loop. It takes groups along input features of whole runs of eight
-// columns, codes of 1, 2, 3, 4 or 8 bits, no codebook, row scales or remainder.
+// Rows of a packed weight as dense numbers, for torch's product: what dequantize_kernel makes,
+// without its choices in the loop but for the type. It takes groups along input features of whole
+// runs of eight columns, codes of 1, 2, 3, 4 or 8 bits, no codebook, row scales or remainder.
 #pragma once
 
 #include "core/float_types.h"
@@ -10,15 +10,15 @@
 namespace pyrobust::matmul::gpu {
 
 constexpr int kDecodeThreads = 256;
-constexpr int kDecodeRun = 8;    // columns of a thread
-constexpr int kDecodeRows = 16;  // rows of a thread block, one after another
+constexpr int kDecodeRun = 8;     // columns of a thread
+constexpr int kDecodeRows = 16;   // rows of a thread block
+constexpr int kRowsTogether = 4;  // whose loads are under way at a time
 
-PYROBUST_HD bool plainly_decoded(const PackedMatrix& w, RowRange rows, FloatType type) {
+PYROBUST_HD bool plainly_decoded(const PackedMatrix& w, RowRange rows) {
   const bool whole_group = w.group_size >= w.cols || w.group_size % kDecodeRun == 0;
-  return type != FloatType::kFloat32 && w.group_dim == 1 && whole_group &&
-         w.cols % kDecodeRun == 0 && w.levels != kTernaryLevels && w.codebook == nullptr &&
-         w.row_scale == nullptr && w.remainder.offsets == nullptr &&
-         reinterpret_cast<uintptr_t>(w.codes) % 8 == 0 &&
+  return w.group_dim == 1 && whole_group && w.cols % kDecodeRun == 0 &&
+         w.levels != kTernaryLevels && w.codebook == nullptr && w.row_scale == nullptr &&
+         w.remainder.offsets == nullptr && reinterpret_cast<uintptr_t>(w.codes) % 8 == 0 &&
          (rows.end - rows.begin) / kDecodeRows < 65535;
 }
 
@@ -32,23 +32,48 @@ PYROBUST_DEVICE uint64_t run_of_codes(const uint8_t* from) {
   return *from;
 }
 
-// Two weights: scale * (multiplier * code - zero), rounded once. Integers below 2^23 come out of a
-// mantissa exactly.
-template <int kBits, FloatType kType>
-PYROBUST_DEVICE uint32_t pair_of_weights(uint64_t codes, int i, float scale, float zero) {
-  float value[2];
-  for (int k = 0; k < 2; ++k) {
-    const auto code = static_cast<uint32_t>(codes >> ((i + k) * kBits)) & ((1u << kBits) - 1);
-    const float whole = float_from_bits(0x4b000000u | (kBits == 1 ? 2 * code : code));
-    value[k] = scale * (whole - 8388608.0f - zero);
-  }
-  return kType == FloatType::kFloat16 ? cuda::pack_f16x2(value[0], value[1])
-                                      : cuda::pack_bf16x2(value[0], value[1]);
+// A weight: scale * (multiplier * code - zero), which float32 holds exactly. Integers below 2^23
+// come out of a mantissa exactly.
+template <int kBits>
+PYROBUST_DEVICE float weight_of(uint64_t codes, int i, float scale, float zero) {
+  const auto code = static_cast<uint32_t>(codes >> (i * kBits)) & ((1u << kBits) - 1);
+  const float whole = float_from_bits(0x4b000000u | (kBits == 1 ? 2 * code : code));
+  return scale * (whole - 8388608.0f - zero);
 }
 
-template <int kBits, FloatType kType>
+PYROBUST_DEVICE void store_run(const float (&value)[kDecodeRun], FloatType type, uint8_t* to) {
+  if (type == FloatType::kFloat32) {
+#pragma unroll
+    for (int i = 0; i < kDecodeRun; i += 4) {
+      cuda::store16(to + 4 * i, {{bits_of_float(value[i]), bits_of_float(value[i + 1]),
+                                  bits_of_float(value[i + 2]), bits_of_float(value[i + 3])}});
+    }
+    return;
+  }
+  cuda::Words4 words;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    words.word[i] = type == FloatType::kFloat16 ? cuda::pack_f16x2(value[2 * i], value[2 * i + 1])
+                                                : cuda::pack_bf16x2(value[2 * i], value[2 * i + 1]);
+  }
+  cuda::store16(to, words);
+}
+
+// The bits of a scale, to be read as a number later: no choice stands between loads.
+PYROBUST_DEVICE uint32_t scale_bits(const PackedMatrix& w, int64_t place) {
+  if (w.scale_type == FloatType::kFloat32) return static_cast<const uint32_t*>(w.scale)[place];
+  return static_cast<const uint16_t*>(w.scale)[place];
+}
+
+PYROBUST_DEVICE float scale_of(uint32_t bits, FloatType type) {
+  if (type == FloatType::kFloat32) return float_from_bits(bits);
+  const auto half = static_cast<uint16_t>(bits);
+  return type == FloatType::kFloat16 ? float_from_float16(half) : float_from_bfloat16(half);
+}
+
+template <int kBits>
 PYROBUST_KERNEL(kDecodeThreads)
-decode_rows_kernel(PackedMatrix w, RowRange rows, void* out) {
+decode_rows_kernel(PackedMatrix w, RowRange rows, FloatType type, void* out) {
   const auto run = static_cast<int64_t>(blockIdx.x) * kDecodeThreads + threadIdx.x;
   const int64_t k = run * kDecodeRun;
   if (k >= w.cols) return;
@@ -58,24 +83,36 @@ decode_rows_kernel(PackedMatrix w, RowRange rows, void* out) {
   const uint32_t group = one ? 0u : static_cast<uint32_t>(k) / size;
   const int64_t begin = rows.begin + int64_t{blockIdx.y} * kDecodeRows;
   const int64_t end = begin + kDecodeRows < rows.end ? begin + kDecodeRows : rows.end;
-  const int64_t row_bytes = w.cols / 8 * kBits;
+  const int64_t row_bytes = w.cols / 8 * kBits, bytes = type == FloatType::kFloat32 ? 4 : 2;
   const uint8_t* codes = w.codes + begin * row_bytes + run * kBits;
-  auto* to = static_cast<uint16_t*>(out) + (begin - rows.begin) * w.cols + k;
+  auto* to = static_cast<uint8_t*>(out) + ((begin - rows.begin) * w.cols + k) * bytes;
   int64_t place = begin * groups + group;
-#pragma unroll 4
-  for (int64_t n = begin; n < end; ++n) {
-    const uint64_t of_row = run_of_codes<kBits>(codes);
-    const float scale = load_float(w.scale, place, w.scale_type);
-    const auto zero = static_cast<float>(zero_at(w, place));
-    cuda::Words4 words;
+#pragma unroll 1
+  for (int64_t n = begin; n < end; n += kRowsTogether) {
+    const int64_t left = end - n;
+    uint64_t of_row[kRowsTogether];
+    uint32_t scale[kRowsTogether], zero[kRowsTogether];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      words.word[i] = pair_of_weights<kBits, kType>(of_row, 2 * i, scale, zero);
+    for (int j = 0; j < kRowsTogether; ++j) {
+      if (j >= left) break;
+      of_row[j] = run_of_codes<kBits>(codes + j * row_bytes);
+      scale[j] = scale_bits(w, place + j * groups);
+      zero[j] = static_cast<uint32_t>(zero_at(w, place + j * groups));
     }
-    cuda::store16(to, words);
-    codes += row_bytes;
-    to += w.cols;
-    place += groups;
+#pragma unroll
+    for (int j = 0; j < kRowsTogether; ++j) {
+      if (j >= left) break;
+      float value[kDecodeRun];
+#pragma unroll
+      for (int i = 0; i < kDecodeRun; ++i) {
+        value[i] = weight_of<kBits>(of_row[j], i, scale_of(scale[j], w.scale_type),
+                                    static_cast<float>(zero[j]));
+      }
+      store_run(value, type, to + j * w.cols * bytes);
+    }
+    codes += kRowsTogether * row_bytes;
+    to += kRowsTogether * w.cols * bytes;
+    place += kRowsTogether * groups;
   }
 }
 
@@ -86,10 +123,7 @@ cuda::Status decode_rows(const PackedMatrix& w, RowRange rows, FloatType type, v
   shape.blocks_x = static_cast<unsigned>(ceil_div(w.cols, kDecodeThreads * kDecodeRun));
   shape.blocks_y = static_cast<unsigned>(ceil_div(rows.end - rows.begin, kDecodeRows));
   shape.threads = kDecodeThreads;
-  return type == FloatType::kFloat16 ? cuda::launch(decode_rows_kernel<kBits, FloatType::kFloat16>,
-                                                    shape, stream, w, rows, out)
-                                     : cuda::launch(decode_rows_kernel<kBits, FloatType::kBFloat16>,
-                                                    shape, stream, w, rows, out);
+  return cuda::launch(decode_rows_kernel<kBits>, shape, stream, w, rows, type, out);
 }
 
 }  // namespace pyrobust::matmul::gpu

@@ -36,6 +36,22 @@ def around_library(request, tmp_path_factory):
     return gates.compile_kernels("interval/cuda_library.cu", request.param, folder)
 
 
+@pytest.fixture(scope="module", params=ARCHITECTURES, ids=["sm_90", "sm_80"])
+def plain_products(request, tmp_path_factory):
+    return gates.compile_kernels("matmul/cuda.cu", request.param, tmp_path_factory.mktemp("m"))
+
+
+def test_decoding_has_the_loads_of_four_rows_under_way(plain_products):
+    """Which takes registers: 80 leave room for 768 threads."""
+    kernels = matching(plain_products, "decode_rows_kernel")
+    assert len(kernels) == 5
+    for kernel in kernels:
+        assert kernel.spills == 0
+        assert kernel.registers <= 80
+        if kernel.code:
+            assert kernel.has("STG.E.128")
+
+
 def drawing_loop(kernel):
     """The loop over samples: the shortest with Philox's products, 60 of four counters, and those of
     16 values with their scale."""
@@ -184,7 +200,7 @@ def test_interval_products_with_shared_inputs_stay_within_their_instructions(
 @needs_code
 @pytest.mark.skipif(not _cuda_module.has_cuda_module(), reason="pyrobust._cuda is not built here")
 def test_the_module_has_few_instances_of_templates_an_architecture():
-    """About 110: every one costs seconds of compilation."""
+    """Below 110: every one costs seconds of compilation."""
     path = _cuda_module.cuda_module("test").__file__
     command = [f"{gates.disassembler()}/cuobjdump", "--dump-resource-usage", path]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -198,4 +214,4 @@ def test_the_module_has_few_instances_of_templates_an_architecture():
         instances = sum("<" in name for name in plain.splitlines())
         counts[architecture] = counts.get(architecture, 0) + instances
     assert set(counts) >= {"80", "90"}
-    assert max(counts.values()) <= 114, counts
+    assert max(counts.values()) <= 109, counts
