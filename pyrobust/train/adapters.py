@@ -28,6 +28,7 @@ __all__ = [
     "adapters",
     "adapters_disabled",
     "apply_adapter",
+    "bake_adapters",
     "load_adapter",
     "merge_adapters",
     "save_adapter",
@@ -235,6 +236,36 @@ def unmerge_adapters(model: nn.Module) -> nn.Module:
     """Take every merged adapter out again, bit for bit."""
     for adapter in adapters(model).values():
         adapter.unmerge()
+    return model
+
+
+def bake_adapters(model: nn.Module) -> nn.Module:
+    """Put plain layers with merged weights in the place of adapters, in place and for good.
+
+    State dicts then have the names of the model before :func:`apply_adapter`. Parameters stay
+    frozen or not as they are.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: ``model`` has no adapter, or is one itself: its ``base`` is then the layer.
+
+    Example:
+        >>> model = apply_adapter(nn.Sequential(nn.Linear(3, 3)), LoRA(("0",), r=1))
+        >>> bake_adapters(model)
+        Sequential(
+          (0): Linear(in_features=3, out_features=3, bias=True)
+        )
+    """
+    found = adapters(model)
+    if not found or "" in found:
+        raise ValueError("bake_adapters: model must be a module with adapters inside it.")
+    for name, adapter in found.items():
+        if not adapter.merged:
+            adapter.merge()
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, adapter.base)
     return model
 
 

@@ -20,6 +20,8 @@ from pyrobust.nn import (
     weight_statistics,
 )
 
+from ..two_processes import run_two_processes
+
 
 def small_cnn():
     return nn.Sequential(
@@ -37,6 +39,10 @@ def test_value_is_a_times_arctan():
     compander = WeightCompander(2.0, 1.5, learnable=False)
     v = torch.tensor([-3.0, 0.0, 1.5])
     torch.testing.assert_close(compander(v), 2 * torch.atan(v / 1.5))
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert torch.equal(compander(v), 2 * torch.atan(v / 1.5))
+    half = v.half()
+    assert torch.equal(compander(half), (2 * torch.atan(half.float() / 1.5)).half())
 
 
 def test_derivatives_match_the_formulas():
@@ -194,6 +200,33 @@ def test_survives_copying_saving_compiling_and_autocast():
     torch.testing.assert_close(compiled(x), model(x))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert model(x).dtype == torch.bfloat16
+
+
+def parallel_part(rank):
+    """Two steps on half of the batch in either of two processes."""
+    torch.manual_seed(0)
+    model = apply_weight_compander(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)))
+    x, y = torch.randn(2, 20, 6), torch.randint(3, (2, 20))
+    parallel = nn.parallel.DistributedDataParallel(model) if rank is not None else model
+    optimizer = torch.optim.SGD(compander_param_groups(model, lr=0.1, weight_decay=0.01))
+    for images, labels in zip(x, y, strict=True):
+        half = slice(None) if rank is None else slice(10 * rank, 10 * rank + 10)
+        optimizer.zero_grad()
+        F.cross_entropy(parallel(images[half]), labels[half]).backward()
+        optimizer.step()
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path):
+    alone = parallel_part(None)
+    for part in run_two_processes(parallel_part, tmp_path):
+        assert part.keys() == alone.keys()
+        for name, value in part.items():
+            torch.testing.assert_close(value, alone[name])
+    torch.manual_seed(0)
+    start = apply_weight_compander(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)))
+    assert all(not torch.equal(value, alone[name]) for name, value in start.named_parameters())
 
 
 @pytest.mark.parametrize(

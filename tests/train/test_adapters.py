@@ -18,6 +18,7 @@ from pyrobust.train import (
     adapters,
     adapters_disabled,
     apply_adapter,
+    bake_adapters,
     load_adapter,
     load_peft_lora,
     merge_adapters,
@@ -97,6 +98,33 @@ def test_merge_and_unmerge_a_model():
     torch.testing.assert_close(model(x), output, rtol=1e-4, atol=1e-5)
     unmerge_adapters(model)
     assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoRA(("q_proj", "conv"), r=2),
+        SVFit(("q_proj", "conv"), 3),
+        SVFit(("q_proj", "conv"), 3, mode="split"),
+    ],
+)
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_baked_model_is_plain(config, merged):
+    plain, x = Block(), torch.randn(3, 16)
+    model = apply_adapter(copy.deepcopy(plain), config)
+    fit(model, x)
+    output = model(x)
+    if merged:
+        merge_adapters(model)
+    assert bake_adapters(model) is model
+    assert not adapters(model)
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+    torch.testing.assert_close(model(x), output, rtol=1e-4, atol=1e-5)
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(plain(x), model(x))
+    for bare in (plain, LoRA((), r=1).build(nn.Linear(3, 3))):
+        with pytest.raises(ValueError, match="with adapters inside it"):
+            bake_adapters(bare)
 
 
 @pytest.mark.parametrize("config", [LoRA(("q_proj", "conv"), r=2), SVFit(("q_proj", "conv"), 3)])
