@@ -7,6 +7,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
+#include <numeric>
 
 #include "bindings/plain_arguments.h"
 #include "bindings/tensor_view.h"
@@ -22,13 +24,20 @@ struct Box {
   int64_t shape[TensorView::kMaxDims] = {};
   py::handle tensor;  // to allocate like, null for kept ends
 
-  Box(py::handle first, py::handle second, int64_t terms) {
+  Box(py::handle first, py::handle second) {
     if (PyByteArray_CheckExact(first.ptr())) {
       read_kept(first, second);
     } else {
       read_tensors(first, second);
     }
+  }
+
+  void require_terms(int64_t terms) const {
     if (ndim == 0 || shape[ndim - 1] != terms) throw NotPlain();
+  }
+
+  int64_t numel() const {
+    return std::accumulate(shape, shape + ndim, int64_t{1}, std::multiplies<>());
   }
 
   int64_t batch() const {

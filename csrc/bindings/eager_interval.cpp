@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <cmath>
+#include <cstring>
 
 #include "bindings/eager_ends.h"
 #include "bindings/families.h"
@@ -84,7 +85,8 @@ py::object dense_image(PyObject* const* a) {
   const TensorView weight = view(a[2], "weight");
   weight.require_dtype(DType::kFloat32).require_ndim(2);
   if (a[3] != Py_None) require_unnegated(a[3]);
-  const Box box(a[0], a[1], weight.shape[1]);
+  const Box box(a[0], a[1]);
+  box.require_terms(weight.shape[1]);
   return image(box, {weight.as<float>(), nullptr, weight.shape[0], weight.shape[1]}, a[3], false,
                {a[4], a[5], a[6], a[8]});
 }
@@ -104,7 +106,8 @@ py::object packed_image(PyObject* const* a) {
       packed_matrix(view(a[2], "codes"), view(a[3], "scale"), view_optional(a[4], "zero"), columns,
                     levels_of(a[7]), integer(a[8]), static_cast<int>(integer(a[9])), a[11]);
   const bool int8 = mode_of(a[10]) == matmul::Mode::kInt8;
-  const Box box(a[0], a[1], columns);
+  const Box box(a[0], a[1]);
+  box.require_terms(columns);
   std::shared_ptr<const PanelMemory> panels;  // for the sums of few inputs
   if (!int8 && box.batch() <= interval::kFewInputs) {
     panels = attach_panels(a[2], a[3], a[4], static_cast<int>(integer(a[14])), &weight);
@@ -294,6 +297,20 @@ py::object box_relu(PyObject* const* a) {
   return new_box(box.first, box.second, box.rounding, true, a[1]);
 }
 
+// memory, shape -> lower, upper: tensors of their own
+py::object tensors_of_kept(PyObject* const* a) {
+  static PyObject* const like = [] {
+    return py::object(py::module_::import("torch").attr("empty")(0)).release().ptr();  // float32
+  }();
+  const Box box(a[0], a[1]);
+  const auto bytes = static_cast<size_t>(box.numel()) * sizeof(float);
+  py::object lower = new_output(like, box.shape, box.ndim);
+  py::object upper = new_output(like, box.shape, box.ndim);
+  std::memcpy(view(lower, "lower").data, box.low, bytes);
+  std::memcpy(view(upper, "upper").data, box.high, bytes);
+  return py::make_tuple(std::move(lower), std::move(upper));
+}
+
 template <py::object (*kFunction)(PyObject* const*), Py_ssize_t kCount>
 PyObject* entry(PyObject*, PyObject* const* values, Py_ssize_t count) {
   if (count != kCount) {
@@ -320,6 +337,7 @@ void bind_eager_interval(py::module_& m) {
       method("box_linear", &entry<&box_linear, kBoxLinearCount>),
       method("box_packed_linear", &entry<&box_packed_linear, kBoxPackedCount>),
       method("box_relu", &entry<&box_relu, 2>),
+      method("tensors_of_kept", &entry<&tensors_of_kept, 2>),
   };
   for (PyMethodDef& definition : methods) {
     m.attr(definition.ml_name) =

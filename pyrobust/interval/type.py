@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyrobust import _native
 from pyrobust._checks import check_choice
 from pyrobust.interval.errors import (
     MissingRule,
@@ -438,15 +439,11 @@ def adopt(lower: Any, upper: Any, rounding: str) -> Interval:
 
 
 def _make_tensors(box: Interval) -> None:
-    """Give ``box`` tensors for its kept ends, if it has any, in the same memory."""
+    """Give ``box`` tensors for its kept ends, if it has any."""
     kept = box.__dict__.get("_kept")  # absent where an object is only being made
     if kept is None:
         return
-    memory, shape = kept
-    count = len(memory) // 8
-    low = torch.frombuffer(memory, dtype=torch.float32, count=count)
-    high = torch.frombuffer(memory, dtype=torch.float32, count=count, offset=4 * count)
-    box._lower, box._upper = low.view(shape), high.view(shape)
+    box._lower, box._upper = _native.tensors_of_kept(*kept)
     box._kept = None
 
 
