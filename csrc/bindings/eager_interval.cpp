@@ -6,6 +6,8 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <limits>
+#include <type_traits>
 
 #include "bindings/eager_ends.h"
 #include "bindings/families.h"
@@ -13,6 +15,7 @@
 #include "bindings/panel_cache.h"
 #include "bindings/plain_arguments.h"
 #include "interval/interval.h"
+#include "runtime/float_environment.h"
 
 namespace pyrobust {
 namespace {
@@ -131,8 +134,9 @@ bool in_order(const T* lower, const T* upper, int64_t count) {
   return ordered && sum == 0;
 }
 
-// lower, upper -> True, or False where it is not so or cannot be told
-py::object box_is_finite(PyObject* const* a) {
+// What `run(lower, upper, count)` says of two tensors of few elements that agree.
+template <typename Run>
+py::object of_few_ends(PyObject* const* a, const Run& run) {
   for (int i : {0, 1}) {
     if (a[i] == Py_None) throw NotPlain();
     require_tensor(a[i], false);
@@ -146,10 +150,32 @@ py::object box_is_finite(PyObject* const* a) {
   const int64_t count = low.numel();
   if (count > kMostElements) throw NotPlain();
   if (low.dtype == DType::kFloat32) {
-    return py::bool_(in_order(low.as<float>(), high.as<float>(), count));
+    return py::bool_(run(low.as<float>(), high.as<float>(), count));
   }
   if (low.dtype != DType::kFloat64) throw NotPlain();
-  return py::bool_(in_order(low.as<double>(), high.as<double>(), count));
+  return py::bool_(run(low.as<double>(), high.as<double>(), count));
+}
+
+// lower, upper -> True, or False where it is not so or cannot be told
+py::object box_is_finite(PyObject* const* a) {
+  return of_few_ends(a, [](const auto* lower, const auto* upper, int64_t count) {
+    return in_order(lower, upper, count);
+  });
+}
+
+// lower, upper -> whether a lower end above zero or an upper one below is denormal
+py::object box_ends_in_denormals(PyObject* const* a) {
+  const DefaultFloatEnvironment environment;  // the caller's may read denormals as zeros
+  return of_few_ends(a, [](const auto* lower, const auto* upper, int64_t count) {
+    using T = std::decay_t<decltype(*lower)>;
+    constexpr T kTiny = std::numeric_limits<T>::min();
+    int32_t found = 0;  // without branches, so that the loop becomes vectors
+    for (int64_t i = 0; i < count; ++i) {
+      found |= static_cast<int32_t>(lower[i] > 0) & static_cast<int32_t>(lower[i] < kTiny);
+      found |= static_cast<int32_t>(upper[i] < 0) & static_cast<int32_t>(upper[i] > -kTiny);
+    }
+    return found != 0;
+  });
 }
 
 // --- Interval in, Interval out
@@ -334,6 +360,7 @@ void bind_eager_interval(py::module_& m) {
       method("eager_interval_linear", &entry<&dense_image, kDenseCount>),
       method("eager_interval_packed", &entry<&packed_image, kPackedCount>),
       method("box_is_finite", &entry<&box_is_finite, 2>),
+      method("box_ends_in_denormals", &entry<&box_ends_in_denormals, 2>),
       method("box_linear", &entry<&box_linear, kBoxLinearCount>),
       method("box_packed_linear", &entry<&box_packed_linear, kBoxPackedCount>),
       method("box_relu", &entry<&box_relu, 2>),

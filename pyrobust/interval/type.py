@@ -503,7 +503,7 @@ def weakest(*values: Any) -> str:
 
 
 def _set(box: Interval, lower: Tensor, upper: Tensor, rounding: str, base: Interval | None) -> None:
-    if is_deployed(rounding) and base is None:
+    if is_deployed(rounding) and base is None and _may_be_flushed(lower, upper):
         # hardware that flushes denormals may replace them by zero: let the box hold it
         tiny = torch.finfo(lower.dtype).tiny
         lower = torch.where((lower > 0) & (lower < tiny), 0.0, lower)
@@ -512,6 +512,11 @@ def _set(box: Interval, lower: Tensor, upper: Tensor, rounding: str, base: Inter
     box._memory = [0] if base is None else base._memory
     box._seen = box._memory[0]
     box._rectified, box._graded = False, False
+
+
+def _may_be_flushed(lower: Tensor, upper: Tensor) -> bool:
+    """Whether an end may be a denormal whose loss would cut zero off, or cannot be looked at."""
+    return not plain_eager(lower, upper) or _native.box_ends_in_denormals(lower, upper) is not False
 
 
 def _settle(box: Interval) -> None:

@@ -150,3 +150,28 @@ def test_ends_are_looked_at_in_one_call(dtype):
         assert _native.box_is_finite(low, high) is None
     assert _native.box_is_finite(one.mT, one.mT) is None  # not dense
     assert _native.box_is_finite(one, torch._neg_view(-one)) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_only_boxes_that_end_in_denormals_are_changed(dtype):
+    tiny = torch.finfo(dtype).tiny
+    one = torch.ones(5, dtype=dtype)
+    for low, high, found in (
+        (-one, one, False),
+        (one * 0, one, False),
+        (one * tiny, one, False),
+        (-one * tiny / 2, one * tiny / 2, False),  # these ends contain zero
+        (one * tiny / 2, one, True),
+        (-one, -one * tiny / 2, True),
+    ):
+        assert _native.box_ends_in_denormals(low, high) is found
+        box = Interval(low, high, rounding="deployed")
+        assert bool(box.contains(torch.zeros(5, dtype=dtype)).all()) is (
+            found or bool((low <= 0).all() and (high >= 0).all())
+        )
+        if not found:
+            assert torch.equal(box.lower, low)
+            assert torch.equal(box.upper, high)
+    assert _native.box_ends_in_denormals(one.expand(3, 5).T, one.expand(3, 5).T) is None
+    strided = torch.full((3, 5), tiny / 2, dtype=dtype).T
+    assert bool((Interval(strided, strided + 1, rounding="deployed").lower == 0).all())
