@@ -8,6 +8,8 @@
 
 #include "interval/avx512_ends.h"
 #include "interval/avx512_packed.h"
+#include "interval/avx512_quads.h"
+#include "interval/avx512_tiles.h"
 #include "interval/kernels.h"
 
 namespace pyrobust {
@@ -19,46 +21,31 @@ static_assert(kTileGroup == 16 && kPanelWidth == 16, "a group of tiles fills a r
 // --- rows of pixels
 // -------------------------------------------------------------------------------
 
-// Sixteen tiles, the first eight from one place and the others from another.
-struct Tile {
-  __m512 d0, d1, d2, d3;
-};
-
-inline Tile tile_of(const float* left, const float* right) {
-  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  const __m512i odd = _mm512_or_si512(even, _mm512_set1_epi32(1));
-  const __m512 a = _mm512_loadu_ps(left), b = _mm512_loadu_ps(right);
-  const __m512 c = _mm512_loadu_ps(left + 2), d = _mm512_loadu_ps(right + 2);
-  return {_mm512_permutex2var_ps(a, even, b), _mm512_permutex2var_ps(a, odd, b),
-          _mm512_permutex2var_ps(c, even, d), _mm512_permutex2var_ps(c, odd, d)};
+// e of filtering.h, of values >= 0.
+inline Tile errors_of(const Tile& v) {
+  const __m512 inner = _mm512_add_ps(v.d1, v.d2);
+  return {_mm512_add_ps(inner, _mm512_add_ps(v.d0, v.d2)), inner, inner,
+          _mm512_add_ps(inner, _mm512_add_ps(v.d3, v.d1))};
 }
 
 // r'' of filtering.h.
 inline Tile grown(const FilterRows& work, const Tile& centre, const Tile& radius) {
   const __m512 slack = _mm512_set1_ps(kSlack), floor = _mm512_set1_ps(work.input_floor);
-  const __m512 gain = _mm512_set1_ps(work.centre_error);
-  const __m512 first = magnitude(centre.d1), second = magnitude(centre.d2);
-  const __m512 inner = _mm512_add_ps(first, second);
-  const __m512 left = _mm512_add_ps(inner, _mm512_add_ps(magnitude(centre.d0), second));
-  const __m512 right = _mm512_add_ps(inner, _mm512_add_ps(magnitude(centre.d3), first));
-  const auto with_centre = [&](__m512 r, __m512 error) {
-    const __m512 sum = _mm512_add_ps(r, _mm512_mul_ps(error, gain));
-    return _mm512_add_ps(_mm512_mul_ps(sum, slack), floor);
+  const auto plus = [&](__m512 r, __m512 error, float gain) {
+    const __m512 part = _mm512_mul_ps(error, _mm512_set1_ps(gain));
+    return _mm512_mul_ps(_mm512_add_ps(r, part), slack);
   };
-  const Tile now{with_centre(radius.d0, left), with_centre(radius.d1, inner),
-                 with_centre(radius.d2, inner), with_centre(radius.d3, right)};
-  const __m512 largest =
-      _mm512_max_ps(_mm512_max_ps(now.d0, now.d1), _mm512_max_ps(now.d2, now.d3));
-  const __m512 own = _mm512_mul_ps(largest, _mm512_set1_ps(work.radius_error));
-  const auto with_own = [&](__m512 r) { return _mm512_mul_ps(_mm512_add_ps(r, own), slack); };
-  return {with_own(now.d0), with_own(now.d1), with_own(now.d2), with_own(now.d3)};
-}
-
-inline void store_products(const Tile& tile, int64_t plane, float* to) {
-  _mm512_storeu_ps(to, _mm512_sub_ps(tile.d0, tile.d2));
-  _mm512_storeu_ps(to + plane, _mm512_add_ps(tile.d1, tile.d2));
-  _mm512_storeu_ps(to + 2 * plane, _mm512_sub_ps(tile.d2, tile.d1));
-  _mm512_storeu_ps(to + 3 * plane, _mm512_sub_ps(tile.d1, tile.d3));
+  const Tile of_centre = errors_of(
+      {magnitude(centre.d0), magnitude(centre.d1), magnitude(centre.d2), magnitude(centre.d3)});
+  const auto with_centre = [&](__m512 r, __m512 error) {
+    return _mm512_add_ps(plus(r, error, work.centre_error), floor);
+  };
+  const Tile now{with_centre(radius.d0, of_centre.d0), with_centre(radius.d1, of_centre.d1),
+                 with_centre(radius.d2, of_centre.d2), with_centre(radius.d3, of_centre.d3)};
+  const Tile own = errors_of(now);
+  const float gain = work.radius_error;
+  return {plus(now.d0, own.d0, gain), plus(now.d1, own.d1, gain), plus(now.d2, own.d2, gain),
+          plus(now.d3, own.d3, gain)};
 }
 
 // Sixteen tiles whose halves start at pixels `left` and `right` of the lines, to place `to`.
@@ -71,6 +58,7 @@ inline void sixteen_tiles(const FilterRows& work, int64_t left, int64_t right, i
 }
 
 void filter_tiles(const FilterRows& work) {
+  if (work.quads) return filter_quads(work);
   if (work.tiles % 8 == 0) {  // halves of neighbouring rows share registers
     const int64_t of_row = work.tiles / 8, count = work.rows * of_row;
     const auto place = [&](int64_t half) { return half / of_row * work.line + half % of_row * 16; };
@@ -102,7 +90,8 @@ void filter_weights(const FilterWeights& work) {
   for (int64_t k = 0; k < work.count; ++k) {
     const float* g = work.weight + 3 * k;
     filters_of(g[0], g[1], g[2], work.plane, work.centre + k);
-    filters_of(std::fabs(g[0]), std::fabs(g[1]), std::fabs(g[2]), work.plane, work.radius + k);
+    const auto of_radii = work.quads ? quad_filters_of : filters_of;
+    of_radii(std::fabs(g[0]), std::fabs(g[1]), std::fabs(g[2]), work.plane, work.radius + k);
   }
 }
 
@@ -120,6 +109,7 @@ struct FilterPart {
   const float* weight;
   int64_t terms;  // of a row of W
   float* sums;
+  int64_t sum_stride;
 };
 
 template <int R, int P>
@@ -146,7 +136,7 @@ void filter_run(const FilterPart& part, int64_t begin, int64_t end) {
   for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) {
-      float* at = part.sums + i * kBlockTiles + p * 16;
+      float* at = part.sums + i * part.sum_stride + p * 16;
       const __m512 before = begin == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(at);
       _mm512_storeu_ps(at, _mm512_add_ps(before, sum[i][p]));
     }
@@ -160,7 +150,7 @@ constexpr std::array<FilterRun, sizeof...(R)> runs_by_rows(std::integer_sequence
   return {filter_run<R + 1, P>...};
 }
 
-// One of the kFilters products.
+// One of the products.
 template <int P>
 void filter_plane(const FilterProduct& work, const FilterPart& all) {
   static constexpr auto kRuns = runs_by_rows<P>(std::make_integer_sequence<int, kFilterRows>());
@@ -171,7 +161,7 @@ void filter_plane(const FilterProduct& work, const FilterPart& all) {
       const int64_t next = work.rows * (t + 1) / count;
       FilterPart part = all;
       part.weight += n * work.terms;
-      part.sums += n * kBlockTiles;
+      part.sums += n * part.sum_stride;
       for (int64_t begin = chunk; begin < last; begin += kFilterRun) {
         const int64_t end = last < begin + kFilterRun ? last : begin + kFilterRun;
         kRuns[static_cast<size_t>(next - n - 1)](part, begin, end);
@@ -182,10 +172,13 @@ void filter_plane(const FilterProduct& work, const FilterPart& all) {
 }
 
 void filter_product(const FilterProduct& work) {
-  for (int64_t i = 0; i < kFilters; ++i) {
-    const FilterPart part{work.tiles + i * work.plane, work.places,
-                          work.weight + i * work.weight_plane, work.terms,
-                          work.sums + i * work.rows * kBlockTiles};
+  for (int64_t i = 0; i < work.filters; ++i) {
+    const FilterPart part{work.tiles + i * work.plane,
+                          work.places,
+                          work.weight + i * work.weight_plane,
+                          work.terms,
+                          work.sums + i * work.rows * work.sum_stride,
+                          work.sum_stride};
     switch (work.groups) {
       case 1:
         filter_plane<1>(work, part);
@@ -205,23 +198,24 @@ void filter_product(const FilterProduct& work) {
 // --- outputs
 // --------------------------------------------------------------------------------------
 
-// Thirty-two neighbouring pixels of sixteen tiles.
-struct Pixels {
-  __m512 left, right;
-};
-
 inline Pixels pixels_of(const float* sums, int64_t plane) {
-  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
   const __m512 m0 = _mm512_loadu_ps(sums), m1 = _mm512_loadu_ps(sums + plane);
   const __m512 m2 = _mm512_loadu_ps(sums + 2 * plane), m3 = _mm512_loadu_ps(sums + 3 * plane);
-  const __m512 first = _mm512_add_ps(_mm512_add_ps(m0, m1), m2);
-  const __m512 second = _mm512_sub_ps(_mm512_sub_ps(m1, m2), m3);
-  return {_mm512_permutex2var_ps(first, low, second), _mm512_permutex2var_ps(first, high, second)};
+  return interleaved(_mm512_add_ps(_mm512_add_ps(m0, m1), m2),
+                     _mm512_sub_ps(_mm512_sub_ps(m1, m2), m3));
+}
+
+// Radii of pixels [pixel, pixel + 64) of row n; with pairs the first half is there.
+inline QuadPixels radii_of(const FilterEnds& work, int64_t n, int64_t pixel) {
+  const float* sums = work.radius + n * kBlockTiles;
+  const int64_t plane = work.rows * kBlockTiles;
+  if (work.quads) return quad_pixels_of(sums + pixel / 4, plane);
+  const Pixels pixels = pixels_of(sums + pixel / 2, plane);
+  return {{pixels.left, pixels.right}};
 }
 
 bool filter_ends(const FilterEnds& work, const Constants& constants) {
-  const int64_t plane = work.rows * kBlockTiles;
+  const int64_t stride = work.quads ? 2 * kBlockTiles : kBlockTiles, step = work.quads ? 64 : 32;
   const __m512 offset = _mm512_set1_ps(work.offset);
   __m512 largest = _mm512_setzero_ps();
   const auto store = [&](__m512 centre, __m512 radius, __m512 shift, int64_t at, int64_t count) {
@@ -232,12 +226,14 @@ bool filter_ends(const FilterEnds& work, const Constants& constants) {
   };
   for (int64_t n = 0; n < work.rows; ++n) {
     const __m512 shift = _mm512_set1_ps(work.bias != nullptr ? work.bias[n] : 0.0f);
-    for (int64_t pixel = 0; pixel < work.pixels; pixel += 32) {
-      const int64_t from = n * kBlockTiles + pixel / 2, to = n * work.row_stride + pixel;
-      const Pixels c = pixels_of(work.centre + from, plane),
-                   r = pixels_of(work.radius + from, plane);
-      store(c.left, r.left, shift, to, work.pixels - pixel);
-      store(c.right, r.right, shift, to + 16, work.pixels - pixel - 16);
+    for (int64_t pixel = 0; pixel < work.pixels; pixel += step) {
+      const QuadPixels radii = radii_of(work, n, pixel);
+      for (int64_t half = 0; 32 * half < step; ++half) {
+        const int64_t from = pixel + 32 * half, to = n * work.row_stride + from;
+        const Pixels centres = pixels_of(work.centre + n * stride + from / 2, work.rows * stride);
+        store(centres.left, radii.part[2 * half], shift, to, work.pixels - from);
+        store(centres.right, radii.part[2 * half + 1], shift, to + 16, work.pixels - from - 16);
+      }
     }
   }
   return finite(largest);

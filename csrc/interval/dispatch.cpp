@@ -279,10 +279,12 @@ void many_inputs(const Call& call, const IntervalKernels& table, const Constants
   const int64_t terms = call.weight.terms, rows = call.weight.rows;
   const Floats offsets = floats(blocks(batch, kLanes) * kLanes);
   const Panels panels = pack_panels(call, table, constants, batch, offsets.get(), num_threads);
-  const Shares shares(rows, kRowStep, static_cast<double>(batch) * rows * terms / 8, num_threads);
+  // finer than kRowStep, so that threads have the same to do
+  constexpr int64_t kShareStep = kRowStep / 5;
+  const Shares shares(rows, kShareStep, static_cast<double>(batch) * rows * terms / 8, num_threads);
   const bool packed = call.weight.packed != nullptr;
   const int64_t step = rows_at_once(rows, packed ? terms : std::min(terms, kTermsAtOnce));
-  const int64_t most = blocks(blocks(rows, kRowStep), shares.number) * kRowStep;
+  const int64_t most = blocks(blocks(rows, kShareStep), shares.number) * kShareStep;
   const int64_t size = RowShare::scratch_size(call, most, step, panels.count);
   const Floats memory = floats(shares.number * size);
   shares.run([&](int64_t share, int64_t begin, int64_t end) {

@@ -38,38 +38,60 @@ struct Filtering {
   int64_t terms;   // of each product
   int64_t tiles;   // of a row
   int64_t height;  // rows of tiles of a channel, with padding
-  int64_t plane;   // floats of the tiles of an image for one product
   int64_t line;    // floats of a line
-  std::vector<int64_t> places;
+  bool quads;      // whether radii have tiles of four outputs
+
+  // The tiles of an image for centres or radii.
+  struct Planes {
+    int64_t filters;
+    int64_t outputs;  // of a tile
+    int64_t size;     // floats for one product
+    std::vector<int64_t> places;
+  } centres, radii;
   Floats decoded, filters;  // of centres, then of radii
 
   int64_t weight_plane() const { return call.weight.rows * terms; }
+  int64_t block_pixels() const { return kBlockTiles * radii.outputs; }
   int64_t step() const {
     const int64_t rows = call.weight.rows;
     return blocks(rows, blocks(rows, kRowsOfFilterPass));
   }
 };
 
+Filtering::Planes planes_of(const Filtering& plan, int64_t filters, int64_t outputs) {
+  const int64_t line = plan.window.out_width / outputs;
+  Filtering::Planes out{filters, outputs, 0, {}};
+  out.size = whole_lines(plan.images.channels * plan.height * line + 16) + 16;
+  for (int64_t channel = 0; channel < plan.images.channels; ++channel) {
+    for (int64_t y = 0; y < kWindowRows; ++y) {
+      out.places.push_back((channel * plan.height + y) * line);
+    }
+  }
+  return out;
+}
+
 Filtering plan_filters(const Call& call, const Images& images, const Window& window,
                        const IntervalKernels& table) {
-  Filtering out{call, images, window, table, {}, 0.0f, 0.0f, 0, 0, 0, 0, 0, {}, {}, {}};
+  Filtering out{call, images, window, table, {}, 0.0f, 0.0f, 0, 0, 0, 0, false, {}, {}, {}, {}};
   out.terms = images.channels * kWindowRows;
   out.tiles = window.out_width / 2;
   out.height = window.out_height + kWindowRows - 1;
-  out.plane = whole_lines(images.channels * out.height * out.tiles + 16) + 16;
   const int64_t width = std::max(window.pad_left + images.width, window.out_width + 2);
   out.line = whole_lines(kLineMargin + width + kLineEnd);
-  const double gain = rounding::gamma_bound(static_cast<double>(filter_depth(out.terms)));
+  out.quads = window.out_width % 16 == 0 && call.rounding != Rounding::kDeployed;
+  out.centres = planes_of(out, kFilters, 2);
+  out.radii = out.quads ? planes_of(out, kQuadFilters, 4) : planes_of(out, kFilters, 2);
+  const auto gamma_of = [&](bool quads) {
+    return rounding::gamma_bound(static_cast<double>(filter_depth(out.terms, quads)));
+  };
   out.constants = constants_for(call, call.weight.terms, 0.0);
   if (out.constants.outward) {
-    out.centre_error =
-        rounding::to_float_up(gain * (1.0 + static_cast<double>(out.constants.value_gain)));
-    out.radius_error = rounding::to_float_up(4.0 * gain / (1.0 - 4.0 * gain));
-  }
-  for (int64_t channel = 0; channel < images.channels; ++channel) {
-    for (int64_t y = 0; y < kWindowRows; ++y) {
-      out.places.push_back((channel * out.height + y) * out.tiles);
-    }
+    // 1 + 2^-20 covers the roundings of the sums that these are multiplied with
+    constexpr double kRoundings = 1.0 + 1.0 / 1048576.0;
+    const double of_centre = gamma_of(false), own = gamma_of(out.quads);
+    const double late = 1.0 + static_cast<double>(out.constants.value_gain);  // 1 + H
+    out.centre_error = rounding::to_float_up(of_centre * late * kRoundings);
+    out.radius_error = rounding::to_float_up(own / (1.0 - 256.0 * own) * kRoundings);
   }
   return out;
 }
@@ -82,12 +104,12 @@ void make_filters(Filtering& plan, int num_threads) {
     data = rows_of(weight, 0, weight.rows, plan.decoded.get());
   }
   const int64_t plane = plan.weight_plane();
-  plan.filters = floats(2 * kFilters * plane);
+  plan.filters = floats((kFilters + plan.radii.filters) * plane);
   float* filters = plan.filters.get();
   const Shares shares(weight.rows, 1, static_cast<double>(4 * plane), num_threads);
   shares.run([&](int64_t, int64_t begin, int64_t end) {
     const int64_t at = begin * plan.terms;
-    plan.table.filter.weights({data + 3 * at, (end - begin) * plan.terms, filters + at,
+    plan.table.filter.weights({data + 3 * at, (end - begin) * plan.terms, plan.quads, filters + at,
                                filters + kFilters * plane + at, plane});
   });
 }
@@ -96,9 +118,16 @@ void make_filters(Filtering& plan, int num_threads) {
 struct FilterBuffers {
   float *lines[2], *centre, *radius, *centre_sums, *radius_sums;
 
+  static int64_t tiles_size(const Filtering::Planes& planes) {
+    return planes.filters * planes.size + kBlockTiles;  // a block may look beyond the last tile
+  }
+  static int64_t sums_size(const Filtering& plan, const Filtering::Planes& planes) {
+    return plan.step() * planes.filters * plan.block_pixels() / planes.outputs;
+  }
+
   static int64_t size(const Filtering& plan) {
-    return 2 * kRowsAtOnce * plan.line + 2 * (kFilters * plan.plane + kBlockTiles) +
-           plan.step() * 2 * kFilters * kBlockTiles;
+    return 2 * kRowsAtOnce * plan.line + tiles_size(plan.centres) + tiles_size(plan.radii) +
+           sums_size(plan, plan.centres) + sums_size(plan, plan.radii);
   }
 
   FilterBuffers(const Filtering& plan, float* memory) {
@@ -107,19 +136,20 @@ struct FilterBuffers {
       memory += kRowsAtOnce * plan.line;
     }
     centre = memory;
-    radius = centre + kFilters * plan.plane + kBlockTiles;
-    centre_sums = radius + kFilters * plan.plane + kBlockTiles;
-    radius_sums = centre_sums + plan.step() * kFilters * kBlockTiles;
+    radius = centre + tiles_size(plan.centres);
+    centre_sums = radius + tiles_size(plan.radii);
+    radius_sums = centre_sums + sums_size(plan, plan.centres);
     // zeros beside lines, which rows of one width keep, and behind tiles
     std::fill(lines[0] - kLineMargin, centre_sums, 0.0f);
   }
 };
 
-void clear_tiles(const Filtering& plan, int64_t at, int64_t rows, const FilterBuffers& own) {
-  const auto size = static_cast<size_t>(rows * plan.tiles) * sizeof(float);
-  for (int64_t i = 0; i < kFilters; ++i) {
-    std::memset(own.centre + i * plan.plane + at, 0, size);
-    std::memset(own.radius + i * plan.plane + at, 0, size);
+void clear_rows(const Filtering& plan, const Filtering::Planes& planes, int64_t row, int64_t rows,
+                float* tiles) {
+  const int64_t line = plan.window.out_width / planes.outputs;
+  for (int64_t i = 0; i < planes.filters; ++i) {
+    std::memset(tiles + i * planes.size + row * line, 0,
+                static_cast<size_t>(rows * line) * sizeof(float));
   }
 }
 
@@ -137,10 +167,12 @@ float tiles_of_rows(const Filtering& plan, int64_t image, int64_t channel, int64
     largest = std::max(
         largest, plan.table.prepare(ends, plan.constants, own.lines[0] + to, own.lines[1] + to));
   }
-  const int64_t at = (channel * plan.height + plan.window.pad_top + row) * plan.tiles;
-  plan.table.filter.tiles({rows, plan.line, own.lines[0], own.lines[1], plan.tiles,
+  const int64_t line = channel * plan.height + plan.window.pad_top + row;
+  plan.table.filter.tiles({rows, plan.line, own.lines[0], own.lines[1], plan.tiles, plan.quads,
                            plan.centre_error, plan.radius_error, plan.constants.input_floor,
-                           own.centre + at, own.radius + at, plan.plane});
+                           own.centre + line * plan.tiles, plan.centres.size,
+                           own.radius + line * plan.window.out_width / plan.radii.outputs,
+                           plan.radii.size});
   return largest;
 }
 
@@ -148,46 +180,60 @@ float tiles_of_rows(const Filtering& plan, int64_t image, int64_t channel, int64
 // Returns the absolute term of the image.
 float make_tiles(const Filtering& plan, int64_t image, const FilterBuffers& own) {
   const int64_t top = plan.window.pad_top;
+  const auto clear = [&](int64_t row, int64_t rows) {
+    clear_rows(plan, plan.centres, row, rows, own.centre);
+    clear_rows(plan, plan.radii, row, rows, own.radius);
+  };
   const int64_t seen = std::min(plan.images.height, plan.height - top);  // rows of the image
   float largest = 0.0f;
   for (int64_t channel = 0; channel < plan.images.channels; ++channel) {
-    const int64_t at = channel * plan.height * plan.tiles;
-    clear_tiles(plan, at, top, own);
+    const int64_t at = channel * plan.height;
+    clear(at, top);
     for (int64_t row = 0; row < seen; row += kRowsAtOnce) {
       const int64_t rows = std::min(kRowsAtOnce, seen - row);
       largest = std::max(largest, tiles_of_rows(plan, image, channel, row, rows, own));
     }
-    clear_tiles(plan, at + (top + seen) * plan.tiles, plan.height - top - seen, own);
+    clear(at + top + seen, plan.height - top - seen);
   }
   return offset_for(plan.call, largest);
 }
 
-// The ends of `groups` groups of tiles from the one at `first` on, of rows [n, n + count) of W.
-void filter_block(const Filtering& plan, int64_t image, int64_t first, int64_t groups, int64_t n,
-                  int64_t count, float offset, const FilterBuffers& own) {
-  const int64_t plane = plan.weight_plane();
+// The sums of pixels [first, first + count) for rows [n, n + rows) of W, whose filters are given.
+void multiply_tiles(const Filtering& plan, const Filtering::Planes& planes, const float* tiles,
+                    const float* filters, int64_t rows, int64_t first, int64_t count, float* sums) {
+  const int64_t stride = plan.block_pixels() / planes.outputs;
+  const int64_t groups = blocks(blocks(count, planes.outputs), kTileGroup);
+  for (int64_t group = 0; group < groups; group += kGroupsOfBlock) {
+    const int64_t at = group * kTileGroup;
+    plan.table.filter.product({planes.filters, tiles + first / planes.outputs + at, planes.size,
+                               planes.places.data(), filters, plan.weight_plane(), rows, plan.terms,
+                               std::min(kGroupsOfBlock, groups - group), sums + at, stride});
+  }
+}
+
+// The ends of a block of pixels from `first` on, of rows [n, n + rows) of W.
+void filter_block(const Filtering& plan, int64_t image, int64_t first, int64_t n, int64_t rows,
+                  float offset, const FilterBuffers& own) {
   const float* filters = plan.filters.get() + n * plan.terms;
-  plan.table.filter.product({own.centre + first, plan.plane, plan.places.data(), filters, plane,
-                             count, plan.terms, groups, own.centre_sums});
-  plan.table.filter.product({own.radius + first, plan.plane, plan.places.data(),
-                             filters + kFilters * plane, plane, count, plan.terms, groups,
-                             own.radius_sums});
   const int64_t pixels = plan.window.out_height * plan.window.out_width;
-  const int64_t to = (image * plan.call.weight.rows + n) * pixels + 2 * first;
-  plan.call.report(
-      plan.table.filter.ends({own.centre_sums, own.radius_sums, shifted(plan.call.bias, n), offset,
-                              count, std::min(2 * kBlockTiles, pixels - 2 * first), pixels,
-                              plan.call.out_lower + to, plan.call.out_upper + to},
-                             plan.constants));
+  const int64_t count = std::min(plan.block_pixels(), pixels - first);
+  multiply_tiles(plan, plan.centres, own.centre, filters, rows, first, count, own.centre_sums);
+  multiply_tiles(plan, plan.radii, own.radius, filters + kFilters * plan.weight_plane(), rows,
+                 first, count, own.radius_sums);
+  const int64_t to = (image * plan.call.weight.rows + n) * pixels + first;
+  plan.call.report(plan.table.filter.ends(
+      {plan.quads, own.centre_sums, own.radius_sums, shifted(plan.call.bias, n), offset, rows,
+       count, pixels, plan.call.out_lower + to, plan.call.out_upper + to},
+      plan.constants));
 }
 
 void convolve_by_filters(const Call& call, const Images& images, const Window& window,
                          const IntervalKernels& table, int num_threads) {
   Filtering plan = plan_filters(call, images, window, table);
   make_filters(plan, num_threads);
-  const int64_t tiles = plan.tiles * window.out_height, step = plan.step();
-  const double work = static_cast<double>(images.batch * tiles) *
-                      static_cast<double>(kFilters * plan.weight_plane()) / 8;
+  const int64_t pixels = window.out_height * window.out_width, step = plan.step();
+  const double work = static_cast<double>(images.batch * pixels) *
+                      static_cast<double>(2 * kFilters * plan.weight_plane()) / 8;
   const Shares shares(images.batch, 1, work, num_threads);
   const int64_t size = FilterBuffers::size(plan);
   const Floats memory = floats(shares.number * size);
@@ -195,11 +241,9 @@ void convolve_by_filters(const Call& call, const Images& images, const Window& w
     const FilterBuffers own(plan, memory.get() + share * size);
     for (int64_t image = begin; image < end; ++image) {
       const float offset = make_tiles(plan, image, own);
-      for (int64_t first = 0; first < tiles; first += kBlockTiles) {
-        const int64_t groups = blocks(std::min(kBlockTiles, tiles - first), kTileGroup);
+      for (int64_t first = 0; first < pixels; first += plan.block_pixels()) {
         for (int64_t n = 0; n < call.weight.rows; n += step) {
-          filter_block(plan, image, first, groups, n, std::min(step, call.weight.rows - n), offset,
-                       own);
+          filter_block(plan, image, first, n, std::min(step, call.weight.rows - n), offset, own);
         }
       }
     }

@@ -1,33 +1,54 @@
-// Convolutions with windows of 3 x 3 by minimal filtering (Winograd 1980) along rows: two
-// neighbouring outputs of three weights cost four products instead of six. The pixels d0 ... d3 of
-// a tile and the weights g0, g1, g2 of a row of the window become
+// Convolutions with windows of 3 x 3 by minimal filtering (Winograd 1980) along rows. F(2, 3) makes
+// two neighbouring outputs of three weights from four products instead of six: the pixels d0 ... d3
+// of a tile and the weights g0, g1, g2 of a row of the window become
 //
 //   V = (d0 - d2, d1 + d2, d2 - d1, d1 - d3),   U = (g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2,
 //   g2),
 //
 // M_i = sum of U_i V_i over channels and rows of the window, and the outputs are M_0 + M_1 + M_2
-// and M_1 - M_2 - M_3. Centres are multiplied with the filters of W, radii with those of |W|.
+// and M_1 - M_2 - M_3. F(4, 3) makes four from six products instead of twelve, with
 //
-// Proof of the bounds. The identity is exact in real numbers; each term U_i V_i of an output passes
-// at most n = filter_depth(terms) roundings (2 of U, 1 of V, those of the sum, 2 of the outputs).
+//   V = (4 d0 - 5 d2 + d4, -4 d1 - 4 d2 + d3 + d4, 4 d1 - 4 d2 - d3 + d4, -2 d1 - d2 + 2 d3 + d4,
+//        2 d1 - d2 - 2 d3 + d4, 4 d1 - 5 d3 + d5),
+//   24 U = (6 g0, -4 (g0 + g1 + g2), -4 (g0 - g1 + g2), g0 + 2 g1 + 4 g2, g0 - 2 g1 + 4 g2, 24 g2),
+//
+// and the outputs M_0 + M_1 + M_2 + M_3 + M_4, M_1 - M_2 + 2 (M_3 - M_4), M_1 + M_2 + 4 (M_3 + M_4)
+// and M_1 - M_2 + 8 (M_3 - M_4) + M_5. It loses more digits, which the small radii can bear:
+// centres are multiplied with the filters of W by F(2, 3); radii with those of |W| by F(4, 3) where
+// rows are a multiple of 16 outputs, else by F(2, 3), as in deployed mode, whose bounds are wider
+// already.
+//
+// Proof of the bounds. The identities are exact in real numbers; each term U_i V_i of an output
+// passes at most n roundings: 2 of U, 1 of V (F(4, 3): 3), those of the sum, 2 of the outputs (5).
 // So a computed output differs from the exact one by at most gamma_n T and what underflows, where T
-// is the same expression with magnitudes for all terms, |g| for g and |d| for d: of the first
-// output
+// is the same expression with magnitudes for all terms, |g| for g and |d| for d. For F(2, 3) it is
 //   |g0| (|d0| + |d2|) + (|g0| + |g1| + |g2|) (|d1| + |d2|),
-// which meets the weights with d0, d1, d2, and of the second
-//   (|g0| + |g1| + |g2|) (|d1| + |d2|) + |g2| (|d1| + |d3|),
-// which meets them with d1, d2, d3. Sorted by weights, T is at most the convolution of |W| with
+// of the first output, which meets the weights with d0, d1, d2, and of the second, which meets them
+// with d1, d2, d3,
+//   (|g0| + |g1| + |g2|) (|d1| + |d2|) + |g2| (|d1| + |d3|).
+// Sorted by weights, T is at most the convolution of |W| with
 //   e0 = |d0| + |d1| + 2 |d2|,   e1 = e2 = |d1| + |d2|,   e3 = 2 |d1| + |d2| + |d3|
-// in place of the tile's pixels. A tile has its own radii, so the centre's error joins them tile by
-// tile: with S(v) the convolution of |W| with the pixels v of the tile that an output meets,
-//   |yc - sum W c| <= gamma_n S(e(c)),   S(v) - yr(v) <= gamma_n S(e(v)) <= 4 gamma_n S(max v)
-// take the place of (1) and (2) in interval.h: r' has gamma_n e(c), times 1 + H in deployed mode,
-// in place of gamma_D |c|, and then all radii of a tile get the product's own error,
-//   r'' = r' + g t,   t = max r' of the tile,   g = 4 gamma_n / (1 - 4 gamma_n),
-// as yr(r'') >= S(r') + g t S(1) - 4 gamma_n (1 + g) t S(1) = S(r'). Zeros beside a row are pixels
-// like others: their r'' is not zero. What underflows is below K 2^-148 (1 + max |x|), which the
-// offset of interval.h has to spare; sums beyond the range of float, which may be reached earlier
-// than by the plain sum, give infinite ends.
+// in place of the tile's pixels. In the same way, for F(4, 3), with p = 4 |d0| + 5 |d2| + |d4|,
+// q = 4 |d1| + 4 |d2| + |d3| + |d4|, s = 2 |d1| + |d2| + 2 |d3| + |d4|, t = 4 |d1| + 5 |d3| + |d5|
+// the weight g_k of output o has p / 4 (of output 0 for g0) and q / 3 and 2^o 2^k s / 12 and t (of
+// output 3 for g2), so that T is at most the convolution with
+//   f0 = p / 4 + q / 3 + s / 12,   fm = q / 3 + 2^m s / 12 (m = 1 ... 4),   f5 = q / 3 + 8 s / 3 +
+//   t.
+// Tiles have their own radii, so errors join them tile by tile: with S(v) the convolution of |W|
+// with the pixels v of the tile that an output meets,
+//   |yc - sum W c| <= gamma_n S(e(c)),   S(v) - yr(v) <= gamma_n S(e(v)), or f for e,
+// take the place of (1) and (2) in interval.h: r' has gamma_n e(c) in place of gamma_D |c|, times
+// 1 + H in deployed mode (of both tiles of a shared pixel the larger), and then the product's own
+// error, r'' = r' + g e(r'), g = gamma_n / (1 - 256 gamma_n). As the entries of e, and of f, are
+// sums of few of one another's pixels, errors of errors are small:
+//   e(e(v)) <= 4 e(v),   f(f(v)) <= 256 f(v)
+// (f1 ... f4 have the pixels d1 ... d4 alone, are within a factor 8 of f1, and sum to 20 at most
+// for ones; f0 >= f1 / 2 has d0 with the factor 1 besides, and d2, d4; f5 >= f1 has d5 with the
+// factor 1). Hence yr(r'') >= S(r'') - gamma_n S(e(r'')) >= S(r') + (g - gamma_n (1 + 256 g))
+// S(e(r')) = S(r'). Zeros beside a row are pixels like others: their r'' is not zero. What
+// underflows is below K 2^-148 (1 + max |x|), which the offset of interval.h has to spare; sums
+// beyond the range of float, which may be reached earlier than by the plain sum, give infinite
+// ends.
 #pragma once
 
 #include <cstdint>
@@ -37,6 +58,7 @@ namespace interval {
 
 struct Constants;
 
+constexpr int64_t kQuadFilters = 6;    // of a tile of four outputs
 constexpr int64_t kFilters = 4;        // products of a tile
 constexpr int64_t kTileGroup = 16;     // tiles of a register
 constexpr int64_t kGroupsOfBlock = 4;  // of a block, whose products share a pass over W
@@ -46,8 +68,8 @@ constexpr int64_t kLineMargin = 16;  // zeros before a line
 constexpr int64_t kLineEnd = 64;     // and after its tiles
 
 // Roundings that a term passes on its way; `terms` counts channels times rows of the window.
-constexpr int64_t filter_depth(int64_t terms) {
-  return kFilterRun + (terms + kFilterRun - 1) / kFilterRun + 8;
+constexpr int64_t filter_depth(int64_t terms, bool quads) {
+  return kFilterRun + (terms + kFilterRun - 1) / kFilterRun + (quads ? 10 : 5);
 }
 
 // Rows of a channel as tiles. Lines hold pixel m at [m], with zeros around it as above. A few rows
@@ -58,42 +80,48 @@ struct FilterRows {
   int64_t line;  // from one line to the next
   const float* centre;
   const float* radius;
-  int64_t tiles;        // of a row
-  float centre_error;   // gamma_n, times 1 + H in deployed mode; 0: radii stay as they are
-  float radius_error;   // g
-  float input_floor;    // of r'
+  int64_t tiles;       // of a row, of two outputs
+  bool quads;          // whether radii have tiles of four outputs: of rows of 16 outputs a multiple
+  float centre_error;  // gamma_n, times 1 + H in deployed mode; 0: radii stay as they are
+  float radius_error;  // g
+  float input_floor;   // of r'
   float* centre_tiles;  // (kFilters, rows, tiles), `plane` apart; up to 15 floats more are written
-  float* radius_tiles;
   int64_t plane;
+  float* radius_tiles;  // the same, or (kQuadFilters, rows, tiles / 2)
+  int64_t radius_plane;
 };
 
 // U of whole rows of W and of |W|.
 struct FilterWeights {
   const float* weight;  // (rows, terms, 3)
   int64_t count;        // rows times terms
-  float* centre;        // (kFilters, `plane` apart)
-  float* radius;
+  bool quads;
+  float* centre;  // (kFilters, `plane` apart)
+  float* radius;  // the same, or kQuadFilters
   int64_t plane;
 };
 
 // M of up to kGroupsOfBlock groups of tiles.
 struct FilterProduct {
+  int64_t filters;
   const float* tiles;  // at the first tile; planes as above
   int64_t plane;
   const int64_t* places;  // (terms) from there
-  const float* weight;    // (kFilters, rows, terms), `weight_plane` apart
+  const float* weight;    // (filters, rows, terms), `weight_plane` apart
   int64_t weight_plane;
   int64_t rows;
   int64_t terms;
   int64_t groups;
-  float* sums;  // (kFilters, rows, kBlockTiles)
+  float* sums;  // (filters, rows, sum_stride)
+  int64_t sum_stride;
 };
 
 // Ends of the first `pixels` pixels of the tiles: out[n * row_stride + pixel].
 struct FilterEnds {
-  const float* centre;  // sums
-  const float* radius;
-  const float* bias;  // (rows) or null
+  bool quads;
+  const float* centre;  // sums, of kBlockTiles tiles, twice as many with quads
+  const float* radius;  // sums of kBlockTiles tiles
+  const float* bias;    // (rows) or null
   float offset;
   int64_t rows;
   int64_t pixels;

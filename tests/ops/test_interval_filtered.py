@@ -1,4 +1,4 @@
-"""3 x 3 convolutions by minimal filtering (AVX-512): sound, tight, and the same on other sets."""
+"""3 x 3 convolutions by minimal filtering (AVX-512): sound and tight, as on the other sets."""
 
 from __future__ import annotations
 
@@ -73,11 +73,11 @@ def test_packed_weights_are_the_floats_they_stand_for(isa, rounding):
     assert ((ends[1].double() - ends[0]) / (high - low)).mean() < 1.004
 
 
-def check_corners(lower, upper, kernel, bias, rounding):
-    """No attained corner of 24 pixels lies outside."""
+def check_corners(lower, upper, kernel, bias, rounding, count=24):
+    """No attained corner of ``count`` pixels lies outside."""
     rows, channels = kernel.shape[:2]
     ends = interval_conv2d(lower, upper, kernel, bias, padding=1, rounding=rounding)
-    some = torch.randperm(lower.shape[0] * lower.shape[2] * lower.shape[3])[:24]
+    some = torch.randperm(lower.shape[0] * lower.shape[2] * lower.shape[3])[:count]
     patches = [
         F.unfold(end, 3, padding=1).transpose(1, 2).reshape(-1, 9 * channels)[some]
         for end in (lower, upper)
@@ -85,30 +85,43 @@ def check_corners(lower, upper, kernel, bias, rounding):
     pixels = [end.permute(0, 2, 3, 1).reshape(-1, rows)[some] for end in ends]
     outside, checked = violations(pixels, *patches, kernel.reshape(rows, -1), bias)
     assert outside == 0
-    assert checked == 2 * 24 * rows
+    assert checked == 2 * count * rows
 
 
-@pytest.mark.parametrize("rounding", SOUND)
-@pytest.mark.parametrize("kind", KINDS)
-def test_no_attained_corner_lies_outside(isa, kind, rounding):
-    channels, rows, batch, side = 16, 16, 8, 16
+def images_of(kind, channels, rows, batch=8, side=16):
     lower, upper, _, bias = kind(batch * side * side, channels, rows)
     kernel = kind(1, 9 * channels, rows)[2].reshape(rows, channels, 3, 3)
     lower, upper = (
         end.reshape(batch, side, side, channels).permute(0, 3, 1, 2).contiguous()
         for end in (lower, upper)
     )
-    check_corners(lower, upper, kernel, bias, rounding)
+    return lower, upper, kernel, bias
 
 
 @pytest.mark.parametrize("rounding", SOUND)
-@pytest.mark.parametrize("column", [0, 1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_attained_corner_lies_outside(isa, kind, rounding):
+    check_corners(*images_of(kind, 16, 16), rounding)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_attained_corner_of_a_million_lies_outside(isa, kind):
+    for seed in range(14):
+        torch.manual_seed(seed)
+        for rounding in SOUND:
+            check_corners(*images_of(kind, 16 + seed, 20), rounding, count=120)
+
+
+@pytest.mark.parametrize("rounding", SOUND)
+@pytest.mark.parametrize("step", [2, 4, 3])
+@pytest.mark.parametrize("column", [0, 1, 2])
 @pytest.mark.parametrize("of", ["centre", "radius"])
-def test_what_cancels_between_the_products_of_a_tile(isa, of, column, rounding):
-    """Large numbers in every second column meet weights of zero: outputs are small differences."""
+def test_what_cancels_between_the_products_of_a_tile(isa, of, column, step, rounding):
+    """Large numbers in a few columns meet weights of zero: outputs are small differences."""
     shape = (8, 16, 16, 16)
     size = torch.full(shape, 2.0**-30)
-    size[..., column::2] = 1 + torch.rand(8, 16, 16, 8)
+    size[..., column::step] += torch.rand_like(size[..., column::step]) + 1
     kernel = torch.randn(16, 16, 3, 3)
     kernel[:8, :, :, 1] = 0.0
     kernel[:8, :, :, 0::2] *= 2.0**-20
@@ -154,3 +167,41 @@ def test_avx512_filters_where_there_are_enough_pixels(isa):
     torch.testing.assert_close(together[0][:1], alone[0], rtol=0, atol=1e-3)
     # one image is too little: its sums have another order
     assert torch.equal(together[0][:1], alone[0]) == (isa not in ("avx512", "amx"))
+
+
+# A makes outputs of products, G 24 times the filters of weights, B products of pixels; errors: 12 e
+PAIRS = {
+    "A": [[1, 1, 1, 0], [0, 1, -1, -1]],
+    "G": [[24, 0, 0], [12, 12, 12], [12, -12, 12], [0, 0, 24]],
+    "B": [[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]],
+    "errors": [[12, 12, 24, 0], [0, 12, 12, 0], [0, 12, 12, 0], [0, 24, 12, 12]],  # times 12
+    "growth": 4,
+}
+QUADS = {
+    "A": [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]],
+    "G": [[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]],
+    "B": [
+        [4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0],
+        [0, -2, -1, 2, 1, 0], [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1],
+    ],
+    "errors": [
+        [12, 18, 32, 6, 8, 0], [0, 20, 18, 8, 6, 0], [0, 24, 20, 12, 8, 0],
+        [0, 32, 24, 20, 12, 0], [0, 48, 32, 36, 20, 0], [0, 128, 48, 128, 36, 12],
+    ],
+    "growth": 256,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", [PAIRS, QUADS], ids=["pairs", "quads"])
+def test_the_identities_and_bounds_of_the_proof(form):
+    a, g, b, errors = (
+        torch.tensor(form[name], dtype=torch.int64) for name in ("A", "G", "B", "errors")
+    )
+    outputs, pixels = a.shape[0], b.shape[1]
+    exact = torch.einsum("oi,ik,il->okl", a, g, b)  # of output o, weight k and pixel l, times 24
+    sizes = torch.einsum("oi,ik,il->okl", a.abs(), g.abs(), b.abs())
+    for o in range(outputs):
+        for k in range(3):
+            assert exact[o, k].tolist() == [24 * (pixel == o + k) for pixel in range(pixels)]
+            assert (sizes[o, k] <= 2 * errors[o + k]).all()
+    assert (errors @ errors <= 12 * form["growth"] * errors).all()
