@@ -77,6 +77,7 @@ bool affine_loop(const AffineLoop& work) {
   const float floor = work.floor, least = work.least;
   const double mean = work.mean, scale = work.scale, shift = work.shift;
   const double of_value = work.value_error, of_input = work.input_error, rest = work.error;
+  const double limit = work.limit;
   constexpr double kStep = 1.0 / 4503599627370496.0;  // 2^-52: the roundings of the last sums
   int32_t unbounded = 0;
   for (int64_t i = 0; i < work.count; ++i) {
@@ -88,7 +89,7 @@ bool affine_loop(const AffineLoop& work) {
     const double low = (a + shift) - error, high = -(b + shift) - error;
     const float down = flushed(float_down(low - kStep * std::fabs(low)), least);
     const float up = flushed(float_down(high - kStep * std::fabs(high)), least);
-    unbounded |= odd(down) | odd(up);
+    unbounded |= odd(down) | odd(up) | (input <= limit ? 0 : 1);
     lower[i] = down;
     upper[i] = -up;
   }

@@ -39,6 +39,10 @@ void set_errors(AffineLoop& loop, bool deployed) {
   loop.error +=
       ((units * slope + tiny) * std::fabs(loop.mean) + units * shift + tiny * (4.0 + slope)) *
       kRoundings;
+  // x - mean, and the products and sums of either form, stay below a quarter of the largest float
+  const double most = 0.24999 * loop.limit;
+  const double room = std::min(most, (most - shift) / std::max(slope, tiny));
+  loop.limit = room - std::fabs(loop.mean);
 }
 
 }  // namespace

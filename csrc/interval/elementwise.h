@@ -39,8 +39,9 @@ struct BoxSum {
   float* out_upper;
 };
 
-// Both tell whether all ends are finite. An end that overflows, or is not a number, is infinite on
-// its outer side.
+// Both tell whether all ends are finite; where an evaluation in float32 might overflow on its way,
+// the affine map in kDeployed says that they are not. An end that overflows, or is not a number, is
+// infinite on its outer side.
 bool channel_affine(const ChannelAffine& work, int num_threads);
 bool add_boxes(const BoxSum& work, int num_threads);
 

@@ -236,6 +236,7 @@ struct AffineLoop {
   int64_t count;
   double mean, scale, shift;
   double value_error, input_error, error;  // times |(x - mean) scale|, times |x|, and the rest
+  double limit;  // of |x|: beyond, an evaluation in float32 may overflow, and ends are not finite
   float least;
   float* out_lower;
   float* out_upper;

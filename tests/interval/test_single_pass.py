@@ -112,6 +112,15 @@ def test_overflow_of_a_pass_is_one_error_with_its_name():
     assert not normed.lower.isnan().any()
 
 
+def test_a_deployed_batch_norm_refuses_what_overflows_on_the_way(isa):
+    x = torch.full((1, 1, 3, 4), 3e38)
+    statistics = torch.full((1,), -3e38), torch.full((1,), 1e38)
+    real = F.batch_norm(Interval(x, x), *statistics)
+    assert bool(torch.isfinite(real.upper).all())
+    with pytest.raises(OverflowError, match="batch_norm leaves the range"):
+        F.batch_norm(Interval(x, x, rounding="deployed"), *statistics)
+
+
 def channels(pixels):
     """Images ``(1, C, 1, pixels)`` near the means, and ``(mean, variance, weight, bias)``."""
     variance = torch.tensor([0.0, 1e-38, 1e-30, 1e-20, 1e-12, 1.0, 1e20]).repeat(6)
