@@ -33,6 +33,7 @@ void set_errors(AffineLoop& loop, bool deployed) {
   loop.value_error = 16.0 * kUnit64;
   loop.input_error = 0.0;
   loop.error = 2.0 * kUnit64 * shift + kSmallest;
+  loop.limit = std::numeric_limits<float>::max();
   if (!deployed) return;
   const double tiny = std::numeric_limits<float>::min(), units = 12.0 * rounding::kUnit;
   loop.input_error = (units * slope + tiny) * kRoundings;
