@@ -29,6 +29,7 @@ TARGETS = {
     "1 bits": ((3.2, 4.0, 10.0, 20.0, 20.0, 20.0), (4.5, 6.0, 15.0, 30.0, 30.0, 30.0)),
 }
 HOT_SHARE, COLD_SHARE = 0.93, 0.77  # of the bandwidth, for one row of x at 4 and 8 bits
+CALL_SHAPE, CALL_SECONDS = (256, 256), 6e-6  # one row of x: little else than the call from Python
 FLOAT_PEERS = ("torch int4pack", "bitsandbytes NF4")  # and every name that ends in ", float"
 DENSE_HALF = ("torch bfloat16", "torch bfloat16 packed")
 PARTS = 2  # 8-bit products that one of bfloat16 takes
@@ -138,6 +139,19 @@ def _is_float(name: str, cell: Measured) -> bool:
     return not cell.ours and cell.bits == 4 and name.endswith(", float")
 
 
+def call_lines(section: Section) -> Iterator[str]:
+    """What a product so small that only the call counts takes, beside the fastest other one."""
+    cells = section.columns.get(1, {})
+    names = [name for name, cell in cells.items() if not cell.ours]
+    peer = _best(cells, names)
+    other = "" if peer is None else f"; {peer[0]} {1e6 * peer[1].seconds:.1f} us"
+    for name, cell in cells.items():
+        if cell.ours and not name.endswith(", float"):
+            word = "met" if cell.seconds <= CALL_SECONDS else "missed"
+            took, must = f"{1e6 * cell.seconds:.1f} us", f"{1e6 * CALL_SECONDS:.0f} us"
+            yield f"- {name}, M=1: {took} of at most {must}, {word}{other}."
+
+
 def order_verdicts(section: Section) -> Iterator[Verdict]:
     """1 to 4 bits against our own 8 bits."""
     for batch, cells in sorted(section.columns.items()):
@@ -169,6 +183,8 @@ def _grid_cell(verdict: Verdict | None) -> str:
 
 def text(section: Section) -> str:
     """The tables of one shape, number of threads and state of the caches."""
+    if section.shape == CALL_SHAPE:
+        return "\n".join(call_lines(section))
     parts = []
     if not section.cold:
         verdicts = width_verdicts(section)

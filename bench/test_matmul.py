@@ -8,7 +8,7 @@ threads and rows (``matmul_table.py`` tells what a cell holds), with the verdict
 (``matmul_targets.py``, which can also be run alone). ``PYROBUST_BENCH_SHAPES`` (as
 4096x4096,11008x4096), ``PYROBUST_BENCH_ROWS`` (as 1,16), ``PYROBUST_BENCH_THREADS`` (as 1,2) and
 ``PYROBUST_BENCH_BITS`` (as 4,8) choose, so that a long table can be measured piece by piece; a part
-of the widths is printed only.
+of the widths is printed only. 256x256 with one row shows what the call from Python costs.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ LEVELS = {1: 2, 1.58: 3, 2: 4, 3: 8, 4: 16, 8: 256}
 ALL_ROWS = (1, 4, 16, 64, 256, 1024)
 CHECKED_ROWS = 16  # of a result that must be near the product of its weight
 COLD_ROWS = 16  # from there on arithmetic counts, not memory
+COLD_ELEMENTS = 1 << 20  # of a smaller weight the call counts
 ROUNDS = 3
 ROUND_SECONDS = 0.03  # of one kind in one round
 TOO_SLOW = 4.0  # a peer this much slower than the best is left out at more rows
@@ -104,6 +105,7 @@ class Run:
         for section in (self.hot, self.cold):
             read_section(section)
         self.clock = time.thread_time if threads == 1 else time.perf_counter
+        self.cold_rows = COLD_ROWS if rows * cols >= COLD_ELEMENTS else 0
 
     def measure(self, batch: int, rounds) -> None:
         x = torch.randn(batch, self.hot.shape[1])
@@ -119,12 +121,12 @@ class Run:
             for kind, call in calls.items():
                 hot[kind] = min(hot[kind], self._repeated(call))
             for kind, call in calls.items():
-                if batch <= COLD_ROWS:
+                if batch <= self.cold_rows:
                     cold[kind] = min(cold[kind], *(self._cold(call) for _ in range(3)))
 
         rounds(round_of_all)
         self.hot.add(batch, hot)
-        if batch <= COLD_ROWS:
+        if batch <= self.cold_rows:
             self.cold.add(batch, cold)
 
     def _hopeless(self, kind: Peer, batch: int) -> bool:

@@ -1,11 +1,14 @@
-"""Random packed weights and their products, for the tests of every kernel."""
+"""Random packed weights, their products and the bound on these, for the tests of every kernel."""
 
 import torch
 
+from pyrobust import _native
 from pyrobust.ops import packed_linear
 from pyrobust.quantize import QTensor
 
 LEVELS = {1: 2, 1.58: 3, 2: 4, 3: 8, 4: 16, 8: 256}
+# Rows of x: none, those of kernels for few rows, both sides of blocks of 8 and 16, many.
+BATCHES = [0, 1, 2, 3, 4, 5, 8, 15, 16, 17, 33, 64, 200]
 
 
 def random_weight(rows, cols, bits, group_size, group_dim=1, *, symmetric=False, generator=None):
@@ -43,3 +46,63 @@ def multiply(x, packed: QTensor, bias=None, **options):
         extras=packed.extras,
         **options,
     )
+
+
+def assert_within_bound(result, x, packed: QTensor, bias=None):
+    """The bound of ``csrc/matmul/matmul.h`` on products in float, against float64."""
+    weight, wide = packed.dequantize(torch.float64), x.double()
+    exact, allowance = wide @ weight.t(), wide.abs() @ weight.abs().t()
+    if bias is not None:
+        exact, allowance = exact + bias.double(), allowance + bias.double().abs()
+    error = 1e-6 * allowance
+    if x.dtype != torch.float32:
+        if _takes_parts(packed):
+            error = error + _rounding_to_16_bits(x, weight, packed.group_size)
+        error += (exact.abs() + error) * torch.finfo(x.dtype).eps / 2 + 2.0**-25
+    assert ((result.double() - exact).abs() <= error).all()
+
+
+def _takes_parts(packed: QTensor) -> bool:
+    whole = packed.group_size % 64 == 0 or packed.group_size >= packed.shape[1]
+    return packed.group_dim == 1 and whole and _native.isa() in ("avx512", "amx")
+
+
+def _rounding_to_16_bits(x, weight, group_size):
+    kept, error = 63 if x.dtype == torch.bfloat16 else 7, 0.0  # larger elements are exact
+    for first in range(0, x.shape[1], group_size):
+        columns = slice(first, first + group_size)
+        size = x[:, columns].double().abs()
+        largest = size.amax(1, keepdim=True)
+        small = (size < largest / kept).double()
+        error = error + largest / 32512 * (small @ weight[:, columns].abs().t())
+    return error
+
+
+def integer_sums(q, integers, packed: QTensor):
+    """Rounded activations times code - zero in int64, their sums in double as matmul.h orders them.
+
+    ``q`` ``(M, cols)`` and ``integers`` ``(rows, cols)`` are int64; the scales are those of
+    ``packed``, without row scales and remainder.
+    """
+    if packed.group_dim == 1:
+        return _sums_of_groups(q, integers, packed)
+    return _sums_of_lanes(q, integers, packed)
+
+
+def _sums_of_groups(q, integers, packed):
+    total = torch.zeros(len(q), len(integers), dtype=torch.float64)
+    for group in range(packed.scale.shape[1]):
+        columns = slice(group * packed.group_size, (group + 1) * packed.group_size)
+        sums = q[:, columns] @ integers[:, columns].t()
+        total += sums.double() * packed.scale[:, group].double()
+    return total
+
+
+def _sums_of_lanes(q, integers, packed):
+    rows, cols = packed.shape
+    scale = packed.scale.double().repeat_interleave(packed.group_size, 0)[:rows]
+    lanes = torch.zeros(8, len(q), rows, dtype=torch.float64)
+    for k in range(cols):
+        lanes[k // 8 % 8] += (q[:, k, None] * integers[:, k]).double() * scale[:, k]
+    pairs = lanes[0::2] + lanes[1::2]
+    return (pairs[0] + pairs[1]) + (pairs[2] + pairs[3])

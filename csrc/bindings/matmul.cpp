@@ -12,6 +12,13 @@
 namespace pyrobust {
 namespace {
 
+// `count` rows of W from `first` on, of which there must be as many; no sum that could overflow.
+matmul::RowRange row_range(int64_t first, int64_t count, int64_t rows) {
+  check(first >= 0 && first <= rows && count <= rows - first, "rows must lie in [0, ", rows,
+        "]; got ", count, " from ", first, " on.");
+  return {first, first + count};
+}
+
 void packed_linear(py::handle x_, py::handle codes_, py::handle scale_, py::handle zero_,
                    py::handle bias_, py::handle out_, int64_t in_features, int levels,
                    int64_t group_size, int group_dim, bool int8, py::handle extras,
@@ -24,7 +31,7 @@ void packed_linear(py::handle x_, py::handle codes_, py::handle scale_, py::hand
   x.require_size(x.ndim - 1, in_features);
   matmul::Activations activations{x.data, float_type(x), 1};
   out.require_dtype(x.dtype).require_ndim(x.ndim);
-  const matmul::RowRange rows{first_row, first_row + out.shape[x.ndim - 1]};
+  const matmul::RowRange rows = row_range(first_row, out.shape[x.ndim - 1], weight.rows);
   for (int i = 0; i + 1 < x.ndim; ++i) {
     out.require_size(i, x.shape[i]);
     activations.rows *= x.shape[i];
@@ -51,7 +58,7 @@ void dequantize(py::handle codes, py::handle scale, py::handle zero, py::handle 
   const TensorView out = view(out_, "out");
   out.require_dtype(DType::kFloat32).require_ndim(2);
   out.require_size(1, in_features);
-  const matmul::RowRange rows{first_row, first_row + out.shape[0]};
+  const matmul::RowRange rows = row_range(first_row, out.shape[0], weight.rows);
   py::gil_scoped_release release;
   matmul::dequantize(weight, rows, out.as<float>(), num_threads);
 }

@@ -16,7 +16,8 @@ namespace {
 
 constexpr int64_t kLargePage = int64_t{2} << 20;
 
-// The product of the same weight that makes its panels, counted from 1; 0: none does.
+// The product of the same weight that makes its panels, counted from 1; 0: none does, and none
+// are kept.
 int64_t making_product = 2;
 // Weights with fewer elements get none: looking them up takes as long as the panels save.
 int64_t least_elements = int64_t{1} << 17;
@@ -130,6 +131,8 @@ void bind_panel_cache(py::module_& m) {
     const auto before = py::make_tuple(making_product, least_elements);
     making_product = product;
     least_elements = elements;
+    // Products that run keep theirs until they end.
+    if (product == 0) entries().clear();
     return before;
   });
   const char* const choice = std::getenv("PYROBUST_PANELS");

@@ -1,5 +1,6 @@
 """The three kernel families as torch operators."""
 
+from pyrobust.ops._panel_copies import set_panel_copies
 from pyrobust.ops.add_packed import add_dequantized_, add_levels_
 from pyrobust.ops.complex_matmul import complex_2bit_matmul, complex_2bit_sums
 from pyrobust.ops.grid import grid_samples
@@ -39,6 +40,7 @@ __all__ = [
     "packed_embedding",
     "packed_linear",
     "radius_precision",
+    "set_panel_copies",
     "split_gaussian_samples",
     "substituted_tokens",
     "uniform_samples",

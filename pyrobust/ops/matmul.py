@@ -348,10 +348,10 @@ def transpose_kernel(
     first, stop = (0, codes.shape[0]) if rows is None else (rows.start, rows.stop)
     for begin in range(first, stop, _GRADIENT_ROWS):
         block = slice(begin, min(stop, begin + _GRADIENT_ROWS))
-        weight = _dequantize_kernel(
-            codes, scale, zero, in_features, bits, group_size, group_dim, *extras, rows=block
-        )
-        total.addmm_(flat[:, begin - first : block.stop - first], weight)
+        part = flat[:, begin - first : block.stop - first]
+        form = (in_features, bits, group_size, group_dim)
+        # Unnamed, so that no block is held while the next one is decoded.
+        total.addmm_(part, _dequantize_kernel(codes, scale, zero, *form, *extras, rows=block))
     return total.to(grad.dtype).reshape(*grad.shape[:-1], in_features)
 
 

@@ -1,6 +1,7 @@
 """The product with a weight in panel order: the bits of the canonical one; when panels exist."""
 
 import gc
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -8,13 +9,15 @@ import torch
 
 from pyrobust import _native
 from pyrobust.nn import PackedLinear
-from pyrobust.ops import packed_linear
+from pyrobust.ops import packed_linear, set_panel_copies
 from pyrobust.quantize import QTensor, SparseRemainder, round_to_nearest
+
+from ..packed_products import BATCHES
 
 if "avx512" not in _native.supported_isas():
     pytest.skip("no instruction set of this machine takes panels", allow_module_level=True)
 
-ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 33, 200)
+ROWS = (*BATCHES, 6, 7, 9)
 FORMATS = [(bits, True) for bits in (1, 1.58, 2, 3, 4, 8)]
 FORMATS += [(bits, False) for bits in (2, 3, 4, 8)]
 # Tails of every kind: rows of a panel, columns of a block, of a decoded span, of the last group.
@@ -57,8 +60,9 @@ def _from_both(q: QTensor, x: torch.Tensor, activations: str | None):
 
 def _inputs(rows: int, cols: int, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
     x = torch.randn(rows, cols, generator=generator)
-    x[0, : cols // 2] *= 50
-    x[-1, 0] = 0.5 * x[-1].abs().max()  # a quotient in the middle of two integers
+    x[:1, : cols // 2] *= 50
+    if rows > 0:
+        x[-1, 0] = 0.5 * x[-1].abs().max()  # a quotient in the middle of two integers
     return x.to(dtype)
 
 
@@ -189,3 +193,53 @@ def test_some_rows_of_the_weight():
             x, q.codes, q.scale, q.zero, None, out, 256, 16, 64, 1, True, None, first, 2
         )
         torch.testing.assert_close(out, whole[:, first:stop], rtol=1e-5, atol=1e-4)
+
+
+def test_made_once_where_many_threads_ask_at_once():
+    q = round_to_nearest(torch.randn(512, 512), bits=4, group_size=128, symmetric=True)
+    x, before = torch.randn(3, 512), _native.panel_memory()
+    expected = _product(q, x, "int8")
+    held = []
+
+    def work():
+        for _ in range(20):
+            assert torch.equal(_product(q, x, "int8"), expected)
+            held.append(_native.panel_memory() - before)
+
+    with ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(work) for _ in range(8)]:
+            done.result()
+    assert set(held) == {512 * 512 // 2 + 512 * 4 * 2}
+
+
+@pytest.mark.parametrize("bits", [1, 1.58, 3, 8])
+def test_threads_that_share_the_making_write_the_same_bytes(bits):
+    q = round_to_nearest(torch.randn(4099, 640), bits=bits, group_size=128)
+    x, threads, results = torch.randn(2, 640), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            again = replace(q, codes=q.codes.clone())
+            results.append(_from_both(again, x, "int8"))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(product, results[0][0]) for pair in results for product in pair)
+
+
+def test_copies_can_be_freed_and_refused():
+    q = round_to_nearest(torch.randn(512, 512), bits=4, group_size=64)
+    x = torch.randn(2, 512)
+    gc.collect()
+    before = _native.panel_memory()
+    results = [_product(q, x, "int8") for _ in range(3)]
+    assert _native.panel_memory() > before
+    assert set_panel_copies(False)
+    assert _native.panel_memory() == 0
+    results += [_product(q, x, "int8") for _ in range(3)]
+    assert _native.panel_memory() == 0
+    assert not set_panel_copies(True)
+    results += [_product(q, x, "int8") for _ in range(2)]
+    assert _native.panel_memory() > 0
+    assert all(torch.equal(result, results[0]) for result in results)
+    with pytest.raises(TypeError, match=r"set_panel_copies: allowed must be a bool; got int"):
+        set_panel_copies(0)

@@ -7,29 +7,11 @@ from hypothesis import strategies as st
 
 from pyrobust.quantize import BITS, QTensor, round_to_codebook, round_to_two_level
 
-from ..packed_products import multiply, random_weight
+from ..packed_products import BATCHES, assert_within_bound, multiply, random_weight
 
-BATCHES = [0, 1, 2, 3, 4, 5, 7, 8, 9, 17, 64, 200]
 # rows, cols, group_size: usual groups, tails of columns and rows, one group, a last group of one
 SHAPES = [(70, 512, 128), (9, 200, 64), (7, 150, 150), (5, 129, 128), (40, 1300, 640)]
 DTYPES = [torch.bfloat16, torch.float16]
-
-
-def assert_within_bound(result, x, packed, bias=None):
-    """The bound of matmul.h, per group, and the result's own rounding."""
-    kept = 63 if x.dtype == torch.bfloat16 else 7  # larger elements are exact
-    weight, x = packed.dequantize(torch.float64), x.double()
-    exact, error = x @ weight.t(), 1e-6 * (x.abs() @ weight.abs().t())
-    for first in range(0, x.shape[1], packed.group_size):
-        columns = slice(first, first + packed.group_size)
-        size = x[:, columns].abs()
-        largest = size.amax(1, keepdim=True)
-        small = (size < largest / kept).double()
-        error += largest / 32512 * (small @ weight[:, columns].abs().t())
-    if bias is not None:
-        exact, error = exact + bias.double(), error + 1e-6 * bias.double().abs()
-    rounding = (exact.abs() + error) * torch.finfo(result.dtype).eps / 2
-    assert ((result.double() - exact).abs() <= error + rounding + 2.0**-25).all()
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -6,8 +6,11 @@ import torch
 from pyrobust import _native
 from pyrobust.ops import complex_2bit_matmul, complex_2bit_sums, pack_codes
 
+from ..packed_products import BATCHES
+
 SIZES = [(1, 1, 1), (3, 5, 7), (2, 9, 64), (4, 3, 65), (17, 6, 130), (1, 4, 1000), (5, 2, 63)]
 SIZES += [(0, 3, 8), (2, 0, 8), (2, 3, 0)]
+SIZES += [(count, 11, cols) for count in BATCHES for cols in (1, 64, 131)]
 
 
 def problem(count, rows, cols):
