@@ -4,10 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+SANITIZED := $(wildcard tests/native/test_matmul_*.py tests/nn/test_packed_*.py) tests/native/test_weight_extras.py \
+  tests/native/test_add_packed.py tests/native/test_amx.py tests/ops/test_matmul.py tests/ops/test_complex_matmul.py \
+  tests/ops/test_packed_layers.py tests/ops/test_eager_linear.py tests/test_io.py
 DATA ?=
 OUT ?= demo-report
 
-.PHONY: install demo test check test-slow bench wheel clean
+.PHONY: install demo test check test-slow sanitize bench wheel clean
 
 install: $(STAMP)
 
@@ -33,6 +36,15 @@ test: check
 
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+# An installation of its own; -s, since a report that pytest captures is lost when a process ends.
+sanitize: $(STAMP)
+	$(BIN)/pip install -q --no-deps -e . -C build-dir=build/sanitize -C cmake.define.PYROBUST_SANITIZE=ON \
+	  -C cmake.define.PYROBUST_CUDA_SHIM=OFF
+	rm -f $(STAMP)
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 OMP_NUM_THREADS=1 \
+	  $(BIN)/python -m pytest -s -m "slow or not slow" $(SANITIZED)
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest bench --benchmark-only -q -s

@@ -153,15 +153,23 @@ def make_twins(
                 f"load: {path} holds a {options.get('type')} '{name}'; the model has "
                 f"{'no such layer' if layer is None else 'a ' + type(layer).__name__} there."
             )
-        twins[layer] = twin.like(layer, **{key: options[key] for key in _FORMAT})
-        layout = WeightLayout(*options.get("layout", ()))
-        twins[layer].extend(layout, options.get("storage", ()))
-        twins[layer].train(layer.training).to(next(layer.parameters()).dtype)
+        try:
+            twins[layer] = _make_twin(twin, layer, options)
+        except (KeyError, OverflowError, TypeError, ValueError) as error:
+            reason = f"the format of '{name}' is none ({str(error).rstrip('.')})"
+            raise _damaged(path, reason) from error
         _check_same_format(path, name, twins[layer], options)
     for name, module in modules.items():
         if isinstance(module, PackedModule) and name not in layers:
             raise ValueError(f"load: {path} does not hold the packed layer '{name}' of the model.")
     return twins
+
+
+def _make_twin(twin: type[PackedModule], layer: nn.Module, options: dict[str, Any]) -> PackedModule:
+    made = twin.like(layer, **{key: options[key] for key in _FORMAT})
+    made.extend(WeightLayout(*options.get("layout", ())), options.get("storage", ()))
+    made.get_extra_state()  # raises where a number of the format leaves int64
+    return made.train(layer.training).to(next(layer.parameters()).dtype)
 
 
 def _check_same_format(path: Path, name: str, layer: PackedModule, options: dict[str, Any]) -> None:

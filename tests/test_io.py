@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import zlib
 
 import pytest
 import torch
@@ -255,6 +256,75 @@ def test_a_flipped_bit_is_noticed_or_changes_nothing(path, flips):
             assert_same(packed, model)
             model = Mixed().eval()
     assert refused > 0.9 * flips
+
+
+@pytest.mark.parametrize("cuts", [100, pytest.param(3000, marks=pytest.mark.slow, id="many cuts")])
+def test_files_cut_anywhere_are_refused(path, cuts):
+    pyrobust.save(packed_model(), path)
+    whole, draw, model = path.read_bytes(), random.Random(1), Mixed().eval()
+    for _ in range(cuts):
+        path.write_bytes(whole[: draw.randrange(len(whole))])
+        with pytest.raises(ValueError, match=r"^load: .*truncated, damaged or foreign"):
+            pyrobust.load(path, model)
+    assert isinstance(model.conv, nn.Conv2d)
+
+
+HUGE = [2**31 - 1, 2**31, 2**40, 2**62, 2**63 - 1, 2**63, 2**64, 10**30, -1, -(2**63), 0]
+
+
+def numbers_of(tree, place=()):
+    """The places of all integers in lists and dictionaries."""
+    branches = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    for key, value in branches:
+        if isinstance(value, dict | list):
+            yield from numbers_of(value, (*place, key))
+        elif isinstance(value, int) and not isinstance(value, bool):
+            yield (*place, key)
+
+
+def with_number(tree, place, number):
+    copy = json.loads(json.dumps(tree))
+    inner = copy
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = number
+    return copy
+
+
+@pytest.mark.parametrize(
+    "rounds", [200, pytest.param(3000, marks=pytest.mark.slow, id="many numbers")]
+)
+def test_huge_numbers_in_the_header_and_the_description_are_refused(path, rounds):
+    packed = packed_model()
+    pyrobust.save(packed, path)
+    whole = path.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header, data = json.loads(whole[8 : 8 + length]), whole[8 + length :]
+    description = json.loads(header["__metadata__"]["pyrobust"])
+    sums = next(key for key in header["__metadata__"] if key not in ("format", "pyrobust"))
+    places = [list(numbers_of(tree)) for tree in (header, description)]
+    draw = random.Random(2)
+    for turn in range(rounds):
+        place, number = draw.choice(places[turn % 2]), draw.choice(HUGE)
+        changed = header
+        if turn % 2 == 0:
+            changed = with_number(header, place, number)
+        else:  # with a checksum that fits, so that the number itself is met
+            text = json.dumps(with_number(description, place, number))
+            entries = {"pyrobust": text, sums: str(zlib.crc32(text.encode()))}
+            changed = header | {"__metadata__": header["__metadata__"] | entries}
+        if changed == header:
+            continue
+        encoded = json.dumps(changed).encode()
+        path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + data)
+        model = Mixed().eval()
+        with pytest.raises(ValueError, match=r"^load: "):
+            pyrobust.load(path, model)
+        assert isinstance(model.conv, nn.Conv2d), place
+    for size in (2**31, 2**40, 2**63, 2**64 - 1):  # of the header itself
+        path.write_bytes(size.to_bytes(8, "little") + whole[8:])
+        with pytest.raises(ValueError, match=r"^load: "):
+            pyrobust.load(path, Mixed().eval())
 
 
 def test_foreign_files_are_refused(path, tmp_path):

@@ -84,12 +84,12 @@ struct ComplexViews {
 
   ComplexViews(py::handle x_real, py::handle x_imag, py::handle codes_, int64_t in_features)
       : real(view(x_real, "x_real")), imag(view(x_imag, "x_imag")), codes(view(codes_, "codes")) {
-    check(in_features >= 0, "in_features must be at least 0; got ", in_features, ".");
+    const int64_t row_bytes = checked_row_bytes(in_features, 4);
     real.require_dtype(DType::kInt8).require_ndim(2).require_size(1, in_features);
     imag.require_dtype(DType::kInt8).require_ndim(2).require_size(1, in_features);
     imag.require_size(0, real.shape[0]);
     codes.require_dtype(DType::kUInt8).require_ndim(2);
-    codes.require_size(1, packed_row_bytes(in_features, 4));
+    codes.require_size(1, row_bytes);
     problem = {codes.as<const uint8_t>(), codes.shape[0],          in_features,
                real.as<const int8_t>(),   imag.as<const int8_t>(), real.shape[0]};
   }
@@ -137,7 +137,7 @@ CodeViews code_views(py::handle codes, py::handle packed, int levels) {
   out.rows = out.codes.shape[0];
   out.cols = out.codes.shape[1];
   out.packed.require_dtype(DType::kUInt8).require_ndim(2).require_size(0, out.rows);
-  out.packed.require_size(1, packed_row_bytes(out.cols, levels));
+  out.packed.require_size(1, checked_row_bytes(out.cols, levels));
   return out;
 }
 

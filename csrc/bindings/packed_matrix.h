@@ -58,15 +58,21 @@ inline bool add_extras(py::handle extras, int levels, matmul::PackedMatrix* weig
   return row_scale.ndim != 0;
 }
 
+// Refuses numbers of columns whose bits could not be counted.
+inline int64_t checked_row_bytes(int64_t cols, int levels) {
+  check(cols >= 0 && cols <= int64_t{1} << 56, "in_features must lie in [0, 2^56]; got ", cols,
+        ".");
+  return packed_row_bytes(cols, levels);
+}
+
 // Every size the kernels rely on is checked here against the buffers that were passed.
 inline matmul::PackedMatrix packed_matrix(const TensorView& codes, const TensorView& scale,
                                           const TensorView& zero, int64_t cols, int levels,
                                           int64_t group_size, int group_dim, py::handle extras) {
   check(code_bits(levels) >= 0, "levels must be one of 2, 3, 4, 8, 16, 256; got ", levels, ".");
-  check(cols >= 0, "in_features must be at least 0; got ", cols, ".");
   check(group_size >= 1, "group_size must be at least 1; got ", group_size, ".");
   check(group_dim == 0 || group_dim == 1, "group_dim must be 0 or 1; got ", group_dim, ".");
-  const int64_t row_bytes = packed_row_bytes(cols, levels);
+  const int64_t row_bytes = checked_row_bytes(cols, levels);
   codes.require_dtype(DType::kUInt8).require_ndim(2).require_size(1, row_bytes);
   const int64_t rows = codes.shape[0];
   const auto groups = [&](int64_t size) { return size == 0 ? 0 : (size - 1) / group_size + 1; };

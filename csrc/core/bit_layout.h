@@ -44,10 +44,8 @@ PYROBUST_HD int code_bits(int levels) {
 }
 
 PYROBUST_HD int64_t packed_row_bytes(int64_t cols, int levels) {
-  // Whole parts first: `cols` may be any number that a damaged file or a caller names.
-  if (levels == kTernaryLevels) return cols / kTritsPerByte + (cols % kTritsPerByte != 0 ? 1 : 0);
-  const int64_t bits = code_bits(levels);
-  return cols / 8 * bits + (cols % 8 * bits + 7) / 8;
+  if (levels == kTernaryLevels) return (cols + kTritsPerByte - 1) / kTritsPerByte;
+  return (cols * code_bits(levels) + 7) / 8;
 }
 
 // The code in column `col`; reads the one or two bytes that hold it and no other.

@@ -16,7 +16,7 @@ def set_panel_copies(allowed: bool) -> bool:
 
     Where the processor has kernels for it (AVX-512), the second product with a weight makes such a
     copy, as large as the weight, which lives as long as the weight. Products have the same bits
-    without it and take 1.0 to 2.9 times as long. ``False`` frees what exists; ``PYROBUST_PANELS=0``
+    without it, and take up to 3 times as long. ``False`` frees what exists; ``PYROBUST_PANELS=0``
     in the environment has the same effect from the start. The setting is that of the process.
 
     Args:
