@@ -21,13 +21,17 @@ inline __m512i codebook_table(const PackedMatrix& w) {
 constexpr int64_t kPanelAhead = 2048;
 
 // The codes of 16 columns of a panel.
-template <int kBits, bool kBook>
+// kLoadOnce: gcc loads them again for each use otherwise, which is as fast where there are few.
+template <int kBits, bool kBook, bool kLoadOnce = false>
 struct PanelQuad {
   __m512i raw[kBits];
 
   __attribute__((always_inline)) inline void load(const uint8_t* at) {
 #pragma GCC unroll 8
-    for (int i = 0; i < kBits; ++i) raw[i] = _mm512_loadu_si512(at + kLineBytes * i);
+    for (int i = 0; i < kBits; ++i) {
+      raw[i] = _mm512_loadu_si512(at + kLineBytes * i);
+      if constexpr (kLoadOnce) __asm__("" : "+v"(raw[i]));
+    }
   }
 
   // The bytes of step s whose lower 2 kBits bits are the codes of both halves of the panel.

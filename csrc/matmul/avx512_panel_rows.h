@@ -24,7 +24,7 @@ int second_shift(const PackedMatrix& w) {
 }
 
 // Minus the sums of a group of a tile's rows of bytes, times the zero where that is one for all;
-// for the first and the second half of a panel, times 2^PanelQuad::kShift.
+// for the first and the second half of a panel, times 2^second_shift().
 struct alignas(64) PanelOffsets {
   int32_t first[kTileRows];
   int32_t second[kTileRows];
@@ -64,7 +64,24 @@ struct PanelRows {
   double* steps(int64_t m) const { return step + m / x_rows() * groups * kTileRows; }
 };
 
-// 16 groups of four columns of `width` rows, side by side.
+// Step 4 l + c (its four columns) of four rows, side by side, to lane l of out[c].
+inline void columns_of_four(const __m512i* row, __m512i* out) {
+  const __m512i a = _mm512_unpacklo_epi32(row[0], row[1]);
+  const __m512i b = _mm512_unpacklo_epi32(row[2], row[3]);
+  const __m512i c = _mm512_unpackhi_epi32(row[0], row[1]);
+  const __m512i d = _mm512_unpackhi_epi32(row[2], row[3]);
+  out[0] = _mm512_unpacklo_epi64(a, b);
+  out[1] = _mm512_unpackhi_epi64(a, b);
+  out[2] = _mm512_unpacklo_epi64(c, d);
+  out[3] = _mm512_unpackhi_epi64(c, d);
+}
+
+template <int kLane>
+inline void store_lane(__m512i v, __mmask8 part, int8_t* out) {
+  _mm_mask_storeu_epi32(out, part, _mm512_extracti32x4_epi32(v, kLane));
+}
+
+// 16 steps of four columns of `width` rows, side by side.
 inline void store_tile_block(const __m512i (&row)[kTileRows], int64_t width, int8_t* out) {
   if (width == 1) {
     _mm512_storeu_si512(out, row[0]);
@@ -77,21 +94,30 @@ inline void store_tile_block(const __m512i (&row)[kTileRows], int64_t width, int
     _mm512_storeu_si512(out + kBlock, _mm512_permutex2var_epi32(row[0], next, row[1]));
     return;
   }
-  __m512i v[kLanes];
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i)
-    v[i] = i < kTileRows ? row[i % kTileRows] : _mm512_setzero_si512();
-  transpose_16(v);
-  if (width == kTileRows) {
-#pragma GCC unroll 16
-    for (int j = 0; j < kLanes; ++j) {
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 32 * j), _mm512_castsi512_si256(v[j]));
+  __m512i lower[4], upper[4];
+  columns_of_four(row, lower);
+  if (width > 4) columns_of_four(row + 4, upper);
+  const auto part = static_cast<__mmask8>((1 << width) - 1);
+#pragma GCC unroll 4
+  for (int64_t c = 0; c < 4; ++c) {
+    int8_t* at = out + 4 * c * width;
+    const int64_t next = 16 * width;  // bytes of four steps
+    if (width <= 4) {
+      store_lane<0>(lower[c], part, at);
+      store_lane<1>(lower[c], part, at + next);
+      store_lane<2>(lower[c], part, at + 2 * next);
+      store_lane<3>(lower[c], part, at + 3 * next);
+      continue;
     }
-    return;
+    const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+    const __m512i second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    const __m512i a = _mm512_permutex2var_epi64(lower[c], first, upper[c]);
+    const __m512i b = _mm512_permutex2var_epi64(lower[c], second, upper[c]);
+    _mm256_mask_storeu_epi32(at, part, _mm512_castsi512_si256(a));
+    _mm256_mask_storeu_epi32(at + next, part, _mm512_extracti64x4_epi64(a, 1));
+    _mm256_mask_storeu_epi32(at + 2 * next, part, _mm512_castsi512_si256(b));
+    _mm256_mask_storeu_epi32(at + 3 * next, part, _mm512_extracti64x4_epi64(b, 1));
   }
-  const auto mask = static_cast<__mmask16>((1 << width) - 1);
-#pragma GCC unroll 16
-  for (int j = 0; j < kLanes; ++j) _mm512_mask_storeu_epi32(out + j * 4 * width, mask, v[j]);
 }
 
 inline __m512i sum_bytes(__m512i sum, __m512i q) {
@@ -124,11 +150,13 @@ void prepare_panel_group(const PackedMatrix& w, int64_t m, int64_t g, int64_t be
 void prepare_panel_int8(const PackedMatrix& w, const char* x, FloatType type, int64_t m,
                         const PanelRows& out, double* step) {
   const int64_t row_bytes = w.cols * float_type_bytes(type), blocks = blocks_of(w);
+  Divisor by[kTileRows];
   for (int64_t i = 0; i < out.rows_at(m); ++i) {
     step[i] = step_of(x + i * row_bytes, type, 0, w.cols, 127.0);
+    by[i] = Divisor(step[i]);
   }
   const auto convert = [&](int64_t i, int64_t b, __m512i* v) {
-    *v = step[i] > 0.0 ? quantize_64(x + i * row_bytes, type, b * kBlock, w.cols, step[i])
+    *v = step[i] > 0.0 ? quantize_64(x + i * row_bytes, type, b * kBlock, w.cols, by[i])
                        : _mm512_setzero_si512();
   };
   for (int64_t g = 0, b = 0; g < out.groups; ++g) {
@@ -155,8 +183,7 @@ void prepare_panel_parts(const PackedMatrix& w, const char* x, FloatType type, i
     const auto convert = [&](int64_t i, int64_t block, __m512i* v) {
       IntegerPair parts{_mm512_setzero_si512(), _mm512_setzero_si512()};
       if (inverse[i] > 0.0) {
-        parts =
-            parts_64(x + i * row_bytes, type, block * kBlock, w.cols, _mm512_set1_pd(inverse[i]));
+        parts = parts_64(x + i * row_bytes, type, block * kBlock, w.cols, inverse[i]);
       }
       v[0] = parts.high;
       v[count] = parts.low;

@@ -6,6 +6,13 @@
 namespace pyrobust::matmul {
 namespace {
 
+// Sums of the second half of a panel are 2 to this power times what they stand for; one bit, which
+// stands for -1 and 1, has codes 0 and 2 there.
+template <int kBits, bool kBook>
+constexpr int second_half_shift() {
+  return kBits == 1 ? 0 : PanelQuad<kBits, kBook>::kShift;
+}
+
 // `sum` at the start of a group: minus the zero times the sum of x, for the lanes of both halves,
 // those of the second times 2^kShift. A group of one bit has -1 and 1 for codes: its first half is
 // doubled at the end, and starts from 0.
@@ -36,7 +43,7 @@ __attribute__((always_inline)) inline void start_sums(const uint8_t* zeros,
 template <int kBits, bool kBook, int kRows, int kChains>
 __attribute__((always_inline)) inline void add_quad(const uint8_t* codes, const int8_t* q,
                                                     __m512i table, __m512i* sum) {
-  PanelQuad<kBits, kBook> quad;
+  PanelQuad<kBits, kBook, (kRows > 2 || kBits == 3 || kBits == 8)> quad;
   quad.load(codes);
 #pragma GCC unroll 8
   for (int i = 0; i < kBits; ++i) {
@@ -63,7 +70,7 @@ __attribute__((always_inline)) inline void add_quad(const uint8_t* codes, const 
 template <int kBits, bool kBook, int kRows>
 struct PanelStreams {
   static constexpr bool kDouble = kBits == 1 && !kBook;  // codes of one bit stand for -1 and 1
-  static constexpr int kShift = kDouble ? 0 : PanelQuad<kBits, kBook>::kShift;
+  static constexpr int kShift = second_half_shift<kBits, kBook>();
 
   const PackedMatrix& w;
   const PanelLayout& layout;
@@ -111,9 +118,11 @@ struct PanelStreams {
   }
 };
 
-// One tile of x, of three or more rows of bytes.
+// One tile of x, of three or more rows of bytes. Up to four rows take two sums each, as a product
+// waits for the one before.
 template <int kBits, bool kBook, int kRows, int kParts>
 __attribute__((noinline)) void panel_tile(const PanelTask& task) {
+  constexpr int kChains = kRows <= 4 ? 2 : 1, kSums = 2 * kRows * kChains;
   PanelStreams<kBits, kBook, kRows> from(task);
   constexpr int kShift = from.kShift;
   PanelPending& pending = *task.pending;
@@ -122,12 +131,14 @@ __attribute__((noinline)) void panel_tile(const PanelTask& task) {
     const int64_t quads = from.quads(), rows_a_quad = quads >= kTileRows ? 1 : 2;
     const uint8_t* codes = from.codes();
     const int8_t* q = from.q;
-    __m512i sum[kRows * 2];
+    __m512i sum[kSums];
     __m512d scale[4];
     from.start(sum);
+#pragma GCC unroll 16
+    for (int i = 2 * kRows; i < kSums; ++i) sum[i] = _mm512_setzero_si512();
     if (pending.rows > 0) load_panel_scales<kShift>(from.w, pending.head, scale);
     for (int64_t j = 0, row = 0; j < quads; ++j) {
-      add_quad<kBits, kBook, kRows, 1>(codes, q, table, sum);
+      add_quad<kBits, kBook, kRows, kChains>(codes, q, table, sum);
       codes += kBits * kLineBytes;
       q += kQuadColumns * kRows;
       if (row < pending.rows) {
@@ -135,6 +146,10 @@ __attribute__((noinline)) void panel_tile(const PanelTask& task) {
         add_pending<kShift, kParts>(task, scale, row, stop);
         row = stop;
       }
+    }
+#pragma GCC unroll 16
+    for (int i = 2 * kRows; i < kSums; ++i) {
+      sum[i % (2 * kRows)] = _mm512_add_epi32(sum[i % (2 * kRows)], sum[i]);
     }
     from.finish(sum);
 #pragma GCC unroll 16
@@ -159,11 +174,10 @@ __attribute__((always_inline)) inline void split_sums(const __m512i* sum, int sh
   }
 }
 
-// One or two rows of bytes, which take several sums each, as a product waits for the one before,
-// and keep their totals in registers.
+// One or two rows of bytes, which take four sums each and keep their totals in registers.
 template <int kBits, bool kBook, int kRows, int kParts>
 __attribute__((noinline)) void few_panel_rows(const PanelTask& task) {
-  constexpr int kChains = 4 / kRows, kTotals = 4 * kRows / kParts;
+  constexpr int kChains = 4, kSums = 2 * kRows * kChains, kTotals = 4 * kRows / kParts;
   PanelStreams<kBits, kBook, kRows> from(task);
   constexpr int kShift = from.kShift;
   const __m512i table = codebook_table(from.w);
@@ -175,17 +189,17 @@ __attribute__((noinline)) void few_panel_rows(const PanelTask& task) {
     const int64_t quads = from.quads();
     const uint8_t* codes = from.codes();
     const int8_t* q = from.q;
-    __m512i sum[8];
+    __m512i sum[kSums];
     from.start(sum);
-#pragma GCC unroll 8
-    for (int i = 2 * kRows; i < 8; ++i) sum[i] = _mm512_setzero_si512();
+#pragma GCC unroll 16
+    for (int i = 2 * kRows; i < kSums; ++i) sum[i] = _mm512_setzero_si512();
     for (int64_t j = 0; j < quads; ++j) {
       add_quad<kBits, kBook, kRows, kChains>(codes, q, table, sum);
       codes += kBits * kLineBytes;
       q += kQuadColumns * kRows;
     }
-#pragma GCC unroll 8
-    for (int i = 2 * kRows; i < 8; ++i) {
+#pragma GCC unroll 16
+    for (int i = 2 * kRows; i < kSums; ++i) {
       sum[i % (2 * kRows)] = _mm512_add_epi32(sum[i % (2 * kRows)], sum[i]);
     }
     from.finish(sum);

@@ -81,7 +81,7 @@ int64_t panel_scratch_bytes(int64_t rows) {
 template <int kBits, bool kBook>
 void multiply_panel_order(const PackedMatrix& w, Mode mode, const Block& block, int64_t begin,
                           int64_t end, const Output& out, void* scratch) {
-  constexpr int kShift = kBits == 1 ? 0 : PanelQuad<kBits, kBook>::kShift;
+  constexpr int kShift = second_half_shift<kBits, kBook>();
   const PanelLayout layout(w);
   const PanelRows x(const_cast<void*>(block.data), w, block.rows, mode);
   PanelPending pending;

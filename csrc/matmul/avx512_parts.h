@@ -39,25 +39,23 @@ inline __m512i multiples_16(__m512 x, __m512d inverse) {
   return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
 }
 
-// High and low parts of 64 columns from k on.
+// High and low parts of 64 columns from k on. Products with a power of two are exact in float too,
+// where it is one of float.
 inline IntegerPair parts_64(const void* x, FloatType type, int64_t k, int64_t cols,
-                            __m512d inverse) {
-  __m128i high[4], low[4];
+                            double inverse) {
+  const bool in_float = inverse >= 0x1p-126 && inverse <= 0x1p127;
+  const __m512 factor = _mm512_set1_ps(in_float ? static_cast<float>(inverse) : 0.0f);
+  __m512 value[4];
+  __m512i v[4], high[4];
+  load_64(x, type, k, cols, value);
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    const int64_t at = k + kLanes * i;
-    const __m512i v = multiples_16(load_floats(x, type, at, first_lanes(cols - at)), inverse);
-    low[i] = _mm512_cvtepi32_epi8(v);  // modulo 256
-    high[i] =
-        _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_add_epi32(v, _mm512_set1_epi32(128)), 8));
+    v[i] = in_float ? _mm512_cvtps_epi32(_mm512_mul_ps(value[i], factor))
+                    : multiples_16(value[i], _mm512_set1_pd(inverse));
+    high[i] = _mm512_srai_epi32(_mm512_add_epi32(v[i], _mm512_set1_epi32(128)), 8);
+    v[i] = _mm512_sub_epi32(v[i], _mm512_slli_epi32(high[i], 8));
   }
-  const auto joined = [](const __m128i* four) {
-    __m512i all = _mm512_castsi128_si512(four[0]);
-    all = _mm512_inserti32x4(all, four[1], 1);
-    all = _mm512_inserti32x4(all, four[2], 2);
-    return _mm512_inserti32x4(all, four[3], 3);
-  };
-  return {joined(low), joined(high)};
+  return {narrow_64(v), narrow_64(high)};
 }
 
 // Row m of the block: `x` holds its `cols` elements.
@@ -68,7 +66,7 @@ inline void prepare_parts_row(const PackedMatrix& w, const void* x, FloatType ty
     const int64_t stop = blocks - b < per_group ? blocks : b + per_group;
     const int64_t end = stop * kBlock < w.cols ? stop * kBlock : w.cols;
     const double step = power_of_two(step_of(x, type, b * kBlock, end, kLargestPair));
-    const __m512d inverse = _mm512_set1_pd(step > 0.0 ? 1.0 / step : 0.0);
+    const double inverse = step > 0.0 ? 1.0 / step : 0.0;
     __m512i sum[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
     for (; b < stop; ++b) {
       const IntegerPair parts = step > 0.0

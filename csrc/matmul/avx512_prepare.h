@@ -82,15 +82,40 @@ inline __m512 load_floats(const void* data, FloatType type, int64_t at, __mmask1
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
 
+// Elements [at, at + 64), 0 past `end`.
+__attribute__((always_inline)) inline void load_64(const void* data, FloatType type, int64_t at,
+                                                   int64_t end, __m512* out) {
+  if (type == FloatType::kFloat32 && end - at >= kBlock) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      out[i] = _mm512_loadu_ps(static_cast<const float*>(data) + at + kLanes * i);
+    }
+    return;
+  }
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < 4; ++i) {
+    const int64_t k = at + kLanes * i;
+    out[i] = load_floats(data, type, k, first_lanes(end - k));
+  }
+}
+
 // Bits of the largest magnitude of columns [from, to): they compare as integers, and what is not
 // finite exceeds all others.
 inline int32_t largest_bits(const void* x, FloatType type, int64_t from, int64_t to) {
-  __m512i largest = _mm512_setzero_si512();
-  for (int64_t k = from; k < to; k += kLanes) {
-    const __m512i bits = _mm512_castps_si512(load_floats(x, type, k, first_lanes(to - k)));
-    largest = _mm512_max_epi32(largest, _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)));
+  __m512i largest[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) largest[i] = _mm512_setzero_si512();
+  for (int64_t k = from; k < to; k += kBlock) {
+    __m512 x_64[4];
+    load_64(x, type, k, to, x_64);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const __m512i bits = _mm512_castps_si512(_mm512_abs_ps(x_64[i]));
+      largest[i] = _mm512_max_epi32(largest[i], bits);
+    }
   }
-  return _mm512_reduce_max_epi32(largest);
+  const __m512i first = _mm512_max_epi32(largest[0], largest[1]);
+  return _mm512_reduce_max_epi32(_mm512_max_epi32(first, _mm512_max_epi32(largest[2], largest[3])));
 }
 
 // The largest magnitude over `steps`; NaN where a value is not finite. With 127 activation_step().
@@ -102,38 +127,58 @@ inline double step_of(const void* x, FloatType type, int64_t from, int64_t to, d
   return static_cast<double>(magnitude) / steps;
 }
 
-// Lanes that lie so near the middle of two integers that the quotient, at most 127 and at most
-// 127 * 2^-51 away, may round the other way.
-inline __mmask8 near_middles(__m512d value) {
+// How a row is divided by its step. A product with the inverse in float is at most 127 * 2^-23 from
+// the quotient: where it is no nearer than that to the middle of two integers, both round alike.
+struct Divisor {
+  double step = 0.0;
+  float inverse = 0.0f;  // 0: beyond float, or so near that x may be denormal
+
+  Divisor() = default;
+  explicit Divisor(double s) : step(s), inverse(s > 1e-30 ? static_cast<float>(1.0 / s) : 0.0f) {}
+};
+
+inline __mmask16 near_middles(__m512 value) {
   constexpr int kToNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-  const __m512d away = _mm512_sub_pd(value, _mm512_roundscale_pd(value, kToNearest));
-  return _mm512_cmp_pd_mask(_mm512_abs_pd(away), _mm512_set1_pd(0.5 - 1e-12), _CMP_GT_OQ);
+  const __m512 away = _mm512_sub_ps(value, _mm512_roundscale_ps(value, kToNearest));
+  return _mm512_cmp_ps_mask(_mm512_abs_ps(away), _mm512_set1_ps(0.49998f), _CMP_GT_OQ);
 }
 
-// 16 columns, rounded as quantized_activation() does: the quotients by `step` to nearest even.
-// Products with the inverse take a fifth of the time of divisions.
-inline __m128i quantize_16(__m512 x, __m512d step, __m512d inverse) {
+// The quotients of 16 columns by `step`, to nearest even: quantized_activation().
+inline __m512i quotients_16(__m512 x, double step) {
+  const __m512d divisor = _mm512_set1_pd(step);
   const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(x));
   const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
-  __m512d first = _mm512_mul_pd(low, inverse), second = _mm512_mul_pd(high, inverse);
-  if ((near_middles(first) | near_middles(second)) != 0) {
-    first = _mm512_div_pd(low, step);
-    second = _mm512_div_pd(high, step);
-  }
-  const __m256i a = _mm512_cvtpd_epi32(first), b = _mm512_cvtpd_epi32(second);
-  return _mm512_cvtepi32_epi8(_mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1));
+  const __m256i a = _mm512_cvtpd_epi32(_mm512_div_pd(low, divisor));
+  const __m256i b = _mm512_cvtpd_epi32(_mm512_div_pd(high, divisor));
+  return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
 }
 
-inline __m512i quantize_64(const void* x, FloatType type, int64_t k, int64_t cols, double step) {
-  const __m512d divisor = _mm512_set1_pd(step), inverse = _mm512_set1_pd(1.0 / step);
-  const auto part = [&](int i) {
-    const int64_t at = k + kLanes * i;
-    return quantize_16(load_floats(x, type, at, first_lanes(cols - at)), divisor, inverse);
-  };
-  __m512i q = _mm512_castsi128_si512(part(0));
-  q = _mm512_inserti32x4(q, part(1), 1);
-  q = _mm512_inserti32x4(q, part(2), 2);
-  return _mm512_inserti32x4(q, part(3), 3);
+// Bytes of 64 integers of 16 bits or less, `v[i]` columns 16 i .. 16 i + 15, saturated.
+inline __m512i narrow_64(const __m512i* v) {
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i bytes =
+      _mm512_packs_epi16(_mm512_packs_epi32(v[0], v[1]), _mm512_packs_epi32(v[2], v[3]));
+  return _mm512_permutexvar_epi32(order, bytes);
+}
+
+inline __m512i quantize_64(const void* x, FloatType type, int64_t k, int64_t cols,
+                           const Divisor& by) {
+  __m512 value[4];
+  __m512i q[4];
+  const __m512 inverse = _mm512_set1_ps(by.inverse);
+  unsigned near = by.inverse > 0.0f ? 0 : 1;
+  load_64(x, type, k, cols, value);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512 quotient = _mm512_mul_ps(value[i], inverse);
+    near |= near_middles(quotient);
+    q[i] = _mm512_cvtps_epi32(quotient);
+  }
+  if (near != 0) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) q[i] = quotients_16(value[i], by.step);
+  }
+  return narrow_64(q);
 }
 
 // Row m of the block: `x` holds its `cols` elements.
@@ -142,12 +187,13 @@ inline void prepare_wide_row(const PackedMatrix& w, const void* x, FloatType typ
   const int64_t blocks = blocks_of(w), groups = groups_of(w), per_group = group_blocks(w);
   *step = step_of(x, type, 0, w.cols, 127.0);
   const bool some = *step > 0.0;
+  const Divisor by(*step);
   for (int64_t g = 0, b = 0; g < groups; ++g) {
     __m512i sum = _mm512_setzero_si512();
     const int64_t stop = blocks - b < per_group ? blocks : b + per_group;
     for (; b < stop; ++b) {
       const __m512i q =
-          some ? quantize_64(x, type, b * kBlock, w.cols, *step) : _mm512_setzero_si512();
+          some ? quantize_64(x, type, b * kBlock, w.cols, by) : _mm512_setzero_si512();
       sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), q);
       out.store(q, m, 0, b);
     }
