@@ -113,7 +113,8 @@ py::object packed_image(PyObject* const* a) {
   box.require_terms(columns);
   std::shared_ptr<const PanelMemory> panels;  // for the sums of few inputs
   if (!int8 && box.batch() <= interval::kFewInputs) {
-    panels = attach_panels(a[2], a[3], a[4], static_cast<int>(integer(a[14])), &weight);
+    panels = attach_panels(a[2], a[3], a[4], static_cast<int>(integer(a[14])), &weight,
+                           kElementsOfBounds);
   }
   return image(box, {nullptr, &weight, weight.rows, weight.cols}, a[5], int8,
                {a[12], a[13], a[14], a[16]});

@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdlib>
 #include <cstring>
@@ -19,8 +20,8 @@ constexpr int64_t kLargePage = int64_t{2} << 20;
 // The product of the same weight that makes its panels, counted from 1; 0: none does, and none
 // are kept.
 int64_t making_product = 2;
-// Weights with fewer elements get none: looking them up takes as long as the panels save.
-int64_t least_elements = int64_t{1} << 17;
+// Weights with fewer elements get none, or fewer than a caller needs.
+int64_t least_elements = kElementsOfProducts;
 int64_t kept_bytes = 0;
 
 // What the panels were made from.
@@ -98,9 +99,11 @@ PanelMemory::~PanelMemory() {
 
 std::shared_ptr<const PanelMemory> attach_panels(py::handle codes, py::handle scale,
                                                  py::handle zero, int num_threads,
-                                                 matmul::PackedMatrix* weight) {
+                                                 matmul::PackedMatrix* weight,
+                                                 int64_t most_needed) {
   const matmul::PackedMatrix& w = *weight;
-  if (making_product == 0 || w.rows * w.cols < least_elements || w.group_dim != 1) return nullptr;
+  const int64_t least = std::min(least_elements, most_needed);
+  if (making_product == 0 || w.rows * w.cols < least || w.group_dim != 1) return nullptr;
   Source source;
   source.data = {w.codes, w.scale, w.zero};
   source.form = {w.rows,

@@ -31,9 +31,15 @@ class PanelMemory {
 // from the second product with the same tensors on, so that weights which change at each step, or
 // serve once, cost nothing. A change in place is seen by torch's count of versions; tensors without
 // one (inference tensors) and small weights get no panels. The GIL must be held.
+//
+// `most_needed` bounds the number of elements that a weight must have: to look panels up takes 0.3
+// us, more than they save at 8-bit products of fewer than 2^17.
+constexpr int64_t kElementsOfProducts = int64_t{1} << 17;
+constexpr int64_t kElementsOfBounds = int64_t{1} << 12;
 std::shared_ptr<const PanelMemory> attach_panels(py::handle codes, py::handle scale,
                                                  py::handle zero, int num_threads,
-                                                 matmul::PackedMatrix* weight);
+                                                 matmul::PackedMatrix* weight,
+                                                 int64_t most_needed = kElementsOfProducts);
 
 void bind_panel_cache(py::module_& m);
 

@@ -201,52 +201,49 @@ bool prepare_integers(const IntegerPrepare& work, float* largest) {
 
 // --- rows in the canonical layout
 
-inline int64_t dot(const int16_t* a, const int16_t* b, int64_t count) {
-  constexpr int64_t kChunkOfDot = 256;
-  int64_t total = 0;
-  for (int64_t k = 0; k < count; k += kChunkOfDot) {
-    const int64_t stop = count - k < kChunkOfDot ? count : k + kChunkOfDot;
-    int32_t sum = 0;
-    for (int64_t i = k; i < stop; ++i) {
-      sum += static_cast<int32_t>(a[i]) * static_cast<int32_t>(b[i]);
-    }
-    total += sum;
-  }
-  return total;
-}
+// Sums of a row over a group: of w q', of |w| p and of w, where q' = q - 2^15.
+struct GroupSums {
+  int64_t centre = 0, radius = 0, weights = 0;
+};
 
-// w and |w| of `count` codes.
-inline int32_t weights_of(const uint8_t* __restrict code, int64_t count, int shift, int zero,
-                          int16_t* __restrict w, int16_t* __restrict size) {
-  int32_t sum = 0;
-  for (int64_t k = 0; k < count; ++k) {
-    const int value = (static_cast<int>(code[k]) << shift) - zero;
-    w[k] = static_cast<int16_t>(value);
-    size[k] = static_cast<int16_t>(value < 0 ? -value : value);
-    sum += value;
+inline GroupSums group_of_row(const uint8_t* code, int64_t count, int shift, int zero,
+                              const int16_t* centre, const int16_t* radius) {
+  constexpr int64_t kRunOfSums = 256;
+  GroupSums all;
+  for (int64_t k = 0; k < count; k += kRunOfSums) {
+    const int64_t stop = count - k < kRunOfSums ? count : k + kRunOfSums;
+    int32_t c = 0, r = 0, sum = 0;
+    for (int64_t i = k; i < stop; ++i) {  // in 16 bits, so that two products are one instruction
+      const auto w = static_cast<int16_t>((static_cast<int>(code[i]) << shift) - zero);
+      const auto size = static_cast<int16_t>(w < 0 ? -w : w);
+      c += static_cast<int32_t>(w) * static_cast<int32_t>(centre[i]);
+      r += static_cast<int32_t>(size) * static_cast<int32_t>(radius[i]);
+      sum += w;
+    }
+    all.centre += c;
+    all.radius += r;
+    all.weights += sum;
   }
-  return sum;
+  return all;
 }
 
 void integer_rows(const IntegerDots& work) {
   const matmul::PackedMatrix& weight = *work.weight;
   const IntegerInput& input = *work.input;
-  auto* w = reinterpret_cast<int16_t*>(work.scratch);
-  int16_t* size = w + columns_of_group(weight) + kIntegerBlock / 2;
-  auto* expanded = reinterpret_cast<uint8_t*>(size + columns_of_group(weight) + kIntegerBlock / 2);
   const int doubled = matmul::code_multiplier(weight) - 1;
   for (int64_t n = 0; n < work.rows; ++n) {
     const int64_t row = work.first + n, at = matmul::scale_row(weight, row);
-    const uint8_t* codes = matmul::code_bytes(weight, row, expanded);
+    const uint8_t* codes = matmul::code_bytes(weight, row, work.scratch);
     double centre = 0.0, radius = 0.0;
     for (int64_t g = 0; g < input.groups; ++g) {
       const int64_t count = input.count(g);
       const int zero = matmul::zero_at(weight, at + g);
       const double scale = matmul::scale_at(weight, at + g);
-      const int64_t sum = weights_of(codes + g * input.group, count, doubled, zero, w, size);
-      const int64_t c =
-          dot(w, input.centre + g * input.stride, count) + (int64_t{32768} + input.shift[g]) * sum;
-      const int64_t r = dot(size, input.radius + g * input.stride, count);
+      const GroupSums sums =
+          group_of_row(codes + g * input.group, count, doubled, zero,
+                       input.centre + g * input.stride, input.radius + g * input.stride);
+      const int64_t c = sums.centre + (int64_t{32768} + input.shift[g]) * sums.weights;
+      const int64_t r = sums.radius;
       centre += static_cast<double>(c) * (scale * static_cast<double>(input.step[g]));
       radius +=
           static_cast<double>(r) * (std::fabs(scale) * static_cast<double>(input.radius_step[g]));

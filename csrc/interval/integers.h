@@ -124,10 +124,8 @@ struct IntegerKernels {
   void (*panels)(const IntegerDots& work);
 };
 
-// Bytes of IntegerDots::scratch: a group's weights and magnitudes, and a row's codes.
-inline int64_t row_scratch(const matmul::PackedMatrix& w) {
-  return 4 * (columns_of_group(w) + kIntegerBlock) + w.cols + kIntegerBlock;
-}
+// Bytes of IntegerDots::scratch: a row's codes.
+inline int64_t row_scratch(const matmul::PackedMatrix& w) { return w.cols + kIntegerBlock; }
 
 // Ends of input `b` of the call; false, and nothing is written, where the float kernels must serve.
 bool integer_image(const Call& call, int64_t b, int num_threads);
