@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyrobust.interval.arithmetic import mul
 from pyrobust.interval.elementwise import sigmoid
-from pyrobust.interval.errors import where
+from pyrobust.interval.errors import check_shape, where
 from pyrobust.interval.linear import linear
 from pyrobust.interval.operands import Rule, common_dtype, ends_of, refuse, require_box, working
 from pyrobust.interval.outward import (
@@ -68,6 +68,18 @@ def matmul(input: Any, other: Any, *, out: None = None) -> Interval:
             )
             error = error + infinite_where_beyond(most, dtype)
     return wrap(*enclose(lower, upper, error, dtype), rounding)
+
+
+def _of_ranks(name: str, first: int, second: int) -> Rule:
+    """``matmul`` under one of its names that take two ranks and broadcast nothing."""
+
+    def rule(input: Any, mat2: Any, *, out: None = None) -> Interval:
+        fits = (input.ndim, mat2.ndim) == (first, second) and input.shape[:-2] == mat2.shape[:-2]
+        requirement = f"operands of {first} and {second} dimensions and one batch"
+        check_shape(name, fits, requirement, (*input.shape, *mat2.shape))
+        return matmul(input, mat2, out=out)
+
+    return rule
 
 
 def _others(x: Tensor, dim: int) -> Tensor:
@@ -273,9 +285,9 @@ RULES: dict[str, Rule] = {
     "matmul": matmul,
     "__matmul__": matmul,
     "__rmatmul__": lambda x, y: matmul(y, x),
-    "bmm": matmul,
-    "mm": matmul,
-    "mv": matmul,
+    "bmm": _of_ranks("bmm", 3, 3),
+    "mm": _of_ranks("mm", 2, 2),
+    "mv": lambda input, vec: _of_ranks("mv", 2, 1)(input, vec),
     "softmax": softmax,
     "log_softmax": lambda input, dim=None, _stacklevel=3, dtype=None: softmax(
         input, dim, dtype=dtype, log=True

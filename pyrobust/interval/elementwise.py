@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pyrobust import _native
 from pyrobust.interval.arithmetic import div, mul
-from pyrobust.interval.errors import reject
+from pyrobust.interval.errors import check_shape, reject
 from pyrobust.interval.operands import Rule, refuse, require_box, spellings, working
 from pyrobust.interval.outward import UNIT, Ends, enclose, straight_through
 from pyrobust.interval.type import Interval, assign, rectify, wrap
@@ -245,6 +245,9 @@ def prelu(input: Any, weight: Any, inplace: bool = False) -> Interval:
     if isinstance(weight, Interval):
         raise refuse("prelu with an interval as slope")
     if isinstance(weight, Tensor) and weight.numel() > 1:
+        slopes = weight.numel()
+        accepted = box.ndim > 1 and box.shape[1] == slopes
+        check_shape("prelu", accepted, f"{slopes} channels, one a slope", box.shape)
         weight = weight.reshape(-1, *[1] * (box.ndim - 2))
     low, high = box.lower, box.upper
     below = mul(wrap(low.clamp(max=0.0), high.clamp(max=0.0), box.rounding), weight)

@@ -19,6 +19,7 @@ __all__ = [
     "assert_in_graph",
     "check_ends",
     "check_float",
+    "check_shape",
     "holds",
     "missing",
     "name_of",
@@ -119,6 +120,12 @@ def reject(requirement: str, violated: Tensor) -> None:
     if visible(violated) and bool(violated.any()):
         count = int(violated.sum())
         raise ValueError(f"Interval: {requirement}; {count} elements break this{where()}.")
+
+
+def check_shape(name: str, accepted: bool, requirement: str, shape: Any) -> None:
+    """Raise ValueError unless the shape that ``name`` was given is ``accepted``."""
+    if not accepted:
+        raise ValueError(f"Interval: {name} must have {requirement}; got {tuple(shape)}{where()}.")
 
 
 def check_float(subject: str, name: str, value: Any) -> None:

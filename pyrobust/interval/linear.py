@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyrobust import _native
 from pyrobust.interval.arithmetic import add
-from pyrobust.interval.errors import name_of
+from pyrobust.interval.errors import check_shape, name_of
 from pyrobust.interval.finite import check_result
 from pyrobust.interval.operands import Rule, refuse, require_box
 from pyrobust.interval.outward import (
@@ -176,9 +176,12 @@ def _convolution(name: str, dimensions: int, transposed: bool) -> Rule:
     def rule(input: Any, weight: Any, bias: Any = None, *args: Any, **options: Any) -> Interval:
         box = require_box(input, name)
         _plain(name, weight, bias)
-        per_channel = None if bias is None else bias.reshape(-1, *[1] * dimensions)
         groups = args[3] if len(args) > 3 else options.get("groups", 1)
         channels = weight.shape[0] // groups if transposed else weight.shape[1]
+        outputs = weight.shape[1] * groups if transposed else weight.shape[0]
+        if bias is not None:
+            check_shape(name, bias.shape == (outputs,), f"a bias of {outputs} numbers", bias.shape)
+        per_channel = None if bias is None else bias.reshape(-1, *[1] * dimensions)
         return affine(
             box,
             weight,
@@ -249,6 +252,11 @@ def _packed_conv2d(
 def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Interval:
     if beta != 1 or alpha != 1 or isinstance(mat2, Interval):
         raise refuse("addmm with beta, alpha or an interval as second matrix")
+    matrices = mat1.ndim == 2 and mat2.ndim == 2
+    check_shape("addmm", matrices, "a matrix as mat1", mat1.shape)
+    spread = torch.broadcast_shapes(input.shape, (mat1.shape[0], mat2.shape[1]))
+    fits = tuple(spread) == (mat1.shape[0], mat2.shape[1])
+    check_shape("addmm", fits, "an input that expands to the product", input.shape)
     if isinstance(input, Tensor) and input.shape == mat2.shape[1:]:
         return linear(mat1, mat2.mT, input)
     total = add(linear(mat1, mat2.mT), input)

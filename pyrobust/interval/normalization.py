@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pyrobust.interval.arithmetic import add, mul
-from pyrobust.interval.errors import where
+from pyrobust.interval.errors import check_shape, where
 from pyrobust.interval.operands import Rule, refuse, require_box, working
 from pyrobust.interval.outward import (
     UNIT,
@@ -39,6 +39,21 @@ __all__ = ["RULES", "normalized"]
 def _plain(what: str, *values: Any) -> None:
     if any(isinstance(value, Interval) for value in values):
         raise refuse(f"{what} with intervals as statistics, weight or bias")
+
+
+def _check_channels(name: str, box: Interval, *values: Tensor | None) -> None:
+    """Raise ValueError unless ``values`` hold one number for each channel of ``box``."""
+    check_shape(name, box.ndim >= 2, "an input of two or more dimensions", box.shape)
+    channels = box.shape[1]
+    for value in values:
+        if value is not None:
+            requirement = f"{channels} numbers, one a channel, in each weight, bias and statistic"
+            check_shape(name, value.numel() == channels, requirement, value.shape)
+
+
+def _check_ending(name: str, box: Interval, ending: Sequence[int]) -> None:
+    accepted = tuple(box.shape[box.ndim - len(ending) :]) == tuple(ending)
+    check_shape(name, accepted, f"an input whose shape ends in {tuple(ending)}", box.shape)
 
 
 def _batch_norm(
@@ -59,6 +74,7 @@ def _batch_norm(
             "Interval: batch norm must run in evaluation mode with running statistics; it would "
             f"use those of the batch{where()}. Call model.eval() first."
         )
+    _check_channels("batch_norm", box, running_mean, running_var, weight, bias)
     wide = box.dtype if box.rounding == "nearest" else torch.float64
     shape = [1, -1] + [1] * (box.ndim - 2)
     mean = running_mean.to(wide).reshape(shape)
@@ -216,6 +232,7 @@ def _layer_norm(
     *_: Any,
 ) -> Interval:
     box = require_box(input, "layer_norm")
+    _check_ending("layer_norm", box, normalized_shape)
     dims = range(-len(normalized_shape), 0)
     result = normalized(box, dims, eps, centred=True)
     return _with_weight(result, box, weight, bias, tuple(normalized_shape))
@@ -228,6 +245,7 @@ def _rms_norm(
     eps: float | None = None,
 ) -> Interval:
     box = require_box(input, "rms_norm")
+    _check_ending("rms_norm", box, normalized_shape)
     eps = torch.finfo(box.dtype).eps if eps is None else eps
     result = normalized(box, range(-len(normalized_shape), 0), eps, centred=False)
     return _with_weight(result, box, weight, None, tuple(normalized_shape))
@@ -242,6 +260,9 @@ def _group_norm(
     *_: Any,
 ) -> Interval:
     box = require_box(input, "group_norm")
+    _check_channels("group_norm", box, weight, bias)
+    divisible = box.shape[1] % num_groups == 0
+    check_shape("group_norm", divisible, f"channels in {num_groups} equal groups", box.shape)
     grouped = box.reshape(box.shape[0], num_groups, -1)
     result = normalized(grouped, (-1,), eps, centred=True).reshape(box.shape)
     return _with_weight(result, box, weight, bias, (1, -1, *[1] * (box.ndim - 2)))
@@ -266,6 +287,7 @@ def _instance_norm(
             f"{where()}. Call model.eval() first."
         )
     box = require_box(input, "instance_norm")
+    _check_channels("instance_norm", box, weight, bias)
     result = normalized(box, range(2 - box.ndim, 0), eps, centred=True)
     return _with_weight(result, box, weight, bias, (1, -1, *[1] * (box.ndim - 2)))
 
@@ -280,6 +302,14 @@ def _dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = 
     return box
 
 
+def _dropout1d(
+    input: Any, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Interval:
+    box = _dropout(input, p, training, inplace)
+    check_shape("dropout1d", box.ndim in (2, 3), "an input of two or three dimensions", box.shape)
+    return box
+
+
 RULES: dict[str, Rule] = {
     "batch_norm": _batch_norm,
     "layer_norm": _layer_norm,
@@ -289,7 +319,6 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(
         (
             "dropout",
-            "dropout1d",
             "dropout2d",
             "dropout3d",
             "alpha_dropout",
@@ -298,4 +327,5 @@ RULES: dict[str, Rule] = {
         ),
         _dropout,
     ),
+    "dropout1d": _dropout1d,
 }
