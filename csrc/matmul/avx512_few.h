@@ -149,7 +149,7 @@ void point_to_rows(const PackedMatrix& w, int64_t first, const WideScratch& s, R
     return;
   }
   if (kBits == kFiveToAByte) {
-    for (int i = 0; i < Rows::kWide; ++i) {
+    for (int i = 0; i < Rows::kWide && row_bytes > 0; ++i) {
       const int64_t n = first + i < w.rows ? first + i : w.rows - 1;
       __builtin_memcpy(s.expanded + i * row_bytes, code_row(w, n), static_cast<size_t>(row_bytes));
     }
@@ -160,7 +160,7 @@ void point_to_rows(const PackedMatrix& w, int64_t first, const WideScratch& s, R
   load_wide_codes(w, first, Rows::kWide, s);
   rows->pitch = w.levels == kTernaryLevels ? expanded_row_bytes(w) : row_bytes;
   rows->base = s.rows->row[0];
-  if (first + Rows::kWide <= w.rows || w.levels == kTernaryLevels) return;
+  if (first + Rows::kWide <= w.rows || w.levels == kTernaryLevels || row_bytes == 0) return;
   for (int i = 0; i < Rows::kWide; ++i) {
     __builtin_memcpy(s.expanded + i * row_bytes, s.rows[i / kTile].row[i % kTile],
                      static_cast<size_t>(row_bytes));
