@@ -198,5 +198,5 @@ def test_what_a_batch_norm_refuses_stays_refused():
     box = Interval(torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 4, 4))
     with pytest.raises(ValueError, match="evaluation mode"):
         F.batch_norm(box, torch.zeros(3), torch.ones(3), training=True)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match=r"one a channel.*got \(4,\)"):
         F.batch_norm(box, torch.zeros(4), torch.ones(4))
