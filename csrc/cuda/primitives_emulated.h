@@ -122,24 +122,26 @@ PYROBUST_DEVICE void read_operand(uint64_t b, int m, uint32_t (&words)[2]) {
   }
 }
 
-PYROBUST_DEVICE void multiply_m64n64k16_f16(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b,
-                                            bool onto) {
+// `multiply` is one of the emulated mma.
+template <typename Multiply>
+PYROBUST_DEVICE void multiply_m64n64k16(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b,
+                                        bool onto, Multiply multiply) {
   for (int m = 0; m < 8; ++m) {
     uint32_t words[2];
     read_operand(b, m, words);
     for (float& sum : d[m]) sum = onto ? sum : 0.0f;
-    emulate_mma_f16(d[m], a, words);
+    multiply(d[m], a, words);
   }
+}
+
+PYROBUST_DEVICE void multiply_m64n64k16_f16(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b,
+                                            bool onto) {
+  multiply_m64n64k16(d, a, b, onto, emulate_mma_f16);
 }
 
 PYROBUST_DEVICE void multiply_m64n64k16_bf16(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b,
                                              bool onto) {
-  for (int m = 0; m < 8; ++m) {
-    uint32_t words[2];
-    read_operand(b, m, words);
-    for (float& sum : d[m]) sum = onto ? sum : 0.0f;
-    emulate_mma_bf16(d[m], a, words);
-  }
+  multiply_m64n64k16(d, a, b, onto, emulate_mma_bf16);
 }
 
 PYROBUST_DEVICE void begin_products() {}

@@ -60,11 +60,6 @@ struct LinearArguments {
   Schedule schedule;
 };
 
-// Groups that the fused product takes: 32, multiples of 64, and those that reach past the end.
-PYROBUST_HD bool fusible_groups(int64_t group_size, int64_t extent) {
-  return group_size == 32 || group_size % 64 == 0 || group_size >= extent;
-}
-
 // Fills strips, group_span, two_groups and groups from the sizes; then, for `count` rows of x and
 // the multiprocessors of the device, count and schedule.
 void plan_linear(int64_t group_size, LinearArguments* p);

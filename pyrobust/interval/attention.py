@@ -82,6 +82,9 @@ def _of_ranks(name: str, first: int, second: int) -> Rule:
     return rule
 
 
+_mv = _of_ranks("mv", 2, 1)
+
+
 def _others(x: Tensor, dim: int) -> Tensor:
     """``log sum_{j != i} exp x_j`` along ``dim``: sums from both sides, without cancellation."""
     top = x.amax(dim, keepdim=True).detach()
@@ -287,7 +290,7 @@ RULES: dict[str, Rule] = {
     "__rmatmul__": lambda x, y: matmul(y, x),
     "bmm": _of_ranks("bmm", 3, 3),
     "mm": _of_ranks("mm", 2, 2),
-    "mv": lambda input, vec: _of_ranks("mv", 2, 1)(input, vec),
+    "mv": lambda input, vec: _mv(input, vec),
     "softmax": softmax,
     "log_softmax": lambda input, dim=None, _stacklevel=3, dtype=None: softmax(
         input, dim, dtype=dtype, log=True

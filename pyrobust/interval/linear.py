@@ -85,12 +85,8 @@ def _image(box: Interval, function: Any, call: Callable[[], tuple[Tensor, Tensor
 
 def _looked_at(box: Interval, function: Any, result: Interval) -> Interval:
     """``result`` of ``function``, refused where its ends are infinite."""
-    _refuse_infinite(box, function, result.lower, result.upper)
+    check_result(name_of(function), result.lower, result.upper, (box,), takes_infinity=False)
     return result
-
-
-def _refuse_infinite(box: Interval, function: Any, lower: Tensor, upper: Tensor) -> None:
-    check_result(name_of(function), lower, upper, (box,), takes_infinity=False)
 
 
 def affine(
