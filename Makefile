@@ -7,6 +7,11 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -name
 SANITIZED := $(wildcard tests/native/test_matmul_*.py tests/nn/test_packed_*.py) tests/native/test_weight_extras.py \
   tests/native/test_add_packed.py tests/native/test_amx.py tests/ops/test_matmul.py tests/ops/test_complex_matmul.py \
   tests/ops/test_packed_layers.py tests/ops/test_eager_linear.py tests/test_io.py
+SANITIZED_BOUNDS := $(wildcard tests/ops/test_interval*.py tests/interval/test_*.py tests/ops/test_sampl*.py tests/ops/test_grid*.py) \
+  tests/ops/test_votes.py tests/ops/test_dense_product.py tests/ops/test_tensor_view.py tests/ops/test_masking.py \
+  tests/native/test_normal.py tests/native/test_laplace.py
+SANITIZERS := LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 OMP_NUM_THREADS=1
 DATA ?=
 OUT ?= demo-report
 
@@ -42,9 +47,8 @@ sanitize: $(STAMP)
 	$(BIN)/pip install -q --no-deps -e . -C build-dir=build/sanitize -C cmake.define.PYROBUST_SANITIZE=ON \
 	  -C cmake.define.PYROBUST_CUDA_SHIM=OFF
 	rm -f $(STAMP)
-	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 OMP_NUM_THREADS=1 \
-	  $(BIN)/python -m pytest -s -m "slow or not slow" $(SANITIZED)
+	$(SANITIZERS) $(BIN)/python -m pytest -s -m "slow or not slow" $(SANITIZED)
+	$(SANITIZERS) $(BIN)/python -m pytest $(SANITIZED_BOUNDS)
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest bench --benchmark-only -q -s
