@@ -59,10 +59,7 @@ py::object product(const Arguments& a) {
   sizes[x.ndim - 1] = weight.rows;
   py::object out = new_output(a.x, sizes, x.ndim);
   void* const results = view(out, "out").data;
-  std::shared_ptr<const PanelMemory> panels;
-  if (mode == matmul::Mode::kInt8 || activations.type != FloatType::kFloat32) {
-    panels = attach_panels(a.codes, a.scale, a.zero, threads, &weight);
-  }
+  const auto panels = attach_panels(a.codes, a.scale, a.zero, threads, &weight);
   const auto run = [&] {
     matmul::packed_linear(activations, weight, {0, weight.rows}, bias, mode, results, threads);
   };

@@ -40,10 +40,7 @@ void packed_linear(py::handle x_, py::handle codes_, py::handle scale_, py::hand
     bias.require_dtype(DType::kFloat32).require_ndim(1).require_size(0, weight.rows);
   }
   const auto mode = int8 ? matmul::Mode::kInt8 : matmul::Mode::kExact;
-  std::shared_ptr<const PanelMemory> panels;
-  if (int8 || activations.type != FloatType::kFloat32) {
-    panels = attach_panels(codes_, scale_, zero_, num_threads, &weight);
-  }
+  const auto panels = attach_panels(codes_, scale_, zero_, num_threads, &weight);
   py::gil_scoped_release release;
   matmul::packed_linear(activations, weight, rows, bias.as<const float>(), mode, out.data,
                         num_threads);

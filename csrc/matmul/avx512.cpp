@@ -1,8 +1,9 @@
 // Differs from portable.cpp in working on tiles and in 512-bit registers with VNNI where that was
-// written (avx512_int8.h and, for weights in panel order, avx512_panels.h: activations of 8 or 16
-// bits, groups of whole blocks); the other formats
+// written (avx512_int8.h and, for weights in panel order, avx512_panels.h: activations of 8 bits
+// or in 8-bit parts, groups of whole blocks); the other formats
 // take the code of avx2_paths.h, compiled with these wider flags.
 #include "matmul/avx2_paths.h"
+#include "matmul/avx512_float_rows.h"
 #include "matmul/avx512_make_panels.h"
 #include "matmul/avx512_panels.h"
 #include "matmul/avx512_rows.h"
@@ -26,6 +27,20 @@ int64_t wide_scratch_bytes(const PackedMatrix& w, Mode mode, int64_t rows) {
   return WideScratch(nullptr, w, rows).used;
 }
 
+void prepare_canonical_row(const PackedMatrix& w, Mode mode, const char* row, FloatType type,
+                           int64_t m, const WideRows& out, double* step) {
+  switch (mode) {
+    case Mode::kTwoParts:
+      return prepare_parts_row<2>(w, row, type, m, out);
+    case Mode::kThreeParts:
+      return prepare_parts_row<3>(w, row, type, m, out);
+    case Mode::kFourParts:
+      return prepare_parts_row<4>(w, row, type, m, out);
+    default:
+      return prepare_wide_row(w, row, type, m, out, step);
+  }
+}
+
 void wide_prepare(const PackedMatrix& w, Mode mode, const Activations& x, int64_t first,
                   int64_t rows, RowRange part, void* prepared, double* step, void* scratch) {
   if (!is_wide(w, mode)) return prepare(w, mode, x, first, rows, part, prepared, step, scratch);
@@ -34,11 +49,7 @@ void wide_prepare(const PackedMatrix& w, Mode mode, const Activations& x, int64_
   const int64_t row_bytes = w.cols * float_type_bytes(x.type);
   for (int64_t m = part.begin; m < part.end; ++m) {
     const auto* row = static_cast<const char*>(x.data) + (first + m) * row_bytes;
-    if (mode == Mode::kParts) {
-      prepare_parts_row(w, row, x.type, m, out);
-    } else {
-      prepare_wide_row(w, row, x.type, m, out, step + m);
-    }
+    prepare_canonical_row(w, mode, row, x.type, m, out, step + m);
     for (int p = 0; !out.tiled() && p < out.parts; ++p) {
       if (out.has_trits()) spread_trits(w, out, m, p);
       if (out.bits == 4) zip_pairs(w, out.q + (p * rows + m) * out.stride);
@@ -124,7 +135,8 @@ constexpr MatmulKernels kKernels = {takes_parts,
                                     kPanelRows,
                                     bytes_of_panels,
                                     write_panels,
-                                    expand_row<Avx512Codes>};
+                                    expand_row<Avx512Codes>,
+                                    mode_of_float_row};
 
 }  // namespace
 

@@ -137,20 +137,25 @@ __attribute__((always_inline)) inline void add_lanes(__m512i sums, const __m512d
   add_scaled(high_doubles(sums), scale[1], total + 8);
 }
 
-// total += scale step (256 high + low). kNarrow: is_narrow().
-template <bool kNarrow>
-__attribute__((always_inline)) inline void add_lanes_of_parts(__m512i high, __m512i low,
-                                                              __m512d step, const __m512d* scale,
-                                                              double* total) {
+// total += scale step (256 high + low) of parts[0] and parts[1], and so on for lower ones. kNarrow:
+// is_narrow().
+template <int kParts, bool kNarrow>
+__attribute__((always_inline)) inline void add_lanes_of_parts(const __m512i* parts, __m512d step,
+                                                              const __m512d* scale, double* total) {
+  const __m512d unit = _mm512_set1_pd(256.0);
   __m512d first, second;
   if constexpr (kNarrow) {
-    const __m512i both = _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
+    const __m512i both = _mm512_add_epi32(_mm512_slli_epi32(parts[0], 8), parts[1]);
     first = low_doubles(both);
     second = high_doubles(both);
   } else {
-    const __m512d unit = _mm512_set1_pd(256.0);
-    first = _mm512_fmadd_pd(low_doubles(high), unit, low_doubles(low));
-    second = _mm512_fmadd_pd(high_doubles(high), unit, high_doubles(low));
+    first = _mm512_fmadd_pd(low_doubles(parts[0]), unit, low_doubles(parts[1]));
+    second = _mm512_fmadd_pd(high_doubles(parts[0]), unit, high_doubles(parts[1]));
+  }
+#pragma GCC unroll 2
+  for (int p = 2; p < kParts; ++p) {
+    first = _mm512_fmadd_pd(first, unit, low_doubles(parts[p]));
+    second = _mm512_fmadd_pd(second, unit, high_doubles(parts[p]));
   }
   add_scaled(_mm512_mul_pd(first, step), scale[0], total);
   add_scaled(_mm512_mul_pd(second, step), scale[1], total + 8);
@@ -171,22 +176,25 @@ inline void scale_rows(const WideRows& x, const int32_t* sums, int64_t count, in
   }
 }
 
-// The same of two parts, as add_parts(); `sums` has `count` rows of high parts, then the low ones.
-template <bool kNarrow>
+// The same of parts, as add_parts(); `sums` has `count` rows of the highest parts, then the next.
+template <int kParts, bool kNarrow>
 inline void scale_parts(const WideRows& x, const int32_t* sums, int64_t count, int64_t groups,
                         int64_t g, int64_t m, const WideScratch& s) {
   const GroupLanes lanes(s, g);
-  const int32_t* q_sum = x.q_sum + 2 * m * groups + g;
+  const int32_t* q_sum = x.q_sum + kParts * m * groups + g;
   const double* step = x.step + m * groups + g;
   double* total = s.total + m * kWidth;
-  for (int64_t i = 0; i < count; ++i, q_sum += 2 * groups, step += groups) {
+  for (int64_t i = 0; i < count; ++i, q_sum += kParts * groups, step += groups) {
     const __m512d own = _mm512_set1_pd(*step);
 #pragma GCC unroll 2
     for (int t = 0; t < kWideTiles; ++t) {
       const int64_t at = i * kWidth + t * kLanes;
-      const __m512i high = less_zeros(sums + at, lanes.zero[t], q_sum[0]);
-      const __m512i low = less_zeros(sums + count * kWidth + at, lanes.zero[t], q_sum[groups]);
-      add_lanes_of_parts<kNarrow>(high, low, own, lanes.scale + 2 * t, total + at);
+      __m512i parts[kParts];
+#pragma GCC unroll 4
+      for (int64_t p = 0; p < kParts; ++p) {
+        parts[p] = less_zeros(sums + p * count * kWidth + at, lanes.zero[t], q_sum[p * groups]);
+      }
+      add_lanes_of_parts<kParts, kNarrow>(parts, own, lanes.scale + 2 * t, total + at);
     }
   }
 }
@@ -207,9 +215,9 @@ void panel_wide(const PackedMatrix& w, const WideRows& x, int64_t m, int64_t fro
     if constexpr (kParts == 1) {
       scale_rows(x, sums, kRows, groups, g, m, s);
     } else if (narrow) {
-      scale_parts<true>(x, sums, kRows, groups, g, m, s);
+      scale_parts<kParts, true>(x, sums, kRows, groups, g, m, s);
     } else {
-      scale_parts<false>(x, sums, kRows, groups, g, m, s);
+      scale_parts<kParts, false>(x, sums, kRows, groups, g, m, s);
     }
   }
 }
@@ -223,11 +231,15 @@ constexpr PanelProduct kPanelProducts[kTileRows] = {
     panel_wide<5, 1>, panel_wide<6, 1>, panel_wide<7, 1>, panel_wide<8, 1>};
 constexpr PanelProduct kPanelParts[kTileRows / 2] = {panel_wide<1, 2>, panel_wide<2, 2>,
                                                      panel_wide<3, 2>, panel_wide<4, 2>};
+constexpr PanelProduct kPanelThreeParts[kTileRows / 3] = {panel_wide<1, 3>, panel_wide<2, 3>};
+constexpr PanelProduct kPanelFourParts[kTileRows / 4] = {panel_wide<1, 4>, panel_wide<2, 4>};
 
 void panel_rows_of_x(const PackedMatrix& w, const WideRows& x, int64_t m, int64_t from, int64_t to,
                      const WideScratch& s) {
   const int64_t left = x.rows - m, count = left < x.x_rows() ? left : x.x_rows();
-  (x.parts == 2 ? kPanelParts : kPanelProducts)[count - 1](w, x, m, from, to, s);
+  const PanelProduct* const of_parts[] = {kPanelProducts, kPanelParts, kPanelThreeParts,
+                                          kPanelFourParts};
+  of_parts[x.parts - 1][count - 1](w, x, m, from, to, s);
 }
 
 // To nearest even; a NaN stays one: bfloat16_from_float().
@@ -296,7 +308,7 @@ void multiply_panels(const PackedMatrix& w, const WideRows& x, const Block& bloc
     const int64_t count = end - first < kWidth ? end - first : kWidth;
     for (int64_t m = 0; m < rows; ++m) {
       const double* total = s.total + m * kWidth;
-      const double step = x.parts == 2 ? 1.0 : block.step[m];
+      const double step = x.parts > 1 ? 1.0 : block.step[m];
       int64_t i = 0;
       for (; plain && i + kLanes <= count; i += kLanes) {
         store_16(out, m, first + i, total + i, step);

@@ -25,7 +25,7 @@ struct PanelTask {
   const uint8_t* panel;
   const PanelRows* x;
   PanelPending* pending;
-  bool narrow;  // is_narrow(), for two parts
+  bool narrow;  // is_narrow(), for parts
   int64_t m;    // the tile's first row
   int64_t from, to;
   double* total;
@@ -46,9 +46,9 @@ __attribute__((always_inline)) inline void add_pending_row(const PanelPending& p
   }
 }
 
-// The same of two parts: total += scale step (256 high + low), step a power of two. kNarrow:
-// is_narrow() with room for kShift more bits.
-template <int kShift>
+// The same of parts: total += scale step (256 high + low), and so on for lower ones; step is a
+// power of two. `narrow`: is_narrow() with room for kShift more bits.
+template <int kParts>
 __attribute__((always_inline)) inline void add_pending_parts(const PanelPending& pending,
                                                              bool narrow, const __m512d* scale,
                                                              int64_t i) {
@@ -64,19 +64,24 @@ __attribute__((always_inline)) inline void add_pending_parts(const PanelPending&
     } else {
       sum = _mm512_fmadd_pd(_mm512_cvtepi32_pd(upper), unit, _mm512_cvtepi32_pd(lower));
     }
+#pragma GCC unroll 2
+    for (int p = 2; p < kParts; ++p) {
+      const __m256i next = eight_sums(high + p * kPanelRows * pending.rows + 8 * l);
+      sum = _mm512_fmadd_pd(sum, unit, _mm512_cvtepi32_pd(next));
+    }
     add_scaled(sum, _mm512_mul_pd(scale[l], step), total + 8 * l);
   }
 }
 
 // Rows [from, to) of what is pending.
-template <int kShift, int kParts>
+template <int kParts>
 __attribute__((always_inline)) inline void add_pending(const PanelTask& task, const __m512d* scale,
                                                        int64_t from, int64_t to) {
   for (int64_t i = from; i < to; ++i) {
     if constexpr (kParts == 1) {
       add_pending_row(*task.pending, scale, i);
     } else {
-      add_pending_parts<kShift>(*task.pending, task.narrow, scale, i);
+      add_pending_parts<kParts>(*task.pending, task.narrow, scale, i);
     }
   }
 }
@@ -87,10 +92,19 @@ __attribute__((noinline)) void finish_pending(const PanelTask& task) {
   if (task.pending->rows == 0) return;
   __m512d scale[4];
   load_panel_scales<kShift>(*task.weight, task.pending->head, scale);
-  if (task.x->parts == 1) {
-    add_pending<kShift, 1>(task, scale, 0, task.pending->rows);
-  } else {
-    add_pending<kShift, 2>(task, scale, 0, task.pending->rows);
+  const int64_t rows = task.pending->rows;
+  switch (task.x->parts) {
+    case 1:
+      add_pending<1>(task, scale, 0, rows);
+      break;
+    case 2:
+      add_pending<2>(task, scale, 0, rows);
+      break;
+    case 3:
+      add_pending<3>(task, scale, 0, rows);
+      break;
+    default:
+      add_pending<4>(task, scale, 0, rows);
   }
   task.pending->rows = 0;
 }

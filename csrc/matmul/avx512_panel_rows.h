@@ -5,8 +5,8 @@
 //   tile   columns 0..3 of row 0 | of row 1 | ... of the tile's last row | columns 4..7 of row 0 |
 //   ...
 //
-// A row in 16 bits has two rows of bytes: the upper ones of a tile's rows come first, then the
-// lower ones. The last tile has fewer rows, and one or two of zeros where no kernel takes its
+// A row in 16, 24 or 32 bits has two to four rows of bytes: the uppermost ones of a tile's rows
+// come first. The last tile has fewer rows, and one or two of zeros where no kernel takes its
 // number.
 #pragma once
 
@@ -32,21 +32,18 @@ struct alignas(64) PanelOffsets {
 
 struct PanelRows {
   int8_t* q;
-  double* step;          // (tiles, groups, 8), where there are two parts
+  double* step;          // (tiles, groups, 8), where there are parts
   PanelOffsets* offset;  // (tiles, groups)
   int64_t stride, rows, groups;
   int parts;
   int64_t used;
 
   PanelRows(void* data, const PackedMatrix& w, int64_t count, Mode mode)
-      : stride(blocks_of(w) * kBlock),
-        rows(count),
-        groups(groups_of(w)),
-        parts(mode == Mode::kParts ? 2 : 1) {
+      : stride(blocks_of(w) * kBlock), rows(count), groups(groups_of(w)), parts(parts_of(mode)) {
     Arena arena{static_cast<char*>(data)};
     q = arena.take<int8_t>(round_up(rows, x_rows()) * parts * stride);
     const int64_t tiles = round_up(rows, x_rows()) / x_rows();
-    step = arena.take<double>(parts == 2 ? tiles * groups * kTileRows : 0);
+    step = arena.take<double>(parts > 1 ? tiles * groups * kTileRows : 0);
     offset = arena.take<PanelOffsets>(tiles * groups);
     used = arena.used;
   }
@@ -166,6 +163,7 @@ void prepare_panel_int8(const PackedMatrix& w, const char* x, FloatType type, in
   }
 }
 
+template <int kParts>
 void prepare_panel_parts(const PackedMatrix& w, const char* x, FloatType type, int64_t m,
                          const PanelRows& out) {
   const int64_t row_bytes = w.cols * float_type_bytes(type), blocks = blocks_of(w);
@@ -176,17 +174,15 @@ void prepare_panel_parts(const PackedMatrix& w, const char* x, FloatType type, i
     double inverse[kTileRows];
     for (int64_t i = 0; i < count; ++i) {
       const double step =
-          power_of_two(step_of(x + i * row_bytes, type, b * kBlock, end, kLargestPair));
+          power_of_two(step_of(x + i * row_bytes, type, b * kBlock, end, largest_of<kParts>()));
       out.steps(m)[g * kTileRows + i] = step;
       inverse[i] = step > 0.0 ? 1.0 / step : 0.0;
     }
     const auto convert = [&](int64_t i, int64_t block, __m512i* v) {
-      IntegerPair parts{_mm512_setzero_si512(), _mm512_setzero_si512()};
-      if (inverse[i] > 0.0) {
-        parts = parts_64(x + i * row_bytes, type, block * kBlock, w.cols, inverse[i]);
-      }
-      v[0] = parts.high;
-      v[count] = parts.low;
+      __m512i part[kParts];
+      parts_64<kParts>(x + i * row_bytes, type, block * kBlock, w.cols, inverse[i], part);
+#pragma GCC unroll 4
+      for (int p = 0; p < kParts; ++p) v[p * count] = part[p];
     };
     prepare_panel_group(w, m, g, b, stop, out, convert);
     b = stop;
@@ -200,10 +196,18 @@ void prepare_panel_rows(const PackedMatrix& w, Mode mode, const Activations& x, 
   const int64_t row_bytes = w.cols * float_type_bytes(x.type);
   for (int64_t m = part.begin; m < part.end; m += out.x_rows()) {
     const auto* row = static_cast<const char*>(x.data) + (first + m) * row_bytes;
-    if (mode == Mode::kParts) {
-      prepare_panel_parts(w, row, x.type, m, out);
-    } else {
-      prepare_panel_int8(w, row, x.type, m, out, step + m);
+    switch (mode) {
+      case Mode::kTwoParts:
+        prepare_panel_parts<2>(w, row, x.type, m, out);
+        break;
+      case Mode::kThreeParts:
+        prepare_panel_parts<3>(w, row, x.type, m, out);
+        break;
+      case Mode::kFourParts:
+        prepare_panel_parts<4>(w, row, x.type, m, out);
+        break;
+      default:
+        prepare_panel_int8(w, row, x.type, m, out, step + m);
     }
   }
 }

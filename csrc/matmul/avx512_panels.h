@@ -1,8 +1,8 @@
 // Included by avx512.cpp alone: the product with a weight in panel order (panels.h), for
-// activations in 8 bits or in two parts of 8 bits. A lane is a row of W, so that no lanes are added
-// up; x is broadcast four columns at a time against 32 rows of W. One kernel serves any number of
-// rows of x, eight rows of bytes at a time: codes are unpacked in registers each time, which 16
-// products an unpacked pair of registers hide.
+// activations in 8 bits or in two to four parts of 8 bits. A lane is a row of W, so that no lanes
+// are added up; x is broadcast four columns at a time against 32 rows of W. One kernel serves any
+// number of rows of x, eight rows of bytes at a time: codes are unpacked in registers each time,
+// which 16 products an unpacked pair of registers hide.
 //
 // The sums of a group and the order of groups are those of avx512_int8.h, hence the same bits.
 #pragma once
@@ -49,7 +49,7 @@ void store_whole_panel(const Output& out, const PanelRows& x, const double* step
   const PanelResults results(out, first);
   int64_t at = out.row * out.stride + first - out.first;
   for (int64_t m = 0; m < x.rows; ++m, total += kPanelRows, at += out.stride) {
-    const double factor = x.parts == 2 ? 1.0 : step[m];
+    const double factor = x.parts > 1 ? 1.0 : step[m];
     store_floats(out.data, kType, at, results.half(total, factor, 0));
     store_floats(out.data, kType, at + kLanes, results.half(total + kLanes, factor, 1));
   }
@@ -68,7 +68,7 @@ void store_panel_rows(const Output& out, const PanelRows& x, const double* step,
     return store_whole_panel<FloatType::kFloat16>(out, x, step, first, total);
   }
   for (int64_t m = 0; m < x.rows; ++m, total += kPanelRows) {
-    const double factor = x.parts == 2 ? 1.0 : step[m];
+    const double factor = x.parts > 1 ? 1.0 : step[m];
     for (int64_t n = begin; n < end; ++n) store_result(out, m, n, total[n - first], factor);
   }
 }

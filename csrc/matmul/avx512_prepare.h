@@ -13,15 +13,15 @@ constexpr int64_t kFewRows = 4;   // rows of x up to which no panel of W is made
 constexpr int64_t kTritRows = 2;  // rows of bytes up to which trits are not unpacked
 constexpr int64_t kTileRows = 8;  // rows of x that meet a panel together
 
-// Prepared x: bytes, then the steps of 16-bit activations and the sums of the bytes, per row and
-// group. A row in 8 bits is one row of bytes, a row in 16 bits has two (`parts`): the upper bytes
-// and the lower ones. Up to kFewRows rows of bytes lie one after the other, all upper ones first;
-// more of them as tiles of eight, in which four columns of row 0, four of row 1, ... follow one
-// another: a panel then meets one stream of x. (Eight rows a power of two apart would fall into the
-// same sets of the cache.)
+// Prepared x: bytes, then the steps of float activations and the sums of the bytes, per row and
+// group. A row in 8 bits is one row of bytes, a row in 16, 24 or 32 bits has two to four (`parts`),
+// the uppermost bytes first. Up to kFewRows rows of bytes lie one after the other, all upper ones
+// first; more of them as tiles of eight, in which four columns of row 0, four of row 1, ... follow
+// one another: a panel then meets one stream of x. (Eight rows a power of two apart would fall into
+// the same sets of the cache.)
 struct WideRows {
   int8_t* q;
-  double* step;              // (rows, groups), where there are two parts
+  double* step;              // (rows, groups), where there are parts
   int32_t* q_sum;            // (rows, parts, groups)
   int16_t* trits = nullptr;  // few rows and ternary codes: avx512_trits.h
   int64_t trit_steps = 0;    // of a group
@@ -31,15 +31,12 @@ struct WideRows {
   int64_t used;
 
   WideRows(void* data, const PackedMatrix& w, int64_t count, Mode mode)
-      : stride(blocks_of(w) * kBlock),
-        rows(count),
-        parts(mode == Mode::kParts ? 2 : 1),
-        bits(stored_bits(w)) {
+      : stride(blocks_of(w) * kBlock), rows(count), parts(parts_of(mode)), bits(stored_bits(w)) {
     const int64_t groups = groups_of(w), all = rows * parts;
-    const int64_t padded = tiled() ? round_up(rows, x_rows()) * parts : all;
+    const int64_t padded = tiled() ? ceil_div(rows, x_rows()) * kTileRows : all;
     Arena arena{static_cast<char*>(data)};
     q = arena.take<int8_t>(padded * stride);
-    step = arena.take<double>(parts == 2 ? rows * groups : 0);
+    step = arena.take<double>(parts > 1 ? rows * groups : 0);
     q_sum = arena.take<int32_t>(all * groups);
     if (w.levels == kTernaryLevels && w.codebook == nullptr && all <= kTritRows) {
       const int64_t columns = w.group_size < w.cols ? w.group_size : w.cols;
@@ -51,7 +48,7 @@ struct WideRows {
     used = arena.used;
   }
   bool has_trits() const { return trit_steps > 0; }
-  bool tiled() const { return rows * parts > kFewRows; }
+  bool tiled() const { return rows * parts > kFewRows || parts > 2; }
   int64_t x_rows() const { return kTileRows / parts; }  // rows of x in a tile
   const int8_t* tile(int64_t m) const { return q + m / x_rows() * kTileRows * stride; }
 

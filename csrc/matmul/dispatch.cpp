@@ -100,49 +100,86 @@ class SparseBlock {
   const float* prepared_ = nullptr;
 };
 
-}  // namespace
+// What packed_linear() was called with.
+struct Product {
+  const Activations& x;
+  const PackedMatrix& weight;
+  RowRange range;
+  const float* bias;
+  void* out;
+  int num_threads;
+};
 
-void packed_linear(const Activations& x, const PackedMatrix& weight, RowRange range,
-                   const float* bias, Mode mode, void* out, int num_threads) {
-  check_weight(weight);
-  if (mode == Mode::kExact && x.type != FloatType::kFloat32 &&
-      kernels_with(&MatmulKernels::takes_parts).takes_parts(weight)) {
-    mode = Mode::kParts;
-  }
-  check_range(weight, range);
-  check(x.rows >= 0, "x must not have a negative number of rows; got ", x.rows, ".");
-  const int64_t count = range.end - range.begin;
-  if (x.rows == 0 || count == 0) return;
+// Rows [begin, end) of x.
+void multiply_rows(const Product& p, Mode mode, int64_t begin, int64_t end) {
+  const PackedMatrix& weight = p.weight;
+  const int64_t count = p.range.end - p.range.begin;
   const MatmulKernels& kernels = kernels_with(&MatmulKernels::multiply);
-  const int64_t block_rows = x.rows < kMaxBlockRows ? x.rows : kMaxBlockRows;
+  const int64_t block_rows = std::min(end - begin, kMaxBlockRows);
   void* prepared =
       thread_scratch(ScratchSlot::kShared, kernels.prepared_bytes(weight, mode, block_rows));
   auto* step = static_cast<double*>(
       thread_scratch(ScratchSlot::kSteps, block_rows * static_cast<int64_t>(sizeof(double))));
   const int64_t scratch_bytes = kernels.scratch_bytes(weight, mode, block_rows);
-  SparseBlock sparse(weight, mode, x);
-  for (int64_t first = 0; first < x.rows; first += block_rows) {
-    const int64_t rows = std::min(block_rows, x.rows - first);
-    parallel_for(rows, grain_rows(16 * weight.cols), 8, num_threads,
-                 [&](int64_t begin, int64_t end) {
-                   kernels.prepare(weight, mode, x, first, rows, {begin, end}, prepared, step,
+  SparseBlock sparse(weight, mode, p.x);
+  for (int64_t first = begin; first < end; first += block_rows) {
+    const int64_t rows = std::min(block_rows, end - first);
+    parallel_for(rows, grain_rows(16 * weight.cols), 8, p.num_threads,
+                 [&](int64_t from, int64_t to) {
+                   kernels.prepare(weight, mode, p.x, first, rows, {from, to}, prepared, step,
                                    thread_scratch(ScratchSlot::kThread, scratch_bytes));
                  });
     sparse.prepare(first, rows);
     const Block block{prepared, step, rows};
-    const Output output{out, bias, x.type, first, count, range.begin, weight.row_scale};
-    parallel_for(count, grain_rows(rows * weight.cols), kernels.row_align, num_threads,
-                 [&](int64_t begin, int64_t end) {
+    const Output output{p.out, p.bias, p.x.type, first, count, p.range.begin, weight.row_scale};
+    parallel_for(count, grain_rows(rows * weight.cols), kernels.row_align, p.num_threads,
+                 [&](int64_t from, int64_t to) {
                    Output own = output;
-                   const int64_t run = sparse.rows_at_once(end - begin);
-                   for (int64_t n = range.begin + begin; n < range.begin + end; n += run) {
-                     const int64_t stop = std::min(range.begin + end, n + run);
+                   const int64_t run = sparse.rows_at_once(to - from);
+                   for (int64_t n = p.range.begin + from; n < p.range.begin + to; n += run) {
+                     const int64_t stop = std::min(p.range.begin + to, n + run);
                      sparse.multiply(n, stop, rows, &own);
                      kernels.multiply(weight, mode, block, n, stop, own,
                                       thread_scratch(ScratchSlot::kThread, scratch_bytes));
                    }
                  });
   }
+}
+
+// Rows of float32 that take parts, each as many as it needs: runs of rows with the same mode.
+void multiply_float_rows(const Product& p) {
+  const int64_t cols = p.weight.cols;
+  const auto* x = static_cast<const float*>(p.x.data);
+  const MatmulKernels& kernels = kernels_with(&MatmulKernels::row_mode);
+  Mode modes[kMaxBlockRows];
+  for (int64_t first = 0; first < p.x.rows; first += kMaxBlockRows) {
+    const int64_t rows = std::min(kMaxBlockRows, p.x.rows - first);
+    parallel_for(rows, grain_rows(8 * cols), 1, p.num_threads, [&](int64_t begin, int64_t end) {
+      for (int64_t m = begin; m < end; ++m) {
+        modes[m] = kernels.row_mode(p.weight, x + (first + m) * cols);
+      }
+    });
+    for (int64_t m = 0, end; m < rows; m = end) {
+      for (end = m + 1; end < rows && modes[end] == modes[m];) ++end;
+      multiply_rows(p, modes[m], first + m, first + end);
+    }
+  }
+}
+
+}  // namespace
+
+void packed_linear(const Activations& x, const PackedMatrix& weight, RowRange range,
+                   const float* bias, Mode mode, void* out, int num_threads) {
+  check_weight(weight);
+  check_range(weight, range);
+  check(x.rows >= 0, "x must not have a negative number of rows; got ", x.rows, ".");
+  if (x.rows == 0 || range.begin == range.end) return;
+  const Product product{x, weight, range, bias, out, num_threads};
+  if (mode == Mode::kExact && kernels_with(&MatmulKernels::takes_parts).takes_parts(weight)) {
+    if (x.type == FloatType::kFloat32) return multiply_float_rows(product);
+    mode = Mode::kTwoParts;
+  }
+  multiply_rows(product, mode, 0, x.rows);
 }
 
 int64_t panel_bytes(const PackedMatrix& weight) {

@@ -57,9 +57,17 @@ struct LevelTable {
   float alpha = 0.0f;
 };
 
+// 8-bit parts of a row of x.
+constexpr int parts_of(Mode mode) {
+  return mode == Mode::kTwoParts     ? 2
+         : mode == Mode::kThreeParts ? 3
+         : mode == Mode::kFourParts  ? 4
+                                     : 1;
+}
+
 struct MatmulKernels {
-  // Whether the set multiplies activations of 16 bits in 8-bit parts (Mode::kParts); the mode then
-  // stands for kExact in the other entries.
+  // Whether the set multiplies float activations in 8-bit parts: those of 16 bits in two, a row of
+  // 32 bits in as many as row_mode() says; that mode then stands for kExact in the other entries.
   bool (*takes_parts)(const PackedMatrix& weight);
   // Bytes that `prepare` writes for `rows` rows, and scratch bytes that `multiply` needs a thread.
   int64_t (*prepared_bytes)(const PackedMatrix& weight, Mode mode, int64_t rows);
@@ -106,6 +114,9 @@ struct MatmulKernels {
                        uint8_t* out) = nullptr;
   // The codes of row n, or their entries of the codebook, one a byte; writes up to 64 bytes more.
   void (*expand)(const PackedMatrix& weight, int64_t n, uint8_t* out) = nullptr;
+  // How a float32 row of x meets a weight that takes parts: kThreeParts, kFourParts or kExact, by
+  // the row alone. Null where the set takes none.
+  Mode (*row_mode)(const PackedMatrix& weight, const float* row) = nullptr;
 };
 
 // Null where the build has no such path. A null entry of a table means "use the next lower".

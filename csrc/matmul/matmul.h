@@ -45,7 +45,12 @@
 //           of 64 columns, or whole rows: x is first rounded to 16 bits, one step a row and group
 //           (avx512_parts.h), and sums are integers, which adds
 //             sum over groups g of max_{k in g} |x| / 32512 sum_{k in g, x small} |W|
-//           where x is small below 1/63 of that maximum in bfloat16 and below 1/7 in float16
+//           where x is small below 1/63 of that maximum in bfloat16 and below 1/7 in float16.
+//           There, a row of float32 of 64 columns or more is rounded to 24 or 32 bits where its
+//           roundings r are small enough (avx512_float_rows.h), and |error| is at most
+//             sum_k |r_k| |W| + 2^-23 |y|,   |r_k| < max_{k in g} |x| / 8355711,
+//             sum_k |r_k| <= 2^-21 (sum_k |x_k| without the eight largest of each group),
+//           less than 1e-6 sum_k |x||W| but where weights are all but zero wherever x is large
 //   int8    x is first replaced by its 8-bit rounding (core/activation_int8.h, one step a row); the
 //           product of that with W is then computed with integer sums per group (group_dim 1), or
 //           double sums of exact products (group_dim 0), in an order that this page fixes:
@@ -65,7 +70,7 @@
 // same bits for any number of threads on one instruction set.
 //
 // NaN and infinity: exact mode propagates them as the float product does. In int8 mode, and where
-// x is rounded to 16 bits, a row of x that holds one gives a row of NaN.
+// 16-bit x is rounded, a row of x that holds one gives a row of NaN.
 //
 // Sizes may be anything from 0; nothing need divide anything. Inputs are contiguous, do not
 // overlap `out`, and are checked in dispatch.cpp (std::invalid_argument). No buffer is read past
@@ -109,8 +114,8 @@ struct Activations {
   int64_t rows = 0;  // M
 };
 
-// kParts: what kExact may become inside the library.
-enum class Mode : int { kExact, kInt8, kParts };
+// Parts: what kExact may become inside the library, rows of x as that many 8-bit parts.
+enum class Mode : int { kExact, kInt8, kTwoParts, kThreeParts, kFourParts };
 
 // Rows of W, [begin, end): a product or a decoding may concern a part of them.
 struct RowRange {
@@ -124,9 +129,10 @@ void packed_linear(const Activations& x, const PackedMatrix& weight, RowRange ro
                    const float* bias, Mode mode, void* out, int num_threads);
 
 // The panel order of a weight: a second copy of codes, scales and zeros that products with int8
-// activations, and with those that are rounded to 16 bits, read in place of the canonical layout
-// where `panels` points to it. The results have the same bits, sooner. panel_bytes() is 0 where the
-// instruction set in use takes none for this format; `out` of make_panels() holds that many bytes.
+// activations, and with those that are rounded to 8-bit parts, read in place of the canonical
+// layout where `panels` points to it. The results have the same bits, sooner. panel_bytes() is 0
+// where the instruction set in use takes none for this format; `out` of make_panels() holds that
+// many bytes.
 int64_t panel_bytes(const PackedMatrix& weight);
 void make_panels(const PackedMatrix& weight, uint8_t* out, int num_threads);
 

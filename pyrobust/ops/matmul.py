@@ -84,10 +84,11 @@ def packed_linear(
         activations: None multiplies in float: the error is at most ``1e-6 * (|x| |W|^T + |bias|)``
             before the final rounding to the type of ``x``. (With AVX-512, bfloat16 and float16 may
             be rounded to 16 bits first, by steps of 2**-15 of the largest magnitude that meets a
-            group of the weight.) ``"int8"`` rounds each row of ``x`` to 8
-            bits first (step: its largest magnitude / 127) and is then exact up to double rounding:
-            the same bits on every instruction set and thread count. A row of ``x`` with a NaN
-            or an infinity gives a row of NaN where it is rounded first.
+            group of the weight, and rows of float32 to 24 or 32 bits, where that keeps the bound
+            but for weights that vanish wherever ``x`` is large.) ``"int8"`` rounds each row of
+            ``x`` to 8 bits first (step: its largest magnitude / 127) and is then exact up to double
+            rounding: the same bits on every instruction set and thread count. A row of ``x`` with a
+            NaN or an infinity gives a row of NaN where 8 or 16 bits are rounded to.
         extras: row scales, codebook and sparse remainder, where the weight has them.
 
     Returns:

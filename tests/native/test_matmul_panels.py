@@ -26,6 +26,7 @@ ACTIVATIONS = [
     ("int8", torch.float32),
     ("int8", torch.bfloat16),
     (None, torch.bfloat16),
+    (None, torch.float32),
     (None, torch.float16),
 ]
 
