@@ -9,6 +9,7 @@
 #include "interval/few_inputs.h"
 #include "interval/integer_loops.h"
 #include "interval/patches.h"
+#include "interval/radius_loops.h"
 
 namespace pyrobust {
 namespace interval {
@@ -391,10 +392,27 @@ bool finish_panel(const FinishPanel& work, const Constants& constants) {
 }
 
 constexpr IntervalKernels kKernels = {
-    prepare, pack,    pack_patches,  spread,       dots<FewInputs>,
-    tiles,   nullptr, finish_row,    finish_panel, nullptr,
-    nullptr, nullptr, nullptr,       nullptr,      nullptr,
-    nullptr, nullptr, kElementLoops, {},           &kIntegerLoops,
+    prepare,
+    pack,
+    pack_patches,
+    spread,
+    dots<FewInputs>,
+    tiles,
+    nullptr,
+    finish_row,
+    finish_panel,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr,
+    kElementLoops,
+    {widen_panel<0>, widen_row<8, 0>, count_nonzero},
+    {},
+    &kIntegerLoops,
 };
 
 }  // namespace

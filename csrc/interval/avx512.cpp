@@ -12,6 +12,7 @@
 #include "interval/avx512_sums.h"
 #include "interval/element_loops.h"
 #include "interval/few_inputs.h"
+#include "interval/radius_loops.h"
 
 namespace pyrobust {
 namespace interval {
@@ -267,6 +268,7 @@ constexpr IntervalKernels kKernels = {
     nullptr,
     nullptr,
     kElementLoops,
+    {widen_panel<0>, widen_row<16, 0>, count_nonzero},
     {filter_tiles, filter_weights, filter_product, filter_ends},
     &kIntegers,
 };

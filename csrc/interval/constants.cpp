@@ -22,6 +22,12 @@ Constants constants_for(const Call& call, int64_t nonzero) {
   return constants_for(call, nonzero, rounding::gamma_bound(depth));
 }
 
+Constants plain_radii() {
+  Constants out{};
+  out.outward = false;
+  return out;
+}
+
 int64_t nonzero_terms(const Ends& ends) {
   int32_t zeros = 0;  // at most kMaxTerms; without branches, so that the loop becomes vectors
   for (int64_t k = 0; k < ends.count; ++k) {
@@ -53,6 +59,8 @@ Constants constants_for(const Call& call, int64_t nonzero, double of_sum) {
   out.outward = call.rounding != Rounding::kNearest;
   out.centre_gain =
       to_float_up(deployed ? (of_sum * (1.0 + half) + of_terms) * kRoundings : of_sum);
+  const double of_rounding = gamma_bound(depth) / depth;  // gamma_d <= d times that, d <= depth
+  out.term_gain = to_float_up((deployed ? 1.0 + half : 1.0) * of_rounding * kRoundings);
   out.radius_gain = to_float_up(deployed ? (1.0 + of_terms + half) * kRoundings : 1.0);
   out.input_floor = out.outward ? to_float_up(kInputFloor) : 0.0f;
   const double reach = gamma_bound(depth + (call.coarse_radius ? 4.0 * kRun : 0.0));

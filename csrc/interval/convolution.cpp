@@ -28,6 +28,7 @@ int64_t slots_of(const Convolution& conv) { return (kMaxPanels - 1) / panels_of_
 struct Buffers {
   float *decoded, *centre, *radius, *lines, *packed, *sums, *scratch;
   float offsets[kMaxPanels + 1];  // of the images in the slots
+  Constants ends[kMaxPanels];     // of the packed panels
 
   static int64_t size(const Convolution& conv, int64_t step) {
     return whole_lines(decoded_size(conv.call.weight, step)) +
@@ -36,7 +37,7 @@ struct Buffers {
            (conv.call.coarse_radius ? coarse_scratch() : 0);
   }
 
-  Buffers(const Convolution& conv, int64_t step, float* memory) : offsets{} {
+  Buffers(const Convolution& conv, int64_t step, float* memory) : offsets{}, ends{} {
     const int64_t images = whole_lines(slots_of(conv) * conv.image_size());
     decoded = memory;
     centre = decoded + whole_lines(decoded_size(conv.call.weight, step));
@@ -49,9 +50,42 @@ struct Buffers {
   }
 };
 
+// In deployed mode constants depend on how many terms of a patch may be other than zero: one for
+// every `step` of them, rounded up; else there is one for all. Empty where none are counted.
+struct ConstantsByCount {
+  std::vector<Constants> entries;
+  int64_t step = 1;
+
+  explicit ConstantsByCount(const Convolution& conv) {
+    constexpr int64_t kEntries = 64;
+    const int64_t terms = conv.call.weight.terms;
+    if (!counts_roundings(conv.call)) return;
+    if (conv.call.rounding == Rounding::kDeployed) step = blocks(terms, kEntries);
+    const int64_t first = conv.call.rounding == Rounding::kDeployed ? 0 : terms;
+    for (int64_t count = first; count < terms + step; count += step) {
+      entries.push_back(constants_for(conv.call, std::min(count, terms), 0.0));
+    }
+  }
+};
+
+// Radii of a panel of patches; returns the constants of its ends.
+Constants widen_patches(const Convolution& conv, const ConstantsByCount& by_count, float* panel) {
+  const int64_t terms = conv.call.weight.terms;
+  int32_t nonzero[kLanes] = {};
+  if (by_count.entries.size() > 1) conv.table.widen.count(panel, terms, nonzero);
+  const Constants* inputs[kLanes];
+  Constants ends = by_count.entries[static_cast<size_t>(blocks(nonzero[0], by_count.step))];
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    inputs[lane] = by_count.entries.data() + blocks(nonzero[lane], by_count.step);
+    suit_ends(ends, *inputs[lane]);
+  }
+  conv.table.widen.panel({panel, 0, terms, terms, inputs});
+  return ends;
+}
+
 // Patches of panels [first, last) of one group.
-void pack_group(const Convolution& conv, int64_t group, int64_t first, int64_t last,
-                const Buffers& own) {
+void pack_group(const Convolution& conv, const ConstantsByCount& by_count, int64_t group,
+                int64_t first, int64_t last, Buffers& own) {
   const Window& window = conv.window;
   int64_t images[kMaxPanels], pixels[kMaxPanels];
   for (int64_t p = first; p < last; ++p) {
@@ -63,8 +97,11 @@ void pack_group(const Convolution& conv, int64_t group, int64_t first, int64_t l
                       conv.column_offsets.data(), conv.channels, window.kernel_height,
                       window.kernel_width, conv.row_size, window.stride_height, window.out_width,
                       conv.pixels, own.packed, panel_stride(conv)});
-  if (!conv.call.int8) return;
   for (int64_t p = 0; p < last - first; ++p) {
+    float* panel = own.packed + p * panel_stride(conv);
+    own.ends[p] = by_count.entries.empty() ? conv.constants : widen_patches(conv, by_count, panel);
+  }
+  for (int64_t p = 0; p < last - first && conv.call.int8; ++p) {
     float* panel = own.packed + p * panel_stride(conv);
     for (int64_t lane = 0; lane < kLanes; ++lane) {
       widen_to_int8(panel + lane, panel + kLanes + lane, conv.call.weight.terms, kPanelWidth,
@@ -104,17 +141,22 @@ void convolve_rows(const Convolution& conv, int64_t n, int64_t count, int64_t fi
     const int64_t at = (image * conv.call.weight.rows + n) * conv.pixels + pixel;
     float offsets[kLanes];
     std::fill(offsets, offsets + kLanes, own.offsets[image % slots_of(conv)]);
+    Constants ends = own.ends[p - first];
+    for (int64_t other = p + 1; other < end; ++other) suit_ends(ends, own.ends[other - first]);
     conv.call.report(conv.table.finish_panel(
         {own.sums + (p - first) * sum_size, shifted(conv.call.bias, n), offsets, count,
          std::min((end - p) * kLanes, conv.pixels - pixel), conv.pixels, 1, sum_size,
          conv.call.out_lower + at, conv.call.out_upper + at},
-        conv.constants));
+        ends));
     p = end;
   }
 }
 
-void convolve_panels(const Convolution& conv, int num_threads) {
+void convolve_panels(Convolution& conv, int num_threads) {
   const Weight& weight = conv.call.weight;
+  const ConstantsByCount by_count(conv);
+  conv.prepared.assign(static_cast<size_t>(conv.channels),
+                       by_count.entries.empty() ? conv.constants : plain_radii());
   std::vector<uint32_t> sizes;
   if (conv.call.coarse_radius) {
     sizes.resize(static_cast<size_t>(weight.rows * pairs_of(weight.terms)));
@@ -136,7 +178,7 @@ void convolve_panels(const Convolution& conv, int num_threads) {
             prepare_image(conv, prepared, {own.centre + at, own.radius + at, own.lines});
       }
       for (int64_t group = 0; group < conv.window.groups; ++group) {
-        pack_group(conv, group, first, last, own);
+        pack_group(conv, by_count, group, first, last, own);
         for (int64_t n = group * conv.rows; n < (group + 1) * conv.rows; n += step) {
           const int64_t count = std::min(step, (group + 1) * conv.rows - n);
           convolve_rows(conv, n, count, first, last, sizes.data(), own);
@@ -181,7 +223,7 @@ void interval_conv2d(const Call& asked, const Images& images, const Window& wind
   prefer_large_pages(call.out_lower, bytes);
   prefer_large_pages(call.out_upper, bytes);
   if (filters) return convolve_by_filters(call, images, window, table, num_threads);
-  const Convolution conv = plan(call, images, window, table);
+  Convolution conv = plan(call, images, window, table);
   if (direct_applies(conv)) {
     convolve_directly(conv, num_threads);
   } else {

@@ -24,7 +24,8 @@ struct Convolution {
   const Images& images;
   const Window& window;
   const IntervalKernels& table;
-  const Constants constants;
+  const Constants constants;             // of the ends
+  std::vector<Constants> prepared;       // of the inputs, (channels) of a group
   int64_t pixels;                        // of an output image
   int64_t channels, rows;                // of one group
   int64_t height, phase_size, row_size;  // of a prepared image; phase_size columns a remainder
@@ -49,6 +50,7 @@ Convolution plan(const Call& call, const Images& images, const Window& window,
                    window,
                    table,
                    constants_for(call, call.weight.terms),
+                   {},
                    pixels,
                    images.channels / window.groups,
                    call.weight.rows / window.groups,
@@ -100,8 +102,10 @@ float prepare_rows(const Convolution& conv, int64_t image, int64_t first, int64_
     const int64_t at = (row - first) * images.width, to = place(row) + conv.window.pad_left;
     const Ends ends{conv.call.lower + from, conv.call.upper + from, images.width,
                     conv.call.floor()};
+    const Constants& constants =
+        conv.prepared[static_cast<size_t>(row / images.height % conv.channels)];
     largest = std::max(
-        largest, conv.table.prepare(ends, conv.constants, direct ? own.centre + to : own.lines + at,
+        largest, conv.table.prepare(ends, constants, direct ? own.centre + to : own.lines + at,
                                     direct ? own.radius + to : line_radius + at));
   }
   for (int64_t row = first; !direct && row < first + count; ++row) {

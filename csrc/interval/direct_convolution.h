@@ -22,6 +22,25 @@ bool direct_applies(const Convolution& conv) {
   return !conv.call.coarse_radius || conv.channels % 2 == 0;
 }
 
+// Constants of the inputs by channel, whose terms follow one another in a sum: the later a channel,
+// the fewer roundings its terms pass. Coarse radii take two channels in turns.
+std::vector<Constants> constants_by_channel(const Convolution& conv) {
+  const int64_t taps = conv.window.kernel_height * conv.window.kernel_width;
+  const int64_t together = conv.call.coarse_radius ? 2 : 1, terms = conv.call.weight.terms;
+  std::vector<Constants> out;
+  for (int64_t channel = 0; channel < conv.channels; channel += together) {
+    const int64_t first = channel * taps, last = first + together * taps;
+    int64_t most = 0;
+    for (int64_t k = first; k < last; k = (k / kRun + 1) * kRun) {  // the first of each run
+      const int64_t in_run = std::min((k / kRun + 1) * kRun, terms) - k;
+      most = std::max(most, in_run + additions_after_run(k, terms));
+    }
+    const double of_sum = rounding::gamma_bound(static_cast<double>(most));
+    out.insert(out.end(), static_cast<size_t>(together), constants_for(conv.call, terms, of_sum));
+  }
+  return out;
+}
+
 // Where the terms, or for coarse radii the pairs of terms of neighbouring channels, are in a
 // prepared image, and in a row of W.
 struct Places {
@@ -152,7 +171,8 @@ void finish_groups(const Convolution& conv, int64_t n, int64_t count, int64_t fi
   }
 }
 
-void convolve_directly(const Convolution& conv, int num_threads) {
+void convolve_directly(Convolution& conv, int num_threads) {
+  conv.prepared = constants_by_channel(conv);
   const Places places = places_of(conv);
   const Shares shares(conv.images.batch * conv.window.out_height, 1, work_of(conv), num_threads);
   const int64_t of_row = blocks(conv.window.out_width, kPixels);

@@ -31,6 +31,7 @@ IntervalKernels pick_kernels() {
     }
     if (faster->elements.sum != nullptr) table.elements = faster->elements;
     if (faster->filter.product != nullptr) table.filter = faster->filter;
+    if (faster->widen.panel != nullptr) table.widen = faster->widen;
     if (faster->integers != nullptr) table.integers = faster->integers;
     if (faster->coarse_tiles != nullptr) {
       table.round_sizes = faster->round_sizes;
@@ -52,10 +53,16 @@ IntervalKernels pick_kernels() {
 
 namespace {
 
-// The constants of one input. The 8-bit layer sums integers: a count would not help it.
-Constants constants_of_input(const Call& call, const Ends& input, const Constants& of_all) {
+// Constants for radii that are widened term by term, or else for `prepare`; those of one input. The
+// 8-bit layer sums integers: a count would not help it.
+Constants constants_of(const Call& call, int64_t nonzero, bool counted) {
+  return counted ? constants_for(call, nonzero, 0.0) : constants_for(call, nonzero);
+}
+
+Constants constants_of_input(const Call& call, const Ends& input, const Constants& of_all,
+                             bool counted) {
   if (call.rounding != Rounding::kDeployed || call.int8) return of_all;
-  return constants_for(call, nonzero_terms(input));
+  return constants_of(call, nonzero_terms(input), counted);
 }
 
 // Centres and radii of a few inputs, the absolute term and the constants of each.
@@ -95,9 +102,11 @@ void few_inputs_fused(const Call& call, const IntervalKernels& table, const Prep
   const int64_t terms = call.weight.terms, rows = call.weight.rows;
   const Floats ordered = floats(2 * batch * columns);
   for (int64_t b = 0; b < batch; ++b) {
-    table.fused_order(weight, input.centre.get() + b * terms, ordered.get() + 2 * b * columns);
-    table.fused_order(weight, input.radius.get() + b * terms,
-                      ordered.get() + (2 * b + 1) * columns);
+    float *centre = ordered.get() + 2 * b * columns, *radius = centre + columns;
+    table.fused_order(weight, input.centre.get() + b * terms, centre);
+    table.fused_order(weight, input.radius.get() + b * terms, radius);
+    // in this order the sums are those of `dots`
+    if (counts_roundings(call)) table.widen.row({centre, radius, columns}, input.constants[b]);
   }
   const Shares shares(rows, kRowStep, static_cast<double>(batch * rows * terms) / 2, num_threads);
   const int64_t groups = (terms + weight.group_size - 1) / weight.group_size;
@@ -143,20 +152,28 @@ struct PanelConstants {
   Constants inputs[kLanes];
   Constants ends;
 
-  PanelConstants(const Call& call, const Constants& of_all, int64_t first, int64_t lanes)
-      : ends(of_all) {
+  // Absent inputs count as the first.
+  PanelConstants(const Call& call, const Constants& of_all, int64_t first, int64_t lanes) {
     const int64_t terms = call.weight.terms;
-    for (int64_t lane = 0; lane < lanes; ++lane) {
-      const int64_t at = (first + lane) * terms;
+    const bool counted = counts_roundings(call);
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const int64_t at = (first + (lane < lanes ? lane : 0)) * terms;
       const Ends input{call.lower + at, call.upper + at, terms, call.floor()};
-      const Constants& own = inputs[lane] = constants_of_input(call, input, of_all);
+      Constants& own = inputs[lane];
+      own = lane < lanes ? constants_of_input(call, input, of_all, counted) : inputs[0];
       if (lane == 0) ends = own;
-      ends.bias_gain = std::max(ends.bias_gain, own.bias_gain);
-      ends.value_gain = std::max(ends.value_gain, own.value_gain);
-      ends.limit = std::min(ends.limit, own.limit);
+      suit_ends(ends, own);
     }
   }
 };
+
+// Radii of terms [begin, begin + terms) of a panel, of the sums of all terms.
+void widen_panel(const Call& call, const IntervalKernels& table, const PanelConstants& constants,
+                 int64_t begin, int64_t terms, float* panel) {
+  const Constants* inputs[kLanes];
+  for (int64_t lane = 0; lane < kLanes; ++lane) inputs[lane] = constants.inputs + lane;
+  table.widen.panel({panel, begin, terms, call.weight.terms, inputs});
+}
 
 // The inputs of panel p: prepared a block of terms at a time and copied while they are in a
 // first-level cache. The rounding of activations needs whole inputs.
@@ -165,6 +182,8 @@ void fill_panel(const Call& call, const IntervalKernels& table, const PanelConst
   const int64_t terms = call.weight.terms, lanes = std::min(kLanes, batch - p * kLanes);
   const int64_t block = call.int8 ? terms : std::min(terms, kTermsAtOnce);
   float *centre = scratch, *radius = scratch + kLanes * block;
+  const bool counted = counts_roundings(call);
+  const Constants plain = plain_radii();
   float largest[kLanes] = {};
   for (int64_t from = 0; from < terms; from += block) {
     const int64_t count = std::min(block, terms - from);
@@ -172,21 +191,22 @@ void fill_panel(const Call& call, const IntervalKernels& table, const PanelConst
       const int64_t at = (p * kLanes + lane) * terms + from, to = lane * block;
       const Ends ends{call.lower + at, call.upper + at, count, call.floor()};
       const Constants& own = constants.inputs[lane];
-      const float here = table.prepare(ends, own, centre + to, radius + to);
+      const float here = table.prepare(ends, counted ? plain : own, centre + to, radius + to);
       largest[lane] = std::max(largest[lane], here);
       if (call.int8) widen_to_int8(centre + to, radius + to, terms, 1, own);
     }
     for (int64_t k = from; k < from + count; k += kTermsAtOnce) {
-      table.pack({centre + k - from, radius + k - from, lanes,
-                  std::min(kTermsAtOnce, from + count - k), block, panels.at(p, k)});
+      const int64_t now = std::min(kTermsAtOnce, from + count - k);
+      table.pack({centre + k - from, radius + k - from, lanes, now, block, panels.at(p, k)});
+      if (counted) widen_panel(call, table, constants, k, now, panels.at(p, k));
     }
   }
   for (int64_t lane = 0; lane < lanes; ++lane) offsets[lane] = offset_for(call, largest[lane]);
 }
 
 // Also gives the absolute terms of the inputs, zero for the absent ones of the last panel.
-Panels pack_panels(const Call& call, const IntervalKernels& table, const Constants& constants,
-                   int64_t batch, float* offsets, int num_threads) {
+Panels pack_panels(const Call& call, const IntervalKernels& table, int64_t batch, float* offsets,
+                   int num_threads) {
   const int64_t terms = call.weight.terms;
   // A panel is set off by a line: panels a multiple of 4096 bytes apart would share cache sets.
   Panels out{{},
@@ -198,10 +218,11 @@ Panels pack_panels(const Call& call, const IntervalKernels& table, const Constan
   const Shares shares(out.count, 1, static_cast<double>(batch * terms), num_threads);
   const int64_t size = 2 * kLanes * (call.int8 ? terms : std::min(terms, kTermsAtOnce));
   const Floats scratch = floats(shares.number * size);
+  const Constants of_all = constants_of(call, terms, counts_roundings(call));
   shares.run([&](int64_t share, int64_t first, int64_t last) {
     for (int64_t p = first; p < last; ++p) {
       const int64_t lanes = std::min(kLanes, batch - p * kLanes);
-      const PanelConstants own(call, constants, p * kLanes, lanes);
+      const PanelConstants own(call, of_all, p * kLanes, lanes);
       fill_panel(call, table, own, batch, p, scratch.get() + share * size, out,
                  offsets + p * kLanes);
       out.constants[static_cast<size_t>(p)] = own.ends;
@@ -274,11 +295,10 @@ struct RowShare {
   }
 };
 
-void many_inputs(const Call& call, const IntervalKernels& table, const Constants& constants,
-                 int64_t batch, int num_threads) {
+void many_inputs(const Call& call, const IntervalKernels& table, int64_t batch, int num_threads) {
   const int64_t terms = call.weight.terms, rows = call.weight.rows;
   const Floats offsets = floats(blocks(batch, kLanes) * kLanes);
-  const Panels panels = pack_panels(call, table, constants, batch, offsets.get(), num_threads);
+  const Panels panels = pack_panels(call, table, batch, offsets.get(), num_threads);
   // finer than kRowStep, so that threads have the same to do
   constexpr int64_t kShareStep = kRowStep / 5;
   const Shares shares(rows, kShareStep, static_cast<double>(batch) * rows * terms / 8, num_threads);
@@ -310,24 +330,26 @@ void many_inputs(const Call& call, const IntervalKernels& table, const Constants
 }
 
 // Up to kFewInputs inputs by sums of floats.
-void by_floats(const Call& call, const IntervalKernels& table, const Constants& constants,
-               int64_t batch, int num_threads) {
+void by_floats(const Call& call, const IntervalKernels& table, int64_t batch, int num_threads) {
   const int64_t terms = call.weight.terms;
   Prepared input{floats(batch * terms), floats(batch * terms), floats(batch), {}};
+  const bool fusible = call.weight.packed != nullptr && table.fused_dots != nullptr;
+  const int64_t columns = fusible ? table.fused_columns(*call.weight.packed) : 0;
+  const bool counted = counts_roundings(call);
+  const Constants plain = plain_radii(), of_all = constants_of(call, terms, counted);
   const Shares shares(batch, 1, static_cast<double>(batch * terms), num_threads);
   shares.run([&](int64_t, int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       const int64_t at = b * terms;
       float *centre = input.centre.get() + at, *radius = input.radius.get() + at;
       const Ends ends{call.lower + at, call.upper + at, terms, call.floor()};
-      input.constants[b] = constants_of_input(call, ends, constants);
-      const float largest = table.prepare(ends, input.constants[b], centre, radius);
-      if (call.int8) widen_to_int8(centre, radius, terms, 1, constants);
+      const Constants& own = input.constants[b] = constants_of_input(call, ends, of_all, counted);
+      const float largest = table.prepare(ends, counted ? plain : own, centre, radius);
+      if (counted && columns == 0) table.widen.row({centre, radius, terms}, own);
+      if (call.int8) widen_to_int8(centre, radius, terms, 1, own);
       input.offsets[b] = offset_for(call, largest);
     }
   });
-  const bool fusible = call.weight.packed != nullptr && table.fused_dots != nullptr;
-  const int64_t columns = fusible ? table.fused_columns(*call.weight.packed) : 0;
   if (columns > 0) {
     few_inputs_fused(call, table, input, batch, columns, num_threads);
   } else {
@@ -344,10 +366,9 @@ void interval_linear(const Call& asked, int64_t batch, int num_threads) {
   const IntervalKernels table = pick_kernels();
   Call call = asked;
   call.coarse_radius = batch > kFewInputs && coarse_pays(asked, table, asked.weight.rows);
-  const Constants constants = constants_for(call, terms);
   prefer_large_pages(call.out_lower, batch * call.weight.rows * int64_t{sizeof(float)});
   prefer_large_pages(call.out_upper, batch * call.weight.rows * int64_t{sizeof(float)});
-  if (batch > kFewInputs) return many_inputs(call, table, constants, batch, num_threads);
+  if (batch > kFewInputs) return many_inputs(call, table, batch, num_threads);
   if (call.weight.packed != nullptr) {
     Call rest = call;  // of inputs that integers do not suit
     for (int64_t b = 0; b < batch; ++b) {
@@ -356,11 +377,11 @@ void interval_linear(const Call& asked, int64_t batch, int num_threads) {
       rest.upper = call.upper + b * terms;
       rest.out_lower = call.out_lower + b * call.weight.rows;
       rest.out_upper = call.out_upper + b * call.weight.rows;
-      by_floats(rest, table, constants, 1, num_threads);
+      by_floats(rest, table, 1, num_threads);
     }
     return;
   }
-  by_floats(call, table, constants, batch, num_threads);
+  by_floats(call, table, batch, num_threads);
 }
 
 }  // namespace interval

@@ -33,8 +33,9 @@ struct Filtering {
   const Images& images;
   const Window& window;
   const IntervalKernels& table;
-  Constants constants;  // without the centre's own error
-  float centre_error, radius_error;
+  Constants constants;               // without the centre's own error
+  std::vector<float> centre_errors;  // (channels), which join radii in tiles
+  float radius_error;
   int64_t terms;   // of each product
   int64_t tiles;   // of a row
   int64_t height;  // rows of tiles of a channel, with padding
@@ -70,9 +71,21 @@ Filtering::Planes planes_of(const Filtering& plan, int64_t filters, int64_t outp
   return out;
 }
 
+// Roundings that the terms of a channel, one of every row of the window, pass at most.
+int64_t roundings_of(const Filtering& plan, int64_t channel) {
+  const int64_t first = channel * kWindowRows, last = first + kWindowRows;
+  const int64_t runs = blocks(plan.terms, kFilterRun);
+  int64_t most = 0;
+  for (int64_t k = first; k < last; k = (k / kFilterRun + 1) * kFilterRun) {
+    const int64_t end = std::min((k / kFilterRun + 1) * kFilterRun, plan.terms);
+    most = std::max(most, end - k + additions_after(k / kFilterRun, runs));
+  }
+  return most + kPairRoundings;
+}
+
 Filtering plan_filters(const Call& call, const Images& images, const Window& window,
                        const IntervalKernels& table) {
-  Filtering out{call, images, window, table, {}, 0.0f, 0.0f, 0, 0, 0, 0, false, {}, {}, {}, {}};
+  Filtering out{call, images, window, table, {}, {}, 0.0f, 0, 0, 0, 0, false, {}, {}, {}, {}};
   out.terms = images.channels * kWindowRows;
   out.tiles = window.out_width / 2;
   out.height = window.out_height + kWindowRows - 1;
@@ -81,16 +94,21 @@ Filtering plan_filters(const Call& call, const Images& images, const Window& win
   out.quads = window.out_width % 16 == 0 && call.rounding != Rounding::kDeployed;
   out.centres = planes_of(out, kFilters, 2);
   out.radii = out.quads ? planes_of(out, kQuadFilters, 4) : planes_of(out, kFilters, 2);
-  const auto gamma_of = [&](bool quads) {
-    return rounding::gamma_bound(static_cast<double>(filter_depth(out.terms, quads)));
+  const auto gamma_of = [](int64_t roundings) {
+    return rounding::gamma_bound(static_cast<double>(roundings));
   };
+  out.centre_errors.assign(static_cast<size_t>(images.channels), 0.0f);
   out.constants = constants_for(call, call.weight.terms, 0.0);
   if (out.constants.outward) {
     // 1 + 2^-20 covers the roundings of the sums that these are multiplied with
     constexpr double kRoundings = 1.0 + 1.0 / 1048576.0;
-    const double of_centre = gamma_of(false), own = gamma_of(out.quads);
+    const double own = gamma_of(filter_depth(out.terms, out.quads));
     const double late = 1.0 + static_cast<double>(out.constants.value_gain);  // 1 + H
-    out.centre_error = rounding::to_float_up(of_centre * late * kRoundings);
+    for (int64_t channel = 0; channel < images.channels; ++channel) {
+      const double of_centre = gamma_of(roundings_of(out, channel));
+      out.centre_errors[static_cast<size_t>(channel)] =
+          rounding::to_float_up(of_centre * late * kRoundings);
+    }
     out.radius_error = rounding::to_float_up(own / (1.0 - 256.0 * own) * kRoundings);
   }
   return out;
@@ -168,11 +186,11 @@ float tiles_of_rows(const Filtering& plan, int64_t image, int64_t channel, int64
         largest, plan.table.prepare(ends, plan.constants, own.lines[0] + to, own.lines[1] + to));
   }
   const int64_t line = channel * plan.height + plan.window.pad_top + row;
-  plan.table.filter.tiles({rows, plan.line, own.lines[0], own.lines[1], plan.tiles, plan.quads,
-                           plan.centre_error, plan.radius_error, plan.constants.input_floor,
-                           own.centre + line * plan.tiles, plan.centres.size,
-                           own.radius + line * plan.window.out_width / plan.radii.outputs,
-                           plan.radii.size});
+  plan.table.filter.tiles(
+      {rows, plan.line, own.lines[0], own.lines[1], plan.tiles, plan.quads,
+       plan.centre_errors[static_cast<size_t>(channel)], plan.radius_error,
+       plan.constants.input_floor, own.centre + line * plan.tiles, plan.centres.size,
+       own.radius + line * plan.window.out_width / plan.radii.outputs, plan.radii.size});
   return largest;
 }
 

@@ -20,6 +20,7 @@
 //
 // Proof of the bounds. The identities are exact in real numbers; each term U_i V_i of an output
 // passes at most n roundings: 2 of U, 1 of V (F(4, 3): 3), those of the sum, 2 of the outputs (5).
+// Of centres n is counted for each channel, as a sum runs over channels.
 // So a computed output differs from the exact one by at most gamma_n T and what underflows, where T
 // is the same expression with magnitudes for all terms, |g| for g and |d| for d. For F(2, 3) it is
 //   |g0| (|d0| + |d2|) + (|g0| + |g1| + |g2|) (|d1| + |d2|),
@@ -68,8 +69,11 @@ constexpr int64_t kLineMargin = 16;  // zeros before a line
 constexpr int64_t kLineEnd = 64;     // and after its tiles
 
 // Roundings that a term passes on its way; `terms` counts channels times rows of the window.
+constexpr int64_t kPairRoundings = 5;   // outside of the sum: F(2, 3)
+constexpr int64_t kQuadRoundings = 10;  // and F(4, 3)
 constexpr int64_t filter_depth(int64_t terms, bool quads) {
-  return kFilterRun + (terms + kFilterRun - 1) / kFilterRun + (quads ? 10 : 5);
+  return kFilterRun + (terms + kFilterRun - 1) / kFilterRun +
+         (quads ? kQuadRoundings : kPairRoundings);
 }
 
 // Rows of a channel as tiles. Lines hold pixel m at [m], with zeros around it as above. A few rows

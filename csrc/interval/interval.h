@@ -15,13 +15,19 @@
 // where the radius carries the rounding errors of the centre BEFORE its product:
 //   r'_k = up(r_k (1 + g_x) + g_c |c_k| + 2^-100).
 //
-// Proof. Let u = 2^-24 and gamma_n = n u / (1 - n u) (core/rounding.h). The sums are blocked so
-// that no term passes more than D = sum_depth(K) roundings. A product, fused or not, may also lose
-// 2^-150 by underflow; sums of denormals are exact. So with S(v) = sum_k |W[n,k]| v_k,
-//   (1) |yc - sum W c| <= gamma_D S(|c|) + K 2^-149,
+// Proof. Let u = 2^-24 and gamma_n = n u / (1 - n u) (core/rounding.h). Term k of the first sum
+// passes d_k roundings, and no term of either more than D = sum_depth(K), as the sums are blocked.
+// A product, fused or not, may also lose 2^-150 by underflow; sums of denormals are exact. So with
+// S(v) = sum_k |W[n,k]| v_k and S_d the same with gamma_{d_k} v_k for v_k,
+//   (1) |yc - sum W c| <= S_d(|c|) + K 2^-149,
 //   (2) S(r') <= (yr + K 2^-149) / (1 - gamma_D)       (all terms are >= 0).
-// kReal: sum W x lies within S(r) of sum W c, hence within S(r) + gamma_D S(|c|) + K 2^-149 of yc;
-// g_c = gamma_D and g_x = 0 make S(r') cover the first two terms.
+// kReal: sum W x lies within S(r) of sum W c, hence within S(r) + S_d(|c|) + K 2^-149 of yc;
+// g_c = gamma_{d_k} and g_x = 0 make S(r') cover the first two terms. Every term may take D for
+// d_k. But an addition rounds only what is summed before it, and an addition of zero rounds
+// nothing: d_k counts the terms of k's run (of its lane, for few inputs) from k on whose centre is
+// not zero, its product where that is rounded by itself, the runs of its chunk and the chunks that
+// are added later, and the tree of lanes (radius_loops.h); gamma_d <= d gamma_D / D. Convolutions
+// without panels take the most that a term of a channel passes.
 //
 // kDeployed. Let t_k = W[n,k] x_k and let n be the number of k whose box is not {0}: the others add
 // an exact zero, which no order rounds. An evaluation is a tree of n additions over n + 1 leaves,
@@ -34,12 +40,13 @@
 // of the leaves in s and y). With u S(|x|) for the leaves and F for flushing, an evaluation lies
 // within
 //   A S(|x|) + H |b| + H |sum W x + b| + F of sum W x + b,   A = u + H.
-// In the box |x| <= |c| + r and |sum W x + b| <= |yc + b| + gamma_D S(|c|) + K 2^-149 + S(r), hence
-//   g_x = A + H,   g_c = gamma_D (1 + H) + A,
+// In the box |x| <= |c| + r and |sum W x + b| <= |yc + b| + S_d(|c|) + K 2^-149 + S(r), hence
+//   g_x = A + H,   g_c = gamma_{d_k} (1 + H) + A,
 // and H |b| + H |yc + b| joins the result. F is 2^-126 for every product and sum, 2^-126 |W| where
 // an input is flushed (covered by the 2^-100 in r') and 2^-126 |x| where a weight is; together
 // below kFlush (K + 8) (1 + max |x|), kFlush = 2^-124, which is added in both modes and covers the
-// K 2^-149 as well. Linear layers count n for each input; convolutions take n = K. Finally
+// K 2^-149 as well. n is counted for each input, in convolutions by panels for each patch, and
+// what joins the results of several takes the largest; other convolutions take n = K. Finally
 //   R = fl(yr inflate + offset) with inflate >= (1 + 8u) / (1 - gamma_D) bounds the distance from
 // yc + b, and the ends are below(below(yc + b) - R), above(above(yc + b) + R), where below and
 // above step over at least one neighbour and so cover the rounding of each sum.
@@ -63,7 +70,7 @@
 //
 // Overflow. An infinity or NaN in yc + b or in R (it never becomes finite again) gives the ends
 // -inf and +inf, never NaN; so do infinite or NaN inputs. A deployed sum cannot overflow while
-// R < H 2^126, as S(|x|) + |b| <= R / H then; otherwise the ends are infinite.
+// R < H 2^126 (H of the least n), as S(|x|) + |b| <= R / H then; otherwise the ends are infinite.
 // Large convolutions with windows of 3 x 3 have another sum, with its own bounds: filtering.h.
 //
 // Packed weights are the floats they stand for, exactly; few inputs meet their codes in integers,

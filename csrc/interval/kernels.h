@@ -11,12 +11,26 @@ namespace pyrobust {
 namespace interval {
 
 // How every kernel sums: runs of at most kRun terms, kRunsOfChunk runs make a chunk, chunks are
-// added in a row. Products, lanes and the last reduction cost at most 8 roundings more.
-constexpr int64_t kRun = 64;
-constexpr int64_t kRunsOfChunk = 4;
+// added in a row. Products, lanes and the last reduction cost at most 8 roundings more. Runs of 64
+// are no faster (128 x 1024 x 1024, convolutions), runs of 16 cost 5% of time.
+constexpr int64_t kRun = 32;
+constexpr int64_t kRunsOfChunk = 8;
 constexpr int64_t kChunk = kRun * kRunsOfChunk;
 PYROBUST_HD int64_t sum_depth(int64_t terms) {
   return (terms < kRun ? terms : kRun) + kRunsOfChunk + (terms + kChunk - 1) / kChunk + 8;
+}
+
+// Additions that the sum of part `index` passes when `count` parts are added in a row, from zero.
+constexpr int64_t additions_after(int64_t index, int64_t count) {
+  return count - (index > 0 ? index : 1);
+}
+
+// And those that the sum of a term's run passes, of `total` terms in a row.
+constexpr int64_t additions_after_run(int64_t term, int64_t total) {
+  const int64_t chunk = term / kChunk, left = total - chunk * kChunk;
+  const int64_t runs = left < kChunk ? (left + kRun - 1) / kRun : kRunsOfChunk;
+  return additions_after(term % kChunk / kRun, runs) +
+         additions_after(chunk, (total + kChunk - 1) / kChunk);
 }
 
 // Inputs side by side: a panel holds, for every term, kLanes centres and then kLanes radii.
@@ -33,7 +47,8 @@ constexpr int64_t pairs_of(int64_t terms) { return (terms + 1) / 2; }
 
 // The numbers of interval.h that depend on the mode and on K only.
 struct Constants {
-  float centre_gain;  // g_c
+  float centre_gain;  // g_c, or A where radii are widened term by term
+  float term_gain;    // of a term for each of its roundings, where they are counted
   float radius_gain;  // 1 + g_x
   float input_floor;  // 2^-100, or 0 in nearest mode
   float inflate;      // of the radius sum
@@ -89,6 +104,20 @@ struct SpreadColumns {
   int64_t stride;
   int64_t phase_size;  // places of a remainder
   float* row;
+};
+
+// r' of a panel that holds plain radii: terms [begin, begin + terms) of sums of `total` terms.
+struct WidenPanel {
+  float* panel;
+  int64_t begin, terms, total;     // `begin` is a multiple of kChunk
+  const Constants* const* inputs;  // (kLanes)
+};
+
+// The same of one input, for `dots`.
+struct WidenRow {
+  const float* centre;
+  float* radius;
+  int64_t terms;
 };
 
 // yc and yr of `rows` weight rows for a few inputs: sums[b * sum_stride + n].
@@ -249,6 +278,13 @@ struct ElementLoops {
   bool (*nearest_affine)(const AffineLoop& work) = nullptr;
 };
 
+struct RadiusLoops {
+  void (*panel)(const WidenPanel& work) = nullptr;
+  void (*row)(const WidenRow& work, const Constants& constants) = nullptr;
+  // Terms of each lane of a panel with plain radii that may be other than zero.
+  void (*count)(const float* panel, int64_t terms, int32_t* nonzero) = nullptr;
+};
+
 struct IntegerKernels;  // integers.h
 
 struct IntervalKernels {
@@ -274,6 +310,7 @@ struct IntervalKernels {
   void (*pair_channels)(const float* radius, int64_t channels, int64_t plane, uint32_t* radii);
   void (*coarse_direct)(const CoarseDirect& work);
   ElementLoops elements = {};  // all or none
+  RadiusLoops widen = {};      // all or none
   FilterKernels filter = {};   // all or none
   const IntegerKernels* integers = nullptr;
 };

@@ -21,8 +21,10 @@ IntervalKernels pick_kernels();
 // `nonzero` counts the terms of an output that may be other than zero.
 Constants constants_for(const Call& call, int64_t nonzero);
 // The same where the radius is to take up an error of the centre's sum of at most `of_sum` times
-// the sum of magnitudes; 0 where the caller bounds it in another way.
+// the sum of magnitudes; 0 where the caller bounds it in another way, as by counts of roundings.
 Constants constants_for(const Call& call, int64_t nonzero, double of_sum);
+// For `prepare`, where radii take up errors later.
+Constants plain_radii();
 // Terms of an input whose box is not {0} after the ReLU that the floor stands for.
 int64_t nonzero_terms(const Ends& ends);
 void check_terms(const char* subject, int64_t terms);
@@ -98,6 +100,19 @@ inline const float* rows_of(const Weight& weight, int64_t begin, int64_t count, 
   if (weight.packed == nullptr) return weight.data + begin * weight.terms;
   matmul::dequantize_rows(*weight.packed, begin, begin + count, scratch);
   return scratch;
+}
+
+// Ends that suit the constants of both.
+inline void suit_ends(Constants& ends, const Constants& other) {
+  ends.bias_gain = std::max(ends.bias_gain, other.bias_gain);
+  ends.value_gain = std::max(ends.value_gain, other.value_gain);
+  ends.limit = std::min(ends.limit, other.limit);
+}
+
+// Whether the roundings of each term are counted (radius_loops.h). The rounding of activations to 8
+// bits takes up so much more that it is not worth it.
+inline bool counts_roundings(const Call& call) {
+  return call.rounding != Rounding::kNearest && !call.int8;
 }
 
 inline const float* shifted(const float* bias, int64_t by) {

@@ -7,6 +7,7 @@
 #include "interval/integer_loops.h"
 #include "interval/kernels.h"
 #include "interval/patches.h"
+#include "interval/radius_loops.h"
 
 namespace pyrobust {
 namespace interval {
@@ -169,9 +170,27 @@ bool finish_panel(const FinishPanel& work, const Constants& constants) {
 }  // namespace
 
 const IntervalKernels kPortableKernels = {
-    prepare,    pack,         pack_patches, spread,        dots,    tiles,          nullptr,
-    finish_row, finish_panel, nullptr,      nullptr,       nullptr, nullptr,        nullptr,
-    nullptr,    nullptr,      nullptr,      kElementLoops, {},      &kIntegerLoops,
+    prepare,
+    pack,
+    pack_patches,
+    spread,
+    dots,
+    tiles,
+    nullptr,
+    finish_row,
+    finish_panel,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr,
+    kElementLoops,
+    {widen_panel<1>, widen_row<kDotLanes, 1>, count_nonzero},
+    {},
+    &kIntegerLoops,
 };
 
 }  // namespace interval

@@ -17,11 +17,11 @@ STORED = json.loads((Path(__file__).parent / "auto_lirpa_ibp.json").read_text())
 CASES = [key for key in STORED if key != "source"]
 # Mean width over that of the exact intervals at 2/255, measured and rounded up: (real, deployed).
 # mnist_cnn_small was trained for bounds at a far larger radius: at this one its exact widths are
-# near 1e-3 of its logits, so that rounding of the logits shows.
+# near 1e-3 of its logits, so that rounding of the logits shows; more on one image (1.0011, 1.0113).
 WIDENING = {
-    "mnist_fc_3layer": (1.001, 1.0015),
-    "mnist_cnn_small": (1.007, 1.025),
-    "cifar_2c2f": (1.001, 1.0015),
+    "mnist_fc_3layer": (1.0002, 1.001),
+    "mnist_cnn_small": (1.0012, 1.0115),
+    "cifar_2c2f": (1.0002, 1.0011),
 }
 
 
