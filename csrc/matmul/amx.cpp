@@ -2,7 +2,7 @@
 // whole 32 columns: those go through the tile instructions (amx_int8.h). Everything else is passed
 // on. With PYROBUST_EMULATED_TILES the same code runs without AMX, for tests.
 #include "core/activation_int8.h"
-#include "matmul/amx_int8.h"
+#include "matmul/amx_two_level.h"
 
 namespace pyrobust::matmul {
 namespace {

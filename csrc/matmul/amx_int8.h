@@ -1,5 +1,5 @@
-// Included by amx.cpp alone: the product with activations rounded to 8 bits and many rows of x, on
-// the tile instructions of AMX (signed x times unsigned codes).
+// Included by amx_two_level.h alone: the product with activations rounded to 8 bits and many rows
+// of x, on the tile instructions of AMX (signed x times unsigned codes).
 //
 // Per 32 rows of W and 512 columns, codes are unpacked to a panel of tiles once and meet all rows
 // of x, 32 at a time: two tiles of x times two of W, four tiles of int32 sums. At the end of a
@@ -84,11 +84,27 @@ __m512i entries_of(const PackedMatrix& w) {
   return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(entries)));
 }
 
-// Blocks [from, to) to the panel, times the code's multiplier.
-template <int kBits, bool kBook>
+// The integer scales of 16 rows of W in both words of their lanes, for the halves of block b, whose
+// `steps` may be of different groups.
+void load_integer_scales(const TileSteps& steps, int64_t b, int64_t t, const TileScratch& s,
+                         __m512i* scale) {
+  for (int64_t half = 0; half < 2; ++half) {
+    int64_t step = (2 * b + half) * (kBlock / 2) / steps.columns;
+    if (step >= steps.count) step = steps.count - 1;  // codes past the last column are 0
+    const float* from = s.scale + step / steps.to_group * kWidth + t * kWRows;
+    scale[half] =
+        _mm512_mullo_epi32(_mm512_cvtps_epi32(_mm512_load_ps(from)), _mm512_set1_epi32(0x10001));
+  }
+}
+
+// Blocks [from, to) to the panel, times the code's multiplier; kFold: times the integer scale of
+// their group, where products fit in bytes: those of two bytes are one product of 16 bits.
+template <int kBits, bool kBook, bool kFold = false>
 void unpack_tiles(const PackedMatrix& w, const ColumnOrder& order, int64_t from, int64_t to,
                   const TileScratch& s) {
   const __m512i table = entries_of(w);
+  const TileSteps steps(w);
+  __m512i scale[2];
   for (int64_t b = from; b < to; ++b) {
     for (int64_t t = 0; t < kPairs; ++t) {
       __m512i v[kWRows];
@@ -100,6 +116,10 @@ void unpack_tiles(const PackedMatrix& w, const ColumnOrder& order, int64_t from,
         if constexpr (kBits == 1 && !kBook) v[i] = _mm512_add_epi8(v[i], v[i]);
       }
       transpose_16(v);
+      if constexpr (kFold) {
+        load_integer_scales(steps, b, t, s, scale);
+        for (int j = 0; j < 16; ++j) v[j] = _mm512_mullo_epi16(v[j], scale[order.place[j] / 8]);
+      }
       uint8_t* tile = s.panel + ((b - from) * kPairs + t) * kTileBytes;
 #pragma GCC unroll 16
       for (int j = 0; j < 16; ++j) _mm512_store_si512(tile + order.place[j] * kBlock, v[j]);
@@ -132,15 +152,27 @@ Unpack unpack_of(const PackedMatrix& w) {
 
 // --- products -----------------------------------------------------------------------------------
 
-// sums = kTiles tiles of x, `pitch` bytes apart, times the panel, over steps [from, to).
+constexpr int64_t kSumsPitch = kWidth * sizeof(int32_t);
+
+template <int kTile>
+void start_sums(const int32_t* from, bool onto) {
+  if (onto) {
+    tile::load<kTile>(from, kSumsPitch);
+  } else {
+    tile::zero<kTile>();
+  }
+}
+
+// sums = kTiles tiles of x, `pitch` bytes apart, times the panel, over steps [from, to); `onto`:
+// added to what they are.
 template <int kTiles>
 void sum_steps(const TileSteps& steps, int64_t from, int64_t to, const int8_t* x, int64_t pitch,
-               const uint8_t* panel, int32_t* sums) {
-  tile::zero<0>();
-  tile::zero<1>();
+               const uint8_t* panel, bool onto, int32_t* sums) {
+  start_sums<0>(sums, onto);
+  start_sums<1>(sums + kWRows, onto);
   if constexpr (kTiles == 2) {
-    tile::zero<2>();
-    tile::zero<3>();
+    start_sums<2>(sums + kXRows * kWidth, onto);
+    start_sums<3>(sums + kXRows * kWidth + kWRows, onto);
   }
   for (int64_t step = from; step < to; ++step) {
     const int8_t* left = x + steps.offset_in_x(step);
@@ -156,12 +188,11 @@ void sum_steps(const TileSteps& steps, int64_t from, int64_t to, const int8_t* x
       tile::multiply_signed_unsigned<3, kLeft + 1, kRight + 1>();
     }
   }
-  constexpr int64_t kStride = kWidth * sizeof(int32_t);
-  tile::store<0>(sums, kStride);
-  tile::store<1>(sums + kWRows, kStride);
+  tile::store<0>(sums, kSumsPitch);
+  tile::store<1>(sums + kWRows, kSumsPitch);
   if constexpr (kTiles == 2) {
-    tile::store<2>(sums + kXRows * kWidth, kStride);
-    tile::store<3>(sums + kXRows * kWidth + kWRows, kStride);
+    tile::store<2>(sums + kXRows * kWidth, kSumsPitch);
+    tile::store<3>(sums + kXRows * kWidth + kWRows, kSumsPitch);
   }
 }
 
@@ -207,7 +238,7 @@ void multiply_chunk(const PackedMatrix& w, const TileSteps& steps, const TiledX&
   for (int64_t at = begin; at < end; at += steps.to_group, ++g) {
     const int64_t stop = end - at < steps.to_group ? end : at + steps.to_group;
     int32_t* sums = s.sums + g % 2 * kSums;
-    sum_steps<kTiles>(steps, at - begin, stop - begin, left, x.pitch, s.panel, sums);
+    sum_steps<kTiles>(steps, at - begin, stop - begin, left, x.pitch, s.panel, false, sums);
     // The group before, whose stores have had time to finish.
     if (g > first) scale_sums(s, x, s.sums + (g - 1) % 2 * kSums, groups, g - 1, m, count);
   }
@@ -216,9 +247,15 @@ void multiply_chunk(const PackedMatrix& w, const TileSteps& steps, const TiledX&
 
 // --- results ------------------------------------------------------------------------------------
 
+inline __m512d eight_totals(const double* total) { return _mm512_load_pd(total); }
+inline __m512d eight_totals(const int32_t* total) {
+  return _mm512_cvtepi32_pd(_mm256_load_si256(reinterpret_cast<const __m256i*>(total)));
+}
+
 // Eight results of row m from row n of W on, as store_result() would; floats without a remainder.
-void store_8(const Output& out, int64_t m, int64_t n, const double* total, double step) {
-  __m512d value = _mm512_load_pd(total);
+template <typename Total>
+void store_8(const Output& out, int64_t m, int64_t n, const Total* total, double step) {
+  __m512d value = eight_totals(total);
   if (out.row_scale != nullptr) {
     value = _mm512_mul_pd(value, _mm512_cvtps_pd(_mm256_loadu_ps(out.row_scale + n)));
   }
@@ -230,43 +267,15 @@ void store_8(const Output& out, int64_t m, int64_t n, const double* total, doubl
   _mm256_storeu_ps(y, _mm512_cvtpd_ps(value));
 }
 
+template <typename Total>
 void store_rows(const Output& out, const Block& block, int64_t first, int64_t count,
-                const double* total) {
+                const Total* total) {
   const bool plain = out.type == FloatType::kFloat32 && out.remainder == nullptr;
   for (int64_t m = 0; m < block.rows; ++m, total += kWidth) {
     int64_t i = 0;
     for (; plain && i + 8 <= count; i += 8) store_8(out, m, first + i, total + i, block.step[m]);
     for (; i < count; ++i) store_result(out, m, first + i, total[i], block.step[m]);
   }
-}
-
-void multiply_tiled(const PackedMatrix& w, const Block& block, int64_t begin, int64_t end,
-                    const Output& out, void* memory) {
-  const TiledX x(const_cast<void*>(block.data), w, block.rows);
-  const TileScratch s(memory, w, block.rows);
-  const TileSteps steps(w);
-  const ColumnOrder order(stored_bits(w));
-  const Unpack unpack = unpack_of(w);
-  const int64_t blocks = blocks_of(w), rows = block.rows;
-  tile::configure(tile_config(steps));
-  for (int64_t first = begin; first < end; first += kWidth) {
-    load_rows_of_w(w, first, s);
-    __builtin_memset(s.total, 0, static_cast<size_t>(rows * kWidth) * sizeof(double));
-    for (int64_t from = 0; from < blocks; from += steps.chunk) {
-      const int64_t to = blocks - from < steps.chunk ? blocks : from + steps.chunk;
-      unpack(w, order, from, to, s);
-      for (int64_t m = 0; m < rows; m += kPairs * kXRows) {
-        if (rows - m > kXRows) {
-          const int64_t count = rows - m < kPairs * kXRows ? rows - m : kPairs * kXRows;
-          multiply_chunk<2>(w, steps, x, m, count, from, to, s);
-        } else {
-          multiply_chunk<1>(w, steps, x, m, rows - m, from, to, s);
-        }
-      }
-    }
-    store_rows(out, block, first, end - first < kWidth ? end - first : kWidth, s.total);
-  }
-  tile::release();
 }
 
 }  // namespace

@@ -23,7 +23,7 @@ int64_t wide_prepared_bytes(const PackedMatrix& w, Mode mode, int64_t rows) {
 
 int64_t wide_scratch_bytes(const PackedMatrix& w, Mode mode, int64_t rows) {
   if (!is_wide(w, mode)) return scratch_bytes(w, mode, rows);
-  if (w.panels != nullptr) return panel_scratch_bytes(rows);
+  if (w.panels != nullptr) return panel_scratch_bytes(w, mode, rows);
   return WideScratch(nullptr, w, rows).used;
 }
 

@@ -79,7 +79,8 @@ def draw(high, shape, generator=None):
 
 
 def random_weight(rows, cols, bits, group_size, *, kind="zeros", generator=None):
-    """Kinds: zeros, symmetric, codebook, two_level (with zeros), remainder (with zeros)."""
+    """Kinds: zeros, symmetric, codebook, remainder, and two-level scales, of which some are too
+    large to be folded into bytes (two_level) or none (folded); the last three have zeros."""
     grouped, options = (rows, -(-cols // group_size)), {}
     zero = None
     if kind not in ("symmetric", "codebook") and bits not in (1, 1.58):
@@ -87,8 +88,9 @@ def random_weight(rows, cols, bits, group_size, *, kind="zeros", generator=None)
     scale = (torch.rand(grouped, generator=generator) + 0.1).half()
     if kind == "codebook":
         options["codebook"] = draw(256, (LEVELS[bits],), generator)
-    if kind == "two_level":
-        scale = draw(511 // max(1, LEVELS[bits] - 1) % 256 + 1, grouped, generator)
+    if kind in ("two_level", "folded"):
+        most = 511 if kind == "two_level" else 255
+        scale = draw(most // max(1, LEVELS[bits] - 1) % 256 + 1, grouped, generator)
         options["row_scale"] = torch.rand(rows, generator=generator) / 8
     codes = draw(LEVELS[bits], (rows, cols), generator)
     packed = QTensor.from_codes(codes, scale, zero, bits=bits, group_size=group_size, **options)
@@ -144,7 +146,7 @@ def test_every_width_and_batch_has_the_bits_of_portable(amx, bits, shape, kind):
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("shape", [(40, 95, 32), (34, 320, 64)], ids=str)
-@pytest.mark.parametrize("kind", ["codebook", "two_level", "remainder"])
+@pytest.mark.parametrize("kind", ["codebook", "two_level", "folded", "remainder"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_parts_of_a_weight_and_types_of_x(amx, bits, shape, kind, dtype):
     if bits == 8 and kind == "codebook":
@@ -156,6 +158,14 @@ def test_parts_of_a_weight_and_types_of_x(amx, bits, shape, kind, dtype):
         return
     x = torch.randn(33, cols).to(dtype)  # rows of W come in runs of 64 then
     assert torch.equal(multiply(x, packed), on_portable(x, packed))
+
+
+@pytest.mark.parametrize("bits", [1.58, 2, 3, 4])
+@pytest.mark.parametrize("shape", [(40, 95, 32), (70, 576, 96), (34, 1280, 128)], ids=str)
+def test_scales_folded_into_bytes(amx, bits, shape):
+    """Panels of fewer than 512 columns, and groups that end within a block."""
+    rows, cols, group_size = shape
+    check_batches(amx, random_weight(rows, cols, bits, group_size, kind="folded"), (16, 33, 49))
 
 
 def test_blocks_of_x_that_are_too_short_for_tiles(amx):
@@ -228,7 +238,7 @@ def test_threads_change_no_bit(amx):
 def test_random_shapes(amx, data):
     rows, cols = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 700))
     group_size = data.draw(st.sampled_from([32, 64, 96, 128, 160, 192, 544, 1000]))
-    kind = data.draw(st.sampled_from(["zeros", "symmetric", "two_level"]))
+    kind = data.draw(st.sampled_from(["zeros", "symmetric", "two_level", "folded"]))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
     bits = data.draw(st.sampled_from(BITS))
     packed = random_weight(rows, cols, bits, group_size, kind=kind, generator=generator)
