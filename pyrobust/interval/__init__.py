@@ -1,10 +1,11 @@
 """The Interval type: call any torch model on a box of inputs and get a box of outputs."""
 
 from pyrobust import _native
+from pyrobust.interval.application import install
 from pyrobust.interval.table import KINDS as _KINDS
 from pyrobust.interval.table import QUICK as _QUICK
 from pyrobust.interval.table import RULES as _RULES
-from pyrobust.interval.type import Interval, install
+from pyrobust.interval.type import Interval
 
 install(_RULES, _KINDS, _QUICK)
 _native.set_box_type(Interval)

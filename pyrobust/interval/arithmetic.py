@@ -172,6 +172,8 @@ def power(x: Any, exponent: Any) -> Interval:
         return square(box)
     if exponent == 0:
         return wrap(torch.ones_like(box.lower), torch.ones_like(box.upper), box.rounding)
+    if exponent == -0.5:
+        return inverse_root(box)
     if exponent < 0:
         return reciprocal(power(box, -exponent))
     if exponent == 0.5:
@@ -273,6 +275,7 @@ RULES: dict[str, Callable[..., Any]] = {
     "__rtruediv__": lambda x, y: div(y, x),
     "neg": neg,
     "negative": neg,
+    "positive": lambda x: x,
     "abs": absolute,
     "absolute": absolute,
     "square": square,

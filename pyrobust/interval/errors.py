@@ -40,7 +40,7 @@ class MissingRule(NotImplementedError, AttributeError):
 def name_of(func: Callable[..., Any]) -> str:
     """The name of a torch function, with its module where that tells anything."""
     name = str(getattr(func, "__qualname__", None) or getattr(func, "__name__", repr(func)))
-    name = name.replace("_VariableFunctionsClass.", "torch.")
+    name = name.replace("_VariableFunctionsClass.", "torch.").replace("TensorBase.", "Tensor.")
     module = getattr(func, "__module__", None)
     return f"{module}.{name}" if module and "." not in name else name
 

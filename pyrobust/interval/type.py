@@ -15,16 +15,16 @@ from torch import Tensor
 
 from pyrobust import _native
 from pyrobust._checks import check_choice
+from pyrobust.interval.application import QUICK, RULES, apply_rule
 from pyrobust.interval.errors import (
     MissingRule,
     check_ends,
     check_float,
     missing,
-    name_of,
     visible,
     where,
 )
-from pyrobust.interval.finite import check_result
+from pyrobust.interval.operators import Operators
 from pyrobust.interval.outward import sum_ends
 from pyrobust.ops._interval_checks import Ends, is_deployed
 from pyrobust.ops._interval_fallback import round_outward
@@ -35,7 +35,6 @@ __all__ = [
     "Interval",
     "adopt",
     "assign",
-    "install",
     "put_off",
     "rectify",
     "unclipped",
@@ -45,13 +44,9 @@ __all__ = [
 
 # from the weakest promise to the strongest
 ROUNDINGS = ("nearest", "real", "deployed", "deployed-tf32", "deployed-bfloat16")
-_rules: dict[Any, Callable[..., Any]] = {}
-_kinds: dict[str, frozenset[Any]] = {}
-_seen_to: set[Any] = set()  # functions whose results need no look
-_quick: dict[Any, Callable[..., Any]] = {}
 
 
-class Interval:
+class Interval(Operators):
     """The box of all tensors ``t`` with ``lower <= t <= upper``, element by element.
 
     Any torch model can be called on it; the result contains the image of the box. What "contains"
@@ -291,12 +286,12 @@ class Interval:
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Look ``func`` up in the table of rules and apply its rule."""
-        quick = _quick.get(func)
+        quick = QUICK.get(func)
         if quick is not None and not (dispatcher_watched() or autocasting()):
             done = quick(*args, **kwargs) if kwargs else quick(*args)
             if done is not None:
                 return done
-        return _apply(func, *args, **kwargs) if kwargs else _apply(func, *args)
+        return apply_rule(func, *args, **kwargs) if kwargs else apply_rule(func, *args)
 
     def __getattr__(self, name: str) -> Any:
         """Methods of ``torch.Tensor`` that have a rule; ends that were kept, as tensors."""
@@ -309,11 +304,11 @@ class Interval:
         method = getattr(torch.Tensor, name, None)
         if method is None:
             raise AttributeError(f"Interval has no attribute {name!r}")
-        if method not in _rules:
+        if method not in RULES:
             raise MissingRule(missing(f"Tensor.{name}"))
 
         def bound(*args: Any, **kwargs: Any) -> Any:
-            return _apply(method, self, *args, **kwargs)
+            return apply_rule(method, self, *args, **kwargs)
 
         return bound
 
@@ -323,86 +318,8 @@ class Interval:
     def __setitem__(self, index: Any, value: Any) -> None:
         raise MissingRule(missing("assignment to an index"))
 
-    def __bool__(self) -> bool:
-        raise MissingRule(missing("the truth value (a branch on data)"))
-
-    def __eq__(self, other: object) -> bool:
-        raise MissingRule(missing("comparison"))
-
-    __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __eq__
-    __hash__ = object.__hash__
-
-    def __add__(self, other: Any) -> Any:
-        return Interval.__torch_function__(torch.add, (Interval,), (self, other))
-
-    def __radd__(self, other: Any) -> Any:
-        return _apply(torch.add, other, self)
-
-    def __sub__(self, other: Any) -> Any:
-        return _apply(torch.sub, self, other)
-
-    def __rsub__(self, other: Any) -> Any:
-        return _apply(torch.sub, other, self)
-
-    def __mul__(self, other: Any) -> Any:
-        return _apply(torch.mul, self, other)
-
-    def __rmul__(self, other: Any) -> Any:
-        return _apply(torch.mul, other, self)
-
-    def __truediv__(self, other: Any) -> Any:
-        return _apply(torch.div, self, other)
-
-    def __rtruediv__(self, other: Any) -> Any:
-        return _apply(torch.div, other, self)
-
-    def __matmul__(self, other: Any) -> Any:
-        return _apply(torch.matmul, self, other)
-
-    def __rmatmul__(self, other: Any) -> Any:
-        return _apply(torch.matmul, other, self)
-
-    def __pow__(self, exponent: Any) -> Any:
-        return _apply(torch.pow, self, exponent)
-
-    def __neg__(self) -> Any:
-        return _apply(torch.neg, self)
-
-    def __abs__(self) -> Any:
-        return _apply(torch.abs, self)
-
-    def __iadd__(self, other: Any) -> Interval:
-        return assign(self, self + other)
-
-    def __isub__(self, other: Any) -> Interval:
-        return assign(self, self - other)
-
-    def __imul__(self, other: Any) -> Interval:
-        return assign(self, self * other)
-
-    def __itruediv__(self, other: Any) -> Interval:
-        return assign(self, self / other)
-
-
-def install(
-    rules: Mapping[Any, Callable[..., Any]],
-    kinds: Mapping[str, frozenset[Any]],
-    quick: Mapping[Any, Callable[..., Any]],
-) -> None:
-    """Make ``rules`` the table that intervals look torch functions up in.
-
-    Args:
-        rules: torch function to rule.
-        kinds: the functions whose results are ``"finite"`` already where operands are, those whose
-            rules see to it (``"checks itself"``), those that ``"takes infinity"`` from operands
-            that are no boxes, and those that are ``"ambiguous"`` in compiled code.
-        quick: torch function to what is asked before its rule in plain eager mode, and may answer
-            None.
-    """
-    _rules.update(rules)
-    _quick.update(quick)
-    _kinds.update(kinds)
-    _seen_to.update(kinds["finite"], kinds["checks itself"])
+    def _assign(self, result: Interval) -> Interval:
+        return assign(self, result)
 
 
 def wrap(lower: Tensor, upper: Tensor, rounding: str, *, base: Interval | None = None) -> Interval:
@@ -530,38 +447,6 @@ def _settle(box: Interval) -> None:
         with torch.set_grad_enabled(box._graded):
             box._lower, box._upper = box._lower.relu(), box._upper.relu()
         box._rectified = False
-
-
-def _apply(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    rule = _rules.get(func)
-    if rule is None:
-        raise MissingRule(missing(name_of(func)))
-    if torch.compiler.is_compiling() and func in _kinds["ambiguous"]:
-        _check_order(func, args)
-    if autocasting():
-        raise RuntimeError(
-            "Interval: autocast must be off, as it would round the bounds inwards; wrap the call "
-            "in torch.autocast(device_type, enabled=False)."
-        )
-    result = rule(*args, **kwargs)
-    if func not in _seen_to:
-        box = result[0] if isinstance(result, tuple) else result
-        takes_infinity = func in _kinds["takes infinity"]
-        operands = (*args, *kwargs.values())
-        check_result(name_of(func), box._lower, box._upper, operands, takes_infinity=takes_infinity)
-    return result
-
-
-def _check_order(func: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    """Refuse what dynamo makes of operators between a box and a tensor.
-
-    It hands ``box @ t`` and ``t @ box`` over alike, and ``box += t`` like ``box + t``.
-    """
-    if len(args) > 1 and not isinstance(args[0], Interval) and isinstance(args[1], Interval):
-        raise MissingRule(
-            f"Interval: no rule for an operator between a box and a tensor in compiled code "
-            f"({name_of(func)}); use torch.add, torch.mul or torch.matmul."
-        )
 
 
 def _check_current(box: Interval) -> None:

@@ -14,11 +14,16 @@ import torch.nn.functional as F
 from pyrobust import Interval
 from pyrobust.interval.table import BY_NAME
 
+_PARAMETERS: dict[Any, torch.Tensor] = {}  # made once: compiled code cannot draw them
+
 
 def parameter(x: Any, *shape: int, seed: int = 0, positive: bool = False) -> torch.Tensor:
     """The same float32 numbers for every x, in the dtype of x (exactly, in float64)."""
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    return (values.abs() + 0.1 if positive else values).to(x.dtype)
+    key = shape, seed, positive, x.dtype
+    if key not in _PARAMETERS:
+        values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        _PARAMETERS[key] = (values.abs() + 0.1 if positive else values).to(x.dtype)
+    return _PARAMETERS[key]
 
 
 @dataclass(frozen=True)
@@ -45,11 +50,11 @@ def attend(x, **options):
 
 
 def heads(x):
-    layer = torch.nn.MultiheadAttention(4, 2).eval().requires_grad_(False).to(x.dtype)
-    layer.in_proj_weight.data = parameter(x, 12, 4)
-    layer.in_proj_bias.data = parameter(x, 12, seed=1)
-    layer.out_proj.weight.data = parameter(x, 4, 4, seed=2)
-    return layer(x, x, x, need_weights=False)[0]
+    inner = parameter(x, 12, 4), parameter(x, 12, seed=1)
+    outer = parameter(x, 4, 4, seed=2), parameter(x, 4, seed=3)
+    return F.multi_head_attention_forward(
+        x, x, x, 4, 2, *inner, None, None, False, 0.0, *outer, training=False, need_weights=False
+    )[0]
 
 
 def without_dropout(name, x):
@@ -89,6 +94,7 @@ ROWS = [
     Row("divide", lambda x: torch.divide(x, 4.0)),
     Row("true_divide", lambda x: torch.true_divide(x, 3)),
     Row("neg", lambda x: -x),
+    Row("positive", torch.positive),
     Row("negative", torch.negative),
     Row("abs", abs),
     Row("absolute", torch.absolute),
@@ -97,7 +103,7 @@ ROWS = [
     Row("sqrt", torch.sqrt, low=0.3),
     Row("rsqrt", torch.rsqrt, low=0.3),
     Row("reciprocal", torch.reciprocal, low=0.3),
-    *(Row("pow", lambda x, p=p: x**p, low=0.3, label=str(p)) for p in (0.5, 1.7, -2)),
+    *(Row("pow", lambda x, p=p: x**p, low=0.3, label=str(p)) for p in (0.5, 1.7, -2, -0.5)),
     *(Row("pow", lambda x, p=p: x**p, label=str(p)) for p in (1, 2, 3, 4)),
     Row("maximum", lambda x: torch.maximum(x, parameter(x, 6))),
     Row("minimum", lambda x: torch.minimum(x[:1], x[1:])),

@@ -78,6 +78,10 @@ static extended selu(extended x) {
 static extended inverse_root(extended x) { return 1 / sqrtl(x); }
 static extended cube(extended x) { return x * x * x; }
 static extended power_three_halves(extended x) { return x * sqrtl(x); }
+static extended fourth_power(extended x) { return x * x * x * x; }
+static extended power_five_halves(extended x) { return x * x * sqrtl(x); }
+static extended fourth_root(extended x) { return sqrtl(sqrtl(x)); }
+static extended inverse_of_three_halves(extended x) { return 1 / (x * sqrtl(x)); }
 
 typedef extended (*Function)(extended);
 
@@ -98,6 +102,8 @@ static const struct {
     {"elu", elu},           {"celu", celu},
     {"selu", selu},         {"rsqrt", inverse_root},
     {"pow 3", cube},        {"pow 1.5", power_three_halves},
+    {"pow 4", fourth_power}, {"pow 2.5", power_five_halves},
+    {"pow 0.25", fourth_root}, {"pow -1.5", inverse_of_three_halves},
 };
 
 /* Name of function number i, or null beyond the last. */

@@ -20,7 +20,9 @@ import torch.nn.functional as F
 
 from pyrobust import Interval
 from pyrobust.interval.elementwise import CURVES, SELU, Curve, celu_curve, elu_curve
+from pyrobust.interval.finite import infinite_ends
 from pyrobust.interval.table import BY_NAME
+from pyrobust.interval.type import wrap
 
 from .extended import Worst, build
 
@@ -29,14 +31,14 @@ CHUNK = 1 << 17
 FINITE = 0x7F800000  # bits of infinity: those of finite numbers are below
 SIGN = 0x80000000
 LAST_NEGATIVE = {
-    **dict.fromkeys(("log", "log2", "log10", "sqrt", "rsqrt", "pow 1.5"), SIGN),
+    **dict.fromkeys(("log", "log2", "log10", "sqrt", "rsqrt"), SIGN),
+    **dict.fromkeys(("pow 1.5", "pow 2.5", "pow 0.25", "pow -1.5"), SIGN),
     "log1p": SIGN + 0x3F800000,
 }
 NARROW = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "celu": partial(F.celu, alpha=0.75),
-    "pow 3": lambda x: x**3,
-    "pow 1.5": lambda x: x**1.5,
+    **{f"pow {p}": partial(torch.pow, exponent=p) for p in (3, 4, 1.5, 2.5, 0.25, -1.5)},
     **{
         name: getattr(F, name)
         for name in (
@@ -54,9 +56,18 @@ SWEPT = {
     "selu": SELU,
     "sqrt": Curve(torch.sqrt, relative=2.0, deployed=2.0),
     "rsqrt": Curve(torch.rsqrt),
-    "pow 3": Curve(NARROW["pow 3"], deployed=16.0),
-    "pow 1.5": Curve(NARROW["pow 1.5"], deployed=16.0),
+    **{
+        name: Curve(function, deployed=16.0)
+        for name, function in NARROW.items()
+        if name.startswith("pow")
+    },
 }
+# Exponents whose rules are products, quotients and roots: what torch's float32 function returns
+COMPOSED = (-2.0, -1.0, -0.5, 0.5, 2.0)
+# Least numbers, as bits, whose powers are bounded: on the way they must not flush to zero
+NORMAL = 0x800000
+LEAST = {"pow -2": 65 * NORMAL, "pow -1.5": 47 * NORMAL, "rsqrt": NORMAL}
+LEAST.update(dict.fromkeys(("pow -1", "pow -0.5", "log", "log2", "log10", "log1p"), NORMAL))
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +106,30 @@ def test_errors_at_every_number_of_the_stride(name, reference):
     assert worst.deployed <= 1.0
 
 
+def assert_contains_torchs_powers(exponent, stride):
+    """Ends of the rule, before they are refused where they overflow, around every number."""
+    least = LEAST.get(f"pow {exponent:g}", 0)
+    signs = (0,) if exponent in (-0.5, 0.5) else (0, SIGN)
+    for begin, end in ((sign + least, sign + FINITE) for sign in signs):
+        for start in range(begin, end, CHUNK * stride):
+            bits = np.arange(start, min(end, start + CHUNK * stride), stride, dtype=np.uint32)
+            x = torch.from_numpy(bits.view(np.float32))
+            with infinite_ends():
+                box = BY_NAME["pow"](wrap(x, x, "deployed"), exponent)
+            assert bool(box.contains(x**exponent).all()), (exponent, start)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exponent", COMPOSED)
+def test_composed_powers_contain_torchs_at_every_number_of_the_stride(exponent):
+    assert_contains_torchs_powers(exponent, STRIDE)
+
+
+@pytest.mark.parametrize("exponent", COMPOSED)
+def test_composed_powers_contain_torchs_at_a_few_numbers(exponent):
+    assert_contains_torchs_powers(exponent, 100_003)
+
+
 @pytest.mark.parametrize("name", SWEPT)
 def test_errors_at_a_few_numbers(name, reference):
     worst = sweep(reference, name, 100_003)
@@ -105,8 +140,7 @@ def test_errors_at_a_few_numbers(name, reference):
 @pytest.mark.parametrize("name", SWEPT)
 def test_ends_contain_the_value_and_torchs_at_a_few_numbers(name, reference):
     """The rule as a whole, before its ends are refused where they overflow."""
-    # what flushes to zero has no logarithm and no inverse
-    least = 0x800000 if name.startswith("log") or name == "rsqrt" else 0
+    least = LEAST.get(name, 0)
     bits = np.arange(least, FINITE, 1_000_003, dtype=np.uint32)
     points = bits.view(np.float32)
     if name not in LAST_NEGATIVE:
@@ -115,7 +149,7 @@ def test_ends_contain_the_value_and_torchs_at_a_few_numbers(name, reference):
     call = BY_NAME.get(name, function)  # rules are looked up below the check for overflow
     if name.startswith("pow"):
         call = partial(BY_NAME["pow"], exponent=float(name.split()[1]))
-    if isinstance(function, partial):
+    elif isinstance(function, partial):
         call = partial(BY_NAME[name.split("_")[0]], **function.keywords)
     deployed = call(Interval(x, x, rounding="deployed"))
     assert bool(deployed.contains(function(x)).all())

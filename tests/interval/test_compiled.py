@@ -1,0 +1,271 @@
+"""torch.compile(fullgraph=True) on boxes: operators and spellings, with the bits of eager mode."""
+
+from __future__ import annotations
+
+import operator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pyrobust import Interval
+from pyrobust.interval import dynamo
+from pyrobust.interval.operands import spellings
+from pyrobust.interval.table import BY_NAME
+
+pytestmark = pytest.mark.skipif(
+    tuple(int(v) for v in torch.__version__.split(".")[:2]) < (2, 13),
+    reason="older torch does not trace objects with __torch_function__",
+)
+T = torch.randn(4, 4, generator=torch.Generator().manual_seed(3)) + 2  # of either sign
+AWAY = T.abs() + 1
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+
+
+def ends_of(function):
+    def image(lower, upper):
+        box = function(Interval(lower, upper))
+        return box.lower, box.upper
+
+    return image
+
+
+def drawn():
+    generator = torch.Generator().manual_seed(4)
+    lower = torch.randn(4, 4, generator=generator)
+    return lower, lower + torch.rand(4, 4, generator=generator)
+
+
+def assert_compiles_whole(function, *, backend="eager"):
+    """Equal ends, and equal gradients where the compiler differentiates."""
+    leaves = [end.requires_grad_() for end in drawn()]
+    eager = ends_of(function)(*leaves)
+    compiled = torch.compile(ends_of(function), backend=backend, fullgraph=True)(*leaves)
+    for got, expected in zip(compiled, eager, strict=True):
+        assert torch.equal(got, expected)
+    cotangents = [torch.randn_like(end) for end in eager]
+    for a, b in zip(
+        torch.autograd.grad(compiled, leaves, cotangents),
+        torch.autograd.grad(eager, leaves, cotangents),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
+def changed_through_another_name(change, operand):
+    """``change`` as a statement such as ``b += x``: what was ``b`` before must be changed, too."""
+
+    def function(b):
+        before = b * 1.0
+        kept = before
+        result = change(before, operand)
+        assert result is kept
+        return kept
+
+    return function
+
+
+OPERATORS = {
+    "box + number": lambda b: b + 1.5,
+    "number + box": lambda b: 1.5 + b,
+    "box - number": lambda b: b - 1.5,
+    "number - box": lambda b: 1.5 - b,
+    "box * number": lambda b: b * 1.5,
+    "number * box": lambda b: 1.5 * b,
+    "box / number": lambda b: b / 1.5,
+    "number / box": lambda b: 1.5 / (b + 20),
+    "box + tensor": lambda b: b + T,
+    "tensor + box": lambda b: T + b,
+    "box - tensor": lambda b: b - T,
+    "tensor - box": lambda b: T - b,
+    "box * tensor": lambda b: b * T,
+    "tensor * box": lambda b: T * b,
+    "box / tensor": lambda b: b / AWAY,
+    "tensor / box": lambda b: T / (b + 20),
+    "box @ tensor": lambda b: b @ T,
+    "tensor @ box": lambda b: T @ b,
+    "tensor.T @ box @ tensor": lambda b: T.T @ b @ T,
+    "box + box": lambda b: b + 2 * b,
+    "box - box": lambda b: b - 2 * b,
+    "box - itself": lambda b: b - b + b,
+    "box * box": lambda b: b * (b + 1),
+    "box * itself": lambda b: b * b,
+    "box / box": lambda b: b / (b + 20),
+    "-box": lambda b: -b,
+    "+box": lambda b: +b,
+    "abs(box)": abs,
+    "box ** 2": lambda b: b**2,
+    "box ** 3": lambda b: b**3,
+    "box ** 0.5": lambda b: (b + 20) ** 0.5,
+    "box ** -1": lambda b: (b + 20) ** -1,
+    "box @= tensor": lambda b: operator.imatmul(b, T),
+    "box[0]": lambda b: b[0],
+    "box[:, 1:]": lambda b: b[:, 1:],
+    "iteration": lambda b: next(iter(b)),
+    "box.T": lambda b: b.T,
+    "torch.add(tensor, box)": lambda b: torch.add(T, b),
+    "torch.matmul(tensor, box)": lambda b: torch.matmul(T, b),
+    "tensor.add(box)": lambda b: T.add(b),
+    "tensor.mul(box)": lambda b: T.mul(b),
+    "tensor.matmul(box)": lambda b: T.matmul(b),
+    "box.matmul(tensor)": lambda b: b.matmul(T),
+    "box.add_(tensor)": lambda b: (b * 1.0).add_(T),
+    **{
+        f"box {sign} {name}": changed_through_another_name(change, operand)
+        for sign, change in (
+            *(("+=", operator.iadd), ("-=", operator.isub)),
+            *(("*=", operator.imul), ("/=", operator.itruediv)),
+        )
+        for name, operand in (("number", 1.5), ("tensor", AWAY))
+    },
+    "box **= number": changed_through_another_name(operator.ipow, 2),
+    "box += box": lambda b: operator.iadd(b, b * 2),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operators_compile_whole(name):
+    assert_compiles_whole(OPERATORS[name])
+
+
+@pytest.mark.parametrize("name", ["box @ tensor", "tensor @ box", "box - tensor", "box += tensor"])
+def test_operators_compile_whole_with_their_backward(name):
+    assert_compiles_whole(OPERATORS[name], backend="aot_eager")
+
+
+def test_operators_in_statements_compile_whole():
+    def function(b):
+        kept = b
+        b += T
+        b *= 2.0
+        b -= T
+        return kept @ T + T @ b
+
+    assert_compiles_whole(function)
+
+
+GAPS = sorted(
+    {
+        function
+        for name in ("tanh", "sigmoid", "hardswish", "hardsigmoid", "relu")
+        for function in (*spellings(name), *spellings(f"{name}_"))
+        if getattr(torch, function.__name__, None) is function
+        or getattr(F, function.__name__, None) is function
+    },
+    key=lambda function: (function.__module__ or "", function.__name__),
+)
+
+
+@pytest.mark.parametrize("function", GAPS, ids=lambda f: f"{f.__module__} {f.__name__}")
+def test_functions_with_gaps_in_torchs_list_compile_whole(function):
+    assert_compiles_whole(lambda b: function(b * 1.0))
+
+
+@pytest.mark.parametrize("module", [nn.Tanh, nn.Sigmoid, nn.Hardswish, nn.Hardsigmoid, nn.Softsign])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_modules_compile_whole(module, inplace):
+    if inplace and "inplace" not in module.__init__.__code__.co_varnames:
+        pytest.skip("has no form in place")
+    layer = module(**({"inplace": True} if inplace else {}))
+    assert_compiles_whole(lambda b: layer(b * 1.0))
+
+
+def test_every_rule_of_torchs_functions_is_listed_as_overridable():
+    listed = torch.overrides.get_overridable_functions()
+    for name in BY_NAME:
+        for space in (torch, F):
+            function = getattr(space, name, None)
+            if callable(function):
+                assert any(function in listed[other] for other in (torch, F)), name
+
+
+def test_models_compile_whole_on_a_box_from_outside():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3), nn.Hardswish()).eval()
+    box = Interval.ball(torch.randn(2, 4), 0.1)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(box)
+    eager = model(box)
+    assert isinstance(compiled, Interval)
+    assert torch.equal(compiled.lower, eager.lower)
+    assert torch.equal(compiled.upper, eager.upper)
+
+
+def test_the_product_of_two_boxes_is_traced_as_a_function_and_breaks_the_graph_as_operator():
+    """Dynamo has no entry for ``@`` of two objects, see pyrobust/interval/dynamo.py."""
+    assert_compiles_whole(lambda b: torch.matmul(b, b.mT))
+    image, ends = ends_of(lambda b: b @ b.mT), drawn()
+    compiled = torch.compile(image, backend="eager")(*ends)
+    for got, expected in zip(compiled, image(*ends), strict=True):
+        assert torch.equal(got, expected)
+    torch._dynamo.reset()
+    says = r"`matmul` with argument types \['Interval', 'Interval'\](?s:.*)alternative function"
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=says):
+        torch.compile(image, backend="eager", fullgraph=True)(*ends)
+
+
+REFUSED = {
+    "number ** box": (lambda b: 2**b, "pow with the interval in another argument"),
+    "tensor ** box": (lambda b: T**b, "pow with the interval in another argument"),
+    "box ** tensor": (lambda b: b**T, "pow with a tensor as exponent"),
+    "box < tensor": (lambda b: b < T, "comparison"),
+    "tensor < box": (lambda b: operator.lt(T, b), r"Tensor\.lt"),
+    "box == box": (lambda b: b == b, "comparison"),
+    "tensor == box": (lambda b: operator.eq(T, b), r"Tensor\.eq"),
+    "box // number": (lambda b: b // 2, "the operator //"),
+    "number // box": (lambda b: 2 // b, "the operator //"),
+    "box % number": (lambda b: b % 2, "the operator %"),
+    "~box": (lambda b: ~b, "the operator ~"),
+    "box & tensor": (lambda b: b & True, "a logical or bitwise operator"),
+    "tensor += box": (lambda b: operator.iadd(T.clone(), b), "an operation in place"),
+    "tensor *= box": (lambda b: operator.imul(T.clone(), b), "an operation in place"),
+    "if box": (lambda b: b if b else None, "the truth value"),
+    "box[0] = number": (lambda b: operator.setitem(b, 0, 1.0), "assignment to an index"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_operators_without_a_rule_are_refused_by_name(name):
+    function, says = REFUSED[name]
+    with pytest.raises(NotImplementedError, match=f"no rule for {says}"):
+        function(Interval(*drawn()))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_compiled_code_refuses_them_too(name):
+    function, says = REFUSED[name]
+    with pytest.raises(NotImplementedError, match=f"no rule for {says}"):
+        torch.compile(ends_of(function), backend="eager")(*drawn())
+
+
+@pytest.mark.parametrize("name", ["box @ tensor", "tensor @ box", "box += tensor"])
+def test_a_compiler_built_otherwise_breaks_the_graph_instead_of_guessing(name, monkeypatch):
+    asked = []
+
+    def unknown():
+        asked.append(name)
+        return dynamo.UNKNOWN
+
+    unknown._dynamo_marked_constant = True
+    monkeypatch.setattr("pyrobust.interval.application.swapped_operator", unknown)
+    image, ends = ends_of(OPERATORS[name]), drawn()
+    compiled = torch.compile(image, backend="eager")(*ends)
+    for got, expected in zip(compiled, image(*ends), strict=True):
+        assert torch.equal(got, expected)
+    assert asked
+
+
+def test_outside_of_the_compiler_no_operator_was_swapped():
+    assert dynamo.swapped_operator() == dynamo.UNKNOWN
+
+
+def test_powers_in_place_change_the_box_itself():
+    box = Interval(*drawn()) * 1.0
+    kept = box
+    box **= 2
+    assert box is kept
+    assert float(kept.lower.min()) >= 0
