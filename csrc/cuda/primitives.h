@@ -25,9 +25,9 @@
 //   blocks and grids      sync_threads, sync_group, begin_next_grid, await_grid, lock_acquire,
 //                         lock_release, arrive, atomic_add, atomic_min
 //   clusters              clusters_exist, sync_cluster, load16_of_cluster (compute capability 9.0)
-//   memory                shared_memory, shared_place, load16_shared, load8_shared, load16,
-//   load16_once, store16, store8, Words4, Words2 directed rounding     add_up, add_down, mul_up,
-//   fma_up, fma_down
+//   memory                shared_memory, shared_place, load16_shared, load8_shared, load4_shared,
+//                         load16, load16_once, store16, store8, Words4, Words2
+//   directed rounding     add_up, add_down, mul_up, fma_up, fma_down
 //
 // Fragments, with g = lane / 4 and t = lane % 4 (a word holds two halves, low one first):
 //   mma m16n8k16   a[0] (row g,     k 2t, 2t+1)    a[2] the same row, k 2t+8, 2t+9

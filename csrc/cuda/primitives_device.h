@@ -58,21 +58,33 @@ PYROBUST_DEVICE Words2 load8_shared(SharedPlace place, int offset) {
   return v;
 }
 
+PYROBUST_DEVICE uint32_t load4_shared(SharedPlace place) {
+  uint32_t word;
+  asm volatile("ld.shared.u32 %0, [%1];\n" : "=r"(word) : "r"(place));
+  return word;
+}
+
 // --- asynchronous copies ------------------------------------------------------------------------
 
 // Past L1. No cache policy: with one, ptxas 13.0 addresses some copies for sm_90 through a
 // descriptor in an odd uniform register, which the hardware refuses as an illegal instruction.
+PYROBUST_DEVICE void copy16_async(SharedPlace shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(shared), "l"(global) : "memory");
+}
+
 PYROBUST_DEVICE void copy16_async(void* shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(shared_address(shared)),
-               "l"(global)
-               : "memory");
+  copy16_async(shared_address(shared), global);
 }
 
 // Sixteen zeros where not `valid`; the address is not read then, but must be aligned.
-PYROBUST_DEVICE void copy16_async_or_zero(void* shared, const void* global, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)),
-               "l"(global), "r"(valid ? 16 : 0)
+PYROBUST_DEVICE void copy16_async_or_zero(SharedPlace shared, const void* global, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared), "l"(global),
+               "r"(valid ? 16 : 0)
                : "memory");
+}
+
+PYROBUST_DEVICE void copy16_async_or_zero(void* shared, const void* global, bool valid) {
+  copy16_async_or_zero(shared_address(shared), global, valid);
 }
 
 PYROBUST_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
@@ -85,11 +97,15 @@ PYROBUST_DEVICE void wait_copies() {
 
 // --- matrices -----------------------------------------------------------------------------------
 
-PYROBUST_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+PYROBUST_DEVICE void ldmatrix_x4(uint32_t (&r)[4], SharedPlace row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
+}
+
+PYROBUST_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+  ldmatrix_x4(r, shared_address(row));
 }
 
 PYROBUST_DEVICE void ldmatrix_x2(uint32_t (&r)[2], const void* row) {

@@ -50,14 +50,26 @@ PYROBUST_DEVICE Words2 load8_shared(SharedPlace place, int offset) {
   return load_shared<Words2>(place + static_cast<uintptr_t>(offset), "load8_shared");
 }
 
+PYROBUST_DEVICE uint32_t load4_shared(SharedPlace place) {
+  return load_shared<uint32_t>(place, "load4_shared");
+}
+
 // --- asynchronous copies ------------------------------------------------------------------------
 
 PYROBUST_DEVICE void copy16_async(void* shared, const void* global) {
   fibres::start_copy(shared, global, 16, 0);
 }
 
+PYROBUST_DEVICE void copy16_async(SharedPlace shared, const void* global) {
+  copy16_async(reinterpret_cast<void*>(shared), global);
+}
+
 PYROBUST_DEVICE void copy16_async_or_zero(void* shared, const void* global, bool valid) {
   fibres::start_copy(shared, global, valid ? 16 : 0, valid ? 0 : 16);
+}
+
+PYROBUST_DEVICE void copy16_async_or_zero(SharedPlace shared, const void* global, bool valid) {
+  copy16_async_or_zero(reinterpret_cast<void*>(shared), global, valid);
 }
 
 PYROBUST_DEVICE void commit_copies() { fibres::commit_copies(); }
@@ -76,6 +88,10 @@ void emulate_mma_s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)
 
 PYROBUST_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   emulate_ldmatrix(r, 4, false, row);
+}
+
+PYROBUST_DEVICE void ldmatrix_x4(uint32_t (&r)[4], SharedPlace row) {
+  ldmatrix_x4(r, reinterpret_cast<const void*>(row));
 }
 
 PYROBUST_DEVICE void ldmatrix_x2(uint32_t (&r)[2], const void* row) {

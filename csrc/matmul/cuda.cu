@@ -261,8 +261,7 @@ int64_t partial_floats(Format format, const LinearArguments& p) {
   if (p.clusters || p.schedule.parts == 1) return 0;
   const int rows = instance_rows(format, p.group_dim, p.count);
   const int64_t sums = format == Format::kComplex ? 2 : 1;
-  return thread_blocks_of(p.schedule) * teams_of(rows) * strips_of_tile(rows) * sums * kStrip *
-         rows;
+  return thread_blocks_of(p.schedule) * teams_of(rows) * kTileStrips * sums * kStrip * rows;
 }
 
 int64_t arrival_words(const LinearArguments& p) { return p.schedule.tiles; }

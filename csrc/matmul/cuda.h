@@ -7,6 +7,9 @@
 //
 //     |error| <= (K + 64) 2^-22 sum_k |x| |W|, plus the final rounding to the type of y;
 //
+// in float16 with groups along input features and no codebook the codes are multiplied before their
+// zeros are subtracted (cuda_multiply.cuh): there |W| is |W| + 2 scale zero, and an x that is not
+// finite makes NaNs of its row of y;
 // with groups along output features each weight is first rounded to the type of x: 2^-11 |x| |W|
 // more in float16, 2^-8 |x| |W| more in bfloat16 (its scale and its product). A row of y depends on
 // its row of x alone; not on M within 1 .. 16, 17 .. 32, 33 .. 64, and what is above FUSED_ROWS

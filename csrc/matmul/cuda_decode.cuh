@@ -7,6 +7,10 @@
 // for float16 and 128 for bfloat16, whose mantissa has only 7 bits: more shifts there, and 8 bits
 // go through float32. Source: Y. Kim et al., "Who Says Elephants Can't Run", 2022, arXiv 2211.10017
 // (the magic number).
+//
+// With Denormal16 a masked field is the operand: as a float16 it is the denormal K code 2^-24,
+// which tensor cores multiply as exactly as any other. That saves half an instruction a weight; K,
+// 2^-24 and the zero are then the matter of whoever has the sums (cuda_multiply.cuh).
 #pragma once
 
 #include "core/float_types.h"
@@ -35,6 +39,11 @@ struct Float16 {
   }
 };
 
+struct Denormal16 : Float16 {
+  static constexpr float kBase = 0.0f;
+  static constexpr uint32_t kMagic = 0;
+};
+
 struct BFloat16 {
   static constexpr FloatType kType = FloatType::kBFloat16;
   static constexpr float kBase = 128.0f;
@@ -58,7 +67,8 @@ struct BFloat16 {
 // K of row r: the weight of a field's lowest bit within the mantissa.
 template <Format kFormat, class Act>
 PYROBUST_HD constexpr float field_weight(int r) {
-  constexpr bool kHalf = Act::kBase == 1024.0f;
+  constexpr bool kHalf = Act::kType == FloatType::kFloat16;
+  if (kFormat == Format::k1 && Act::kBase == 0.0f) return static_cast<float>(1 << r);
   if (kFormat == Format::k4) return kHalf && r % 2 == 1 ? 16.0f : 1.0f;
   if (kFormat == Format::k2) {
     constexpr float kWeights[4] = {1.0f, 4.0f, 16.0f, kHalf ? 64.0f : 1.0f};
@@ -88,6 +98,7 @@ PYROBUST_DEVICE uint32_t field(uint32_t word, uint32_t mask) {
 // A pair with K = 2^kShift.
 template <class Act, int kShift>
 PYROBUST_DEVICE uint32_t scaled(uint32_t pair, uint32_t offset) {
+  if (Act::kBase == 0.0f) return pair;
   return Act::fma(pair, Act::kOne - kShift * Act::kUnit, offset);
 }
 
@@ -111,6 +122,18 @@ struct Decoder<Format::k1, Act> {
     for (int p = 0; p < 16; ++p) {
       pair_of(a, p % 8, p / 8) = cuda::lop3<(cuda::kLopA & cuda::kLopB) | cuda::kLopC>(
           words[0] << (15 - p), 0x80008000u, Act::kOne);
+    }
+  }
+};
+
+template <>
+struct Decoder<Format::k1, Denormal16> {
+  PYROBUST_DEVICE void step(const uint32_t* words, const uint32_t*, const uint32_t*, Tiles& a) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const uint32_t word = words[0] >> (8 * h);
+#pragma unroll
+      for (int r = 0; r < 8; ++r) pair_of(a, r, h) = word & field_mask<1>(0) << r;
     }
   }
 };
@@ -197,6 +220,17 @@ struct Decoder<Format::k8, Float16> {
     for (int r = 0; r < 8; ++r) {
       pair_of(a, r, 0) = scaled<Float16, 0>(cuda::prmt(words[r], Float16::kMagic, 0x5150u), off[r]);
       pair_of(a, r, 1) = scaled<Float16, 0>(cuda::prmt(words[r], Float16::kMagic, 0x5352u), off[r]);
+    }
+  }
+};
+
+template <>
+struct Decoder<Format::k8, Denormal16> {
+  PYROBUST_DEVICE void step(const uint32_t* words, const uint32_t*, const uint32_t*, Tiles& a) {
+#pragma unroll
+    for (int r = 0; r < 8; ++r) {
+      pair_of(a, r, 0) = cuda::prmt(words[r], 0u, 0x4140u);
+      pair_of(a, r, 1) = cuda::prmt(words[r], 0u, 0x4342u);
     }
   }
 };

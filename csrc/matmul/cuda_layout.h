@@ -231,19 +231,18 @@ PYROBUST_HD constexpr int scale_place(int row) {
 PYROBUST_HD constexpr int activation_offset(int m, int chunk) {
   return m * 128 + ((chunk ^ (m & 7)) << 4);
 }
+constexpr int kEightBytes = 8 * 128;  // eight rows of a stage
 
 // --- schedule -----------------------------------------------------------------------------------
-// A tile is one strip, or two where many rows of x make it worth to share them, times all columns.
-// It goes to `parts` thread blocks of eight warps. Teams of warps work side by side, each on a run
-// of `per` consecutive blocks of columns; the sums of all runs of a tile are added in their order.
-// It depends on the sizes of W and the number of multiprocessors, never on chance.
+// A tile is two strips, which share the rows of x, times all columns. It goes to `parts` thread
+// blocks of eight warps. Teams of warps work side by side, each on a run of `per` consecutive
+// blocks of columns; the sums of all runs of a tile are added in their order. It depends on the
+// sizes of W and the number of multiprocessors, never on chance.
 constexpr int kWarps = 8;
+constexpr int kTileStrips = 2;
 
-PYROBUST_HD constexpr int strips_of_tile(int rows) { return rows <= 16 ? 1 : 2; }
 PYROBUST_HD constexpr int row_halves(int rows) { return rows <= 32 ? 1 : 2; }
-PYROBUST_HD constexpr int teams_of(int rows) {
-  return kWarps / (strips_of_tile(rows) * row_halves(rows));
-}
+PYROBUST_HD constexpr int teams_of(int rows) { return kWarps / (kTileStrips * row_halves(rows)); }
 
 struct Schedule {
   int tiles = 0;
@@ -264,7 +263,7 @@ PYROBUST_HD Schedule make_schedule(int rows, int64_t rows_of_w, int64_t cols, in
   for (int log2 = 0; log2 <= resident; ++log2) {
     const int parts = 1 << log2;
     Schedule s;
-    s.tiles = static_cast<int>(divide_up(strips_of(rows_of_w), strips_of_tile(rows)));
+    s.tiles = static_cast<int>(divide_up(strips_of(rows_of_w), kTileStrips));
     s.blocks = static_cast<int>(blocks_of(cols));
     s.parts_log2 = log2;
     s.parts = parts;

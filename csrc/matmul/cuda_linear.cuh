@@ -5,12 +5,14 @@
 //     group_dim 1   the float32 sums of a group: no weight is rounded
 //     group_dim 0   the weights: each is rounded once to the type of x
 //
-// A warp multiplies strips of 64 rows of W; W is the 16-row side of the tensor core product, so
+// A warp multiplies a strip of 64 rows of W; W is the 16-row side of the tensor core product, so
 // that 8 rows of x cost half of what 16 do. The columns of a team of warps come block after block
 // through its own ring of stages in shared memory (cuda_stage.cuh), filled by asynchronous copies;
-// the codes of a lane are read by that lane alone, without a dequantized copy in shared memory. Up
-// to 16 rows of x a team is one warp, so that nothing in the loop waits for another warp. How
-// teams and thread blocks share W: cuda_layout.h; how their sums meet: cuda_results.cuh.
+// the codes of a lane are read by that lane alone, without a dequantized copy in shared memory. The
+// warps of a team share its rows of x and wait for each other at every stage, teams never do. Up to
+// 32 rows of x a team is two warps: with a warp alone, 16 rows of x came from the second cache at
+// as many bytes as codes of 4 bits. How teams and thread blocks share W: cuda_layout.h; how their
+// sums meet: cuda_results.cuh.
 #pragma once
 
 #include "cuda/launch.h"
@@ -30,16 +32,7 @@ struct Linear {
     return {static_cast<int>(threadIdx.x) % kLanes, warp % S::kStrips, warp / S::kStrips, 0};
   }
 
-  PYROBUST_DEVICE void sync_team() {
-    if (S::kTeam == kLanes) {
-      cuda::sync_warp();
-    } else {
-      cuda::sync_threads();
-    }
-  }
-
   PYROBUST_DEVICE void run(const LinearArguments& p) {
-    const int per = p.schedule.per;
     const int tile = static_cast<int>(blockIdx.x >> p.schedule.parts_log2);
     const int part = static_cast<int>(blockIdx.x) & (p.schedule.parts - 1);
     const int team = static_cast<int>(threadIdx.x) / S::kTeam;
@@ -48,54 +41,56 @@ struct Linear {
 
     const uint32_t* table = M::make_table(p, cuda::shared_memory());
     if (kFormat == Format::kCodebook) cuda::sync_threads();
-    uint8_t* stages = cuda::shared_memory() + team * S::kStages * S::kStageBytes;
+    const cuda::SharedPlace stages =
+        cuda::shared_place(cuda::shared_memory()) + team * S::kStages * S::kStageBytes;
     const WarpPlace at = place();
     Loader<kFormat, kRows, kGroupDim> loader;
     loader.begin(p, at, tile, first, last);
-    Unit unit = loader.unit;
+    Unit now = loader.unit;
     // Weights are there before the grid ahead has ended; x may be its result.
     auto ahead = loader;
     for (int i = 0; i < S::kStages - 1; ++i) {
       if (i < count) ahead.load_weights(p, at, stages + i * S::kStageBytes);
-      ahead.advance_places(p);
+      ahead.advance(p);
     }
     cuda::begin_next_grid();
     cuda::await_grid();
     for (int i = 0; i < S::kStages - 1; ++i) {
       if (i < count) loader.load_activations(p, stages + i * S::kStageBytes);
-      loader.advance_places(p);
+      loader.advance(p);
       cuda::commit_copies();
     }
-    typename M::Sums sum, part_of_group;
+    typename M::Sums sum;
+    typename M::Part part_of_group;
     M::clear(sum);
     M::clear(part_of_group);
     uint32_t offset[8];
     M::set_offsets(kGroupDim == 0 && p.zero != nullptr ? 0.0f : p.symmetric_zero, offset);
     bool begins = true;
-    int stage = 0, free = (S::kStages - 1) * S::kStageBytes;  // offsets in shared memory
-    for (int i = 0; i < per; ++i) {  // all teams as often, since some share barriers
+    uint32_t stage = 0, free = (S::kStages - 1) * S::kStageBytes;  // bytes from `stages`
+    for (int i = 0; i < count; ++i) {
       cuda::wait_copies<S::kStages - 2 + kLate>();
-      sync_team();
+      cuda::sync_group<S::kTeam>(team);
       if (i + S::kStages - 1 < count) loader.load(p, at, stages + free);
-      loader.advance_places(p);
+      loader.advance(p);
       cuda::commit_copies();
-      const bool ends = i == count - 1 || unit.within == p.group_span - 1;
-      if (i < count && !loader.idle) {
+      const bool ends = now.advance(p);
+      if (!loader.idle) {
         M::multiply(p, stages + stage, at, begins, ends, table, offset, part_of_group, sum);
       }
       begins = ends;
-      advance(p, &unit);
       free = stage;
       stage = stage == (S::kStages - 1) * S::kStageBytes ? 0 : stage + S::kStageBytes;
     }
     cuda::wait_copies<0>();
     cuda::sync_threads();
-    R::finish(p, tile, part, team, at, sum);
+    M::complete(kGroupDim == 1 ? sum : part_of_group.sum);
+    R::finish(p, tile, part, team, at, kGroupDim == 1 ? sum : part_of_group.sum);
   }
 };
 
 template <Format kFormat, class Act, int kRows, int kGroupDim, int kLate = 0>
-PYROBUST_KERNEL_OF((Shape<kFormat, kRows>::kThreads), (Shape<kFormat, kRows>::kBlocksPerSm))
+PYROBUST_KERNEL_OF((Shape<kFormat, kRows>::kThreads), (Shape<kFormat, kRows>::kRegistersFor))
 packed_linear_kernel(const __grid_constant__ LinearArguments p) {
   Linear<kFormat, Act, kRows, kGroupDim, kLate>::run(p);
 }

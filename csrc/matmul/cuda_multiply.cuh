@@ -2,40 +2,69 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "matmul/cuda_decode.cuh"
 #include "matmul/cuda_stage.cuh"
 
 namespace pyrobust::matmul::gpu {
 
+// Whether codes are multiplied as denormals, and zeros by the sums of x:
+//
+//     sum_k x (code - zero) = 2^24 / K sum_k x (K code 2^-24) - zero sum_k x
+//
+// The sums of x are one product more for every four, where subtracting zeros first takes as many
+// instructions as masking.
+template <Format kFormat, class Act, int kGroupDim>
+constexpr bool kDenormal = kGroupDim == 1 && Act::kBase == 1024.0f &&
+                           kFormat != Format::kCodebook && kFormat != Format::kComplex;
+
 template <Format kFormat, class Act, int kRows, int kGroupDim>
 struct Multiplier {
   using S = Shape<kFormat, kRows>;
+  static constexpr bool kUnits = kDenormal<kFormat, Act, kGroupDim>;
+  using Coded = std::conditional_t<kUnits, Denormal16, Act>;
   static constexpr int kEights = S::kEights;
   using Sums = float[S::kSums][4][kEights][4];
+
+  // Of a group: products with codes and, of lane 4 g + t for row g of each eight of x, two parts of
+  // the sum of x in elements 0 and 2.
+  struct Part {
+    Sums sum;
+    float x[kEights][4];
+  };
 
   PYROBUST_DEVICE void set_offsets(float zero, uint32_t (&offset)[8]) {
 #pragma unroll
     for (int r = 0; r < 8; ++r) offset[r] = offset_of<kFormat, Act>(r, zero);
   }
 
-  PYROBUST_DEVICE void load_offsets(const uint8_t* stage, const WarpPlace& at, int which,
-                                    uint32_t (&offset)[8]) {
-    const uint8_t* zero =
-        stage + S::kZerosAt + at.strip * S::kStripZeros + which * kStrip + at.lane / 4 * kPairRows;
+  // The zeros of a lane's eight rows, group `which` of the block.
+  PYROBUST_DEVICE void load_zeros(cuda::SharedPlace stage, const WarpPlace& at, int which,
+                                  float (&zero)[8]) {
+    const cuda::Words2 bytes = cuda::load8_shared(
+        stage + at.strip * S::kStripZeros + which * kStrip + at.lane / 4 * kPairRows, S::kZerosAt);
 #pragma unroll
     for (int r = 0; r < 8; ++r) {
-      offset[r] = offset_of<kFormat, Act>(r, static_cast<float>(zero[r]));
+      zero[r] = static_cast<float>(bytes.word[r / 4] >> (8 * (r % 4)) & 0xffu);
     }
   }
 
-  PYROBUST_DEVICE void load_row_scales(const LinearArguments& p, const uint8_t* stage,
+  PYROBUST_DEVICE void load_offsets(cuda::SharedPlace stage, const WarpPlace& at, int which,
+                                    uint32_t (&offset)[8]) {
+    float zero[8];
+    load_zeros(stage, at, which, zero);
+#pragma unroll
+    for (int r = 0; r < 8; ++r) offset[r] = offset_of<kFormat, Act>(r, zero[r]);
+  }
+
+  PYROBUST_DEVICE void load_row_scales(const LinearArguments& p, cuda::SharedPlace stage,
                                        const WarpPlace& at, int which, float (&scale)[8]) {
-    const uint8_t* strip = stage + S::kScalesAt + at.strip * S::kStripScales;
+    const cuda::SharedPlace strip = stage + at.strip * S::kStripScales;
     const int first = which * kStrip + at.lane / 4 * kPairRows;
     if (p.scale_type == FloatType::kFloat32) {
-      const cuda::Words4 a = cuda::load16(strip + first * 4),
-                         b = cuda::load16(strip + first * 4 + 16);
+      const cuda::Words4 a = cuda::load16_shared(strip + first * 4, S::kScalesAt),
+                         b = cuda::load16_shared(strip + first * 4, S::kScalesAt + 16);
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
         scale[r] = float_from_bits(a.word[r]);
@@ -43,7 +72,7 @@ struct Multiplier {
       }
       return;
     }
-    const cuda::Words4 pairs = cuda::load16(strip + first * 2);
+    const cuda::Words4 pairs = cuda::load16_shared(strip + first * 2, S::kScalesAt);
     const bool half = p.scale_type == FloatType::kFloat16;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -53,11 +82,12 @@ struct Multiplier {
     }
   }
 
-  // sum += scale * part, part = 0.
-  PYROBUST_DEVICE void fold(const LinearArguments& p, const uint8_t* stage, const WarpPlace& at,
-                            int which, Sums& part, Sums& sum) {
+  // sum += scale * part, part = 0; with denormals sums are in units of 2^24.
+  PYROBUST_DEVICE void fold(const LinearArguments& p, cuda::SharedPlace stage, const WarpPlace& at,
+                            int which, Part& part, Sums& sum) {
     float scale[8];
     load_row_scales(p, stage, at, which, scale);
+    if constexpr (kUnits) subtract_zeros(p, stage, at, which, scale, part, sum);
 #pragma unroll
     for (int tile = 0; tile < 4; ++tile) {
 #pragma unroll
@@ -65,28 +95,69 @@ struct Multiplier {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           sum[0][tile][m][i] =
-              fmaf(scale[2 * tile + i / 2], part[0][tile][m][i], sum[0][tile][m][i]);
-          part[0][tile][m][i] = 0.0f;
+              fmaf(scale[2 * tile + i / 2], part.sum[0][tile][m][i], sum[0][tile][m][i]);
+        }
+      }
+    }
+    clear(part);
+  }
+
+  // The zeros' part of a group onto `sum`; scales become those of the fields. A stored code of one
+  // bit is 1 - code, and stands for 1 - 2 (1 - code).
+  PYROBUST_DEVICE void subtract_zeros(const LinearArguments& p, cuda::SharedPlace stage,
+                                      const WarpPlace& at, int which, float (&scale)[8],
+                                      const Part& part, Sums& sum) {
+    constexpr float kUnit = 1.0f / 16777216.0f, kOfCode = kFormat == Format::k1 ? -2.0f : 1.0f;
+    float off[8];
+#pragma unroll
+    for (int r = 0; r < 8; ++r) off[r] = kFormat == Format::k1 ? -1.0f : p.symmetric_zero;
+    if (p.zero != nullptr) load_zeros(stage, at, which, off);
+#pragma unroll
+    for (int r = 0; r < 8; ++r) {
+      off[r] = scale[r] * (-kUnit * off[r]);
+      scale[r] *= kOfCode / field_weight<kFormat, Coded>(r);
+    }
+#pragma unroll
+    for (int m = 0; m < kEights; ++m) {
+      const float own = part.x[m][0] + part.x[m][2];
+      const float x[2] = {cuda::shuffle(own, at.lane % 4 * 8),
+                          cuda::shuffle(own, at.lane % 4 * 8 + 4)};
+#pragma unroll
+      for (int tile = 0; tile < 4; ++tile) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          sum[0][tile][m][i] = fmaf(off[2 * tile + i / 2], x[i % 2], sum[0][tile][m][i]);
         }
       }
     }
   }
 
+  // Sums out of their units.
+  PYROBUST_DEVICE void complete(Sums& sum) {
+    if constexpr (kUnits) {
+#pragma unroll
+      for (int i = 0; i < 16 * kEights; ++i) {
+        sum[0][i / (4 * kEights)][i / 4 % kEights][i % 4] *= 16777216.0f;
+      }
+    }
+  }
+
   // Groups along output features: subtracts zeros, multiplies by scales, both one a column.
-  PYROBUST_DEVICE void scale_columns(const LinearArguments& p, const uint8_t* stage,
+  PYROBUST_DEVICE void scale_columns(const LinearArguments& p, cuda::SharedPlace stage,
                                      const WarpPlace& at, int step, Tiles& a) {
-    const uint8_t* scale = stage + S::kScalesAt + at.strip * S::kStripScales;
-    const uint8_t* zero = stage + S::kZerosAt + at.strip * S::kStripZeros;
+    const cuda::SharedPlace scale = stage + S::kScalesAt + at.strip * S::kStripScales;
+    const cuda::SharedPlace zero = stage + S::kZerosAt + at.strip * S::kStripZeros;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int column = step * kStepColumns + pair_column(at.lane, h);
 #pragma unroll
       for (int which = 0; which < 2; ++which) {
         const int first = (p.two_groups ? which : 0) * kBlock + column;
-        const uint32_t factor = *reinterpret_cast<const uint32_t*>(scale + first * 2);
+        const uint32_t factor = cuda::load4_shared(scale + first * 2);
         uint32_t less = 0;
         if (p.zero != nullptr) {
-          less = Act::pack(-static_cast<float>(zero[first]), -static_cast<float>(zero[first + 1]));
+          const uint32_t two = cuda::load4_shared(zero + first / 4 * 4) >> (8 * (first % 4));
+          less = Act::pack(-static_cast<float>(two & 0xffu), -static_cast<float>(two >> 8 & 0xffu));
         }
 #pragma unroll
         for (int r = 4 * which; r < 4 * which + 4; ++r) {
@@ -98,70 +169,75 @@ struct Multiplier {
     }
   }
 
-  // The B operands of one step: its rows of x, 16 columns from chunk `chunk` on.
-  PYROBUST_DEVICE void load_operands(const uint8_t* stage, const WarpPlace& at, int chunk,
-                                     uint32_t (&x)[kEights][2]) {
-    if constexpr (kEights == 1) {
-      cuda::ldmatrix_x2(x[0], stage + activation_offset(at.lane % 8, chunk + at.lane / 8 % 2));
-    } else {
+  // The B operands of columns [32 half, 32 half + 32): for each eight rows of x, two steps. The
+  // second half's chunks are those of the first with one bit of their place turned.
+  PYROBUST_DEVICE void load_operands(cuda::SharedPlace stage, const WarpPlace& at, int half,
+                                     uint32_t (&x)[kEights][4]) {
+    const auto first =
+        static_cast<uint32_t>(activation_offset(at.half * kEights * 8 + at.lane % 8, at.lane / 8));
 #pragma unroll
-      for (int m = 0; m < kEights; m += 2) {
-        const int row = (at.half * kEights + m) * 8 + at.lane / 16 * 8 + at.lane % 8;
-        uint32_t pair[4];
-        cuda::ldmatrix_x4(pair, stage + activation_offset(row, chunk + at.lane / 8 % 2));
-#pragma unroll
-        for (int i = 0; i < 4; ++i) x[m + i / 2][i % 2] = pair[i];
-      }
+    for (int m = 0; m < kEights; ++m) {
+      cuda::ldmatrix_x4(x[m], stage + (first ^ 64 * half) + m * kEightBytes);
     }
   }
 
-  PYROBUST_DEVICE void multiply_tiles(const Tiles& a, const uint32_t (&x)[kEights][2],
+  // Sums over those columns: with ones as the right operand it does not matter which element of the
+  // left one is which column.
+  PYROBUST_DEVICE void add_activations(const uint32_t (&x)[kEights][4], float (&sum)[kEights][4]) {
+    const uint32_t ones[2] = {Act::kOne, Act::kOne};
+#pragma unroll
+    for (int m = 0; m < kEights; ++m) Act::mma(sum[m], x[m], ones);
+  }
+
+  PYROBUST_DEVICE void multiply_tiles(const Tiles& a, const uint32_t (&x)[kEights][4], int step,
                                       float (&sum)[4][kEights][4]) {
 #pragma unroll
     for (int m = 0; m < kEights; ++m) {
+      const uint32_t b[2] = {x[m][step % 2 * 2], x[m][step % 2 * 2 + 1]};
 #pragma unroll
-      for (int tile = 0; tile < 4; ++tile) Act::mma(sum[tile][m], a[tile], x[m]);
+      for (int tile = 0; tile < 4; ++tile) Act::mma(sum[tile][m], a[tile], b);
     }
   }
 
-  // Columns [32 half, 32 half + 32) of the stage onto `sum`.
-  PYROBUST_DEVICE void multiply_half(const LinearArguments& p, const uint8_t* stage,
+  // Columns [32 half, 32 half + 32) of the stage onto the group's sums.
+  PYROBUST_DEVICE void multiply_half(const LinearArguments& p, cuda::SharedPlace stage,
                                      const WarpPlace& at, int half, const uint32_t* words,
                                      const uint32_t (&offset)[8], const uint32_t* table,
-                                     Sums& sum) {
+                                     Part& part) {
+    uint32_t x[kEights][4];
+    load_operands(stage, at, half, x);
+    if constexpr (kUnits) add_activations(x, part.x);
 #pragma unroll
     for (int step = 2 * half; step < 2 * half + 2; ++step) {
-      uint32_t x[kEights][2];
-      load_operands(stage, at, 2 * step, x);
       Tiles a;
       if constexpr (kFormat == Format::kComplex) {
         Tiles v;
         complex_step(words + step * S::kBits, a, v);
-        multiply_tiles(v, x, sum[S::kSums - 1]);
+        multiply_tiles(v, x, step, part.sum[S::kSums - 1]);
       } else {
-        Decoder<kFormat, Act>::step(words + step * S::kBits, offset, table, a);
+        Decoder<kFormat, Coded>::step(words + step * S::kBits, offset, table, a);
         if (kGroupDim == 0) scale_columns(p, stage, at, step, a);
       }
-      multiply_tiles(a, x, sum[0]);
+      multiply_tiles(a, x, step, part.sum[0]);
     }
   }
 
   // Vectors [first, last) of the lane's codes into their words.
-  PYROBUST_DEVICE void load_words(const uint8_t* stage, const WarpPlace& at, int first, int last,
+  PYROBUST_DEVICE void load_words(cuda::SharedPlace stage, const WarpPlace& at, int first, int last,
                                   uint32_t (&words)[kSteps * S::kBits]) {
-    const uint8_t* codes = stage + S::kCodesAt + at.strip * S::kStripCodes;
+    const cuda::SharedPlace codes = stage + at.strip * S::kStripCodes + at.lane * 16;
 #pragma unroll
     for (int j = first; j < last; ++j) {
-      const cuda::Words4 vector = cuda::load16(codes + (j * kLanes + at.lane) * 16);
+      const cuda::Words4 vector = cuda::load16_shared(codes, S::kCodesAt + j * kLanes * 16);
 #pragma unroll
       for (int i = 0; i < 4; ++i) words[4 * j + i] = vector.word[i];
     }
   }
 
   // One unit. `begins`: a group begins with it; `ends`: a group, or this block's part of it, ends.
-  PYROBUST_DEVICE void multiply(const LinearArguments& p, const uint8_t* stage, const WarpPlace& at,
-                                bool begins, bool ends, const uint32_t* table,
-                                uint32_t (&offset)[8], Sums& part, Sums& sum) {
+  PYROBUST_DEVICE void multiply(const LinearArguments& p, cuda::SharedPlace stage,
+                                const WarpPlace& at, bool begins, bool ends, const uint32_t* table,
+                                uint32_t (&offset)[8], Part& part, Sums& sum) {
     uint32_t words[kSteps * S::kBits];
     constexpr int kFirst = (S::kBits + 1) / 2;  // vectors that the first half of the columns needs
 #pragma unroll
@@ -169,13 +245,13 @@ struct Multiplier {
       load_words(stage, at, half == 0 ? 0 : kFirst, half == 0 ? kFirst : S::kBits, words);
       if constexpr (kGroupDim == 1) {
         const int which = p.two_groups ? half : 0;
-        if (p.zero != nullptr && (p.two_groups || (half == 0 && begins))) {
+        if (!kUnits && p.zero != nullptr && (p.two_groups || (half == 0 && begins))) {
           load_offsets(stage, at, which, offset);
         }
         multiply_half(p, stage, at, half, words, offset, table, part);
         if (p.two_groups || (half == 1 && ends)) fold(p, stage, at, which, part, sum);
       } else {
-        multiply_half(p, stage, at, half, words, offset, table, sum);
+        multiply_half(p, stage, at, half, words, offset, table, part);
       }
     }
   }
@@ -185,6 +261,12 @@ struct Multiplier {
     for (int i = 0; i < S::kSums * 16 * kEights; ++i) {
       sum[i / (16 * kEights)][i / (4 * kEights) % 4][i / 4 % kEights][i % 4] = 0.0f;
     }
+  }
+
+  PYROBUST_DEVICE void clear(Part& part) {
+    clear(part.sum);
+#pragma unroll
+    for (int i = 0; i < 4 * kEights; ++i) part.x[i / 4][i % 4] = 0.0f;
   }
 
   PYROBUST_DEVICE const uint32_t* make_table(const LinearArguments& p, uint8_t* shared) {

@@ -134,7 +134,9 @@ struct Results {
       cuda::sync_threads();
       if (parts > 1) {
         cuda::sync_cluster();
-        share.first = part * S::kTeams + team;
+        // Thread blocks before teams, since a vector's sums come from all of the cluster's
+        // memories.
+        share.first = team * parts + part;
         share.step = runs;
       }
     } else {

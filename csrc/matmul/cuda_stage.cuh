@@ -13,14 +13,20 @@ template <Format kFormat, int kRows>
 struct Shape {
   static constexpr int kBits = stored_bits(kFormat);
   static constexpr int kSums = kFormat == Format::kComplex ? 2 : 1;
-  static constexpr int kStrips = strips_of_tile(kRows);
+  static constexpr int kStrips = kTileStrips;
   static constexpr int kHalves = row_halves(kRows);    // warps that share a strip, by rows of x
   static constexpr int kEights = kRows / kHalves / 8;  // rows of x of a warp, by eights
   static constexpr int kTiles = 4;                     // of 16 rows of W of a warp
   static constexpr int kTeams = teams_of(kRows);
-  static constexpr int kTeam = kStrips * kHalves * kLanes;  // threads
+  static constexpr int kTeam = kStrips * kHalves * kLanes;  // threads, a row of x for every eight
   static constexpr int kThreads = kWarps * kLanes;
   static constexpr int kBlocksPerSm = kRows <= 16 ? 2 : 1;
+  // What registers are for: shared memory of compute capability 8.0 has room for one block.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  static constexpr int kRegistersFor = 1;
+#else
+  static constexpr int kRegistersFor = kBlocksPerSm;
+#endif
 
   // Parts of a stage of one team, in bytes. A strip may have two groups of scales a block.
   static constexpr int kStripCodes = static_cast<int>(block_words(kFormat)) * 4;
@@ -30,9 +36,14 @@ struct Shape {
   static constexpr int kScalesAt = kCodesAt + kStrips * kStripCodes;
   static constexpr int kZerosAt = kScalesAt + kStrips * kStripScales;
   static constexpr int kStageBytes = kZerosAt + kStrips * kStripZeros;
-  // As many as fit, two thread blocks to a multiprocessor of sm_90 or one to one of sm_80.
+  // As many as fit, two thread blocks to a multiprocessor of sm_90 or one to one of sm_80; but no
+  // more than keep 40 KB of codes under way on a multiprocessor, of which 24 KB suffice at 4.3 TB/s
+  // and 0.75 us.
   static constexpr int kRoom = (kBlocksPerSm == 2 ? 110 : 160) * 1024 / (kTeams * kStageBytes);
-  static constexpr int kStages = kRoom < 4 ? kRoom : 4;
+  static constexpr int kUnderWay = kBlocksPerSm * kTeams * kStrips * kStripCodes;  // a stage
+  static constexpr int kEnough = 1 + (40 * 1024 + kUnderWay - 1) / kUnderWay;
+  static constexpr int kWanted = kEnough < 4 ? 4 : kEnough;
+  static constexpr int kStages = kRoom < kWanted ? kRoom : kWanted;
   static_assert(kStages >= 2, "copies need a stage of their own");
   static constexpr int kTableAt = kTeams * kStages * kStageBytes;
   static constexpr int kTableBytes = kFormat == Format::kCodebook ? 1024 : 0;
@@ -51,16 +62,21 @@ struct WarpPlace {
   int tile;               // first of the strip's tiles of 16 rows
 };
 
-// Where a team is: columns [64 block, ...) of its tile and, with groups along input features, how
-// many blocks of the present group lie behind.
+// Where a team is: columns [64 block, ...) of its tile. `ends`: the last block of the group, or of
+// the run where that ends before; with groups along output features that of the run.
 struct Unit {
-  int block, within;
-};
+  int block, ends, last;
 
-PYROBUST_DEVICE void advance(const LinearArguments& p, Unit* unit) {
-  ++unit->block;
-  if (++unit->within == p.group_span) unit->within = 0;
-}
+  __device__ __forceinline__ bool at_end() const { return block == ends; }
+
+  // Whether a group has ended.
+  __device__ __forceinline__ bool advance(const LinearArguments& p) {
+    const bool ended = at_end();
+    if (ended) ends = ends + p.group_span < last ? ends + p.group_span : last;
+    ++block;
+    return ended;
+  }
+};
 
 // Fills stages of one team: what this thread copies next. Places move along with the unit, without
 // multiplications; they count in 32 bits, which saves registers and is enough for 2^36 weights.
@@ -72,24 +88,30 @@ struct Loader {
   static constexpr int kBlockVectors = static_cast<int>(block_words(kFormat)) / 4;
 
   Unit unit;
-  int last;         // block of the run
-  int row, chunk;   // of x, of the first copy
-  uint32_t x;       // halves from p.x to it
-  uint32_t codes;   // 16-byte vectors from p.codes to the first
-  uint32_t scales;  // of the first of 64 scales
-  bool idle;        // the strip lies past the end of W
+  int filled[kCopies];  // blocks whose columns exist, where the row of x does
+  uint32_t x;           // halves from p.x to the first copy
+  uint32_t codes;       // 16-byte vectors from p.codes to the first
+  uint32_t scales;      // of the first of 64 scales
+  uint32_t x_to, w_to;  // bytes from a stage to what this thread copies
+  bool idle;            // the strip lies past the end of W
 
   // Blocks [block, end) of a tile. In 32 bits: a division of 64 costs about 100 instructions.
   __device__ __forceinline__ void begin(const LinearArguments& p, const WarpPlace& at, int tile,
                                         int block, int end) {
     const int thread = static_cast<int>(threadIdx.x) % S::kTeam;
-    row = thread / 8;
-    chunk = thread % 8;
-    last = end - 1;
+    const int row = thread / 8, chunk = thread % 8, cols = static_cast<int>(p.cols);
     const auto span = static_cast<uint32_t>(p.group_span);
     const auto group = static_cast<uint32_t>(block) / span;
-    unit = {block, block - static_cast<int>(group * span)};
-    x = static_cast<uint32_t>(row * static_cast<int>(p.cols) + block * kBlock + chunk * 8);
+    const int ends = static_cast<int>((group + 1) * span);
+    unit = {block, (kGroupDim == 1 && ends < end ? ends : end) - 1, end - 1};
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      const bool exists = row + i * kRowStep < static_cast<int>(p.count);
+      filled[i] = exists ? (cols - chunk * 8 + kBlock - 1) / kBlock : 0;
+    }
+    x = static_cast<uint32_t>(row * cols + block * kBlock + chunk * 8);
+    x_to = static_cast<uint32_t>(activation_offset(row, chunk));
+    w_to = static_cast<uint32_t>(S::kCodesAt + at.strip * S::kStripCodes + at.lane * 16);
     const auto strip = static_cast<uint32_t>(tile * S::kStrips + at.strip);
     const auto blocks = static_cast<uint32_t>(p.schedule.blocks), pairs = p.two_groups + 1u;
     idle = strip >= static_cast<uint32_t>(p.strips);
@@ -103,51 +125,46 @@ struct Loader {
     }
   }
 
-  __device__ __forceinline__ void advance_places(const LinearArguments& p) {
+  __device__ __forceinline__ void advance(const LinearArguments& p) {
     x += kBlock;
     codes += kBlockVectors;
-    advance(p, &unit);
     if (kGroupDim == 0) scales += kBlock;
-    if (kGroupDim == 1 && unit.within == 0) scales += kStrip * (p.two_groups + 1);
+    if (unit.advance(p) && kGroupDim == 1) scales += kStrip * (p.two_groups + 1);
   }
 
   __device__ __forceinline__ void load(const LinearArguments& p, const WarpPlace& at,
-                                       uint8_t* stage) const {
+                                       cuda::SharedPlace stage) const {
     load_activations(p, stage);
     load_weights(p, at, stage);
   }
 
   __device__ __forceinline__ void load_weights(const LinearArguments& p, const WarpPlace& at,
-                                               uint8_t* stage) const {
+                                               cuda::SharedPlace stage) const {
     if (idle) return;
-    uint8_t* to = stage + S::kCodesAt + at.strip * S::kStripCodes + at.lane * 16;
     const uint32_t* from = p.codes + int64_t{codes} * 4;
 #pragma unroll
     for (int j = 0; j < S::kBits; ++j) {
       if (S::kHalves > 1 && j % S::kHalves != at.half) continue;
-      cuda::copy16_async(to + j * kLanes * 16, from + j * kLanes * 4);
+      cuda::copy16_async(stage + w_to + j * kLanes * 16, from + j * kLanes * 4);
     }
-    // Scales multiply the sums of a group at its end; zeros are wanted at its beginning.
-    const bool scaled = kGroupDim == 0 || p.zero != nullptr || p.two_groups ||
-                        unit.within == p.group_span - 1 || unit.block == last;
+    // Scales multiply the sums of a group at its end; zeros may be wanted at its beginning.
+    const bool scaled = kGroupDim == 0 || p.zero != nullptr || p.two_groups || unit.at_end();
     if (kFormat != Format::kComplex && at.half == 0 && scaled) load_scales(p, at, stage);
   }
 
-  __device__ __forceinline__ void load_activations(const LinearArguments& p, uint8_t* stage) const {
-    const auto* from = static_cast<const uint16_t*>(p.x);
-    const bool columns = unit.block * kBlock + chunk * 8 < static_cast<int>(p.cols);
+  // Rows of x are apart by a multiple of eight, which all have the same order of chunks.
+  __device__ __forceinline__ void load_activations(const LinearArguments& p,
+                                                   cuda::SharedPlace stage) const {
+    const auto* from = static_cast<const uint16_t*>(p.x) + x;
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
-      if (kRows < kRowStep && row >= kRows) break;
-      const bool valid = columns && row + i * kRowStep < static_cast<int>(p.count);
-      cuda::copy16_async_or_zero(stage + activation_offset(row + i * kRowStep, chunk),
-                                 valid ? from + x + i * kRowStep * static_cast<int>(p.cols) : from,
-                                 valid);
+      cuda::copy16_async_or_zero(stage + x_to + i * (kRowStep / 8 * kEightBytes),
+                                 from + int64_t{i} * kRowStep * p.cols, unit.block < filled[i]);
     }
   }
 
   __device__ __forceinline__ void load_scales(const LinearArguments& p, const WarpPlace& at,
-                                              uint8_t* stage) const {
+                                              cuda::SharedPlace stage) const {
     // A second group of the strip or block lies right behind (group_dim 1) or a row further.
     const int64_t apart = kGroupDim == 1 ? kStrip : int64_t{p.schedule.blocks} * kBlock;
     const int shift = p.scale_type == FloatType::kFloat32 ? 2 : 1;  // log2 of a scale's bytes

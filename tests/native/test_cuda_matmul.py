@@ -47,25 +47,32 @@ class Drawn:
 
     packed: QTensor
     device: gpu.GpuWeight
+    zeros: torch.Tensor  # scale * zero of every weight
 
     def reference(self, x, bias=None):
         """The product in float64, and the sum of magnitudes that errors are relative to."""
         weight = self.packed.dequantize().double()
         product = x.double() @ weight.T
-        size = x.double().abs() @ weight.abs().T
+        size = weight.abs()
+        plain = self.packed.extras is None or self.packed.extras.codebook is None
+        if x.dtype == torch.float16 and self.packed.group_dim == 1 and plain:
+            size = size + 2 * self.zeros.double().abs()
+        size = x.double().abs() @ size.T
         return (product, size) if bias is None else (product + bias, size + bias.abs())
 
 
-def weigh(packed):
+def weigh(packed, zeros=None):
     parts = gpu.Parts(
         packed.codes, packed.scale, packed.zero, packed.shape[1], packed.bits,
         packed.group_size, packed.group_dim, packed.extras or gpu.NO_EXTRAS,
     )  # fmt: skip
-    return Drawn(packed, gpu.GpuWeight.of(parts))
+    zeros = torch.zeros(packed.shape) if zeros is None else zeros
+    return Drawn(packed, gpu.GpuWeight.of(parts), zeros)
 
 
-def draw(rows, cols, bits, group_size=32, group_dim=1, parts=(), scale=None):
+def draw(rows, cols, bits, group_size=32, group_dim=1, parts=(), scale=None, codes=None):
     """A weight with zero-points where it may have them, and the optional ``parts``."""
+    codes = torch.randint(0, LEVELS[bits], (rows, cols)).byte() if codes is None else codes
     codebook = torch.randint(0, 256, (LEVELS[bits],)).byte() if "codebook" in parts else None
     if codebook is not None and "remainder" in parts:
         codebook[-1] = 128  # kept places need a code for 0
@@ -79,15 +86,15 @@ def draw(rows, cols, bits, group_size=32, group_dim=1, parts=(), scale=None):
         reach = 255 if codebook is not None else max(1, LEVELS[bits] - 1)
         scale = torch.randint(0, min(255, 511 // reach) + 1, grouped).byte()
         row_scale = torch.rand(rows) / 8
-    packed = QTensor.from_codes(
-        torch.randint(0, LEVELS[bits], (rows, cols)).byte(), scale, zero, bits=bits,
-        group_size=group_size, group_dim=group_dim, row_scale=row_scale, codebook=codebook,
-    )  # fmt: skip
+    form = {"bits": bits, "group_size": group_size, "group_dim": group_dim}
+    form |= {"row_scale": row_scale, "codebook": codebook}
+    packed = QTensor.from_codes(codes, scale, zero, **form)
+    zeros = -QTensor.from_codes(torch.zeros_like(codes), scale, zero, **form).dequantize()
     if "remainder" in parts and (bits != 1 or codebook is not None):  # one bit has no 0
         largest = packed.dequantize().abs().max()
         values = largest * (1 + torch.rand(rows, cols)) * torch.randn(rows, cols).sign()
         packed = packed.with_remainder(values, torch.rand(rows, cols) < 0.03)
-    return weigh(packed)
+    return weigh(packed, zeros)
 
 
 def bound(drawn, size, dtype):
@@ -136,7 +143,7 @@ def test_thread_blocks_share_a_tile_with_and_without_clusters(
     assert drawn.device.fused_for(torch.float16) is not None
     in_clusters = check(drawn, x, torch.randn(300).fill_(0.5))
     monkeypatch.setattr(gpu, "clusters", lambda _: False)
-    alone = weigh(drawn.packed)
+    alone = weigh(drawn.packed, drawn.zeros)
     assert gpu.workspace(alone.device.fused_for(torch.float16).native, x)[0] is not None
     assert torch.equal(check(alone, x, torch.full((300,), 0.5)), in_clusters)
 
@@ -241,6 +248,27 @@ def test_tensor_cores_that_truncate_stay_within_the_bound():
     shim.set_options(truncating=True)
     drawn = draw(64, 320, 4, 128, 1, ("zero",))
     check(drawn, torch.randn(2, 320).exp().bfloat16())
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("truncating", [False, True])
+def test_codes_that_stand_for_zero_cost_no_more_than_the_bound(bits, truncating):
+    """Multiplied as they are, with their zeros subtracted from the sums: nothing is left."""
+    shim.set_options(truncating=truncating)
+    codes = torch.full((64, 320), LEVELS[bits] // 2, dtype=torch.uint8)
+    drawn = draw(64, 320, bits, 128, codes=codes)
+    assert not drawn.packed.dequantize().any()
+    check(drawn, torch.randn(9, 320).exp().half())
+
+
+def test_rows_of_x_that_are_not_finite_reach_no_other_row():
+    drawn, x = draw(64, 320, 4, 64), torch.randn(16, 320).half()
+    expected = gpu.linear(drawn.device, x, None)
+    x[3, 7], x[11, 300] = float("inf"), float("nan")
+    found = gpu.linear(drawn.device, x, None)
+    others = [row for row in range(16) if row not in (3, 11)]
+    assert not found[[3, 11]].isfinite().any()
+    assert torch.equal(found[others], expected[others])
 
 
 @pytest.mark.parametrize("group_dim", [1, 0])

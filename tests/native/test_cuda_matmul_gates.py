@@ -16,14 +16,15 @@ needs_code = pytest.mark.skipif(
     reason="no cuobjdump and nvdisasm (pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)",
 )
 
-# Of decoding a weight: LOP3 + SHF + PRMT, and with multiply-adds and shifts by multiplication.
-# Everything issued has 1.45 above it: zeros and scales of one group, reads of x, the loop.
+# Of decoding a weight: LOP3 + SHF + PRMT, and with multiply-adds and shifts by multiplication. For
+# float16 x a mask is all: codes are multiplied as denormals. A block with 16 rows of x has at most
+# 0.16 of the former and 1.5 of all above it: scales, reads and copies of x, the loop.
 DECODING = {
-    ("8", "float16"): (0.50, 1.00),
-    ("4", "float16"): (0.63, 1.13),
-    ("3", "float16"): (0.72, 1.22),
-    ("2", "float16"): (0.56, 1.06),
-    ("1", "float16"): (0.50, 0.98),
+    ("8", "float16"): (0.50, 0.50),
+    ("4", "float16"): (0.63, 0.63),
+    ("3", "float16"): (0.75, 0.75),
+    ("2", "float16"): (0.56, 0.56),
+    ("1", "float16"): (0.53, 0.53),
     ("8", "bfloat16"): (1.50, 2.50),
     ("4", "bfloat16"): (0.88, 1.38),
     ("3", "bfloat16"): (0.84, 1.34),
@@ -48,13 +49,68 @@ def compile_one(folder, format_, act, rows=16, group_dim=1):
     return kernel
 
 
-def decoding(kernel):
-    """Counts from the first operand read to the last product: one block of columns."""
-    products = [address for address, text in kernel.code if "HMMA" in text]
-    reads = [a for a, text in kernel.code if re.search("LDSM|LDS.128", text) and a < products[0]]
-    # The block's first codes are read after the barrier that follows the copies' commit.
-    commit = max(a for a, text in kernel.code if "LDGDEPBAR" in text and a < products[0])
-    return kernel.counts(min(a for a in reads if a > commit), products[-1])
+# Issue slots and those of the integer pipe, which has half as many, of a block of columns and a
+# warp where groups have 128 columns, scales are float16 and nothing else is there: the case that
+# docs/guide/cuda.md has times for. 8 and 16 rows of x.
+PLAIN = {
+    ("1", 8): (212, 98),
+    ("2", 8): (218, 102),
+    ("3", 8): (240, 123),
+    ("4", 8): (229, 111),
+    ("8", 8): (227, 97),
+    ("1", 16): (272, 104),
+    ("2", 16): (281, 110),
+    ("3", 16): (322, 140),
+    ("4", 16): (296, 118),
+    ("8", 16): (346, 141),
+}
+INTEGER = ("LOP3", "SHF", "PRMT", "ISETP", "SEL", "IADD3", "LEA", "VIADD", "VIMNMX", "PLOP3")
+
+
+def plain_loop(folder, bits, rows, act="float16"):
+    """Counts of one block, groups of two: what only the second does counts half."""
+    shape = f"Shape<Format::k{bits}, {rows}>"
+    source = folder / "plain.cu"
+    source.write_text(
+        '#include "matmul/cuda_linear.cuh"\n'
+        "namespace pyrobust::matmul::gpu {\n"
+        f"PYROBUST_KERNEL_OF(({shape}::kThreads), ({shape}::kBlocksPerSm))\n"
+        "plain_kernel(const __grid_constant__ LinearArguments p) {\n"
+        "  LinearArguments q = p;\n"
+        "  q.zero = nullptr;\n  q.alpha = q.row_scale = nullptr;\n  q.remainder = {};\n"
+        "  q.two_groups = 0;\n  q.scale_type = q.out_type = FloatType::kFloat16;\n"
+        f"  Linear<Format::k{bits}, {CLASSES[act]}, {rows}, 1>::run(q);\n"
+        "}\n"
+        "cuda::Status plain(const LinearArguments& p, cuda::Stream stream) {\n"
+        "  return cuda::launch(plain_kernel, {}, stream, p);\n"
+        "}\n}\n"
+    )
+    (kernel,) = gates.compile_kernels(str(source), 90, folder).values()
+    products = [at for at, text in kernel.code if "HMMA" in text]
+    around = [at for at in kernel.loops() if at[0] <= products[0] and at[1] >= products[-1]]
+    first, last = min(around, key=lambda loop: loop[1] - loop[0])
+    counts = kernel.counts(first, last)
+    sums = [at for at, text in kernel.code if first <= at <= last and "FFMA" in text]
+    for at, text in kernel.code:
+        target = re.search(r"BRA.*?0x([0-9a-f]+)", text)
+        if target and products[-1] < at < sums[0] and sums[-1] < int(target[1], 16) <= last:
+            for name, count in kernel.counts(at + 16, int(target[1], 16) - 16).items():
+                counts[name] -= count / 2
+            return kernel, counts
+    raise AssertionError("no branch around the sums of a group")
+
+
+@pytest.mark.slow
+@needs_code
+@pytest.mark.parametrize(("bits", "rows"), PLAIN)
+def test_the_plain_path_stays_within_its_slots(bits, rows, tmp_path):
+    kernel, counts = plain_loop(tmp_path, bits, rows)
+    issued, integer = PLAIN[bits, rows]
+    assert kernel.spills == 0
+    assert counts["HMMA"] == (18 if rows == 8 else 36)
+    assert counts["LDSM"] == (2 if rows == 8 else 4)
+    assert sum(counts.values()) <= issued
+    assert sum(counts[name] for name in INTEGER) <= integer
 
 
 def check_instance(folder, bits, act):
@@ -64,16 +120,16 @@ def check_instance(folder, bits, act):
     if not kernel.code:
         return
     half = r"HMMA\.16816\.F32\.BF16" if act == "bfloat16" else r"HMMA\.16816\.F32"
-    for required in (half, r"LDGSTS\.E\.BYPASS\.128", r"LDSM\.16", r"LDS\.128", r"STG\.E\.128"):
+    for required in (half, r"LDGSTS\.E\.BYPASS\.128", r"LDSM\.16", r"LDS\.128", r"STS\.128"):
         assert kernel.has(required), required
     assert not kernel.has(r"\b(LDL|STL)")
     assert not kernel.has(gates.ODD_DESCRIPTOR)
-    counts = decoding(kernel)
+    _, counts = plain_loop(folder, bits, 16, act)
     logic, issued = DECODING[bits, act]
-    assert counts["HMMA"] == 32
-    assert sum(counts[name] for name in ("LOP3", "SHF", "PRMT")) / WEIGHTS <= logic + 0.05
+    assert counts["HMMA"] == (36 if act == "float16" else 32)
+    assert sum(counts[name] for name in ("LOP3", "SHF", "PRMT")) / WEIGHTS <= logic + 0.16
     others = sum(counts.values()) - counts["HMMA"]
-    assert others / WEIGHTS <= issued + 1.45
+    assert others / WEIGHTS <= issued + 1.5
 
 
 def test_four_bits(tmp_path):
@@ -95,14 +151,14 @@ def test_products_of_warpgroups(tmp_path):
         assert kernel.spills == 0
         if not kernel.code:
             continue
-        counts = kernel.counts(*kernel.loops()[0])
+        counts = next(c for c in (kernel.counts(*at) for at in kernel.loops()) if c["HGMMA"])
         assert counts["HGMMA"] == 16
         assert counts["WARPGROUP"] <= 8
         assert kernel.has(r"LDGSTS\.E\.BYPASS\.128")
 
 
-# Bytes that the instances of 16 rows store and load again on the older architecture.
-KNOWN_SPILLS = {(80, "8"): 56, (80, "codebook"): 16}
+# Bytes that one instance of 16 rows, bfloat16 and groups along output features stores and loads.
+KNOWN_SPILLS = {(90, "8"): 8}
 
 
 @pytest.mark.slow
