@@ -258,7 +258,7 @@ constexpr IntervalKernels kKernels = {
     tiles,
     direct,
     nullptr,
-    nullptr,
+    finish_pixels,
     fused_columns,
     fused_order,
     fused_dots,

@@ -31,6 +31,16 @@ inline void store_lanes(float* to, int64_t count, __m512 value) {
   }
 }
 
+// Whole lines may go past the caches, which otherwise read them first (3 to 64 channels of 32 x 32,
+// batch 128, Zen 5: 4.7 ms to 4.1).
+inline void store_end(float* to, int64_t count, __m512 value, bool past_cache) {
+  if (past_cache && count >= 16 && reinterpret_cast<uintptr_t>(to) % 64 == 0) {
+    _mm512_stream_ps(to, value);
+  } else {
+    store_lanes(to, count, value);
+  }
+}
+
 // Floats ahead: rows are short and neighbours, and the processor looks ahead within a page only.
 constexpr int64_t kAhead = 1024;
 
@@ -132,6 +142,30 @@ inline SixteenEnds finish_sixteen(__m512 centre, __m512 radius, __m512 shift, __
 
 inline bool finite(__m512 largest) {
   return _mm512_cmp_ps_mask(largest, _mm512_set1_ps(rounding::infinity()), _CMP_LT_OQ) == 0xffff;
+}
+
+// Lanes of two panels at once where they are neighbours in memory, as pixels are.
+bool finish_pixels(const FinishPanel& work, const Constants& constants) {
+  if (work.row_stride == 1) return avx2_kernels()->finish_panel(work, constants);
+  const __m512 offset = _mm512_broadcast_f32x8(_mm256_loadu_ps(work.offsets));
+  __m512 largest = _mm512_setzero_ps();
+  for (int64_t n = 0; n < work.rows; ++n) {
+    const __m512 shift = _mm512_set1_ps(work.bias != nullptr ? work.bias[n] : 0.0f);
+    const float* sums = work.sums + n * kPanelWidth;
+    for (int64_t lane = 0; lane < work.lanes; lane += 16, sums += 2 * work.sum_stride) {
+      const bool both = lane + kLanes < work.lanes;
+      const __m512 left = _mm512_loadu_ps(sums);
+      const __m512 right = both ? _mm512_loadu_ps(sums + work.sum_stride) : left;
+      const SixteenEnds ends = finish_sixteen(_mm512_shuffle_f32x4(left, right, 0x44),
+                                              _mm512_shuffle_f32x4(left, right, 0xee), shift,
+                                              offset, constants, &largest);
+      const int64_t at = n * work.row_stride + lane;
+      store_end(work.out_lower + at, work.lanes - lane, ends.lower, work.past_cache);
+      store_end(work.out_upper + at, work.lanes - lane, ends.upper, work.past_cache);
+    }
+  }
+  if (work.past_cache) _mm_sfence();
+  return finite(largest);
 }
 
 }  // namespace

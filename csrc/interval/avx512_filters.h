@@ -221,8 +221,8 @@ bool filter_ends(const FilterEnds& work, const Constants& constants) {
   const auto store = [&](__m512 centre, __m512 radius, __m512 shift, int64_t at, int64_t count) {
     if (count <= 0) return;
     const SixteenEnds ends = finish_sixteen(centre, radius, shift, offset, constants, &largest);
-    store_lanes(work.out_lower + at, count, ends.lower);
-    store_lanes(work.out_upper + at, count, ends.upper);
+    store_end(work.out_lower + at, count, ends.lower, work.past_cache);
+    store_end(work.out_upper + at, count, ends.upper, work.past_cache);
   };
   for (int64_t n = 0; n < work.rows; ++n) {
     const __m512 shift = _mm512_set1_ps(work.bias != nullptr ? work.bias[n] : 0.0f);
@@ -236,6 +236,7 @@ bool filter_ends(const FilterEnds& work, const Constants& constants) {
       }
     }
   }
+  if (work.past_cache) _mm_sfence();
   return finite(largest);
 }
 

@@ -218,8 +218,7 @@ void interval_conv2d(const Call& asked, const Images& images, const Window& wind
   Call call = asked;
   const bool filters = filters_apply(asked, images, window, table);
   call.coarse_radius = !filters && coarse_pays(asked, table, asked.weight.rows / window.groups);
-  const int64_t bytes = images.batch * call.weight.rows * window.out_height * window.out_width *
-                        int64_t{sizeof(float)};
+  const int64_t bytes = output_bytes(call, images, window);
   prefer_large_pages(call.out_lower, bytes);
   prefer_large_pages(call.out_upper, bytes);
   if (filters) return convolve_by_filters(call, images, window, table, num_threads);

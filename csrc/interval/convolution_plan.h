@@ -139,6 +139,12 @@ int64_t rows_of_pass(const Convolution& conv) {
   return blocks(conv.rows, blocks(conv.rows, fit));
 }
 
+// Of one of the two ends.
+int64_t output_bytes(const Call& call, const Images& images, const Window& window) {
+  return images.batch * call.weight.rows * window.out_height * window.out_width *
+         int64_t{sizeof(float)};
+}
+
 double work_of(const Convolution& conv) {
   return static_cast<double>(conv.images.batch * conv.pixels) *
          static_cast<double>(conv.call.weight.rows * conv.call.weight.terms) / 8;

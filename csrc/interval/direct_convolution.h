@@ -166,7 +166,7 @@ void finish_groups(const Convolution& conv, int64_t n, int64_t count, int64_t fi
     conv.call.report(conv.table.finish_panel(
         {own.sums + 2 * (from - first) * sum_stride, shifted(conv.call.bias, n), offsets, count,
          groups * kPixels, conv.pixels, 1, sum_stride, conv.call.out_lower + to,
-         conv.call.out_upper + to},
+         conv.call.out_upper + to, past_cache(output_bytes(conv.call, conv.images, conv.window))},
         conv.constants));
   }
 }

@@ -91,7 +91,7 @@ Filtering plan_filters(const Call& call, const Images& images, const Window& win
   out.height = window.out_height + kWindowRows - 1;
   const int64_t width = std::max(window.pad_left + images.width, window.out_width + 2);
   out.line = whole_lines(kLineMargin + width + kLineEnd);
-  out.quads = window.out_width % 16 == 0 && call.rounding != Rounding::kDeployed;
+  out.quads = window.out_width % 16 == 0;
   out.centres = planes_of(out, kFilters, 2);
   out.radii = out.quads ? planes_of(out, kQuadFilters, 4) : planes_of(out, kFilters, 2);
   const auto gamma_of = [](int64_t roundings) {
@@ -241,7 +241,8 @@ void filter_block(const Filtering& plan, int64_t image, int64_t first, int64_t n
   const int64_t to = (image * plan.call.weight.rows + n) * pixels + first;
   plan.call.report(plan.table.filter.ends(
       {plan.quads, own.centre_sums, own.radius_sums, shifted(plan.call.bias, n), offset, rows,
-       count, pixels, plan.call.out_lower + to, plan.call.out_upper + to},
+       count, pixels, plan.call.out_lower + to, plan.call.out_upper + to,
+       past_cache(output_bytes(plan.call, plan.images, plan.window))},
       plan.constants));
 }
 

@@ -15,8 +15,7 @@
 // and the outputs M_0 + M_1 + M_2 + M_3 + M_4, M_1 - M_2 + 2 (M_3 - M_4), M_1 + M_2 + 4 (M_3 + M_4)
 // and M_1 - M_2 + 8 (M_3 - M_4) + M_5. It loses more digits, which the small radii can bear:
 // centres are multiplied with the filters of W by F(2, 3); radii with those of |W| by F(4, 3) where
-// rows are a multiple of 16 outputs, else by F(2, 3), as in deployed mode, whose bounds are wider
-// already.
+// rows are a multiple of 16 outputs, else by F(2, 3).
 //
 // Proof of the bounds. The identities are exact in real numbers; each term U_i V_i of an output
 // passes at most n roundings: 2 of U, 1 of V (F(4, 3): 3), those of the sum, 2 of the outputs (5).
@@ -132,6 +131,7 @@ struct FilterEnds {
   int64_t row_stride;
   float* out_lower;
   float* out_upper;
+  bool past_cache;  // whether ends go to memory directly
 };
 
 struct FilterKernels {

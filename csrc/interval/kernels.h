@@ -244,6 +244,7 @@ struct FinishPanel {
   int64_t sum_stride;  // from one panel's sums to the next
   float* out_lower;
   float* out_upper;
+  bool past_cache = false;  // whether ends go to memory directly
 };
 
 // Sums of the ends of two boxes.

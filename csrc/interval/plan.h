@@ -109,6 +109,10 @@ inline void suit_ends(Constants& ends, const Constants& other) {
   ends.limit = std::min(ends.limit, other.limit);
 }
 
+// Whether ends are too many to be read from a cache by the next layer: then they need not be in one
+// either.
+inline bool past_cache(int64_t bytes) { return bytes >= int64_t{12} << 20; }
+
 // Whether the roundings of each term are counted (radius_loops.h). The rounding of activations to 8
 // bits takes up so much more that it is not worth it.
 inline bool counts_roundings(const Call& call) {
