@@ -174,12 +174,10 @@ __attribute__((always_inline)) inline void split_sums(const __m512i* sum, int sh
   }
 }
 
-// One or two rows of bytes, which take four sums each, or the three or four of one row of x, which
-// take two each. Totals stay in registers.
-template <int kBits, bool kBook, int kRows, int kParts>
+// One or two rows of x in 8 bits, which take four sums each and keep their totals in registers.
+template <int kBits, bool kBook, int kRows>
 __attribute__((noinline)) void few_panel_rows(const PanelTask& task) {
-  constexpr int kChains = kRows <= 2 ? 4 : 2, kSums = 2 * kRows * kChains;
-  constexpr int kTotals = 4 * kRows / kParts;
+  constexpr int kChains = 4, kSums = 2 * kRows * kChains, kTotals = 4 * kRows;
   PanelStreams<kBits, kBook, kRows> from(task);
   constexpr int kShift = from.kShift;
   const __m512i table = codebook_table(from.w);
@@ -208,33 +206,12 @@ __attribute__((noinline)) void few_panel_rows(const PanelTask& task) {
     __m512d scale[4];
     load_panel_scales<0>(from.w, from.head, scale);
     __m256i part[4];
-    if constexpr (kParts == 1) {
 #pragma GCC unroll 2
-      for (int r = 0; r < kRows; ++r) {
-        split_sums(sum + 2 * r, kShift, part);
-#pragma GCC unroll 4
-        for (int l = 0; l < 4; ++l) {
-          total[4 * r + l] =
-              _mm512_fmadd_pd(_mm512_cvtepi32_pd(part[l]), scale[l], total[4 * r + l]);
-        }
-      }
-    } else {
-      const __m512d step = _mm512_set1_pd(*from.step);
-      __m512d all[4];
-#pragma GCC unroll 4
-      for (int l = 0; l < 4; ++l) all[l] = _mm512_setzero_pd();
-#pragma GCC unroll 4
-      for (int p = 0; p < kParts; ++p) {
-        split_sums(sum + 2 * p, kShift, part);
-#pragma GCC unroll 4
-        for (int l = 0; l < 4; ++l) {
-          const __m512d own = _mm512_cvtepi32_pd(part[l]);
-          all[l] = p == 0 ? own : _mm512_fmadd_pd(all[l], _mm512_set1_pd(256.0), own);
-        }
-      }
+    for (int r = 0; r < kRows; ++r) {
+      split_sums(sum + 2 * r, kShift, part);
 #pragma GCC unroll 4
       for (int l = 0; l < 4; ++l) {
-        total[l] = _mm512_fmadd_pd(_mm512_mul_pd(all[l], step), scale[l], total[l]);
+        total[4 * r + l] = _mm512_fmadd_pd(_mm512_cvtepi32_pd(part[l]), scale[l], total[4 * r + l]);
       }
     }
     from.next();
@@ -244,35 +221,12 @@ __attribute__((noinline)) void few_panel_rows(const PanelTask& task) {
 }
 
 template <int kBits, bool kBook>
-void panel_parts_of(int64_t width, const PanelTask& task) {
-  if (task.x->parts == 3) {
-    if (width == 3) return few_panel_rows<kBits, kBook, 3, 3>(task);
-    return panel_tile<kBits, kBook, 6, 3>(task);
-  }
-  if (task.x->parts == 4) {
-    if (width == 4) return few_panel_rows<kBits, kBook, 4, 4>(task);
-    return panel_tile<kBits, kBook, 8, 4>(task);
-  }
-  switch (width) {
-    case 2:
-      return few_panel_rows<kBits, kBook, 2, 2>(task);
-    case 4:
-      return panel_tile<kBits, kBook, 4, 2>(task);
-    case 6:
-      return panel_tile<kBits, kBook, 6, 2>(task);
-    default:
-      return panel_tile<kBits, kBook, 8, 2>(task);
-  }
-}
-
-template <int kBits, bool kBook>
 void panel_tile_of(int64_t width, const PanelTask& task) {
-  if (task.x->parts > 1) return panel_parts_of<kBits, kBook>(width, task);
   switch (width) {
     case 1:
-      return few_panel_rows<kBits, kBook, 1, 1>(task);
+      return few_panel_rows<kBits, kBook, 1>(task);
     case 2:
-      return few_panel_rows<kBits, kBook, 2, 1>(task);
+      return few_panel_rows<kBits, kBook, 2>(task);
     case 3:
       return panel_tile<kBits, kBook, 3, 1>(task);
     case 4:

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "matmul/avx512_panel_integer.h"
+#include "matmul/avx512_panel_parts.h"
 
 namespace pyrobust::matmul {
 namespace {
@@ -127,7 +128,11 @@ void multiply_panel_order(const PackedMatrix& w, Mode mode, const Block& block, 
       task.to = layout.groups - task.from < chunk ? layout.groups : task.from + chunk;
       for (task.m = 0; task.m < x.rows; task.m += x.x_rows()) {
         task.total = total + task.m * kPanelRows;
-        panel_tile_of<kBits, kBook>(x.width(task.m), task);
+        if (x.parts > 1) {
+          panel_parts_of<kBits, kBook>(x.width(task.m), task);
+        } else {
+          panel_tile_of<kBits, kBook>(x.width(task.m), task);
+        }
       }
     }
     finish_pending<kShift>(task);
