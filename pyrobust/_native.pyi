@@ -1,6 +1,6 @@
 """Types of the native module."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -112,6 +112,12 @@ def box_packed_linear(
     num_threads: int,
     grad_enabled: bool,
 ) -> Any: ...
+def set_chain_types(
+    packed_linear: type, relu: type, global_hooks: Sequence[Mapping[Any, Any]]
+) -> None: ...
+def box_chain(
+    box: Any, modules: Mapping[str, Any], start: int, num_threads: int, grad_enabled: bool
+) -> tuple[Any, int] | None: ...
 def tensors_of_kept(memory: bytearray, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]: ...
 def box_relu(box: Any, grad_enabled: bool) -> Any: ...
 def box_ends_in_denormals(lower: Tensor, upper: Tensor) -> bool | None: ...

@@ -34,6 +34,7 @@ from pyrobust._load_checks import (
 from pyrobust._pack_plan import identity
 from pyrobust._safetensors import DTYPES, checksum, write_safetensors
 from pyrobust.nn.packed_module import PackedModule
+from pyrobust.nn.packed_sequential import join_packed_layers
 from pyrobust.nn.rounded_input import rounded_as_stored
 from pyrobust.nn.transposed_linear import as_linear
 from pyrobust.nn.twins import leave_fused_paths, replace_layers
@@ -116,6 +117,7 @@ def load(path: Path, model: nn.Module) -> nn.Module:
             twins = _load_into(path, model, description, file)
     result: nn.Module = twins.get(model, model)
     leave_fused_paths(result)
+    join_packed_layers(result)
     return result
 
 

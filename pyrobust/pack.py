@@ -2,8 +2,9 @@
 
 ``torch.nn.Linear``, ``Conv2d`` and ``Embedding`` become their packed twins, and so do the
 ``Conv1D`` layers of Hugging Face, which are linear; everything else stays. A weight that several
-layers share is packed once and stays shared. What was packed, what was left and why, is told by
-:func:`pyrobust.pack_report`.
+layers share is packed once and stays shared. A plain ``Sequential`` with several packed linear
+layers becomes a :class:`~pyrobust.nn.PackedSequential`, which computes the same. What was packed,
+what was left and why, is told by :func:`pyrobust.pack_report`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pyrobust._pack_plan import BitsFor, LayerPlan, check_plans, identity, plan_
 from pyrobust._pack_report import LayerReport, PackReport, attach, pack_report
 from pyrobust._pack_simulated import pack_simulated
 from pyrobust.nn.packed_module import PackedModule
+from pyrobust.nn.packed_sequential import join_packed_layers
 from pyrobust.nn.rounded_input import behind
 from pyrobust.nn.transposed_linear import as_linear
 from pyrobust.nn.twins import TWINS, leave_fused_paths, replace_layers
@@ -290,6 +292,7 @@ def _assemble(
         ready = {id(layer): twin for layer, twin in {**left, **twins}.items()}
         result = copy.deepcopy(model, ready)
     leave_fused_paths(result)
+    join_packed_layers(result)
     attach(result, PackReport(rows, before, _total_bytes(result)))
     return result
 

@@ -9,6 +9,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "bindings/eager_box.h"
 #include "bindings/eager_ends.h"
 #include "bindings/families.h"
 #include "bindings/interval_call.h"
@@ -19,18 +20,6 @@
 
 namespace pyrobust {
 namespace {
-
-const float* float_bias(py::handle bias, int64_t rows) {
-  if (bias.is_none()) return nullptr;
-  const TensorView values = view(bias, "bias");
-  values.require_dtype(DType::kFloat32).require_ndim(1).require_size(0, rows);
-  return values.as<const float>();
-}
-
-bool truth(py::handle object) {
-  if (object.ptr() != Py_True && object.ptr() != Py_False) throw NotPlain();
-  return object.ptr() == Py_True;
-}
 
 struct Options {
   py::handle rounding, rectified, num_threads, keeps;
@@ -67,21 +56,12 @@ py::object image(const Box& box, const interval::Weight& weight, py::handle bias
   return py::make_tuple(std::move(result.first), std::move(result.second), py::bool_(!unbounded));
 }
 
-// Both ends as tensors, or kept.
-void require_ends(PyObject* const* a, bool grad_enabled) {
-  if (PyByteArray_CheckExact(a[0])) return;
-  for (int i : {0, 1}) {
-    if (a[i] == Py_None) throw NotPlain();
-    require_tensor(a[i], grad_enabled);
-  }
-}
-
 // lower, upper, weight, bias, rounding, rectified, num_threads, grad_enabled, keeps
 constexpr Py_ssize_t kDenseCount = 9;
 
 py::object dense_image(PyObject* const* a) {
   const bool grad_enabled = a[7] == Py_True;
-  require_ends(a, grad_enabled);
+  require_ends(a[0], a[1], grad_enabled);
   if (a[2] == Py_None) throw NotPlain();
   for (int i : {2, 3}) require_tensor(a[i], grad_enabled);
   require_unnegated(a[2]);
@@ -100,7 +80,7 @@ constexpr Py_ssize_t kPackedCount = 17;
 
 py::object packed_image(PyObject* const* a) {
   const bool grad_enabled = a[15] == Py_True;
-  require_ends(a, grad_enabled);
+  require_ends(a[0], a[1], grad_enabled);
   for (int i = 2; i < 6; ++i) require_tensor(a[i], grad_enabled);
   require_tensors(a[11], grad_enabled);
   if (a[5] != Py_None) require_unnegated(a[5]);
@@ -181,89 +161,6 @@ py::object box_ends_in_denormals(PyObject* const* a) {
 
 // --- Interval in, Interval out
 // ------------------------------------------------------------------------------------------------
-
-// The attributes of pyrobust.interval.type.Interval, and the class.
-struct BoxNames {
-  PyObject* type = nullptr;
-  PyObject* lower = interned("_lower");
-  PyObject* upper = interned("_upper");
-  PyObject* kept = interned("_kept");
-  PyObject* rounding = interned("rounding");
-  PyObject* memory = interned("_memory");
-  PyObject* seen = interned("_seen");
-  PyObject* rectified = interned("_rectified");
-  PyObject* graded = interned("_graded");
-};
-
-BoxNames& box_names() {
-  static auto* const names = new BoxNames();  // never destroyed: the interpreter may be gone
-  return *names;
-}
-
-py::object attribute(py::handle object, PyObject* name) {
-  PyObject* const value = PyObject_GetAttr(object.ptr(), name);
-  if (value == nullptr) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(value);
-}
-
-void set_attribute(py::handle object, PyObject* name, py::handle value) {
-  if (PyObject_SetAttr(object.ptr(), name, value.ptr()) != 0) throw py::error_already_set();
-}
-
-// What an Interval holds: kept ends as (bytearray, shape), or two tensors.
-struct Held {
-  py::object first, second, rounding, rectified;
-  bool kept;
-
-  Held(py::handle box, PyObject* grad_enabled) {
-    const BoxNames& names = box_names();
-    if (reinterpret_cast<PyObject*>(Py_TYPE(box.ptr())) != names.type) throw NotPlain();
-    // A box whose memory was changed in place under another name is refused elsewhere.
-    const py::object memory = attribute(box, names.memory), seen = attribute(box, names.seen);
-    if (!PyList_CheckExact(memory.ptr()) || PyList_GET_SIZE(memory.ptr()) != 1 ||
-        integer(PyList_GET_ITEM(memory.ptr(), 0)) != integer(seen)) {
-      throw NotPlain();
-    }
-    rounding = attribute(box, names.rounding);
-    rectified = attribute(box, names.rectified);
-    const py::object both = attribute(box, names.kept);
-    kept = !both.is_none();
-    if (kept) {
-      first = py::reinterpret_borrow<py::object>(PyTuple_GetItem(both.ptr(), 0));
-      second = py::reinterpret_borrow<py::object>(PyTuple_GetItem(both.ptr(), 1));
-      return;
-    }
-    // A ReLU that was asked for under another setting of gradients is carried out under that one.
-    if (truth(rectified) && attribute(box, names.graded).ptr() != grad_enabled) throw NotPlain();
-    first = attribute(box, names.lower);
-    second = attribute(box, names.upper);
-  }
-};
-
-py::object new_box(py::handle first, py::handle second, py::handle rounding, bool rectified,
-                   PyObject* graded) {
-  const BoxNames& names = box_names();
-  auto* const type = reinterpret_cast<PyTypeObject*>(names.type);
-  auto box = py::reinterpret_steal<py::object>(type->tp_alloc(type, 0));
-  if (!box) throw py::error_already_set();
-  if (PyByteArray_CheckExact(first.ptr())) {
-    set_attribute(box, names.kept, py::make_tuple(first, second));
-  } else {
-    set_attribute(box, names.lower, first);
-    set_attribute(box, names.upper, second);
-    set_attribute(box, names.kept, py::none());
-  }
-  const py::int_ zero(0);
-  auto memory = py::reinterpret_steal<py::object>(PyList_New(1));
-  if (!memory) throw py::error_already_set();
-  PyList_SET_ITEM(memory.ptr(), 0, py::object(zero).release().ptr());
-  set_attribute(box, names.memory, memory);
-  set_attribute(box, names.seen, zero);
-  set_attribute(box, names.rounding, rounding);
-  set_attribute(box, names.rectified, py::bool_(rectified));
-  set_attribute(box, names.graded, graded);
-  return box;
-}
 
 // The box of an image; one with infinite ends is made, and refused with its place, elsewhere.
 py::object box_of(const py::object& done, const Held& input) {

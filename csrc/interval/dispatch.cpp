@@ -359,6 +359,16 @@ void by_floats(const Call& call, const IntervalKernels& table, int64_t batch, in
 
 }  // namespace
 
+void interval_chain(const Call* layers, int64_t count, int num_threads) {
+  const IntervalKernels table = pick_kernels();
+  for (int64_t at = 0; at < count; ++at) {
+    at += integer_chain(layers + at, count - at, num_threads);
+    if (at == count) return;
+    const Call& call = layers[at];  // integers do not suit its input
+    by_floats(call, table, 1, num_threads);
+  }
+}
+
 void interval_linear(const Call& asked, int64_t batch, int num_threads) {
   const int64_t terms = asked.weight.terms;
   check_terms("interval_linear", terms);
@@ -370,14 +380,13 @@ void interval_linear(const Call& asked, int64_t batch, int num_threads) {
   prefer_large_pages(call.out_upper, batch * call.weight.rows * int64_t{sizeof(float)});
   if (batch > kFewInputs) return many_inputs(call, table, batch, num_threads);
   if (call.weight.packed != nullptr) {
-    Call rest = call;  // of inputs that integers do not suit
     for (int64_t b = 0; b < batch; ++b) {
-      if (integer_image(call, b, num_threads)) continue;
-      rest.lower = call.lower + b * terms;
-      rest.upper = call.upper + b * terms;
-      rest.out_lower = call.out_lower + b * call.weight.rows;
-      rest.out_upper = call.out_upper + b * call.weight.rows;
-      by_floats(rest, table, 1, num_threads);
+      Call one = call;
+      one.lower += b * terms;
+      one.upper += b * terms;
+      one.out_lower += b * call.weight.rows;
+      one.out_upper += b * call.weight.rows;
+      interval_chain(&one, 1, num_threads);
     }
     return;
   }

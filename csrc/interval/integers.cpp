@@ -1,9 +1,11 @@
-// One input under a packed weight by integer sums: memory, constants and shares of rows.
+// Packed layers of one input by integer sums, one layer after another: constants, memory, shares of
+// rows. Threads stay together for all layers and meet after each.
 #include "interval/integers.h"
 
 #include <algorithm>
-#include <vector>
+#include <atomic>
 
+#include "interval/integer_memory.h"
 #include "interval/plan.h"
 
 namespace pyrobust {
@@ -22,56 +24,6 @@ IntegerConstants integer_constants(const Call& call, const Ends& input, int64_t 
           floats.bias_gain,   floats.value_gain,  floats.limit,       floats.least};
 }
 
-// Rows that meet the input before their ends are made: a multiple of a panel's.
-constexpr int64_t kIntegerRows = 64;
-
-// What a thread needs: the arrays of an input, one after the other in memory whose lines they begin
-// with, and room for the kernels.
-class IntegerMemory {
- public:
-  IntegerMemory(const matmul::PackedMatrix& w, bool panels) {
-    input.columns = w.cols;
-    input.group = columns_of_group(w);
-    input.stride = blocks(input.group, kIntegerBlock) * kIntegerBlock;
-    input.groups = blocks(w.cols, input.group);
-    const int64_t all = input.groups * input.stride, quads = panels ? all : 0;
-    int64_t size = 0;
-    const auto place = [&size](int64_t bytes) {
-      const int64_t at = size;
-      size += (bytes + 63) / 64 * 64;
-      return at;
-    };
-    const int64_t centre = place(2 * all), radius = place(2 * all),
-                  scratch_at = place(4 * input.stride);
-    const int64_t step = place(4 * input.groups), radius_step = place(4 * input.groups);
-    const int64_t shift = place(4 * input.groups), total = place(8 * input.groups);
-    const int64_t bytes_at = place(4 * quads), ones = place(quads);
-    const int64_t sums_at = place(2 * kIntegerRows * int64_t{sizeof(double)});
-    const int64_t codes_at = place(panels ? 0 : row_scratch(w));
-    memory_ = floats(size / int64_t{sizeof(float)});
-    auto* base = reinterpret_cast<char*>(memory_.get());
-    input.centre = reinterpret_cast<int16_t*>(base + centre);
-    input.radius = reinterpret_cast<int16_t*>(base + radius);
-    scratch = reinterpret_cast<float*>(base + scratch_at);
-    input.step = reinterpret_cast<float*>(base + step);
-    input.radius_step = reinterpret_cast<float*>(base + radius_step);
-    input.shift = reinterpret_cast<int32_t*>(base + shift);
-    input.total = reinterpret_cast<int64_t*>(base + total);
-    input.quads = reinterpret_cast<uint8_t*>(base + bytes_at);
-    input.ones = reinterpret_cast<uint8_t*>(base + ones);
-    sums = reinterpret_cast<double*>(base + sums_at);
-    codes = reinterpret_cast<uint8_t*>(base + codes_at);
-  }
-
-  IntegerInput input{};
-  float* scratch;  // of a group
-  double* sums;    // twice kIntegerRows
-  uint8_t* codes;  // row_scratch() bytes where there are no panels
-
- private:
-  Floats memory_;
-};
-
 // Asks for lines that another core may have written last, all at once: loops that meet them one
 // after the other would wait for each (1 to 2 us for an input of 1024 columns).
 void fetch_lines(const void* memory, int64_t bytes) {
@@ -79,48 +31,110 @@ void fetch_lines(const void* memory, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(line + at);
 }
 
+bool by_integers(const Call& call) {
+  const bool sound = call.rounding != Rounding::kNearest;
+  return call.weight.packed != nullptr && !call.int8 && sound &&
+         integer_format(*call.weight.packed);
+}
+
+// A layer, how its codes are read, and how many threads share its rows.
+struct IntegerLayer {
+  const Call& call;
+  const matmul::PackedMatrix& weight;
+  CodeSource source;
+  int64_t panel_bytes;  // of kIntegerRows rows, where panels are made
+  int64_t shares;
+
+  IntegerLayer(const Call& call, const IntegerKernels& table, int num_threads)
+      : call(call), weight(*call.weight.packed), source(CodeSource::kRows), panel_bytes(0) {
+    if (table.panels != nullptr) {
+      if (weight.panels != nullptr) {
+        source = CodeSource::kPanels;
+      } else {
+        const int64_t rows = std::min(kIntegerRows, weight.rows);
+        panel_bytes = matmul::panel_bytes(matmul::part_of(weight, 0, rows));
+        if (panel_bytes > 0) source = CodeSource::kMade;
+      }
+    }
+    // Panels: some 100 products a nanosecond, and half of 5 us pays for a second thread that spins.
+    const double products = static_cast<double>(weight.rows * weight.cols);
+    const double work = products / (source == CodeSource::kPanels ? 2.5 : 0.5);
+    shares = Shares(weight.rows, kIntegerRows, work, num_threads).number;
+  }
+
+  IntegerMemory memory(char* base) const { return {weight, source, panel_bytes, base}; }
+};
+
+// Rows [n, n + count) meet the input.
+void multiply(const IntegerLayer& layer, const IntegerKernels& table, const IntegerMemory& memory,
+              int64_t n, int64_t count) {
+  double *centre = memory.sums, *radius = memory.sums + kIntegerRows;
+  if (layer.source == CodeSource::kMade) {
+    matmul::PackedMatrix part = matmul::part_of(layer.weight, n, count);
+    matmul::write_panels(part, memory.panels);
+    part.panels = memory.panels;
+    table.panels({&part, &memory.input, 0, count, memory.codes, centre, radius});
+  } else {
+    const bool panels = layer.source == CodeSource::kPanels;
+    (panels ? table.panels
+            : table.rows)({&layer.weight, &memory.input, n, count, memory.codes, centre, radius});
+  }
+}
+
+// The shares of one thread; false, and nothing is written, where the input does not suit.
+bool serve(const IntegerLayer& layer, const IntegerKernels& table, const Team& team, char* base) {
+  if (team.rank >= layer.shares) return true;
+  const Call& call = layer.call;
+  const int64_t terms = call.weight.terms, rows = call.weight.rows;
+  const Ends ends{call.lower, call.upper, terms, call.floor()};
+  // Every thread makes the integers for itself: sooner than to wait for another core's.
+  fetch_lines(ends.lower, terms * int64_t{sizeof(float)});
+  fetch_lines(ends.upper, terms * int64_t{sizeof(float)});
+  IntegerMemory memory = layer.memory(base);
+  const IntegerConstants constants = integer_constants(call, ends, memory.input.groups);
+  float largest;
+  if (!table.prepare({ends, constants, memory.scratch, &memory.input}, &largest)) return false;
+  if (layer.source != CodeSource::kRows) table.order(&memory.input);
+  const double offset = offset_for(call, largest);
+  const int64_t all = blocks(rows, kIntegerRows), sharers = std::min(layer.shares, team.size);
+  const int64_t begin = all * team.rank / sharers * kIntegerRows;
+  const int64_t end = std::min(rows, all * (team.rank + 1) / sharers * kIntegerRows);
+  for (int64_t n = begin; n < end; n += kIntegerRows) {
+    const int64_t count = std::min(kIntegerRows, end - n);
+    multiply(layer, table, memory, n, count);
+    call.report(table.finish({memory.sums, memory.sums + kIntegerRows, shifted(call.bias, n),
+                              offset, count, call.out_lower + n, call.out_upper + n},
+                             constants));
+  }
+  return true;
+}
+
 }  // namespace
 
-bool integer_image(const Call& call, int64_t b, int num_threads) {
-  const bool sound = call.rounding != Rounding::kNearest;
-  if (call.weight.packed == nullptr || call.int8 || !sound) return false;
-  const matmul::PackedMatrix& weight = *call.weight.packed;
-  if (!integer_format(weight)) return false;
+int64_t integer_chain(const Call* layers, int64_t count, int num_threads) {
   const IntegerKernels& table = *pick_kernels().integers;
-  const bool panels = weight.panels != nullptr && table.panels != nullptr;
-  const int64_t terms = call.weight.terms, rows = call.weight.rows;
-  const Ends ends{call.lower + b * terms, call.upper + b * terms, terms, call.floor()};
-  const int64_t groups = blocks(weight.cols, columns_of_group(weight));
-  const IntegerConstants constants = integer_constants(call, ends, groups);
-  // Panels: some 100 products a nanosecond, and half of 5 us pays for a second thread that spins.
-  const double work = static_cast<double>(rows * terms) / (panels ? 2.5 : 0.5);
-  const Shares shares(rows, kIntegerRows, work, num_threads);
-  std::vector<IntegerMemory> memories;
-  memories.reserve(static_cast<size_t>(shares.number));
-  for (int64_t i = 0; i < shares.number; ++i) memories.emplace_back(weight, panels);
-  bool served = true;  // by integers: the same for all shares, and told by the first
-  shares.run([&](int64_t share, int64_t begin, int64_t end) {
-    // Every thread makes the integers for itself: sooner than to wait for another core's.
-    IntegerMemory& memory = memories[static_cast<size_t>(share)];
-    fetch_lines(ends.lower, terms * int64_t{sizeof(float)});
-    fetch_lines(ends.upper, terms * int64_t{sizeof(float)});
-    float largest;
-    const bool suits = table.prepare({ends, constants, memory.scratch, &memory.input}, &largest);
-    if (share == 0) served = suits;
-    if (!suits) return;
-    if (panels) table.order(&memory.input);
-    const double offset = offset_for(call, largest);
-    double *centre_sums = memory.sums, *radius_sums = centre_sums + kIntegerRows;
-    for (int64_t n = begin; n < end; n += kIntegerRows) {
-      const int64_t count = std::min(kIntegerRows, end - n);
-      (panels ? table.panels : table.rows)(
-          {&weight, &memory.input, n, count, memory.codes, centre_sums, radius_sums});
-      call.report(table.finish({centre_sums, radius_sums, shifted(call.bias, n), offset, count,
-                                call.out_lower + b * rows + n, call.out_upper + b * rows + n},
-                               constants));
+  int64_t fitting = 0, size = 0, threads = 1;
+  for (; fitting < count && by_integers(layers[fitting]); ++fitting) {
+    const IntegerLayer layer(layers[fitting], table, num_threads);
+    size = std::max(size, layer.memory(nullptr).bytes);
+    threads = std::max(threads, layer.shares);
+  }
+  if (fitting == 0) return 0;
+  const Floats memory = floats(threads * (size / int64_t{sizeof(float)}));
+  std::atomic<int64_t> served{fitting};
+  run_together(static_cast<int>(threads), [&](const Team& team) {
+    const DefaultFloatEnvironment environment;
+    char* own = reinterpret_cast<char*>(memory.get()) + team.rank * size;
+    for (int64_t i = 0; i < fitting; ++i) {
+      const IntegerLayer layer(layers[i], table, num_threads);
+      // All threads find the same; the first, which has a share of every layer, tells.
+      const bool suits = serve(layer, table, team, own);
+      if (team.rank == 0 && !suits) served.store(i);
+      team.meet();
+      if (served.load() <= i) return;  // one that has gone on may have stored a later layer
     }
   });
-  return served;
+  return served.load();
 }
 
 }  // namespace interval

@@ -127,8 +127,9 @@ struct IntegerKernels {
 // Bytes of IntegerDots::scratch: a row's codes.
 inline int64_t row_scratch(const matmul::PackedMatrix& w) { return w.cols + kIntegerBlock; }
 
-// Ends of input `b` of the call; false, and nothing is written, where the float kernels must serve.
-bool integer_image(const Call& call, int64_t b, int num_threads);
+// Of layers one after another (interval_chain), as many as their inputs suit: returns how many were
+// served. Nothing is written for the next one, which is left to the float kernels.
+int64_t integer_chain(const Call* layers, int64_t count, int num_threads);
 
 }  // namespace interval
 }  // namespace pyrobust

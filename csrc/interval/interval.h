@@ -136,6 +136,11 @@ struct Call {
 // lower, upper (batch, weight.terms); out (batch, weight.rows).
 void interval_linear(const Call& call, int64_t batch, int num_threads);
 
+// Layers with packed weights one after another, of one input: each but the first reads what the one
+// before it wrote. The ends are those of interval_linear for each, without a return to the caller
+// in between.
+void interval_chain(const Call* layers, int64_t count, int num_threads);
+
 // Geometry of a two-dimensional convolution; zeros pad the top and the left by the given amount,
 // the other sides by what the output size needs.
 struct Window {

@@ -196,6 +196,24 @@ void make_panels(const PackedMatrix& weight, uint8_t* out, int num_threads) {
                [&](int64_t begin, int64_t end) { kernels.write_panels(weight, begin, end, out); });
 }
 
+void write_panels(const PackedMatrix& weight, uint8_t* out) {
+  const MatmulKernels& kernels = kernels_with(&MatmulKernels::write_panels);
+  kernels.write_panels(weight, 0, ceil_div(weight.rows, kernels.panel_rows), out);
+}
+
+PackedMatrix part_of(const PackedMatrix& weight, int64_t first, int64_t count) {
+  PackedMatrix part = weight;
+  const int64_t groups = scale_row(weight, first);  // before those of the rows
+  const int64_t scale_bytes = weight.row_scale != nullptr ? 1 : float_type_bytes(weight.scale_type);
+  part.codes = code_row(weight, first);
+  part.scale = static_cast<const uint8_t*>(weight.scale) + groups * scale_bytes;
+  if (weight.zero != nullptr) part.zero = weight.zero + groups;
+  if (weight.row_scale != nullptr) part.row_scale = weight.row_scale + first;
+  part.panels = nullptr;
+  part.rows = count;
+  return part;
+}
+
 namespace {
 
 // Calls body(n, begin, end) for the spans of rows [first, first + count), split over threads; a

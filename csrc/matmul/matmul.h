@@ -136,6 +136,13 @@ void packed_linear(const Activations& x, const PackedMatrix& weight, RowRange ro
 int64_t panel_bytes(const PackedMatrix& weight);
 void make_panels(const PackedMatrix& weight, uint8_t* out, int num_threads);
 
+// The same without checks, on the calling thread, for a weight that has such an order.
+void write_panels(const PackedMatrix& weight, uint8_t* out);
+
+// Rows [first, first + count) as a weight of their own, without panels; groups along rows, no
+// remainder.
+PackedMatrix part_of(const PackedMatrix& weight, int64_t first, int64_t count);
+
 // out: (rows.end - rows.begin, cols), those rows of the exact weight.
 void dequantize(const PackedMatrix& weight, RowRange rows, float* out, int num_threads);
 

@@ -26,6 +26,7 @@ from pyrobust.nn.packed_conv import PackedConv2d
 from pyrobust.nn.packed_embedding import PackedEmbedding
 from pyrobust.nn.packed_linear import PackedLinear, QuantizedLinear
 from pyrobust.nn.packed_qk_attention import PackedQKAttention
+from pyrobust.nn.packed_sequential import PackedSequential
 from pyrobust.nn.patch_transformer import PatchTransformer
 from pyrobust.nn.rounded_input import RoundedInput
 from pyrobust.nn.siren_fit import activation_spectrum, empirical_ntk, fit_signal, ntk_spectrum
@@ -82,6 +83,7 @@ __all__ = [
     "PackedEmbedding",
     "PackedLinear",
     "PackedQKAttention",
+    "PackedSequential",
     "AffineRounding",
     "RoundedInput",
     "QuantizedLinear",
