@@ -7,6 +7,7 @@
 
 #include "interval/integer_memory.h"
 #include "interval/plan.h"
+#include "runtime/team.h"
 
 namespace pyrobust {
 namespace interval {

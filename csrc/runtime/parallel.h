@@ -1,6 +1,5 @@
-// Work for the OpenMP team that torch has loaded: a range in shares, or one body for all that meets
-// on the way. The caller passes the number of threads (torch.get_num_threads()): a new Python
-// thread does not inherit OpenMP's own setting.
+// Splits a range over the OpenMP team that torch has loaded. The caller passes the number of
+// threads (torch.get_num_threads()): a new Python thread does not inherit OpenMP's own setting.
 #pragma once
 
 #include <algorithm>
@@ -36,34 +35,6 @@ void parallel_for(int64_t count, int64_t grain, int64_t align, int num_threads, 
   (void)threads;
   (void)align;
   body(int64_t{0}, count);
-}
-
-// One thread of several that run the same body.
-struct Team {
-  int64_t rank, size;
-
-  // Waits for all of them; what each wrote before, all see after.
-  void meet() const {
-#if defined(_OPENMP)
-    if (size > 1) {
-#pragma omp barrier
-    }
-#endif
-  }
-};
-
-// Calls body(team) on up to num_threads threads. Every thread must meet equally often.
-template <typename Body>
-void run_together(int num_threads, const Body& body) {
-#if defined(_OPENMP)
-  if (num_threads > 1 && !omp_in_parallel()) {
-#pragma omp parallel num_threads(num_threads)
-    body(Team{omp_get_thread_num(), omp_get_num_threads()});
-    return;
-  }
-#endif
-  (void)num_threads;
-  body(Team{0, 1});
 }
 
 }  // namespace pyrobust

@@ -48,18 +48,15 @@ class PackedSequential(nn.Sequential):
     def forward(self, input: Any) -> Any:
         """The modules on ``input``, one after another."""
         if isinstance(input, Tensor) or _watched():
-            return super().forward(input)
-        at = 0
-        modules = tuple(self._modules.values())
+            return super().forward(input)  # type: ignore[no-untyped-call]
+        modules, at = self._modules, 0
+        threads, graded = torch.get_num_threads(), torch.is_grad_enabled()
         while at < len(modules):
-            done = _native.box_chain(
-                input, self._modules, at, torch.get_num_threads(), torch.is_grad_enabled()
-            )
+            done = _native.box_chain(input, modules, at, threads, graded)
             if done is None:
-                module: Any = modules[at]
-                input, at = module(input), at + 1
-            else:
-                input, at = done
+                module: Any = self[at]
+                done = module(input), at + 1
+            input, at = done
         return input
 
 
