@@ -95,7 +95,9 @@ def _others(x: Tensor, dim: int) -> Tensor:
     before = torch.cat([zero, terms.narrow(dim, 0, count - 1).cumsum(dim)], dim)
     behind = terms.flip(dim).narrow(dim, 0, count - 1).cumsum(dim)
     behind = torch.cat([zero, behind], dim).flip(dim)
-    return top + torch.log((before + behind).clamp(min=2.0**-1000))
+    # above zero in the dtype at hand, whose logarithm has an infinite derivative
+    least = max(2.0**-1000, torch.finfo(x.dtype).tiny)
+    return top + torch.log((before + behind).clamp(min=least))
 
 
 def softmax(

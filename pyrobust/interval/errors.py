@@ -12,25 +12,21 @@ import torch
 from torch import Tensor
 
 from pyrobust import _native
-from pyrobust.ops._library import assert_all, dispatcher_watched
+from pyrobust.ops._library import dispatcher_watched
+from pyrobust.ops._visible_numbers import assert_in_graph, count_of, holds, physical, visible
 
 __all__ = [
     "MissingRule",
-    "assert_in_graph",
     "check_ends",
     "check_float",
     "check_shape",
-    "holds",
     "missing",
     "name_of",
-    "physical",
     "reject",
-    "visible",
     "where",
 ]
 
 _DTYPES = (torch.float32, torch.float64)
-_functorch = getattr(torch._C, "_functorch", None)
 
 
 class MissingRule(NotImplementedError, AttributeError):
@@ -67,49 +63,6 @@ def where() -> str:
     path = next((name for name, module in root.named_modules() if module is innermost), "")
     inner, outer = type(innermost).__name__, type(root).__name__
     return f" (in {outer})" if not path else f" (in {path}, a {inner}, of {outer})"
-
-
-def visible(*tensors: Tensor) -> bool:
-    """Whether control flow may depend on the numbers of ``tensors``."""
-    return not torch.compiler.is_compiling() and all(_readable(tensor) for tensor in tensors)
-
-
-def _readable(tensor: Tensor) -> bool:
-    if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
-        return False  # a fake tensor, as torch.export makes
-    while _functorch is not None and _functorch.is_functorch_wrapped_tensor(tensor):
-        if _functorch.is_batchedtensor(tensor):
-            return False
-        tensor = _functorch.get_unwrapped(tensor)
-    return not tensor.is_meta
-
-
-def physical(tensor: Tensor) -> Tensor | None:
-    """What transforms of torch.func wrap, all slices of ``torch.vmap`` together.
-
-    None where there are no numbers to look at: fake and meta tensors, and while compiling.
-    """
-    if torch.compiler.is_compiling():
-        return None
-    while _functorch is not None and _functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = _functorch.get_unwrapped(tensor)
-    plain = type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
-    return tensor.detach() if plain and not tensor.is_meta else None
-
-
-def holds(mask: Tensor) -> bool:
-    """Whether ``mask`` is true anywhere, in any slice of ``torch.vmap``."""
-    values = physical(mask)
-    return values is not None and bool(values.any())
-
-
-def assert_in_graph(condition: Tensor, message: str) -> None:
-    """While compiling for the CPU: let the compiled code raise RuntimeError where it is false.
-
-    Left out on a GPU, where it would end the process's work with the device.
-    """
-    if not condition.is_cuda:
-        assert_all(condition, message)
 
 
 def reject(requirement: str, violated: Tensor) -> None:
@@ -170,15 +123,10 @@ def check_ends(lower: Any, upper: Any) -> None:
     infinite, crossed = lower.isinf() | upper.isinf(), lower > upper
     if holds(infinite):
         raise ValueError(
-            f"Interval: lower and upper must be finite; {_count(infinite)} elements are infinite."
+            f"Interval: lower and upper must be finite; {count_of(infinite)} elements are infinite."
         )
     if holds(crossed):
         raise ValueError(
-            f"Interval: lower must be at most upper; got lower > upper in {_count(crossed)} "
+            f"Interval: lower must be at most upper; got lower > upper in {count_of(crossed)} "
             "elements."
         )
-
-
-def _count(mask: Tensor) -> str:
-    values = physical(mask)
-    return "" if values is None else f"{int(values.sum())} of {values.numel()}"

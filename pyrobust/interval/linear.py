@@ -36,6 +36,8 @@ from pyrobust.ops.packed_weight import WeightExtras
 
 __all__ = ["RULES", "affine", "linear"]
 
+_UNCHECKED: dict[str, Any] = {"allow_infinite": True}  # refused here, with the place in the model
+
 
 def _plain(what: str, *values: Any) -> None:
     if any(isinstance(value, Interval) for value in values):
@@ -65,7 +67,7 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Interval:
         return _looked_at(box, F.linear, result)
     lower, upper, rectified = unclipped(box)
     rounding = box.rounding
-    options: dict[str, Any] = {"rounding": rounding, "rectified": rectified}
+    options: dict[str, Any] = {"rounding": rounding, "rectified": rectified, **_UNCHECKED}
     return _image(box, F.linear, lambda: interval_linear(lower, upper, weight, bias, **options))
 
 
@@ -155,6 +157,7 @@ def _conv2d(
         "groups": groups,
         "rounding": box.rounding,
         "rectified": rectified,
+        **_UNCHECKED,
     }
     return _image(box, torch.conv2d, lambda: interval_conv2d(lower, upper, weight, bias, **options))
 
@@ -218,6 +221,7 @@ def _packed_linear(
         "rounding": box.rounding,
         "extras": extras,
         "rectified": rectified,
+        **_UNCHECKED,
     }
     return _image(
         box,
@@ -237,7 +241,7 @@ def _packed_conv2d(
     box = require_box(x, "packed_conv2d")
     shift = None if bias is None else bias.to(box.dtype)
     lower, upper, options["rectified"] = unclipped(box)
-    options["rounding"] = box.rounding
+    options |= {"rounding": box.rounding, **_UNCHECKED}
     return _image(
         box,
         packed_layers.packed_conv2d,

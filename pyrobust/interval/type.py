@@ -21,14 +21,15 @@ from pyrobust.interval.errors import (
     check_ends,
     check_float,
     missing,
-    visible,
     where,
 )
+from pyrobust.interval.finite import refuse_infinite_ends
 from pyrobust.interval.operators import Operators
 from pyrobust.interval.outward import sum_ends
 from pyrobust.ops._interval_checks import Ends, is_deployed
 from pyrobust.ops._interval_fallback import round_outward
 from pyrobust.ops._library import autocasting, dispatcher_watched, plain_eager
+from pyrobust.ops._visible_numbers import visible
 
 __all__ = [
     "ROUNDINGS",
@@ -71,7 +72,7 @@ class Interval(Operators):
         ValueError: the shapes differ, an end is NaN or infinite, ``lower > upper``, or ``rounding``
             is unknown.
         OverflowError: an operation on a box leaves the range of its dtype (RuntimeError from
-            compiled code; on a GPU ends become infinite instead).
+            compiled code; on a GPU ends become infinite instead, see :meth:`check_finite`).
 
     Example:
         >>> box = Interval(torch.tensor([-1.0, 2.0]), torch.tensor([1.0, 3.0]))
@@ -181,6 +182,15 @@ class Interval(Operators):
             return self.upper - self.lower
         ends = self.upper.double(), -self.lower.double()
         return sum_ends(ends, ends, self.dtype)[1]
+
+    def check_finite(self) -> Interval:
+        """Raise OverflowError where an end is infinite; returns self.
+
+        On the CPU every operation does so by itself. On a GPU, which looking stops, ends that
+        overflow become infinite, and this is how to ask, once for a whole model.
+        """
+        refuse_infinite_ends(self.lower, self.upper)
+        return self
 
     def contains(self, value: Tensor | Interval) -> Tensor:
         """Element by element, whether a tensor (or box) lies inside; a bool tensor.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyrobust._checks import check_choice
 from pyrobust.ops._cuda_module import has_cuda_module
+from pyrobust.ops._visible_numbers import all_finite, assert_in_graph, count_of, holds, physical
 
 __all__ = [
     "Ends",
@@ -25,6 +26,7 @@ __all__ = [
     "is_deployed",
     "map_one_by_one",
     "operand_error",
+    "settled",
 ]
 
 ROUNDINGS = ("real", "deployed", "nearest", "deployed-tf32", "deployed-bfloat16")
@@ -46,7 +48,8 @@ class _FiniteEnds(threading.local):
 
     def start(self) -> None:
         """Forget what kernels said."""
-        self.all = None
+        if not torch.compiler.is_compiling():
+            self.all = None
 
     def note(self, finite: bool) -> None:
         """Add what one kernel said."""
@@ -54,6 +57,46 @@ class _FiniteEnds(threading.local):
 
 
 finite_ends = _FiniteEnds()
+
+
+def settled(
+    subject: str, ends: Ends, operands: dict[str, Tensor | None], allow_infinite: bool
+) -> Ends:
+    """``ends`` that ``subject`` made of ``operands``, unless they are not finite.
+
+    Kernels of a call that began with ``finite_ends.start()`` have said so; others are looked at,
+    but not on GPUs, which that would stop. Compiled code for the CPU raises RuntimeError.
+
+    Raises:
+        ValueError: an operand is NaN or infinite.
+        OverflowError: the result leaves the range of its dtype.
+    """
+    if allow_infinite:
+        return ends
+    if torch.compiler.is_compiling():
+        finite = torch.isfinite(ends[0]) & torch.isfinite(ends[1])
+        assert_in_graph(finite.all(), f"{subject}: the ends must stay finite.")
+        return ends
+    if finite_ends.all:
+        return ends
+    low, high = physical(ends[0]), physical(ends[1])
+    if low is None or high is None or low.is_cuda or all_finite(low, high):
+        return ends
+    for name, operand in operands.items():
+        if operand is None or not operand.is_floating_point():
+            continue
+        if holds(operand.isnan()):
+            raise ValueError(f"{subject}: {name} must not be NaN; it holds NaN values.")
+        infinite = operand.isinf()
+        if holds(infinite):
+            raise ValueError(
+                f"{subject}: {name} must be finite; {count_of(infinite)} elements are infinite."
+            )
+    infinite = ~(torch.isfinite(ends[0]) & torch.isfinite(ends[1]))
+    raise OverflowError(
+        f"{subject}: the ends must stay finite; they leave the range of {ends[0].dtype} in "
+        f"{count_of(infinite)} elements."
+    )
 
 
 def is_deployed(rounding: str) -> bool:

@@ -27,6 +27,7 @@ from pyrobust.ops._interval_checks import (
     in_dtype_of,
     map_one_by_one,
     operand_error,
+    settled,
 )
 from pyrobust.ops._interval_fallback import outward_image
 from pyrobust.ops._interval_gradients import (
@@ -70,6 +71,7 @@ def interval_conv2d(
     groups: int = 1,
     rounding: str = "real",
     rectified: bool = False,
+    allow_infinite: bool = False,
 ) -> Ends:
     """Image of a box of images under a convolution, as ``torch.nn.functional.conv2d``.
 
@@ -88,6 +90,8 @@ def interval_conv2d(
         rounding: ``"real"``, ``"deployed"`` or ``"nearest"``.
         rectified: whether a ReLU stands before the layer: the box is that of ``max(0, x)``. The
             kernels clip on the way in.
+        allow_infinite: whether ends may be infinite: then an operand that is infinite or NaN and a
+            bound that overflows give ``[-inf, inf]``. On a GPU nobody looks, and they always do.
 
     Returns:
         ``(lower, upper)``, each ``(B, O, H', W')``; differentiable in all four tensors (the exact
@@ -95,15 +99,19 @@ def interval_conv2d(
 
     Raises:
         TypeError: a dtype other than float32 or float64, or dtypes that differ.
-        ValueError: shapes disagree, or an option is out of range.
+        ValueError: shapes disagree, an option is out of range, or an operand is infinite or NaN.
+        OverflowError: the result leaves the range of its dtype.
     """
     tensors = (lower, upper, weight, bias)
     if has_torch_function(tensors):
         options: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
         options |= {"groups": groups, "rounding": rounding, "rectified": rectified}
+        options["allow_infinite"] = allow_infinite
         result: Ends = handle_torch_function(interval_conv2d, tensors, *tensors, **options)
         return result
     check_box(_SUBJECT, lower, upper, rounding)
+    finite_ends.start()
+    operands = {"lower": lower, "upper": upper, "weight": weight, "bias": bias}
     weight, bias = in_dtype_of(lower, upper, weight, bias)
     tensors = (lower, upper, weight, bias)
     kept = weight.dtype if weight.dtype == torch.bfloat16 else lower.dtype  # in_dtype_of
@@ -132,6 +140,7 @@ def interval_conv2d(
         ends = torch.ops.pyrobust.interval_conv2d(*arguments)
     else:
         ends = _conv_cpu(*arguments)
+    ends = settled(_SUBJECT, ends, operands, allow_infinite)
     return ends if lower.ndim == 4 else (ends[0].squeeze(0), ends[1].squeeze(0))
 
 

@@ -25,6 +25,7 @@ from pyrobust.ops._interval_checks import (
     in_dtype_of,
     map_one_by_one,
     operand_error,
+    settled,
 )
 from pyrobust.ops._interval_fallback import outward_image
 from pyrobust.ops._interval_gradients import (
@@ -47,6 +48,7 @@ def interval_linear(
     *,
     rounding: str = "real",
     rectified: bool = False,
+    allow_infinite: bool = False,
 ) -> Ends:
     """Image of a box under ``x @ weight.T + bias``.
 
@@ -58,6 +60,8 @@ def interval_linear(
         rounding: ``"real"``, ``"deployed"`` or ``"nearest"``.
         rectified: whether a ReLU stands before the layer: the box is that of ``max(0, x)``. The
             kernels clip on the way in.
+        allow_infinite: whether ends may be infinite: then an operand that is infinite or NaN and a
+            bound that overflows give ``[-inf, inf]``. On a GPU nobody looks, and they always do.
 
     Returns:
         ``(lower, upper)``, each ``(..., N)``; differentiable in all four tensors (the exact
@@ -65,7 +69,8 @@ def interval_linear(
 
     Raises:
         TypeError: a dtype other than float32 or float64, or dtypes that differ.
-        ValueError: shapes disagree, or ``rounding`` is unknown.
+        ValueError: shapes disagree, ``rounding`` is unknown, or an operand is infinite or NaN.
+        OverflowError: the result leaves the range of its dtype.
 
     Example:
         >>> weight = torch.tensor([[1.0, -1.0]])
@@ -74,19 +79,39 @@ def interval_linear(
         (True, True)
     """
     tensors = (lower, upper, weight, bias)
+    options: dict[str, Any] = {"rounding": rounding, "rectified": rectified}
     plain = not dispatcher_needed(*tensors)
+    if not plain and has_torch_function(tensors):
+        options["allow_infinite"] = allow_infinite
+        result: Ends = handle_torch_function(interval_linear, tensors, *tensors, **options)
+        return result
+    finite_ends.start()
+    ends = _linear_image(*tensors, plain=plain, **options)
+    operands = {"lower": lower, "upper": upper, "weight": weight, "bias": bias}
+    return settled("interval_linear", ends, operands, allow_infinite)
+
+
+def _linear_image(
+    lower: Tensor,
+    upper: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    rounding: str,
+    rectified: bool,
+    plain: bool,
+) -> Ends:
+    """The image, whose ends may be infinite; ``plain`` eager inference goes past the dispatcher."""
     if plain:
         threads = torch.get_num_threads()
         done = _native.eager_interval_linear(
             lower, upper, weight, bias, rounding, rectified, threads, False, False
         )
         if done is not None:
+            finite_ends.note(done[2])
             return done[0], done[1]
-    elif has_torch_function(tensors):
-        options: dict[str, Any] = {"rounding": rounding, "rectified": rectified}
-        result: Ends = handle_torch_function(interval_linear, tensors, *tensors, **options)
-        return result
     weight, bias = in_dtype_of(lower, upper, weight, bias)
+    tensors = (lower, upper, weight, bias)
     _check_linear(lower, upper, weight, bias, rounding)
     if rectified and not (lower.dtype == torch.float32 and plain_eager(*tensors)):
         lower, upper, rectified = *clipped_at_zero(lower, upper), False

@@ -31,6 +31,7 @@ from pyrobust.ops._interval_checks import (
     dense,
     finite_ends,
     operand_error,
+    settled,
 )
 from pyrobust.ops._interval_fallback import half_step_of_int8, outward_image
 from pyrobust.ops._library import define, dispatcher_needed, refuse_forward_mode
@@ -65,6 +66,7 @@ def interval_packed_linear(
     rounding: str = "real",
     extras: WeightExtras | None = None,
     rectified: bool = False,
+    allow_infinite: bool = False,
 ) -> Ends:
     """Image of a box under :func:`pyrobust.ops.matmul.packed_linear`.
 
@@ -85,28 +87,34 @@ def interval_packed_linear(
         extras: row scales, codebook and sparse remainder, where the weight has them.
         rectified: whether a ReLU stands before the layer: the box is that of ``max(0, x)``. The
             kernels clip on the way in.
+        allow_infinite: whether ends may be infinite: then an operand that is infinite or NaN and a
+            bound that overflows give ``[-inf, inf]``. On a GPU nobody looks, and they always do.
 
     Returns:
         ``(lower, upper)``, each ``(..., out_features)``; differentiable in both ends and ``bias``.
 
     Raises:
         TypeError: a dtype is not accepted.
-        ValueError: shapes disagree, or an option is out of range.
+        ValueError: shapes disagree, an option is out of range, or an operand is infinite or NaN.
+        OverflowError: the result leaves the range of its dtype.
     """
     subject = "interval_packed_linear"
     tensors = (lower, upper, codes, scale, zero, bias)
+    operands = {"lower": lower, "upper": upper, "scale": scale, "bias": bias}
     through_torch = dispatcher_needed(*tensors)
+    finite_ends.start()
     if not through_torch:
         done = _native.eager_interval_packed(
             *tensors, in_features, bits, group_size, group_dim, activations, extras, rounding,
             rectified, torch.get_num_threads(), False, False,
         )  # fmt: skip
         if done is not None:
-            return done[0], done[1]
+            finite_ends.note(done[2])
+            return settled(subject, (done[0], done[1]), operands, allow_infinite)
     if through_torch and has_torch_function(tensors):
         options: dict[str, Any] = {"in_features": in_features, "bits": bits, "group_dim": group_dim}
         options |= {"group_size": group_size, "activations": activations, "rounding": rounding}
-        options |= {"extras": extras, "rectified": rectified}
+        options |= {"extras": extras, "rectified": rectified, "allow_infinite": allow_infinite}
         result: Ends = handle_torch_function(interval_packed_linear, tensors, *tensors, **options)
         return result
     extras = extras or NO_EXTRAS
@@ -124,8 +132,9 @@ def interval_packed_linear(
     if through_torch:
         refuse_forward_mode(subject, *tensors)
         ends: Ends = torch.ops.pyrobust.interval_packed_linear(*arguments)
-        return ends
-    return _linear_cpu(*arguments, rectified=rectified)
+    else:
+        ends = _linear_cpu(*arguments, rectified=rectified)
+    return settled(subject, ends, operands, allow_infinite)
 
 
 def interval_packed_conv2d(
@@ -149,6 +158,7 @@ def interval_packed_conv2d(
     rounding: str = "real",
     extras: WeightExtras | None = None,
     rectified: bool = False,
+    allow_infinite: bool = False,
 ) -> Ends:
     """Image of a box of images under a convolution whose weight is packed.
 
@@ -176,13 +186,16 @@ def interval_packed_conv2d(
         extras: row scales, codebook and sparse remainder, where the weight has them.
         rectified: whether a ReLU stands before the layer: the box is that of ``max(0, x)``. The
             kernels clip on the way in.
+        allow_infinite: whether ends may be infinite: then an operand that is infinite or NaN and a
+            bound that overflows give ``[-inf, inf]``. On a GPU nobody looks, and they always do.
 
     Returns:
         ``(lower, upper)``, each ``(B, O, H', W')``; differentiable in both ends and ``bias``.
 
     Raises:
         TypeError: a dtype is not accepted.
-        ValueError: shapes disagree, or an option is out of range.
+        ValueError: shapes disagree, an option is out of range, or an operand is infinite or NaN.
+        OverflowError: the result leaves the range of its dtype.
     """
     subject = "interval_packed_conv2d"
     tensors = (lower, upper, codes, scale, zero, bias)
@@ -191,7 +204,7 @@ def interval_packed_conv2d(
         options |= {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
         options |= {"bits": bits, "group_size": group_size, "group_dim": group_dim}
         options |= {"activations": activations, "rounding": rounding, "extras": extras}
-        options["rectified"] = rectified
+        options |= {"rectified": rectified, "allow_infinite": allow_infinite}
         result: Ends = handle_torch_function(interval_packed_conv2d, tensors, *tensors, **options)
         return result
     kernel = conv.pair(subject, "kernel_size", kernel_size)
@@ -209,6 +222,7 @@ def interval_packed_conv2d(
     packed = (terms, float(bits), group_size, group_dim, activations)
     window = (kernel, step, pad, gap, groups)
     through_torch = dispatcher_needed(*tensors)
+    finite_ends.start()
     if rectified and (through_torch or lower.dtype != torch.float32):
         low, high = clipped_at_zero(low, high)
     arguments = (low, high, *tensors[2:], *packed, *window, rounding, *extras)
@@ -217,6 +231,8 @@ def interval_packed_conv2d(
         ends: Ends = torch.ops.pyrobust.interval_packed_conv2d(*arguments)
     else:
         ends = _conv_cpu(*arguments, rectified=rectified)
+    operands = {"lower": lower, "upper": upper, "scale": scale, "bias": bias}
+    ends = settled(subject, ends, operands, allow_infinite)
     return ends if lower.ndim == 4 else (ends[0].squeeze(0), ends[1].squeeze(0))
 
 

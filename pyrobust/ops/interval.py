@@ -11,9 +11,13 @@ promise, for the weights as stored (proof: ``csrc/interval/interval.h``):
 float32 on the CPU runs native kernels, on a CUDA device tensor-core kernels (their own proof:
 ``csrc/interval/cuda.h``; bounds are wider by about 1e-4 of ``sum |w| |x|``); float64 and other
 devices run the same method in torch operations. float16 and bfloat16 are refused: convert with
-``.float()``, which is exact. Where a bound overflows, or an end of the box is infinite or NaN, the
-result is ``[-inf, inf]``. ``radius_precision("bfloat16")`` trades up to 1.6% of width a layer for
-speed.
+``.float()``, which is exact. ``radius_precision("bfloat16")`` trades up to 1.6% of width a layer
+for speed.
+
+Where a bound overflows, or an operand is infinite or NaN, an error says so: OverflowError,
+ValueError, or RuntimeError from compiled code. With ``allow_infinite=True`` the result there is
+``[-inf, inf]``. On a GPU it always is, since looking would stop the device;
+``torch.isfinite(upper).all()`` looks.
 
 Source: S. M. Rump, "Fast and parallel interval arithmetic", BIT 39 (1999); N. Revol and
 P. Theveny, "Numerical reproducibility and parallel computations: issues for interval algorithms",

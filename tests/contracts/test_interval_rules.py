@@ -394,3 +394,14 @@ def test_gradients_of_both_ends(row):
     expected = torch.autograd.grad(expected_ends[1].sum() - expected_ends[0].sum(), (lower, upper))
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rounding", ["nearest", "real", "deployed"])
+def test_gradients_of_attention_to_a_single_score_are_finite(rounding, dtype):
+    low = torch.randn(2, 4, 9, dtype=dtype)
+    leaves = low.requires_grad_(), (low.detach() + 0.05).requires_grad_()
+    result = attend(Interval(*leaves, rounding=rounding), is_causal=True)
+    (result.upper.sum() - result.lower.sum()).backward()
+    for leaf in leaves:
+        assert bool(leaf.grad.isfinite().all())

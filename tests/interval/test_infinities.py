@@ -11,6 +11,7 @@ from torch import nn
 
 from pyrobust import Interval
 from pyrobust import nn as rnn
+from pyrobust.interval.type import wrap
 
 INF = math.inf
 ROUNDINGS = ["nearest", "real", "deployed"]
@@ -223,3 +224,15 @@ def test_in_vmap_all_slices_are_looked_at():
     nn.init.constant_(layer.weight, 3e38)
     with pytest.raises(OverflowError, match=r"linear leaves the range .* \(in Linear\)"):
         ends(layer)(x, x + 1)
+
+
+def test_ends_that_nobody_looked_at_can_be_asked_for():
+    box = Interval.ball(torch.zeros(2, 3), 0.1)
+    assert box.check_finite() is box
+    overflowed = wrap(box.lower, torch.tensor([0.1, INF, 0.1]).expand(2, 3), "real")
+    with pytest.raises(OverflowError, match="the ends must be finite; 2 of 6 elements are not"):
+        overflowed.check_finite()
+    with pytest.raises(OverflowError, match="1 of 3 elements are not"):
+        torch.vmap(lambda a, b: wrap(a, b, "real").check_finite().lower)(
+            torch.zeros(3), torch.tensor([0.0, INF, 0.0])
+        )

@@ -95,7 +95,11 @@ def test_overflow_and_infinite_ends_give_the_whole_line(isa, rounding):
         ([float("nan"), 0.0], [1.0, 1.0]),
     ]:
         lower, upper = interval_linear(
-            torch.tensor([low]), torch.tensor([high]), weight, rounding=rounding
+            torch.tensor([low]),
+            torch.tensor([high]),
+            weight,
+            rounding=rounding,
+            allow_infinite=True,
         )
         assert not lower.isnan().any()
         assert not upper.isnan().any()

@@ -42,15 +42,16 @@ def as_bfloat16(weight):
 def linear_violations(problem, form, rounding):
     lower, upper, weight, bias = problem
     if form == "float32":
-        ends = interval_linear(*problem, rounding=rounding)
+        ends = interval_linear(*problem, rounding=rounding, allow_infinite=True)
     elif form == "bfloat16":
         weight = as_bfloat16(weight)
-        ends = interval_linear(lower, upper, weight, bias, rounding=rounding)
+        ends = interval_linear(lower, upper, weight, bias, rounding=rounding, allow_infinite=True)
     else:
         packed = round_to_nearest(weight, bits=form, group_size=16)
         ends = interval_packed_linear(
             lower, upper, packed.codes, packed.scale, packed.zero, bias,
             in_features=weight.shape[1], bits=form, group_size=16, rounding=rounding,
+            allow_infinite=True,
         )  # fmt: skip
         weight = packed.dequantize()
     return violations(ends, lower, upper, weight.float(), bias)
@@ -92,13 +93,15 @@ def convolution_violations(kind, batch, geometry, form, rounding, pixels):
     if isinstance(form, str):
         weight = as_bfloat16(weight) if form == "bfloat16" else weight
         kernel = weight.reshape(rows, per_group, *window)
-        ends = interval_conv2d(lower, upper, kernel, bias, rounding=rounding, **options)
+        ends = interval_conv2d(
+            lower, upper, kernel, bias, rounding=rounding, allow_infinite=True, **options
+        )
     else:
         packed = round_to_nearest(weight, bits=form, group_size=16)
         ends = interval_packed_conv2d(
             lower, upper, packed.codes, packed.scale, packed.zero, bias,
             in_channels=channels, kernel_size=window, bits=form, group_size=16,
-            rounding=rounding, **options,
+            rounding=rounding, allow_infinite=True, **options,
         )  # fmt: skip
         weight = packed.dequantize()
     sides = [patches_of(end, geometry) for end in (lower, upper)]

@@ -41,6 +41,7 @@ def bound(ends, q, bias, rounding="real", extras=None):
     return interval_packed_linear(
         *ends, q.codes, q.scale, q.zero, bias, in_features=q.shape[1], bits=q.bits,
         group_size=q.group_size, rounding=rounding, extras=extras or q.extras,
+        allow_infinite=True,
     )  # fmt: skip
 
 
