@@ -15,7 +15,7 @@ SANITIZERS := LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file
 DATA ?=
 OUT ?= demo-report
 
-.PHONY: install demo test check test-slow sanitize bench wheel clean
+.PHONY: install demo test check test-slow sanitize sanitize-cuda bench wheel clean
 
 install: $(STAMP)
 
@@ -49,6 +49,10 @@ sanitize: $(STAMP)
 	rm -f $(STAMP)
 	$(SANITIZERS) $(BIN)/python -m pytest -s -m "slow or not slow" $(SANITIZED)
 	$(SANITIZERS) $(BIN)/python -m pytest $(SANITIZED_BOUNDS)
+
+# On a machine with a GPU: compute-sanitizer's four tools over tests/cuda.
+sanitize-cuda: $(STAMP)
+	PYTHON=$(BIN)/python sh tests/cuda/sanitize.sh
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest bench --benchmark-only -q -s

@@ -38,8 +38,9 @@ _FEW = {
 _MANY = {256: (0.5, 0.9), 1024: (0.8, 0.9), 4096: (0.93, 0.9)}
 _PEER_ROWS = (1, 16, 64, 256)
 _SWITCH_ROWS = (48, 64, 128, 192)
-# Issued instructions a weight of decoding in float16 (tests/native/test_cuda_matmul_gates.py).
-_ISSUED = {8: 1.00, 4: 1.13, 3: 1.22, 2: 1.06, 1.58: 1.06, 1: 0.98}
+# Instructions a weight of decoding for float16, all of the integer pipe, which takes one where two
+# are issued (tests/native/test_cuda_matmul_gates.py).
+_DECODING = {8: 0.50, 4: 0.63, 3: 0.75, 2: 0.56, 1.58: 0.56, 1: 0.53}
 _CLOCK = 1.83e9  # Hz under load, of an H200
 _TENSOR = 490e12  # operations a second that mma.sync reaches at best there
 
@@ -95,7 +96,7 @@ def _product(
 def _floor(count: int, bits: float, copy_rate: float) -> float:
     weights = _SIZE * _SIZE
     nbytes = weights * (_STORED[bits] + 16 / _GROUP) / 8 + 4 * count * _SIZE
-    issue = _ISSUED[bits] + -(-count // 8) / 8
+    issue = max(2 * _DECODING[bits], _DECODING[bits] + -(-count // 8) / 8)
     lanes = _cuda_matmul.multiprocessors(torch.empty(0)) * 128 * _CLOCK
     return max(nbytes / copy_rate, 2 * count * weights / _TENSOR, weights * issue / lanes)
 
@@ -183,7 +184,8 @@ def _peers(clock: Clock) -> Iterator[Row]:
             try:
                 yield from _against(name, build, bits, dtype)
             except Exception as error:  # not installed, or not for this card
-                what = f"{bits} bits against {name}: {type(error).__name__}: {str(error)[:80]}"
+                kind = "NOT INSTALLED" if isinstance(error, ImportError) else type(error).__name__
+                what = f"{bits} bits against {name}: {kind}: {str(error)[:80]}"
                 yield Row(_PART, what, math.nan, "x the peer", 0.85, 1.1)
                 break
 

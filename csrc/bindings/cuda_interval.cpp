@@ -176,8 +176,9 @@ void interval_split_patches(const std::array<uintptr_t, 5>& pointers,
 // first, low, second (0: none), radius, bias (0: none), out_lower, out_upper;
 // groups, outer, inner, pixels, patches, stride
 void interval_finish(const std::array<uintptr_t, 7>& pointers, const std::array<int64_t, 6>& sizes,
-                     const SumOptions& sum, Where where) {
+                     bool in_chunks, const SumOptions& sum, Where where) {
   interval::gpu::Finish work{};
+  work.in_chunks = in_chunks;
   work.first = device_pointer<const float>(pointers[0]);
   work.low = device_pointer<const float>(pointers[1]);
   work.second = device_pointer<const float>(pointers[2]);

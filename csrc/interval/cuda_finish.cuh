@@ -41,6 +41,13 @@ PYROBUST_DEVICE void add_four(const float* from, int64_t left, bool vectors, flo
   for (int i = 0; i < kFour; ++i) sum[i] += more[i];
 }
 
+// The sum of `count` results, each `apart` from the one before.
+PYROBUST_DEVICE void load_parts(const float* from, int64_t count, int64_t apart, int64_t left,
+                                bool vectors, float (&sum)[kFour]) {
+  load_four(from, left, vectors, sum);
+  for (int64_t i = 1; i < count; ++i) add_four(from + i * apart, left, vectors, sum);
+}
+
 PYROBUST_KERNEL(kPrepareThreads) finish_kernel(const __grid_constant__ FinishWork work) {
   const Finish& to = work.to;
   const int64_t segments = segments_of(to.inner), row = blockIdx.x / segments;
@@ -49,15 +56,15 @@ PYROBUST_KERNEL(kPrepareThreads) finish_kernel(const __grid_constant__ FinishWor
   if (left <= 0) return;
   const int64_t rows = to.outer / to.groups, chunk_size = rows * to.inner;
   const int64_t place = row * to.inner + at;
-  const float* first = to.first + (row / rows * to.sum.chunks * rows + row % rows) * to.inner + at;
-  float centre[kFour], radius[kFour];
-  load_four(first, left, work.load_vectors, centre);
-  for (int64_t chunk = 1; chunk < to.sum.chunks; ++chunk) {
-    add_four(first + chunk * chunk_size, left, work.load_vectors, centre);
-  }
-  add_four(to.low + place, left, work.load_vectors, centre);
+  const int64_t chunked = (row / rows * to.sum.chunks * rows + row % rows) * to.inner + at;
+  const int64_t parts = to.in_chunks ? to.sum.chunks : 1, part = to.in_chunks ? chunked : place;
+  float centre[kFour], radius[kFour], low[kFour];
+  load_parts(to.first + chunked, to.sum.chunks, chunk_size, left, work.load_vectors, centre);
+  load_parts(to.low + part, parts, chunk_size, left, work.load_vectors, low);
+#pragma unroll
+  for (int i = 0; i < kFour; ++i) centre[i] += low[i];
   if (to.second != nullptr) add_four(to.second + place, left, work.load_vectors, centre);
-  load_four(to.radius + place, left, work.load_vectors, radius);
+  load_parts(to.radius + part, parts, chunk_size, left, work.load_vectors, radius);
   float lower[kFour], upper[kFour];
 #pragma unroll
   for (int i = 0; i < kFour; ++i) {

@@ -5,8 +5,10 @@
 //   centre = sum over chunks of W1 c_hi, + W1 c_lo, + W2 c_hi where W is float32
 //   radius = |W|^ r^         both rounded up to one bfloat16
 //
-// The terms are cut into chunks only in W1 c_hi, the one product whose magnitudes are not small;
-// chunk results and the other products meet by float32 additions in the epilogue.
+// The terms have to be cut into chunks only in W1 c_hi, the one product whose magnitudes are not
+// small; chunk results and the other products meet by float32 additions in the epilogue. Where
+// W1 c_lo and |W| r come in chunks too, so that all are one batch, each adds its own up first: a
+// sum in parts, as the library may make it.
 //
 // What is assumed of the library: each result is a sum of all its products, exact ones, in any
 // order and grouping, on tensor cores with float32 accumulators, parts of a split sum added in
@@ -97,7 +99,7 @@ cuda::Status split_patches(const SplitPatches& work, const cuda::Queue& queue);
 
 // Sums to ends. A result has `outer` rows of `inner`; a row belongs to one of `groups`, and within
 // a group the chunks' results follow one another: first (groups, chunks, outer / groups, inner),
-// low, second (or null) and radius (outer, inner).
+// low, second (or null) and radius (outer, inner), or low and radius as first.
 struct Finish {
   const float* first;
   const float* low;
@@ -105,6 +107,7 @@ struct Finish {
   const float* radius;
   const float* bias;  // one an output, or null
   LibrarySum sum;
+  bool in_chunks;  // low and radius too
   int64_t groups;
   int64_t outer;
   int64_t inner;

@@ -267,6 +267,8 @@ int64_t partial_floats(Format format, const LinearArguments& p) {
 int64_t arrival_words(const LinearArguments& p) { return p.schedule.tiles; }
 
 cuda::Status linear(Format format, const LinearArguments& p, cuda::Stream stream) {
+  constexpr cuda::Status kInvalidValue = 1;
+  if (p.count > (p.group_dim == 1 ? kMaxFusedRows : kMostColumnwiseRows)) return kInvalidValue;
   if (p.wide) return linear_wide(format, p, stream);
   switch (format) {
     case Format::k1:

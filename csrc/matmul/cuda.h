@@ -27,7 +27,8 @@ namespace pyrobust::matmul::gpu {
 
 constexpr int64_t kMaxFusedRows = 64;
 
-// A product of at most kMaxFusedRows rows of x with a repacked weight.
+// A product of at most kMaxFusedRows rows of x with a repacked weight; of kMostColumnwiseRows where
+// groups run along output features.
 struct LinearArguments {
   const uint32_t* codes = nullptr;  // stored_words(), 16-byte aligned
   const void* scale = nullptr;      // as cuda_layout.h says; of scale_type (group_dim 0: of x_type)

@@ -313,10 +313,12 @@ PYROBUST_HD int last_of_run(const Schedule& s, int run) { return first_of_run(s,
 
 // --- instances ----------------------------------------------------------------------------------
 // Rows of x that the kernel for `count` rows takes; every instance costs seconds of compilation.
-// Instances of 8 and of 16 rows add in the same order.
+// Instances of 8 and of 16 rows add in the same order. Groups along output features are multiplied
+// for at most kMostColumnwiseRows at a time: twice 16 rows took an H200 as long as 64.
+constexpr int kMostColumnwiseRows = 16;
 PYROBUST_HD constexpr int instance_rows(Format format, int group_dim, int64_t count) {
   if (count <= 8 && (group_dim == 1 || format == Format::kComplex)) return 8;
-  return count <= 16 ? 16 : count <= 32 && group_dim == 1 ? 32 : 64;
+  return count <= 16 || group_dim == 0 ? 16 : count <= 32 ? 32 : 64;
 }
 
 }  // namespace pyrobust::matmul::gpu

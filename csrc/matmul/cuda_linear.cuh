@@ -125,10 +125,13 @@ cuda::Status start_rows(const LinearArguments& p, cuda::Stream stream) {
       }
       break;
   }
-  return start<kFormat, Act, 64, kGroupDim>(p, stream);
+  if constexpr (instance_rows(kFormat, kGroupDim, 64) == 64) {
+    return start<kFormat, Act, 64, kGroupDim>(p, stream);
+  }
+  return 0;
 }
 
-// The instances of one width: two types of x, two directions of groups, two to four sizes of M.
+// The instances of one width: two types of x, two directions of groups, one or four sizes of M.
 template <Format kFormat>
 cuda::Status start_format(const LinearArguments& p, cuda::Stream stream) {
   if (p.x_type == FloatType::kFloat16) {

@@ -172,12 +172,15 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _Sums(NamedTuple):
-    """What the epilogue adds: ``first`` has a result a chunk."""
+    """What the epilogue adds: ``first`` has a result a chunk; with ``in_chunks`` others have too,
+    but for ``second``.
+    """
 
     first: Tensor
     low: Tensor
     second: Tensor | None
     radius: Tensor
+    in_chunks: bool = False
 
 
 def linear(
@@ -279,7 +282,7 @@ def _finish(
         address(bias), out[0].data_ptr(), out[1].data_ptr(),
     )  # fmt: skip
     cuda_module("interval_linear").interval_finish(
-        pointers, sizes, parts.sum_options(mode), where(sums.first)
+        pointers, sizes, sums.in_chunks, parts.sum_options(mode), where(sums.first)
     )
 
 
@@ -313,16 +316,17 @@ def convolve(
     A block of images at a time is unfolded, in bfloat16, into a part of the cache.
     """
     parts = _weight_of(weight, keep)
+    batch = _batch_of(parts, groups)
     window = _Window(kernel, stride, dilation, out_size, groups)
     pixels, rows = out_size[0] * out_size[1], weight.shape[0]
     out = tuple(lower.new_empty((lower.shape[0], rows, *out_size)) for _ in range(2))
-    sums_of_pixel = 4 * rows * (parts.chunks + 3)
+    sums_of_pixel = 4 * rows * (_PLANES * parts.chunks + 1)
     each = pixels * (2 * _PLANES * parts.padded * groups + sums_of_pixel)
     block = max(1, _IMAGE_BYTES // each)
     for begin in range(0, lower.shape[0], block):
         images = slice(begin, min(lower.shape[0], begin + block))
         planes = _split_patches(lower[images], upper[images], parts, window, mode)
-        sums = _patch_sums(planes, parts)
+        sums = _patch_sums(planes, batch, parts)
         patches = (images.stop - begin) * pixels
         sizes = (groups, rows, planes.shape[-1], pixels, patches, 0)
         _finish(sums, parts, bias, sizes, mode, (out[0][images], out[1][images]))
@@ -348,28 +352,19 @@ def _split_patches(
     return planes
 
 
-def _patch_sums(planes: Tensor, parts: _Weight) -> _Sums:
-    groups = planes.shape[1]
-    high, low, radius = planes
-
-    def matrices(part: Tensor) -> Tensor:
-        split: Tensor = part.unflatten(0, (groups, -1))
-        return split
-
-    first = matrices(parts.first)
-    second = None if parts.second is None else _product(matrices(parts.second), high)
-    return _Sums(
-        _product(first, high) if parts.chunks == 1 else _chunk_sums(first, high, parts.chunks),
-        _product(first, low),
-        second,
-        _product(matrices(parts.magnitude), radius),
-    )
+def _batch_of(parts: _Weight, groups: int) -> Tensor:
+    """Left operands of W1 c_hi, W1 c_lo and |W| r: ``(3 * groups * chunks, rows, terms)``."""
+    planes = torch.stack((parts.first, parts.first, parts.magnitude))
+    split: Tensor = planes.unflatten(1, (groups, -1)).unflatten(3, (parts.chunks, -1))
+    return split.transpose(2, 3).flatten(0, 2)
 
 
-def _chunk_sums(first: Tensor, high: Tensor, chunks: int) -> Tensor:
-    """``(groups, chunks, rows, columns)``."""
-    pieces = [
-        _product(w.unflatten(1, (chunks, -1)).transpose(0, 1), x.unflatten(0, (chunks, -1)))
-        for w, x in zip(first, high, strict=True)
-    ]
-    return pieces[0].unsqueeze(0) if len(pieces) == 1 else torch.stack(pieces)
+def _patch_sums(planes: Tensor, batch: Tensor, parts: _Weight) -> _Sums:
+    """One batch of equal products: those of a block of images alone are too few for a card."""
+    groups, columns = planes.shape[1], planes.shape[3]
+    products = _product(batch, planes.view(batch.shape[0], -1, columns))
+    first, low, radius = products.view(_PLANES, groups, parts.chunks, -1, columns)
+    second = None
+    if parts.second is not None:
+        second = _product(parts.second.unflatten(0, (groups, -1)), planes[0])
+    return _Sums(first, low, second, radius, in_chunks=True)

@@ -42,7 +42,9 @@ __all__ = [
 # "switch" of bench/gpu.py prints both sides.
 FUSED_ROWS: dict[float, int] = {1: 128, 1.58: 128, 2: 128, 3: 128, 4: 128, 8: 128}
 
-_CALL_ROWS = 64  # of one launch; kMaxFusedRows
+# Of one launch, by the direction of groups: kMostColumnwiseRows, kMaxFusedRows.
+_CALL_ROWS = (16, 64)
+_MOST_COLUMNWISE = 64  # rows of x; on an H200 as many decoded take as long as five or six launches
 _PIECE_BYTES = 128 << 20  # of decoded W at a time
 _TILE = 128  # rows and columns of a result that one thread block of torch's product makes
 _STRIP, _BLOCK = 64, 64
@@ -303,7 +305,9 @@ def linear(weight: GpuWeight, x: Tensor, bias: Tensor | None) -> Tensor:
     flat = x.reshape(x.shape[:-1].numel(), weight.parts.in_features)
     # Weights that float32 must not see rounded: one scale a column is multiplied in before.
     exact = flat.dtype == torch.float32 and weight.parts.group_dim == 0
-    few = 0 < flat.shape[0] <= FUSED_ROWS[weight.parts.bits]
+    most = FUSED_ROWS[weight.parts.bits]
+    most = most if weight.parts.group_dim == 1 else min(most, _MOST_COLUMNWISE)
+    few = 0 < flat.shape[0] <= most
     kind = torch.bfloat16 if flat.dtype == torch.float32 else flat.dtype
     fused = weight.fused_for(kind) if few and not exact else None
     if fused is None:
@@ -320,9 +324,9 @@ def _fused_linear(
 ) -> Tensor:
     x = whole_chunks(x)
     out = x.new_empty((x.shape[0], weight.rows), dtype=out_dtype)
-    on = weight.where
-    for begin in range(0, x.shape[0], _CALL_ROWS):
-        part, to = x[begin : begin + _CALL_ROWS], out[begin : begin + _CALL_ROWS]
+    on, rows = weight.where, _CALL_ROWS[weight.parts.group_dim]
+    for begin in range(0, x.shape[0], rows):
+        part, to = x[begin : begin + rows], out[begin : begin + rows]
         partials, arrivals = workspace(fused.native, part)
         fused.native.run(
             part.data_ptr(), FLOAT_CODES[x.dtype], part.shape[0], address(bias), to.data_ptr(),

@@ -73,6 +73,15 @@ def test_every_part_yields_rows_with_targets(bench, emulated_cuda):
     assert "4 bits W, 128^2, M = 9" in text
 
 
+def test_peers_that_are_not_installed_are_named(bench, emulated_cuda):
+    timing, (_, matmul, *_) = bench
+    rows = [row for row in matmul.measure(timing.Clock(600)) if "NOT INSTALLED" in row.what]
+    assert {name for row in rows for name in matmul.PEERS if name in row.what} >= {
+        "humming", "Marlin", "bitsandbytes", "gemlite"
+    }  # fmt: skip
+    assert all(row.verdict() == "not measured" for row in rows)
+
+
 def test_a_cell_of_intervals_that_fails_is_a_row(bench, emulated_cuda, monkeypatch):
     timing, (*_, interval) = bench
 
