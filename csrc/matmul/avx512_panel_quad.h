@@ -70,6 +70,41 @@ struct PanelQuad {
       *b = _mm512_and_si512(v, _mm512_set1_epi8(static_cast<char>(((1 << kBits) - 1) << kBits)));
     }
   }
+
+  // The registers that step s needs beside those of the steps before it. Loads keep their order and
+  // happen once, which the processor's prefetcher and its two loads a cycle want.
+  __attribute__((always_inline)) inline void load_step(int s, const uint8_t* at) {
+    if constexpr (kBits == 8) {
+      load_line(2 * s, at);
+      load_line(2 * s + 1, at);
+    } else if constexpr (kBits >= 3) {
+      if (s < kBits) load_line(s, at);
+    } else if (s % (4 / kBits) == 0) {
+      load_line(s * kBits / 4, at);
+    }
+  }
+
+  // Codes a, and both at once, a + 2^kBits b, times 2^unit(s): a mask less than step() takes, and
+  // no shift.
+  static constexpr bool kJoined = !kBook && kBits != 8;
+  static constexpr int unit(int s) { return kBits > 2 ? 0 : s * 2 * kBits % 8; }
+  __attribute__((always_inline)) inline void joined(int s, __m512i* a, __m512i* all) const {
+    constexpr int kLow = (1 << kBits) - 1, kBoth = (1 << (2 * kBits)) - 1;
+    const __m512i v = kBits == 3 ? both(s) : raw[s * kBits / 4];
+    *a = _mm512_and_si512(v, _mm512_set1_epi8(static_cast<char>(kLow << unit(s))));
+    *all = v;
+    if (kBits != 4) {
+      *all = _mm512_and_si512(v, _mm512_set1_epi8(static_cast<char>(kBoth << unit(s))));
+    }
+  }
+
+ private:
+  __attribute__((always_inline)) inline void load_line(int i, const uint8_t* at) {
+    const auto* line = reinterpret_cast<const __m512i_u*>(at + kLineBytes * i);
+    __asm__ volatile("vmovdqu64 %1, %0\n\tprefetcht0 %2"
+                     : "=v"(raw[i])
+                     : "m"(*line), "m"(at[kLineBytes * i + kPanelAhead]));
+  }
 };
 
 // Scales of a group of 32 rows. Sums of the second half come 2^kShift times too large.

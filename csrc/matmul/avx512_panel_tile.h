@@ -118,8 +118,8 @@ struct PanelStreams {
   }
 };
 
-// One tile of x, of three or more rows of bytes. Up to four rows take two sums each, as a product
-// waits for the one before.
+// One tile of x. Up to four rows of bytes take two sums each, as a product waits for the one
+// before.
 template <int kBits, bool kBook, int kRows, int kParts>
 __attribute__((noinline)) void panel_tile(const PanelTask& task) {
   constexpr int kChains = kRows <= 4 ? 2 : 1, kSums = 2 * kRows * kChains;
@@ -164,69 +164,13 @@ __attribute__((noinline)) void panel_tile(const PanelTask& task) {
   }
 }
 
-// Sums of half a panel, sum[0] of rows 0..15 and sum[1] of rows 16..31, in lanes of eight.
-__attribute__((always_inline)) inline void split_sums(const __m512i* sum, int shift, __m256i* out) {
-#pragma GCC unroll 2
-  for (int t = 0; t < 2; ++t) {
-    const __m512i v = t == 1 ? _mm512_srai_epi32(sum[t], static_cast<unsigned>(shift)) : sum[t];
-    out[2 * t] = _mm512_castsi512_si256(v);
-    out[2 * t + 1] = _mm512_extracti64x4_epi64(v, 1);
-  }
-}
-
-// One or two rows of x in 8 bits, which take four sums each and keep their totals in registers.
-template <int kBits, bool kBook, int kRows>
-__attribute__((noinline)) void few_panel_rows(const PanelTask& task) {
-  constexpr int kChains = 4, kSums = 2 * kRows * kChains, kTotals = 4 * kRows;
-  PanelStreams<kBits, kBook, kRows> from(task);
-  constexpr int kShift = from.kShift;
-  const __m512i table = codebook_table(from.w);
-  finish_pending<kShift>(task);
-  __m512d total[kTotals];
-#pragma GCC unroll 8
-  for (int i = 0; i < kTotals; ++i) total[i] = _mm512_load_pd(task.total + 8 * i);
-  for (int64_t g = task.from; g < task.to; ++g) {
-    const int64_t quads = from.quads();
-    const uint8_t* codes = from.codes();
-    const int8_t* q = from.q;
-    __m512i sum[kSums];
-    from.start(sum);
-#pragma GCC unroll 16
-    for (int i = 2 * kRows; i < kSums; ++i) sum[i] = _mm512_setzero_si512();
-    for (int64_t j = 0; j < quads; ++j) {
-      add_quad<kBits, kBook, kRows, kChains>(codes, q, table, sum);
-      codes += kBits * kLineBytes;
-      q += kQuadColumns * kRows;
-    }
-#pragma GCC unroll 16
-    for (int i = 2 * kRows; i < kSums; ++i) {
-      sum[i % (2 * kRows)] = _mm512_add_epi32(sum[i % (2 * kRows)], sum[i]);
-    }
-    from.finish(sum);
-    __m512d scale[4];
-    load_panel_scales<0>(from.w, from.head, scale);
-    __m256i part[4];
-#pragma GCC unroll 2
-    for (int r = 0; r < kRows; ++r) {
-      split_sums(sum + 2 * r, kShift, part);
-#pragma GCC unroll 4
-      for (int l = 0; l < 4; ++l) {
-        total[4 * r + l] = _mm512_fmadd_pd(_mm512_cvtepi32_pd(part[l]), scale[l], total[4 * r + l]);
-      }
-    }
-    from.next();
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < kTotals; ++i) _mm512_store_pd(task.total + 8 * i, total[i]);
-}
-
 template <int kBits, bool kBook>
 void panel_tile_of(int64_t width, const PanelTask& task) {
   switch (width) {
     case 1:
-      return few_panel_rows<kBits, kBook, 1>(task);
+      return panel_tile<kBits, kBook, 1, 1>(task);
     case 2:
-      return few_panel_rows<kBits, kBook, 2>(task);
+      return panel_tile<kBits, kBook, 2, 1>(task);
     case 3:
       return panel_tile<kBits, kBook, 3, 1>(task);
     case 4:

@@ -7,6 +7,7 @@
 // The sums of a group and the order of groups are those of avx512_int8.h, hence the same bits.
 #pragma once
 
+#include "matmul/avx512_panel_few.h"
 #include "matmul/avx512_panel_integer.h"
 #include "matmul/avx512_panel_parts.h"
 
@@ -15,69 +16,6 @@ namespace {
 
 // Columns of a panel that all rows of x meet before the next: 16 KiB at 8 bits stay in L1.
 constexpr int64_t kPanelColumns = 512;
-
-inline __m512d eight_totals(const double* total) { return _mm512_load_pd(total); }
-inline __m512d eight_totals(const int32_t* total) { return _mm512_cvtepi32_pd(eight_sums(total)); }
-
-// Whole panels of 32 results a row of x, as store_16() of each half, with what a row of W brings in
-// registers.
-struct PanelResults {
-  __m512d row_scale[4], bias[4];
-
-  PanelResults(const Output& out, int64_t first) {
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      const int64_t n = first + 8 * i;
-      row_scale[i] = out.row_scale == nullptr ? _mm512_set1_pd(1.0)
-                                              : _mm512_cvtps_pd(_mm256_loadu_ps(out.row_scale + n));
-      bias[i] = out.bias == nullptr ? _mm512_setzero_pd()
-                                    : _mm512_cvtps_pd(_mm256_loadu_ps(out.bias + n));
-    }
-  }
-
-  template <typename Total>
-  __m512 half(const Total* total, double step, int t) const {
-    __m256 part[2];
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) {
-      const __m512d sum = _mm512_mul_pd(eight_totals(total + 8 * i), row_scale[2 * t + i]);
-      part[i] =
-          _mm512_cvtpd_ps(_mm512_add_pd(_mm512_mul_pd(sum, _mm512_set1_pd(step)), bias[2 * t + i]));
-    }
-    return _mm512_insertf32x8(_mm512_castps256_ps512(part[0]), part[1], 1);
-  }
-};
-
-template <FloatType kType, typename Total>
-void store_whole_panel(const Output& out, const PanelRows& x, const double* step, int64_t first,
-                       const Total* total) {
-  const PanelResults results(out, first);
-  int64_t at = out.row * out.stride + first - out.first;
-  for (int64_t m = 0; m < x.rows; ++m, total += kPanelRows, at += out.stride) {
-    const double factor = x.parts > 1 ? 1.0 : step[m];
-    store_floats(out.data, kType, at, results.half(total, factor, 0));
-    store_floats(out.data, kType, at + kLanes, results.half(total + kLanes, factor, 1));
-  }
-}
-
-// Results of rows [begin, end) of W, within the panel from row `first` on, from their totals.
-template <typename Total>
-void store_panel_rows(const Output& out, const PanelRows& x, const double* step, int64_t first,
-                      int64_t begin, int64_t end, const Total* total) {
-  if (end - begin == kPanelRows && out.remainder == nullptr) {
-    if (out.type == FloatType::kFloat32) {
-      return store_whole_panel<FloatType::kFloat32>(out, x, step, first, total);
-    }
-    if (out.type == FloatType::kBFloat16) {
-      return store_whole_panel<FloatType::kBFloat16>(out, x, step, first, total);
-    }
-    return store_whole_panel<FloatType::kFloat16>(out, x, step, first, total);
-  }
-  for (int64_t m = 0; m < x.rows; ++m, total += kPanelRows) {
-    const double factor = x.parts > 1 ? 1.0 : step[m];
-    for (int64_t n = begin; n < end; ++n) store_result(out, m, n, total[n - first], factor);
-  }
-}
 
 // Totals; the last tile has up to two rows more than x.
 int64_t double_totals_bytes(int64_t rows) {
@@ -109,6 +47,9 @@ void multiply_integer_order(const PackedMatrix& w, const Block& block, int64_t b
 template <int kBits, bool kBook>
 void multiply_panel_order(const PackedMatrix& w, Mode mode, const Block& block, int64_t begin,
                           int64_t end, const Output& out, void* scratch) {
+  if (is_few(block.rows, mode)) {
+    return multiply_few_rows<kBits, kBook>(w, block, {begin, end}, out);
+  }
   if (takes_integer_totals(w, mode)) {
     return multiply_integer_order<kBits, kBook>(w, block, begin, end, out, scratch);
   }

@@ -14,6 +14,10 @@ namespace {
 // A thread is worth starting for about 20 microseconds of work: a million multiply-adds.
 constexpr int64_t kGrain = int64_t{1} << 20;
 
+// Up to so many rows of x are prepared by each thread for itself: that takes as long as one thread
+// preparing them for all, and none waits for what lies in the cache of another.
+constexpr int64_t kOwnRows = 8;
+
 // An empty entry of the wider table falls through to the next lower one.
 template <typename Entry>
 const MatmulKernels& kernels_with(Entry MatmulKernels::* entry) {
@@ -110,37 +114,51 @@ struct Product {
   int num_threads;
 };
 
+struct PreparedRows {
+  void* data;
+  double* step;
+  int64_t rows;
+};
+
 // Rows [begin, end) of x.
 void multiply_rows(const Product& p, Mode mode, int64_t begin, int64_t end) {
   const PackedMatrix& weight = p.weight;
   const int64_t count = p.range.end - p.range.begin;
   const MatmulKernels& kernels = kernels_with(&MatmulKernels::multiply);
   const int64_t block_rows = std::min(end - begin, kMaxBlockRows);
-  void* prepared =
-      thread_scratch(ScratchSlot::kShared, kernels.prepared_bytes(weight, mode, block_rows));
-  auto* step = static_cast<double*>(
-      thread_scratch(ScratchSlot::kSteps, block_rows * static_cast<int64_t>(sizeof(double))));
+  const int64_t prepared_bytes = kernels.prepared_bytes(weight, mode, block_rows);
   const int64_t scratch_bytes = kernels.scratch_bytes(weight, mode, block_rows);
+  const auto scratch = [&] { return thread_scratch(ScratchSlot::kThread, scratch_bytes); };
+  const auto memory = [&](int64_t rows) {  // of the thread that asks
+    const int64_t bytes = block_rows * static_cast<int64_t>(sizeof(double));
+    return PreparedRows{thread_scratch(ScratchSlot::kShared, prepared_bytes),
+                        static_cast<double*>(thread_scratch(ScratchSlot::kSteps, bytes)), rows};
+  };
+  const bool own = end - begin <= kOwnRows;
   SparseBlock sparse(weight, mode, p.x);
   for (int64_t first = begin; first < end; first += block_rows) {
     const int64_t rows = std::min(block_rows, end - first);
-    parallel_for(rows, grain_rows(16 * weight.cols), 8, p.num_threads,
-                 [&](int64_t from, int64_t to) {
-                   kernels.prepare(weight, mode, p.x, first, rows, {from, to}, prepared, step,
-                                   thread_scratch(ScratchSlot::kThread, scratch_bytes));
-                 });
+    const auto prepare = [&](const PreparedRows& to, RowRange part) {
+      kernels.prepare(weight, mode, p.x, first, rows, part, to.data, to.step, scratch());
+    };
+    const PreparedRows shared = memory(rows);
+    if (!own) {
+      parallel_for(rows, grain_rows(16 * weight.cols), 8, p.num_threads,
+                   [&](int64_t from, int64_t to) { prepare(shared, {from, to}); });
+    }
     sparse.prepare(first, rows);
-    const Block block{prepared, step, rows};
     const Output output{p.out, p.bias, p.x.type, first, count, p.range.begin, weight.row_scale};
     parallel_for(count, grain_rows(rows * weight.cols), kernels.row_align, p.num_threads,
                  [&](int64_t from, int64_t to) {
-                   Output own = output;
+                   const PreparedRows prepared = own ? memory(rows) : shared;
+                   if (own) prepare(prepared, {0, rows});
+                   const Block block{prepared.data, prepared.step, rows};
+                   Output result = output;
                    const int64_t run = sparse.rows_at_once(to - from);
                    for (int64_t n = p.range.begin + from; n < p.range.begin + to; n += run) {
                      const int64_t stop = std::min(p.range.begin + to, n + run);
-                     sparse.multiply(n, stop, rows, &own);
-                     kernels.multiply(weight, mode, block, n, stop, own,
-                                      thread_scratch(ScratchSlot::kThread, scratch_bytes));
+                     sparse.multiply(n, stop, rows, &result);
+                     kernels.multiply(weight, mode, block, n, stop, result, scratch());
                    }
                  });
   }
