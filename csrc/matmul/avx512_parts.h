@@ -17,7 +17,7 @@
 //   step >= max |x| / 2139062143   v = 2^24 a + 65536 b + 256 c + d
 #pragma once
 
-#include "matmul/avx512_lanes.h"
+#include "matmul/avx512_prepare.h"
 
 namespace pyrobust::matmul {
 namespace {

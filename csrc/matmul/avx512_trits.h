@@ -11,6 +11,7 @@
 //   0 factors   (rows of bytes, groups, steps, 5, 32)
 #pragma once
 
+#include "matmul/avx512_lanes.h"
 #include "matmul/avx512_parts.h"
 
 namespace pyrobust::matmul {

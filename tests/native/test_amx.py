@@ -191,14 +191,16 @@ def test_rows_of_x_without_a_step(amx, value):
 
 
 def test_what_takes_no_tiles(amx):
-    """Float activations, groups along outputs, groups that are no multiple of 32, few rows."""
+    """Floats with groups of half blocks, groups along outputs or of no 32 columns, few rows."""
     x, plain = torch.randn(20, 130), random_weight(5, 130, 4, 64)
     crosswise = QTensor.from_codes(
         draw(16, (5, 130)), (torch.rand(3, 130) + 0.1).half(), bits=4, group_size=2, group_dim=0
     )
     before = _native.isa()
     calls = [
-        (x, plain, None),
+        (x, random_weight(5, 130, 4, 32), None),
+        (x[: LEAST_ROWS - 1], plain, None),
+        (x, crosswise, None),
         (x, crosswise, "int8"),
         (x, random_weight(5, 130, 4, 13), "int8"),
         (x[: LEAST_ROWS - 1], plain, "int8"),
@@ -214,6 +216,72 @@ def test_what_takes_no_tiles(amx):
             assert torch.equal(result, multiply(rows, packed, activations=mode))
     finally:
         _native.set_isa(before)
+
+
+def on_avx512(x, packed, bias=None):
+    """The reference of float activations in parts, whatever the fixture has put in place."""
+    before, installed = _native.isa(), install(PRODUCTS)
+    _native.set_isa("avx512")
+    try:
+        return multiply(x, packed, bias, activations=None)
+    finally:
+        install(installed)
+        _native.set_isa(before)
+
+
+def float_rows(batch, cols, kind):
+    """Rows of x that are multiplied in two, three, or three and four parts."""
+    x = torch.randn(batch, cols)
+    if kind == "three parts":
+        return (x * 1e4).round()
+    if kind == "three and four parts":
+        x[batch // 3 : batch // 2, ::64] *= 300.0
+    return x.bfloat16() if kind == "two parts" else x
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[2] % 64 == 0 or s[2] >= s[1]], ids=str)
+@pytest.mark.parametrize("kind", ["two parts", "three parts", "three and four parts"])
+def test_float_activations_have_the_bits_of_avx512(amx, bits, shape, kind):
+    rows, cols, group_size = shape
+    packed = random_weight(rows, cols, bits, group_size, kind="zeros")
+    x, bias = float_rows(200, cols, kind), torch.randn(rows)
+    expected = on_avx512(x, packed, bias)
+    for batch in BATCHES:
+        assert torch.equal(multiply(x[:batch], packed, bias, activations=None), expected[:batch])
+        if amx is None or kind == "three and four parts":
+            continue
+        parts = 2 if kind == "two parts" else 3
+        assert amx.take_counters()["products"] == parts * tile_products(
+            batch, rows, cols, group_size
+        )
+    if amx is not None:
+        seen = amx.take_counters()
+        assert seen["configurations"] == seen["releases"]
+        assert (seen["products"] > 0) == (kind == "three and four parts")
+
+
+@pytest.mark.parametrize("extra", ["symmetric", "codebook", "two_level", "remainder"])
+@pytest.mark.parametrize("kind", ["two parts", "three parts"])
+def test_parts_of_a_weight_with_float_activations(amx, extra, kind):
+    packed = random_weight(34, 320, 4, 64, kind=extra)
+    x = float_rows(33, 320, kind)
+    assert torch.equal(multiply(x, packed, activations=None), on_avx512(x, packed))
+    if amx is not None:
+        assert amx.take_counters()["products"] > 0
+
+
+@pytest.mark.parametrize("kind", ["two parts", "three parts"])
+def test_largest_sums_of_parts(amx, kind):
+    """Digits of -127 or 127 and one of -128 against codes of 255, in the longest run."""
+    cols = 65_536
+    codes = torch.full((2, cols), 255, dtype=torch.uint8)
+    zero = torch.zeros(2, 1, dtype=torch.uint8)
+    packed = QTensor.from_codes(codes, torch.ones(2, 1), zero, bits=8, group_size=cols)
+    x = torch.full((16, cols), -0x808080 * 2.0**-31)
+    x[:, 0] = 8_355_711 * 2.0**-23
+    x = x.bfloat16() if kind == "two parts" else x
+    assert torch.equal(multiply(x, packed, activations=None), on_avx512(x, packed))
 
 
 def test_threads_change_no_bit(amx):
