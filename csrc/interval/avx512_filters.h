@@ -9,6 +9,7 @@
 #include "interval/avx512_ends.h"
 #include "interval/avx512_packed.h"
 #include "interval/avx512_quads.h"
+#include "interval/avx512_strided.h"
 #include "interval/avx512_tiles.h"
 #include "interval/kernels.h"
 
@@ -58,6 +59,7 @@ inline void sixteen_tiles(const FilterRows& work, int64_t left, int64_t right, i
 }
 
 void filter_tiles(const FilterRows& work) {
+  if (work.strided) return filter_strided(work);
   if (work.quads) return filter_quads(work);
   if (work.tiles % 8 == 0) {  // halves of neighbouring rows share registers
     const int64_t of_row = work.tiles / 8, count = work.rows * of_row;
@@ -87,10 +89,11 @@ inline void filters_of(float a, float b, float c, int64_t plane, float* to) {
 }
 
 void filter_weights(const FilterWeights& work) {
+  const auto of_centres = work.strided ? strided_filters_of : filters_of;
+  const auto of_radii = work.quads ? quad_filters_of : of_centres;
   for (int64_t k = 0; k < work.count; ++k) {
     const float* g = work.weight + 3 * k;
-    filters_of(g[0], g[1], g[2], work.plane, work.centre + k);
-    const auto of_radii = work.quads ? quad_filters_of : filters_of;
+    of_centres(g[0], g[1], g[2], work.plane, work.centre + k);
     of_radii(std::fabs(g[0]), std::fabs(g[1]), std::fabs(g[2]), work.plane, work.radius + k);
   }
 }
@@ -198,7 +201,8 @@ void filter_product(const FilterProduct& work) {
 // --- outputs
 // --------------------------------------------------------------------------------------
 
-inline Pixels pixels_of(const float* sums, int64_t plane) {
+inline Pixels pixels_of(bool strided, const float* sums, int64_t plane) {
+  if (strided) return strided_pixels_of(sums, plane);
   const __m512 m0 = _mm512_loadu_ps(sums), m1 = _mm512_loadu_ps(sums + plane);
   const __m512 m2 = _mm512_loadu_ps(sums + 2 * plane), m3 = _mm512_loadu_ps(sums + 3 * plane);
   return interleaved(_mm512_add_ps(_mm512_add_ps(m0, m1), m2),
@@ -210,7 +214,7 @@ inline QuadPixels radii_of(const FilterEnds& work, int64_t n, int64_t pixel) {
   const float* sums = work.radius + n * kBlockTiles;
   const int64_t plane = work.rows * kBlockTiles;
   if (work.quads) return quad_pixels_of(sums + pixel / 4, plane);
-  const Pixels pixels = pixels_of(sums + pixel / 2, plane);
+  const Pixels pixels = pixels_of(work.strided, sums + pixel / 2, plane);
   return {{pixels.left, pixels.right}};
 }
 
@@ -230,7 +234,8 @@ bool filter_ends(const FilterEnds& work, const Constants& constants) {
       const QuadPixels radii = radii_of(work, n, pixel);
       for (int64_t half = 0; 32 * half < step; ++half) {
         const int64_t from = pixel + 32 * half, to = n * work.row_stride + from;
-        const Pixels centres = pixels_of(work.centre + n * stride + from / 2, work.rows * stride);
+        const Pixels centres =
+            pixels_of(work.strided, work.centre + n * stride + from / 2, work.rows * stride);
         store(centres.left, radii.part[2 * half], shift, to, work.pixels - from);
         store(centres.right, radii.part[2 * half + 1], shift, to + 16, work.pixels - from - 16);
       }

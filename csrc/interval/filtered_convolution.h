@@ -20,10 +20,11 @@ bool filters_apply(const Call& call, const Images& images, const Window& window,
   constexpr int64_t kLeastChannels = 16, kLeastTiles = 32, kLeastPixels = 2048;
   if (table.filter.product == nullptr || call.int8 || window.groups != 1) return false;
   if (window.kernel_height != kWindowRows || window.kernel_width != 3) return false;
-  if (window.stride_height != 1 || window.stride_width != 1) return false;
+  const int64_t stride = window.stride_width, multiple = stride == 1 ? 2 : 8;
+  if (window.stride_height != stride || stride > 2) return false;
   if (window.dilation_height != 1 || window.dilation_width != 1) return false;
   const int64_t pixels = window.out_height * window.out_width;
-  return window.out_width % 2 == 0 && pixels >= 2 * kLeastTiles &&
+  return window.out_width % multiple == 0 && pixels >= 2 * kLeastTiles &&
          std::min(images.channels, call.weight.rows) >= kLeastChannels &&
          images.batch * pixels >= kLeastPixels;
 }
@@ -41,6 +42,7 @@ struct Filtering {
   int64_t height;  // rows of tiles of a channel, with padding
   int64_t line;    // floats of a line
   bool quads;      // whether radii have tiles of four outputs
+  bool strided;    // whether the stride is 2
 
   // The tiles of an image for centres or radii.
   struct Planes {
@@ -51,6 +53,18 @@ struct Filtering {
   } centres, radii;
   Floats decoded, filters;  // of centres, then of radii
 
+  // Floats of a channel's rows of tiles. With stride 2 the even rows are neighbours and so are the
+  // odd ones; what is written behind either must not reach the other.
+  int64_t channel_size(const Planes& planes) const {
+    const int64_t of_row = window.out_width / planes.outputs;
+    return strided ? 2 * (blocks(height, 2) * of_row + kTileGroup) : height * of_row;
+  }
+  int64_t place(const Planes& planes, int64_t channel, int64_t row) const {
+    const int64_t of_row = window.out_width / planes.outputs, size = channel_size(planes);
+    if (!strided) return channel * size + row * of_row;
+    return channel * size + row % 2 * (size / 2) + row / 2 * of_row;
+  }
+
   int64_t weight_plane() const { return call.weight.rows * terms; }
   int64_t block_pixels() const { return kBlockTiles * radii.outputs; }
   int64_t step() const {
@@ -60,13 +74,10 @@ struct Filtering {
 };
 
 Filtering::Planes planes_of(const Filtering& plan, int64_t filters, int64_t outputs) {
-  const int64_t line = plan.window.out_width / outputs;
   Filtering::Planes out{filters, outputs, 0, {}};
-  out.size = whole_lines(plan.images.channels * plan.height * line + 16) + 16;
+  out.size = whole_lines(plan.images.channels * plan.channel_size(out) + 16) + 16;
   for (int64_t channel = 0; channel < plan.images.channels; ++channel) {
-    for (int64_t y = 0; y < kWindowRows; ++y) {
-      out.places.push_back((channel * plan.height + y) * line);
-    }
+    for (int64_t y = 0; y < kWindowRows; ++y) out.places.push_back(plan.place(out, channel, y));
   }
   return out;
 }
@@ -85,15 +96,19 @@ int64_t roundings_of(const Filtering& plan, int64_t channel) {
 
 Filtering plan_filters(const Call& call, const Images& images, const Window& window,
                        const IntervalKernels& table) {
-  Filtering out{call, images, window, table, {}, {}, 0.0f, 0, 0, 0, 0, false, {}, {}, {}, {}};
+  Filtering out{call, images, window, table, {}, {}, 0.0f, 0, 0,
+                0,    0,      false,  false, {}, {}, {},   {}};
   out.terms = images.channels * kWindowRows;
   out.tiles = window.out_width / 2;
-  out.height = window.out_height + kWindowRows - 1;
-  const int64_t width = std::max(window.pad_left + images.width, window.out_width + 2);
+  const int64_t stride = window.stride_width;
+  out.height = (window.out_height - 1) * stride + kWindowRows;
+  const int64_t width =
+      std::max(window.pad_left + images.width, (window.out_width - 1) * stride + 3);
   out.line = whole_lines(kLineMargin + width + kLineEnd);
-  out.quads = window.out_width % 16 == 0;
-  out.centres = planes_of(out, kFilters, 2);
-  out.radii = out.quads ? planes_of(out, kQuadFilters, 4) : planes_of(out, kFilters, 2);
+  out.strided = stride == 2;
+  out.quads = !out.strided && window.out_width % 16 == 0;
+  out.centres = planes_of(out, out.strided ? kStridedFilters : kFilters, 2);
+  out.radii = out.quads ? planes_of(out, kQuadFilters, 4) : out.centres;
   const auto gamma_of = [](int64_t roundings) {
     return rounding::gamma_bound(static_cast<double>(roundings));
   };
@@ -122,13 +137,13 @@ void make_filters(Filtering& plan, int num_threads) {
     data = rows_of(weight, 0, weight.rows, plan.decoded.get());
   }
   const int64_t plane = plan.weight_plane();
-  plan.filters = floats((kFilters + plan.radii.filters) * plane);
+  plan.filters = floats((plan.centres.filters + plan.radii.filters) * plane);
   float* filters = plan.filters.get();
   const Shares shares(weight.rows, 1, static_cast<double>(4 * plane), num_threads);
   shares.run([&](int64_t, int64_t begin, int64_t end) {
     const int64_t at = begin * plan.terms;
-    plan.table.filter.weights({data + 3 * at, (end - begin) * plan.terms, plan.quads, filters + at,
-                               filters + kFilters * plane + at, plane});
+    plan.table.filter.weights({data + 3 * at, (end - begin) * plan.terms, plan.quads, plan.strided,
+                               filters + at, filters + plan.centres.filters * plane + at, plane});
   });
 }
 
@@ -162,12 +177,14 @@ struct FilterBuffers {
   }
 };
 
-void clear_rows(const Filtering& plan, const Filtering::Planes& planes, int64_t row, int64_t rows,
-                float* tiles) {
-  const int64_t line = plan.window.out_width / planes.outputs;
+// Rows [row, row + rows) of a channel that lie outside of the image.
+void clear_rows(const Filtering& plan, const Filtering::Planes& planes, int64_t channel,
+                int64_t row, int64_t rows, float* tiles) {
+  const auto bytes = static_cast<size_t>(plan.window.out_width / planes.outputs) * sizeof(float);
   for (int64_t i = 0; i < planes.filters; ++i) {
-    std::memset(tiles + i * planes.size + row * line, 0,
-                static_cast<size_t>(rows * line) * sizeof(float));
+    for (int64_t y = row; y < row + rows; ++y) {
+      std::memset(tiles + i * planes.size + plan.place(planes, channel, y), 0, bytes);
+    }
   }
 }
 
@@ -185,12 +202,16 @@ float tiles_of_rows(const Filtering& plan, int64_t image, int64_t channel, int64
     largest = std::max(
         largest, plan.table.prepare(ends, plan.constants, own.lines[0] + to, own.lines[1] + to));
   }
-  const int64_t line = channel * plan.height + plan.window.pad_top + row;
-  plan.table.filter.tiles(
-      {rows, plan.line, own.lines[0], own.lines[1], plan.tiles, plan.quads,
-       plan.centre_errors[static_cast<size_t>(channel)], plan.radius_error,
-       plan.constants.input_floor, own.centre + line * plan.tiles, plan.centres.size,
-       own.radius + line * plan.window.out_width / plan.radii.outputs, plan.radii.size});
+  const int64_t step = plan.window.stride_height;  // rows that are neighbours as tiles
+  for (int64_t y = 0; y < std::min(step, rows); ++y) {
+    const int64_t to = plan.window.pad_top + row + y, line = y * plan.line;
+    plan.table.filter.tiles({blocks(rows - y, step), step * plan.line, own.lines[0] + line,
+                             own.lines[1] + line, plan.tiles, plan.quads, plan.strided,
+                             plan.centre_errors[static_cast<size_t>(channel)], plan.radius_error,
+                             plan.constants.input_floor,
+                             own.centre + plan.place(plan.centres, channel, to), plan.centres.size,
+                             own.radius + plan.place(plan.radii, channel, to), plan.radii.size});
+  }
   return largest;
 }
 
@@ -198,20 +219,19 @@ float tiles_of_rows(const Filtering& plan, int64_t image, int64_t channel, int64
 // Returns the absolute term of the image.
 float make_tiles(const Filtering& plan, int64_t image, const FilterBuffers& own) {
   const int64_t top = plan.window.pad_top;
-  const auto clear = [&](int64_t row, int64_t rows) {
-    clear_rows(plan, plan.centres, row, rows, own.centre);
-    clear_rows(plan, plan.radii, row, rows, own.radius);
-  };
   const int64_t seen = std::min(plan.images.height, plan.height - top);  // rows of the image
   float largest = 0.0f;
   for (int64_t channel = 0; channel < plan.images.channels; ++channel) {
-    const int64_t at = channel * plan.height;
-    clear(at, top);
+    const auto clear = [&](int64_t row, int64_t rows) {
+      clear_rows(plan, plan.centres, channel, row, rows, own.centre);
+      clear_rows(plan, plan.radii, channel, row, rows, own.radius);
+    };
+    clear(0, top);
     for (int64_t row = 0; row < seen; row += kRowsAtOnce) {
       const int64_t rows = std::min(kRowsAtOnce, seen - row);
       largest = std::max(largest, tiles_of_rows(plan, image, channel, row, rows, own));
     }
-    clear(at + top + seen, plan.height - top - seen);
+    clear(top + seen, plan.height - top - seen);
   }
   return offset_for(plan.call, largest);
 }
@@ -236,12 +256,12 @@ void filter_block(const Filtering& plan, int64_t image, int64_t first, int64_t n
   const int64_t pixels = plan.window.out_height * plan.window.out_width;
   const int64_t count = std::min(plan.block_pixels(), pixels - first);
   multiply_tiles(plan, plan.centres, own.centre, filters, rows, first, count, own.centre_sums);
-  multiply_tiles(plan, plan.radii, own.radius, filters + kFilters * plan.weight_plane(), rows,
-                 first, count, own.radius_sums);
+  multiply_tiles(plan, plan.radii, own.radius, filters + plan.centres.filters * plan.weight_plane(),
+                 rows, first, count, own.radius_sums);
   const int64_t to = (image * plan.call.weight.rows + n) * pixels + first;
   plan.call.report(plan.table.filter.ends(
-      {plan.quads, own.centre_sums, own.radius_sums, shifted(plan.call.bias, n), offset, rows,
-       count, pixels, plan.call.out_lower + to, plan.call.out_upper + to,
+      {plan.quads, plan.strided, own.centre_sums, own.radius_sums, shifted(plan.call.bias, n),
+       offset, rows, count, pixels, plan.call.out_lower + to, plan.call.out_upper + to,
        past_cache(output_bytes(plan.call, plan.images, plan.window))},
       plan.constants));
 }

@@ -17,6 +17,14 @@
 // centres are multiplied with the filters of W by F(2, 3); radii with those of |W| by F(4, 3) where
 // rows are a multiple of 16 outputs, else by F(2, 3).
 //
+// Convolutions of stride 2 meet every second pixel with g0 and g2, and the others with g1: two
+// outputs of five pixels take
+//
+//   V = (d0 - d2, d2, d2 - d4, d1, d3),   U = (g0, g0 + g2, g2, g1, g1),
+//
+// five products instead of six, and are M_0 + M_1 + M_3 and M_1 - M_2 + M_4, of centres and of
+// radii.
+//
 // Proof of the bounds. The identities are exact in real numbers; each term U_i V_i of an output
 // passes at most n roundings: 2 of U, 1 of V (F(4, 3): 3), those of the sum, 2 of the outputs (5).
 // Of centres n is counted for each channel, as a sum runs over channels.
@@ -34,6 +42,8 @@
 // output 3 for g2), so that T is at most the convolution with
 //   f0 = p / 4 + q / 3 + s / 12,   fm = q / 3 + 2^m s / 12 (m = 1 ... 4),   f5 = q / 3 + 8 s / 3 +
 //   t.
+// And with stride 2 T is at most the convolution with
+//   e0 = |d0| + 2 |d2|,   ei = |di| (i = 1, 2, 3),   e4 = 2 |d2| + |d4|,   e(e(v)) <= 2 e(v).
 // Tiles have their own radii, so errors join them tile by tile: with S(v) the convolution of |W|
 // with the pixels v of the tile that an output meets,
 //   |yc - sum W c| <= gamma_n S(e(c)),   S(v) - yr(v) <= gamma_n S(e(v)), or f for e,
@@ -58,10 +68,11 @@ namespace interval {
 
 struct Constants;
 
-constexpr int64_t kQuadFilters = 6;    // of a tile of four outputs
-constexpr int64_t kFilters = 4;        // products of a tile
-constexpr int64_t kTileGroup = 16;     // tiles of a register
-constexpr int64_t kGroupsOfBlock = 4;  // of a block, whose products share a pass over W
+constexpr int64_t kQuadFilters = 6;     // of a tile of four outputs
+constexpr int64_t kFilters = 4;         // products of a tile
+constexpr int64_t kStridedFilters = 5;  // of a tile of a convolution of stride 2
+constexpr int64_t kTileGroup = 16;      // tiles of a register
+constexpr int64_t kGroupsOfBlock = 4;   // of a block, whose products share a pass over W
 constexpr int64_t kBlockTiles = kTileGroup * kGroupsOfBlock;
 constexpr int64_t kFilterRun = 32;   // terms of a sum in registers
 constexpr int64_t kLineMargin = 16;  // zeros before a line
@@ -85,10 +96,12 @@ struct FilterRows {
   const float* radius;
   int64_t tiles;       // of a row, of two outputs
   bool quads;          // whether radii have tiles of four outputs: of rows of 16 outputs a multiple
+  bool strided;        // whether the convolution has stride 2: of rows of 8 outputs a multiple
   float centre_error;  // gamma_n, times 1 + H in deployed mode; 0: radii stay as they are
   float radius_error;  // g
   float input_floor;   // of r'
-  float* centre_tiles;  // (kFilters, rows, tiles), `plane` apart; up to 15 floats more are written
+  // (kFilters or kStridedFilters, rows, tiles), `plane` apart; up to 15 floats more are written
+  float* centre_tiles;
   int64_t plane;
   float* radius_tiles;  // the same, or (kQuadFilters, rows, tiles / 2)
   int64_t radius_plane;
@@ -99,7 +112,8 @@ struct FilterWeights {
   const float* weight;  // (rows, terms, 3)
   int64_t count;        // rows times terms
   bool quads;
-  float* centre;  // (kFilters, `plane` apart)
+  bool strided;
+  float* centre;  // (kFilters or kStridedFilters, `plane` apart)
   float* radius;  // the same, or kQuadFilters
   int64_t plane;
 };
@@ -122,6 +136,7 @@ struct FilterProduct {
 // Ends of the first `pixels` pixels of the tiles: out[n * row_stride + pixel].
 struct FilterEnds {
   bool quads;
+  bool strided;
   const float* centre;  // sums, of kBlockTiles tiles, twice as many with quads
   const float* radius;  // sums of kBlockTiles tiles
   const float* bias;    // (rows) or null

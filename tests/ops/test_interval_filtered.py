@@ -20,6 +20,14 @@ SHAPES = [  # images, rows of W, padding; at least 2048 output pixels, 16 channe
     ((3, 18, 31, 28), 97, (0, 3)),
     ((5, 16, 20, 72), 16, "same"),
 ]
+STRIDED = [  # by two: output rows of a multiple of 8
+    ((8, 16, 32, 32), 16, 1),
+    ((33, 17, 17, 15), 19, 1),
+    ((40, 16, 16, 17), 50, (1, 0)),
+    ((6, 20, 33, 48), 33, (0, 0)),
+    ((6, 18, 32, 46), 97, (2, 1)),
+]
+CASES = [(1, *case) for case in SHAPES] + [(2, *case) for case in STRIDED]
 
 
 def problem(shape, rows, weight=None):
@@ -36,11 +44,11 @@ def exact(lower, upper, weight, bias, **options):
 
 
 @pytest.mark.parametrize("rounding", SOUND)
-@pytest.mark.parametrize(("shape", "rows", "padding"), SHAPES)
-def test_ends_enclose_float64_and_are_tight(isa, shape, rows, padding, rounding):
-    tensors = problem(shape, rows)
-    ends = interval_conv2d(*tensors, padding=padding, rounding=rounding, allow_infinite=True)
-    low, high = exact(*tensors, padding=padding)
+@pytest.mark.parametrize(("stride", "shape", "rows", "padding"), CASES)
+def test_ends_enclose_float64_and_are_tight(isa, stride, shape, rows, padding, rounding):
+    tensors, options = problem(shape, rows), {"padding": padding, "stride": stride}
+    ends = interval_conv2d(*tensors, **options, rounding=rounding, allow_infinite=True)
+    low, high = exact(*tensors, **options)
     assert (ends[0] <= low).all()
     assert (ends[1] >= high).all()
     widening = (ends[1].double() - ends[0]).sum() / (high - low).sum()
@@ -48,9 +56,10 @@ def test_ends_enclose_float64_and_are_tight(isa, shape, rows, padding, rounding)
 
 
 @pytest.mark.parametrize("rounding", [*SOUND, "nearest"])
-def test_the_kernel_clips_for_a_relu_before_it(isa, rounding):
-    lower, upper, weight, bias = problem((9, 17, 16, 16), 19)
-    options = {"padding": 1, "rounding": rounding}
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_kernel_clips_for_a_relu_before_it(isa, stride, rounding):
+    lower, upper, weight, bias = problem((33, 17, 16, 16), 19)
+    options = {"padding": 1, "stride": stride, "rounding": rounding}
     fused = interval_conv2d(lower, upper, weight, bias, rectified=True, **options)
     plain = interval_conv2d(lower.relu(), upper.relu(), weight, bias, **options)
     assert torch.equal(fused[0], plain[0])
@@ -58,30 +67,32 @@ def test_the_kernel_clips_for_a_relu_before_it(isa, rounding):
 
 
 @pytest.mark.parametrize("rounding", SOUND)
-def test_packed_weights_are_the_floats_they_stand_for(isa, rounding):
-    shape, rows = (9, 16, 16, 16), 24
+@pytest.mark.parametrize("stride", [1, 2])
+def test_packed_weights_are_the_floats_they_stand_for(isa, stride, rounding):
+    shape, rows = (33, 16, 16, 16), 24
     form = {"bits": 4, "group_size": 48}
     packed = round_to_nearest(torch.randn(rows, 144), **form)
     lower, upper, weight, bias = problem(shape, rows, packed.dequantize().reshape(rows, 16, 3, 3))
     ends = interval_packed_conv2d(
         lower, upper, packed.codes, packed.scale, packed.zero, bias, in_channels=16, kernel_size=3,
-        padding=1, rounding=rounding, **form,
+        padding=1, stride=stride, rounding=rounding, **form,
     )  # fmt: skip
-    low, high = exact(lower, upper, weight, bias, padding=1)
+    low, high = exact(lower, upper, weight, bias, padding=1, stride=stride)
     assert (ends[0] <= low).all()
     assert (ends[1] >= high).all()
     assert ((ends[1].double() - ends[0]) / (high - low)).mean() < 1.004
 
 
-def check_corners(lower, upper, kernel, bias, rounding, count=24):
+def check_corners(lower, upper, kernel, bias, rounding, count=24, stride=1):
     """No attained corner of ``count`` pixels lies outside."""
     rows, channels = kernel.shape[:2]
+    options = {"padding": 1, "stride": stride}
     ends = interval_conv2d(
-        lower, upper, kernel, bias, padding=1, rounding=rounding, allow_infinite=True
+        lower, upper, kernel, bias, **options, rounding=rounding, allow_infinite=True
     )
-    some = torch.randperm(lower.shape[0] * lower.shape[2] * lower.shape[3])[:count]
+    some = torch.randperm(ends[0].numel() // rows)[:count]
     patches = [
-        F.unfold(end, 3, padding=1).transpose(1, 2).reshape(-1, 9 * channels)[some]
+        F.unfold(end, 3, **options).transpose(1, 2).reshape(-1, 9 * channels)[some]
         for end in (lower, upper)
     ]
     pixels = [end.permute(0, 2, 3, 1).reshape(-1, rows)[some] for end in ends]
@@ -101,9 +112,11 @@ def images_of(kind, channels, rows, batch=8, side=16):
 
 
 @pytest.mark.parametrize("rounding", SOUND)
+@pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_attained_corner_lies_outside(isa, kind, rounding):
-    check_corners(*images_of(kind, 16, 16), rounding)
+def test_no_attained_corner_lies_outside(isa, kind, stride, rounding):
+    images = images_of(kind, 16, 16, batch=8 * stride * stride)
+    check_corners(*images, rounding, stride=stride)
 
 
 @pytest.mark.slow
@@ -112,16 +125,19 @@ def test_no_attained_corner_of_a_million_lies_outside(isa, kind):
     for seed in range(14):
         torch.manual_seed(seed)
         for rounding in SOUND:
-            check_corners(*images_of(kind, 16 + seed, 20), rounding, count=120)
+            for stride in (1, 2):
+                images = images_of(kind, 16 + seed, 20, batch=8 * stride * stride)
+                check_corners(*images, rounding, count=120, stride=stride)
 
 
 @pytest.mark.parametrize("rounding", SOUND)
 @pytest.mark.parametrize("step", [2, 4, 3])
 @pytest.mark.parametrize("column", [0, 1, 2])
 @pytest.mark.parametrize("of", ["centre", "radius"])
-def test_what_cancels_between_the_products_of_a_tile(isa, of, column, step, rounding):
+@pytest.mark.parametrize("stride", [1, 2])
+def test_what_cancels_between_the_products_of_a_tile(isa, stride, of, column, step, rounding):
     """Large numbers in a few columns meet weights of zero: outputs are small differences."""
-    shape = (8, 16, 16, 16)
+    shape = (8 * stride * stride, 16, 16, 16)
     size = torch.full(shape, 2.0**-30)
     size[..., column::step] += torch.rand_like(size[..., column::step]) + 1
     kernel = torch.randn(16, 16, 3, 3)
@@ -129,7 +145,8 @@ def test_what_cancels_between_the_products_of_a_tile(isa, of, column, step, roun
     kernel[:8, :, :, 0::2] *= 2.0**-20
     kernel[8:, :, :, 0::2] = 0.0
     centre, radius = (size, torch.zeros(shape)) if of == "centre" else (torch.zeros(shape), size)
-    check_corners(centre - radius, centre + radius, kernel, torch.zeros(16), rounding)
+    ends = (centre - radius, centre + radius)
+    check_corners(*ends, kernel, torch.zeros(16), rounding, stride=stride)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
@@ -180,7 +197,20 @@ PAIRS = {
     "B": [[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]],
     "errors": [[12, 12, 24, 0], [0, 12, 12, 0], [0, 12, 12, 0], [0, 24, 12, 12]],  # times 12
     "growth": 4,
+    "stride": 1,
 }
+TWOS = {  # of stride 2
+    "A": [[1, 1, 0, 1, 0], [0, 1, -1, 0, 1]],
+    "G": [[24, 0, 0], [24, 0, 24], [0, 0, 24], [0, 24, 0], [0, 24, 0]],
+    "B": [
+        [1, 0, -1, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 0, -1], [0, 1, 0, 0, 0], [0, 0, 0, 1, 0],
+    ],
+    "errors": [
+        [12, 0, 24, 0, 0], [0, 12, 0, 0, 0], [0, 0, 12, 0, 0], [0, 0, 0, 12, 0], [0, 0, 24, 0, 12],
+    ],
+    "growth": 2,
+    "stride": 2,
+}  # fmt: skip
 QUADS = {
     "A": [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]],
     "G": [[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]],
@@ -193,10 +223,11 @@ QUADS = {
         [0, 32, 24, 20, 12, 0], [0, 48, 32, 36, 20, 0], [0, 128, 48, 128, 36, 12],
     ],
     "growth": 256,
+    "stride": 1,
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("form", [PAIRS, QUADS], ids=["pairs", "quads"])
+@pytest.mark.parametrize("form", [PAIRS, TWOS, QUADS], ids=["pairs", "twos", "quads"])
 def test_the_identities_and_bounds_of_the_proof(form):
     a, g, b, errors = (
         torch.tensor(form[name], dtype=torch.int64) for name in ("A", "G", "B", "errors")
@@ -206,6 +237,7 @@ def test_the_identities_and_bounds_of_the_proof(form):
     sizes = torch.einsum("oi,ik,il->okl", a.abs(), g.abs(), b.abs())
     for o in range(outputs):
         for k in range(3):
-            assert exact[o, k].tolist() == [24 * (pixel == o + k) for pixel in range(pixels)]
-            assert (sizes[o, k] <= 2 * errors[o + k]).all()
+            met = form["stride"] * o + k
+            assert exact[o, k].tolist() == [24 * (pixel == met) for pixel in range(pixels)]
+            assert (sizes[o, k] <= 2 * errors[met]).all()
     assert (errors @ errors <= 12 * form["growth"] * errors).all()

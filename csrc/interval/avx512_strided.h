@@ -1,0 +1,82 @@
+// Included by avx512_filters.h alone: tiles of convolutions of stride 2, sixteen a register.
+#pragma once
+
+#include <immintrin.h>
+
+#include "interval/avx512_quads.h"
+#include "interval/avx512_tiles.h"
+#include "interval/filtering.h"
+
+namespace pyrobust {
+namespace interval {
+namespace {
+
+// e of filtering.h, of values >= 0; the sixth pixel belongs to the next tile alone.
+inline Quad strided_errors(const Quad& v) {
+  const __m512 twice = _mm512_add_ps(v.d[2], v.d[2]);
+  return {{_mm512_add_ps(v.d[0], twice), v.d[1], v.d[2], v.d[3], _mm512_add_ps(v.d[4], twice),
+           _mm512_setzero_ps()}};
+}
+
+// r'' of filtering.h.
+inline Quad strided_grown(const FilterRows& work, const Quad& centre, const Quad& radius) {
+  const __m512 slack = _mm512_set1_ps(kSlack), floor = _mm512_set1_ps(work.input_floor);
+  const auto plus = [&](__m512 r, __m512 error, float gain) {
+    const __m512 part = _mm512_mul_ps(error, _mm512_set1_ps(gain));
+    return _mm512_mul_ps(_mm512_add_ps(r, part), slack);
+  };
+  Quad size;
+  for (int i = 0; i < 6; ++i) size.d[i] = magnitude(centre.d[i]);
+  const Quad of_centre = strided_errors(size);
+  Quad out;
+  for (int i = 0; i < 6; ++i) {
+    out.d[i] = _mm512_add_ps(plus(radius.d[i], of_centre.d[i], work.centre_error), floor);
+  }
+  const Quad own = strided_errors(out);
+  for (int i = 0; i < 6; ++i) out.d[i] = plus(out.d[i], own.d[i], work.radius_error);
+  return out;
+}
+
+inline void store_strided(const Quad& tile, int64_t plane, float* to) {
+  const auto& d = tile.d;
+  _mm512_storeu_ps(to, _mm512_sub_ps(d[0], d[2]));
+  _mm512_storeu_ps(to + plane, d[2]);
+  _mm512_storeu_ps(to + 2 * plane, _mm512_sub_ps(d[2], d[4]));
+  _mm512_storeu_ps(to + 3 * plane, d[1]);
+  _mm512_storeu_ps(to + 4 * plane, d[3]);
+}
+
+// Quarters of neighbouring rows share registers.
+void filter_strided(const FilterRows& work) {
+  const int64_t of_row = work.tiles / 4, count = work.rows * of_row;
+  const auto place = [&](int64_t quarter) {
+    const int64_t given = quarter < count ? quarter : count - 1;
+    return given / of_row * work.line + given % of_row * 16;
+  };
+  for (int64_t first = 0; first < count; first += 4) {
+    const int64_t places[4] = {place(first), place(first + 1), place(first + 2), place(first + 3)};
+    const Quad centre = quad_of(work.centre, places), radius = quad_of(work.radius, places);
+    store_strided(centre, work.plane, work.centre_tiles + first * 4);
+    store_strided(work.radius_error > 0.0f ? strided_grown(work, centre, radius) : radius,
+                  work.radius_plane, work.radius_tiles + first * 4);
+  }
+}
+
+inline void strided_filters_of(float a, float b, float c, int64_t plane, float* to) {
+  to[0] = a;
+  to[plane] = a + c;
+  to[2 * plane] = c;
+  to[3 * plane] = b;
+  to[4 * plane] = b;
+}
+
+inline Pixels strided_pixels_of(const float* sums, int64_t plane) {
+  __m512 m[5];
+  for (int i = 0; i < 5; ++i) m[i] = _mm512_loadu_ps(sums + i * plane);
+  return interleaved(_mm512_add_ps(_mm512_add_ps(m[0], m[1]), m[3]),
+                     _mm512_add_ps(_mm512_sub_ps(m[1], m[2]), m[4]));
+}
+
+}  // namespace
+}  // namespace interval
+}  // namespace pyrobust
