@@ -1,8 +1,10 @@
 // Included by avx512.cpp alone: integer sums of one input against a weight in panel order
-// (matmul/panels.h), 32 rows in the lanes of two registers. Four columns of the input are broadcast
-// at a time: upper and lower bytes of the centre, unsigned, meet the signed weights; magnitudes,
-// unsigned, meet upper and lower bytes of the radius, which are signed. For every product of bytes
-// of the packed layer there are four here, and codes are unpacked once for all.
+// (matmul/panels.h), 32 rows in the lanes of two registers, two panels side by side: sixteen sums,
+// where eight in a row would just hide the latency of a product (8% slower). Four columns of the
+// input are broadcast at a time: upper and lower bytes of the centre, unsigned, meet the signed
+// weights; magnitudes, unsigned, meet upper and lower bytes of the radius, which are signed. For
+// every product of bytes of the packed layer there are four here, and codes are unpacked once for
+// all.
 //
 // Codes of at most four bits less a zero of at most 128 are signed bytes. Others (8 bits, entries
 // of a codebook) are moved down by 128, and the sum of q times 128 - zero is added to their sums.
@@ -48,47 +50,55 @@ __attribute__((always_inline)) inline void weigh(__m512i code, __m512i zero, __m
   }
 }
 
-template <int kBits, bool kBook, bool kWide, bool kShifted>
-__attribute__((always_inline)) inline void group_sums(const uint8_t* codes, const uint8_t* x,
-                                                      const uint8_t* ones, int64_t quads,
-                                                      __m512i table, const __m512i (&zero)[2],
-                                                      HalfSums (&out)[2]) {
+// Of P panels, whose codes are `panel_bytes` apart.
+template <int kBits, bool kBook, bool kWide, bool kShifted, int P>
+__attribute__((always_inline)) inline void group_sums(const uint8_t* codes, int64_t panel_bytes,
+                                                      const uint8_t* x, const uint8_t* ones,
+                                                      int64_t quads, __m512i table,
+                                                      const __m512i (&zero)[2 * P],
+                                                      HalfSums (&sum)[2 * P]) {
   using Quad = matmul::PanelQuad<kBits, kBook>;
-  // Eight sums in a row hide the latency of a product; two times eight were slower.
-  const __m512i none = _mm512_setzero_si512();
-  HalfSums sum[2] = {{none, none, none, none, none}, {none, none, none, none, none}};
+#pragma GCC unroll 4
+  for (int h = 0; h < 2 * P; ++h) {
+    sum[h].q_high = sum[h].q_low = sum[h].p_high = sum[h].p_low = sum[h].weights =
+        _mm512_setzero_si512();
+  }
   for (int64_t j = 0; j < quads; ++j) {
-    Quad quad;
-    quad.load(codes);
+    Quad quad[P];
+#pragma GCC unroll 2
+    for (int p = 0; p < P; ++p) {
+      quad[p].load(codes + p * panel_bytes);
 #pragma GCC unroll 8
-    for (int i = 0; i < kBits; ++i) {
-      const auto* ahead =
-          reinterpret_cast<const char*>(codes) + matmul::kPanelAhead + kLineBytes * i;
-      _mm_prefetch(ahead, _MM_HINT_T0);
+      for (int i = 0; i < kBits; ++i) {
+        const auto* ahead = reinterpret_cast<const char*>(codes) + p * panel_bytes +
+                            matmul::kPanelAhead + kLineBytes * i;
+        _mm_prefetch(ahead, _MM_HINT_T0);
+      }
     }
 #pragma GCC unroll 4
     for (int s = 0; s < 4; ++s) {
-      __m512i code[2];
-      quad.step(s, table, code, code + 1);
-      if constexpr (kBits == 1 && !kBook) {
-        code[0] = _mm512_add_epi8(code[0], code[0]);  // one bit stands for -1 and 1
-      } else if constexpr (Quad::kShift > 0) {
-        code[1] = _mm512_srli_epi16(code[1], Quad::kShift);
-      }
       const uint8_t* bytes = x + kStepBytes * s;
       const __m512i q_high = four_bytes(bytes), q_low = four_bytes(bytes + 4);
       const __m512i p_high = four_bytes(bytes + 8), p_low = four_bytes(bytes + 12);
 #pragma GCC unroll 2
-      for (int h = 0; h < 2; ++h) {
-        HalfSums& to = sum[h];
-        __m512i weight, size;
-        weigh<kWide>(code[h], zero[h], &weight, &size);
-        to.q_high = _mm512_dpbusd_epi32(to.q_high, q_high, weight);
-        to.q_low = _mm512_dpbusd_epi32(to.q_low, q_low, weight);
-        to.p_high = _mm512_dpbusd_epi32(to.p_high, size, p_high);
-        to.p_low = _mm512_dpbusd_epi32(to.p_low, size, p_low);
-        if constexpr (kShifted) {
-          to.weights = _mm512_dpbusd_epi32(to.weights, four_bytes(ones + 4 * s), weight);
+      for (int p = 0; p < P; ++p) {
+        __m512i code[2];
+        quad[p].step(s, table, code, code + 1);
+        if constexpr (kBits == 1 && !kBook) {
+          code[0] = _mm512_add_epi8(code[0], code[0]);  // one bit stands for -1 and 1
+        } else if constexpr (Quad::kShift > 0) {
+          code[1] = _mm512_srli_epi16(code[1], Quad::kShift);
+        }
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; ++h) {
+          HalfSums& to = sum[2 * p + h];
+          __m512i weight, size;
+          weigh<kWide>(code[h], zero[2 * p + h], &weight, &size);
+          matmul::add_dots(to.q_high, q_high, weight);
+          matmul::add_dots(to.q_low, q_low, weight);
+          matmul::add_dots(to.p_high, size, p_high);
+          matmul::add_dots(to.p_low, size, p_low);
+          if constexpr (kShifted) matmul::add_dots(to.weights, four_bytes(ones + 4 * s), weight);
         }
       }
     }
@@ -96,8 +106,6 @@ __attribute__((always_inline)) inline void group_sums(const uint8_t* codes, cons
     x += 4 * kStepBytes;
     ones += kQuadColumns;
   }
-  out[0] = sum[0];
-  out[1] = sum[1];
 }
 
 // Eight of sixteen lanes as doubles.
@@ -112,7 +120,8 @@ inline __m512d joined_lanes(__m512i high, __m512i low, bool narrow, int half) {
   return _mm512_fmadd_pd(eight_lanes(high, half), _mm512_set1_pd(256.0), eight_lanes(low, half));
 }
 
-// A group of a panel: what stands before its codes, and its place in the input.
+// A group of a panel and its place in the input. (To add its sums to the totals while the products
+// of the next group run, as matmul does, was slower: 9% of a layer, which the loop then lost.)
 struct PanelGroup {
   const IntegerInput* input;
   int64_t g;
@@ -152,7 +161,7 @@ __attribute__((always_inline)) inline void add_group(const PanelGroup& group, co
   }
 }
 
-template <int kBits, bool kBook, bool kShifted>
+template <int kBits, bool kBook, bool kShifted, int P>
 void panel_sums(const matmul::PackedMatrix& w, const PanelLayout& layout, const uint8_t* panel,
                 const IntegerInput& input, double* centre, double* radius) {
   constexpr bool kAlwaysWide = kBits == 8 || kBook;
@@ -160,35 +169,42 @@ void panel_sums(const matmul::PackedMatrix& w, const PanelLayout& layout, const 
   const bool narrow = input.group <= 128;  // 255 * 65535 * 128 < 2^31
   for (int64_t g = 0; g < input.groups; ++g) {
     const uint8_t* head = panel + g * layout.group_bytes;
-    __m512d scale[4];
-    matmul::load_panel_scales<0>(w, head, scale);
-    __m512i lanes[2], zero[2];  // zeros of rows, in 32 bits and in four bytes
-    for (int h = 0; h < 2; ++h) {
-      const uint8_t* zeros = head + kPanelRows * layout.scale_bytes + 16 * h;
+    __m512i lanes[2 * P], zero[2 * P];  // zeros of rows, in 32 bits and in four bytes
+    __m512i largest = _mm512_setzero_si512();
+    for (int h = 0; h < 2 * P; ++h) {
+      const uint8_t* zeros =
+          head + h / 2 * layout.panel_bytes + kPanelRows * layout.scale_bytes + 16 * (h % 2);
       lanes[h] =
           w.zero == nullptr
               ? _mm512_set1_epi32(matmul::symmetric_zero(w))
               : _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros)));
       zero[h] = _mm512_mullo_epi32(lanes[h], _mm512_set1_epi32(0x01010101));
+      largest = _mm512_max_epi32(largest, lanes[h]);
     }
     const int64_t left = layout.columns - g * layout.group_columns;
     const int64_t quads =
         (left < layout.group_columns ? left : layout.group_columns) / kQuadColumns;
     const uint8_t *codes = head + layout.head_bytes, *x = input.quads + 4 * g * input.stride;
     const uint8_t* ones = input.ones + g * input.stride;
-    HalfSums sums[2];
-    const __m512i most = _mm512_set1_epi32(128);
-    const bool large = _mm512_cmpgt_epi32_mask(_mm512_max_epi32(lanes[0], lanes[1]), most) != 0;
+    HalfSums sums[2 * P];
+    const bool large = _mm512_cmpgt_epi32_mask(largest, _mm512_set1_epi32(128)) != 0;
     const PanelGroup group{&input, g, kAlwaysWide || large, narrow};
     if (group.wide) {
-      group_sums<kBits, kBook, true, kShifted>(codes, x, ones, quads, table, zero, sums);
+      group_sums<kBits, kBook, true, kShifted, P>(codes, layout.panel_bytes, x, ones, quads, table,
+                                                  zero, sums);
     } else if constexpr (!kAlwaysWide) {
-      group_sums<kBits, kBook, false, kShifted>(codes, x, ones, quads, table, zero, sums);
+      group_sums<kBits, kBook, false, kShifted, P>(codes, layout.panel_bytes, x, ones, quads, table,
+                                                   zero, sums);
     }
 #pragma GCC unroll 2
-    for (int h = 0; h < 2; ++h) {
-      add_group<kShifted>(group, sums[h], scale + 2 * h, lanes[h], centre + 16 * h,
-                          radius + 16 * h);
+    for (int p = 0; p < P; ++p) {
+      __m512d scale[4];
+      matmul::load_panel_scales<0>(w, head + p * layout.panel_bytes, scale);
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; ++h) {
+        add_group<kShifted>(group, sums[2 * p + h], scale + 2 * h, lanes[2 * p + h],
+                            centre + kPanelRows * p + 16 * h, radius + kPanelRows * p + 16 * h);
+      }
     }
   }
 }
@@ -197,22 +213,27 @@ template <int kBits, bool kBook>
 void panel_rows(const IntegerDots& work) {
   const matmul::PackedMatrix& w = *work.weight;
   const PanelLayout layout(w);
-  alignas(64) double centre[kPanelRows], radius[kPanelRows];
-  for (int64_t n = 0; n < work.rows; n += kPanelRows) {
+  alignas(64) double centre[2 * kPanelRows], radius[2 * kPanelRows];
+  for (int64_t n = 0; n < work.rows;) {
     const uint8_t* panel = w.panels + (work.first + n) / kPanelRows * layout.panel_bytes;
-    std::fill_n(centre, kPanelRows, 0.0);
-    std::fill_n(radius, kPanelRows, 0.0);
+    std::fill_n(centre, 2 * kPanelRows, 0.0);
+    std::fill_n(radius, 2 * kPanelRows, 0.0);
+    int64_t rows = kPanelRows;
     if (work.input->shifted) {
-      panel_sums<kBits, kBook, true>(w, layout, panel, *work.input, centre, radius);
+      panel_sums<kBits, kBook, true, 1>(w, layout, panel, *work.input, centre, radius);
+    } else if (work.rows - n > kPanelRows) {
+      rows = 2 * kPanelRows;
+      panel_sums<kBits, kBook, false, 2>(w, layout, panel, *work.input, centre, radius);
     } else {
-      panel_sums<kBits, kBook, false>(w, layout, panel, *work.input, centre, radius);
+      panel_sums<kBits, kBook, false, 1>(w, layout, panel, *work.input, centre, radius);
     }
-    const int64_t count = work.rows - n < kPanelRows ? work.rows - n : kPanelRows;
+    const int64_t count = work.rows - n < rows ? work.rows - n : rows;
     for (int64_t i = 0; i < count; ++i) {
       const double outer = w.row_scale != nullptr ? w.row_scale[work.first + n + i] : 1.0;
       work.centre_sums[n + i] = centre[i] * outer;
       work.radius_sums[n + i] = radius[i] * std::fabs(outer);
     }
+    n += rows;
   }
 }
 
