@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "interval/input_panels.h"
 #include "interval/integers.h"
 #include "interval/interval.h"
 #include "interval/panels.h"
@@ -52,18 +53,6 @@ IntervalKernels pick_kernels() {
 }
 
 namespace {
-
-// Constants for radii that are widened term by term, or else for `prepare`; those of one input. The
-// 8-bit layer sums integers: a count would not help it.
-Constants constants_of(const Call& call, int64_t nonzero, bool counted) {
-  return counted ? constants_for(call, nonzero, 0.0) : constants_for(call, nonzero);
-}
-
-Constants constants_of_input(const Call& call, const Ends& input, const Constants& of_all,
-                             bool counted) {
-  if (call.rounding != Rounding::kDeployed || call.int8) return of_all;
-  return constants_of(call, nonzero_terms(input), counted);
-}
 
 // Centres and radii of a few inputs, the absolute term and the constants of each.
 struct Prepared {
@@ -130,107 +119,6 @@ void few_inputs_fused(const Call& call, const IntervalKernels& table, const Prep
   });
 }
 
-// Terms that meet all rows of a share before the next ones: the panels of 128 inputs then stay in a
-// second-level cache. Whole chunks, so that the order of the sums does not change.
-constexpr int64_t kTermsAtOnce = 2 * kChunk;
-
-// All inputs as panels, in blocks of kTermsAtOnce terms.
-struct Panels {
-  Floats values;
-  int64_t count;
-  int64_t stride;                    // from a block's panel to the next
-  std::vector<Constants> constants;  // (count) of the ends
-
-  // Panel p of the block that starts at term `begin`.
-  float* at(int64_t p, int64_t begin) const {
-    return values.get() + (begin / kTermsAtOnce * count + p) * stride;
-  }
-};
-
-// The constants of a panel's inputs, and those of its ends, which suit all of them.
-struct PanelConstants {
-  Constants inputs[kLanes];
-  Constants ends;
-
-  // Absent inputs count as the first.
-  PanelConstants(const Call& call, const Constants& of_all, int64_t first, int64_t lanes) {
-    const int64_t terms = call.weight.terms;
-    const bool counted = counts_roundings(call);
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      const int64_t at = (first + (lane < lanes ? lane : 0)) * terms;
-      const Ends input{call.lower + at, call.upper + at, terms, call.floor()};
-      Constants& own = inputs[lane];
-      own = lane < lanes ? constants_of_input(call, input, of_all, counted) : inputs[0];
-      if (lane == 0) ends = own;
-      suit_ends(ends, own);
-    }
-  }
-};
-
-// Radii of terms [begin, begin + terms) of a panel, of the sums of all terms.
-void widen_panel(const Call& call, const IntervalKernels& table, const PanelConstants& constants,
-                 int64_t begin, int64_t terms, float* panel) {
-  const Constants* inputs[kLanes];
-  for (int64_t lane = 0; lane < kLanes; ++lane) inputs[lane] = constants.inputs + lane;
-  table.widen.panel({panel, begin, terms, call.weight.terms, inputs});
-}
-
-// The inputs of panel p: prepared a block of terms at a time and copied while they are in a
-// first-level cache. The rounding of activations needs whole inputs.
-void fill_panel(const Call& call, const IntervalKernels& table, const PanelConstants& constants,
-                int64_t batch, int64_t p, float* scratch, const Panels& panels, float* offsets) {
-  const int64_t terms = call.weight.terms, lanes = std::min(kLanes, batch - p * kLanes);
-  const int64_t block = call.int8 ? terms : std::min(terms, kTermsAtOnce);
-  float *centre = scratch, *radius = scratch + kLanes * block;
-  const bool counted = counts_roundings(call);
-  const Constants plain = plain_radii();
-  float largest[kLanes] = {};
-  for (int64_t from = 0; from < terms; from += block) {
-    const int64_t count = std::min(block, terms - from);
-    for (int64_t lane = 0; lane < lanes; ++lane) {
-      const int64_t at = (p * kLanes + lane) * terms + from, to = lane * block;
-      const Ends ends{call.lower + at, call.upper + at, count, call.floor()};
-      const Constants& own = constants.inputs[lane];
-      const float here = table.prepare(ends, counted ? plain : own, centre + to, radius + to);
-      largest[lane] = std::max(largest[lane], here);
-      if (call.int8) widen_to_int8(centre + to, radius + to, terms, 1, own);
-    }
-    for (int64_t k = from; k < from + count; k += kTermsAtOnce) {
-      const int64_t now = std::min(kTermsAtOnce, from + count - k);
-      table.pack({centre + k - from, radius + k - from, lanes, now, block, panels.at(p, k)});
-      if (counted) widen_panel(call, table, constants, k, now, panels.at(p, k));
-    }
-  }
-  for (int64_t lane = 0; lane < lanes; ++lane) offsets[lane] = offset_for(call, largest[lane]);
-}
-
-// Also gives the absolute terms of the inputs, zero for the absent ones of the last panel.
-Panels pack_panels(const Call& call, const IntervalKernels& table, int64_t batch, float* offsets,
-                   int num_threads) {
-  const int64_t terms = call.weight.terms;
-  // A panel is set off by a line: panels a multiple of 4096 bytes apart would share cache sets.
-  Panels out{{},
-             blocks(batch, kLanes),
-             std::min(terms, kTermsAtOnce) * kPanelWidth + kPanelWidth,
-             std::vector<Constants>(static_cast<size_t>(blocks(batch, kLanes)))};
-  out.values = floats(blocks(terms, kTermsAtOnce) * out.count * out.stride);
-  std::fill(offsets, offsets + out.count * kLanes, 0.0f);
-  const Shares shares(out.count, 1, static_cast<double>(batch * terms), num_threads);
-  const int64_t size = 2 * kLanes * (call.int8 ? terms : std::min(terms, kTermsAtOnce));
-  const Floats scratch = floats(shares.number * size);
-  const Constants of_all = constants_of(call, terms, counts_roundings(call));
-  shares.run([&](int64_t share, int64_t first, int64_t last) {
-    for (int64_t p = first; p < last; ++p) {
-      const int64_t lanes = std::min(kLanes, batch - p * kLanes);
-      const PanelConstants own(call, of_all, p * kLanes, lanes);
-      fill_panel(call, table, own, batch, p, scratch.get() + share * size, out,
-                 offsets + p * kLanes);
-      out.constants[static_cast<size_t>(p)] = own.ends;
-    }
-  });
-  return out;
-}
-
 // What a thread needs for rows [begin, end) against all panels.
 struct RowShare {
   const Call& call;
@@ -282,23 +170,46 @@ struct RowShare {
     }
   }
 
-  void finish(const float* offsets, int64_t batch) const {
+  void finish(int64_t batch) const {
     const int64_t rows = call.weight.rows;
     for (int64_t p = 0; p < panels.count; ++p) {
-      const int64_t at = p * kLanes * rows + begin;
+      const int64_t at = p * kLanes * rows + begin, lanes = std::min(kLanes, batch - p * kLanes);
+      float offsets[kLanes] = {};
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        offsets[lane] = offset_for(call, panels.largest[static_cast<size_t>(p * kLanes + lane)]);
+      }
       call.report(table.finish_panel(
-          {sums + p * (end - begin) * kPanelWidth, shifted(call.bias, begin), offsets + p * kLanes,
-           end - begin, std::min(kLanes, batch - p * kLanes), 1, rows, 0, call.out_lower + at,
-           call.out_upper + at},
-          panels.constants[static_cast<size_t>(p)]));
+          {sums + p * (end - begin) * kPanelWidth, shifted(call.bias, begin), offsets, end - begin,
+           lanes, 1, rows, 0, call.out_lower + at, call.out_upper + at},
+          panels.constants[static_cast<size_t>(p)].ends));
+    }
+  }
+
+  // Terms [from, to) of W against the panels of this pass.
+  void add_pass(int64_t from, int64_t to) const {
+    const bool packed = call.weight.packed != nullptr;
+    if (packed) {  // decoded once: rows outside, terms inside
+      for (int64_t n = begin; n < end; n += step) {
+        const int64_t count = std::min(step, end - n);
+        const float* weight = rows_of(call.weight, n, count, decoded);
+        for (int64_t k = from; k < to; k += kTermsAtOnce) {
+          add(weight, n, count, k, std::min(kTermsAtOnce, to - k));
+        }
+      }
+      return;
+    }
+    for (int64_t k = from; k < std::max(to, from + 1); k += kTermsAtOnce) {  // once without terms
+      for (int64_t n = begin; n < end; n += step) {
+        add(call.weight.data + n * call.weight.terms, n, std::min(step, end - n), k,
+            std::min(kTermsAtOnce, to - k));
+      }
     }
   }
 };
 
 void many_inputs(const Call& call, const IntervalKernels& table, int64_t batch, int num_threads) {
   const int64_t terms = call.weight.terms, rows = call.weight.rows;
-  const Floats offsets = floats(blocks(batch, kLanes) * kLanes);
-  const Panels panels = pack_panels(call, table, batch, offsets.get(), num_threads);
+  Panels panels(call, batch, num_threads);
   // finer than kRowStep, so that threads have the same to do
   constexpr int64_t kShareStep = kRowStep / 5;
   const Shares shares(rows, kShareStep, static_cast<double>(batch) * rows * terms / 8, num_threads);
@@ -307,26 +218,15 @@ void many_inputs(const Call& call, const IntervalKernels& table, int64_t batch, 
   const int64_t most = blocks(blocks(rows, kShareStep), shares.number) * kShareStep;
   const int64_t size = RowShare::scratch_size(call, most, step, panels.count);
   const Floats memory = floats(shares.number * size);
-  shares.run([&](int64_t share, int64_t begin, int64_t end) {
-    const RowShare own(call, table, panels, begin, end, step, memory.get() + share * size);
-    if (packed) {  // decoded once: rows outside, terms inside
-      for (int64_t n = begin; n < end; n += step) {
-        const int64_t count = std::min(step, end - n);
-        const float* weight = rows_of(call.weight, n, count, own.decoded);
-        for (int64_t k = 0; k < terms; k += kTermsAtOnce) {
-          own.add(weight, n, count, k, std::min(kTermsAtOnce, terms - k));
-        }
-      }
-    } else {
-      for (int64_t k = 0; k < std::max<int64_t>(terms, 1); k += kTermsAtOnce) {
-        for (int64_t n = begin; n < end; n += step) {
-          own.add(call.weight.data + n * terms, n, std::min(step, end - n), k,
-                  std::min(kTermsAtOnce, terms - k));
-        }
-      }
-    }
-    own.finish(offsets.get(), batch);
-  });
+  for (int64_t from = 0; from < std::max<int64_t>(terms, 1); from += panels.pass) {
+    const int64_t to = std::min(terms, from + panels.pass);
+    fill_panels(call, table, batch, from, to, num_threads, &panels);
+    shares.run([&](int64_t share, int64_t begin, int64_t end) {
+      const RowShare own(call, table, panels, begin, end, step, memory.get() + share * size);
+      own.add_pass(from, to);
+      if (to == terms) own.finish(batch);
+    });
+  }
 }
 
 // Up to kFewInputs inputs by sums of floats.

@@ -119,6 +119,18 @@ inline bool counts_roundings(const Call& call) {
   return call.rounding != Rounding::kNearest && !call.int8;
 }
 
+// Constants for radii that are widened term by term, or else for `prepare`; those of one input. The
+// 8-bit layer sums integers: a count would not help it.
+inline Constants constants_of(const Call& call, int64_t nonzero, bool counted) {
+  return counted ? constants_for(call, nonzero, 0.0) : constants_for(call, nonzero);
+}
+
+inline Constants constants_of_input(const Call& call, const Ends& input, const Constants& of_all,
+                                    bool counted) {
+  if (call.rounding != Rounding::kDeployed || call.int8) return of_all;
+  return constants_of(call, nonzero_terms(input), counted);
+}
+
 inline const float* shifted(const float* bias, int64_t by) {
   return bias != nullptr ? bias + by : bias;
 }

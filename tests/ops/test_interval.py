@@ -241,3 +241,16 @@ def test_bfloat16_stays_where_cuda_kernels_read_it(monkeypatch):
     trained, _ = _interval_checks.in_dtype_of(box, box, weight, bias)
     assert trained.dtype == torch.float32
     assert trained.requires_grad
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "real", "deployed"])
+@pytest.mark.parametrize("terms", [0, 511, 1600])
+def test_many_inputs_meet_the_terms_in_passes_that_change_no_bit(terms, rounding, isa):
+    weight, bias = torch.randn(13, terms), torch.randn(13)
+    x = torch.randn(1060, terms)  # so many inputs that a pass has 512 terms
+    low, high = interval_linear(x - 0.1, x + 0.1, weight, bias, rounding=rounding)
+    for rows in (slice(0, 9), slice(1040, 1060)):  # all terms in one pass
+        ends = x[rows] - 0.1, x[rows] + 0.1
+        few = interval_linear(*ends, weight, bias, rounding=rounding)
+        assert torch.equal(low[rows], few[0])
+        assert torch.equal(high[rows], few[1])
