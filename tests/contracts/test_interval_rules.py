@@ -286,6 +286,7 @@ ROWS = [
     Row("float", lambda x: x.to(torch.float64) if x.dtype == torch.float64 else x.float(),
         gradients=False),
 ]  # fmt: skip
+SOUND = ["real", "deployed", "deployed-tf32", "deployed-bfloat16"]
 WITHOUT_ROW = {
     "cuda",
     "__rsub__",
@@ -314,6 +315,15 @@ def points_of(lower, upper, count=16):
         if i % 2:
             share = (share > 0.5).float()
         yield torch.minimum(torch.maximum(lower + (upper - lower) * share, lower), upper)
+
+
+def within_domain(row, lower, upper, dtype):
+    """The box in ``dtype``, cut to where the function of a row with a border is defined."""
+    if row.low > 0:
+        lower, upper = lower.clamp(min=0.05), upper.clamp(min=0.05)
+    if row.high < 0:
+        lower, upper = lower.clamp(max=-0.05), upper.clamp(max=-0.05)
+    return lower.to(dtype), upper.to(dtype)
 
 
 def ends64(box: Interval) -> tuple[torch.Tensor, torch.Tensor]:
@@ -349,18 +359,42 @@ def test_float32_evaluations_lie_inside_deployed_boxes(row):
 
 
 @EACH
-def test_a_smaller_box_has_a_smaller_image(row):
-    lower, upper = draw(row, 0.5)
-    if row.low > 0:
-        lower = lower.clamp(min=0.05)
-    if row.high < 0:
-        upper = upper.clamp(max=-0.05)
-    outer_low, outer_high = ends64(row.call(Interval(lower, upper)))
-    third = (upper - lower) / 3
-    inner_low, inner_high = ends64(row.call(Interval(lower + third, upper - third)))
-    slack = 1e-6 * (outer_high - outer_low + outer_low.abs() + outer_high.abs())
-    assert bool((outer_low - slack <= inner_low).all())
-    assert bool((inner_high <= outer_high + slack).all())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rounding", ["real", "deployed"])
+def test_a_smaller_box_has_a_smaller_image(row, rounding, dtype):
+    """Exactly in float32, but that ends below the smallest normal number may move up to it."""
+    for radius in (0.5, 1e-3):
+        lower, upper = within_domain(row, *draw(row, radius), dtype)
+        outer_low, outer_high = ends64(row.call(Interval(lower, upper, rounding=rounding)))
+        third = (upper - lower) / 3
+        smaller = lower + third, torch.maximum(lower + third, upper - third)
+        inner_low, inner_high = ends64(row.call(Interval(*smaller, rounding=rounding)))
+        slack = torch.full_like(outer_low, torch.finfo(dtype).tiny)
+        if dtype == torch.float64:  # interpolation sums in other orders
+            slack += 1e-14 * torch.maximum(outer_low.abs(), outer_high.abs())
+        assert bool((outer_low - slack <= inner_low).all())
+        assert bool((inner_high <= outer_high + slack).all())
+
+
+@pytest.mark.slow
+@EACH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rounding", ["nearest", *SOUND])
+def test_every_mode_contains_corners_and_inner_points(row, rounding, dtype):
+    """In float64 evaluations; deployed modes contain those in the dtype of the box, too."""
+    for radius in (0.5, 1e-3, 0.0):
+        lower, upper = within_domain(row, *draw(row, radius), dtype)
+        result = row.call(Interval(lower, upper, rounding=rounding))
+        low, high = ends64(result)
+        assert bool((low <= high).all())
+        for point in points_of(lower, upper):
+            value = row.call(point.double()).double()
+            slack = 1e-13 * value.abs() + 2e-15
+            if rounding == "nearest" and dtype == torch.float32:
+                slack = 2e-5 * (1 + value.abs())
+            assert bool(((low <= value + slack) & (value - slack <= high)).all())
+            if rounding.startswith("deployed"):
+                assert bool(result.contains(row.call(point)).all())
 
 
 @EACH

@@ -269,3 +269,19 @@ def test_powers_in_place_change_the_box_itself():
     box **= 2
     assert box is kept
     assert float(kept.lower.min()) >= 0
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_compiled_code_refuses_autocast(inside):
+    layer = nn.Linear(4, 4)
+
+    def image(lower, upper):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
+            return layer(Interval(lower, upper)).lower
+
+    compiled = torch.compile(image if inside else ends_of(layer), backend="eager")
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=not inside),
+        pytest.raises(RuntimeError, match="autocast must be off"),
+    ):
+        compiled(*drawn())

@@ -116,11 +116,21 @@ def test_hasattr_answers_instead_of_raising():
 
 
 @pytest.mark.parametrize(
-    "model", [nn.BatchNorm1d(2), nn.Dropout(), nn.InstanceNorm1d(2, track_running_stats=True)]
+    "model",
+    [
+        *(nn.BatchNorm1d(2), nn.InstanceNorm1d(2, track_running_stats=True)),
+        *(nn.Dropout(), nn.Dropout1d(), nn.AlphaDropout(), nn.FeatureAlphaDropout()),
+    ],
 )
 def test_training_mode_layers_are_refused(model):
-    with pytest.raises(ValueError, match=r"evaluation mode.*model\.eval\(\)"):
+    with pytest.raises(ValueError, match=r"evaluation mode.*\(in 0, a .*model\.eval\(\)"):
         nn.Sequential(model.train())(box(3, 2, 4))
+
+
+def test_attention_that_trains_with_dropout_is_refused_by_its_place():
+    layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.1).train()
+    with pytest.raises(ValueError, match=r"dropout_p = 0\.1 \(in self_attn, a MultiheadAttention"):
+        layer(box(3, 2, 4))
 
 
 def test_autocast_is_refused():
