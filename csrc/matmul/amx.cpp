@@ -4,6 +4,7 @@
 // PYROBUST_EMULATED_TILES the same code runs without AMX, for tests.
 #include "core/activation_int8.h"
 #include "matmul/amx_parts.h"
+#include "matmul/panels.h"
 
 namespace pyrobust::matmul {
 namespace {
@@ -11,7 +12,7 @@ namespace {
 bool is_tiled(const PackedMatrix& w, Mode mode, int64_t rows) {
   if (mode == Mode::kExact || w.group_dim != 1 || w.cols == 0 || rows < kLeastTileRows)
     return false;
-  if (mode != Mode::kInt8) return true;
+  if (mode != Mode::kInt8) return !has_half_blocks(w);
   const bool whole = w.group_size % (kBlock / 2) == 0 || w.group_size >= w.cols;
   return whole && (w.group_size <= kMaxIntegerRun || w.cols <= kMaxIntegerRun);
 }

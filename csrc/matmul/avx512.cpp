@@ -4,26 +4,29 @@
 // take the code of avx2_paths.h, compiled with these wider flags.
 #include "matmul/avx2_paths.h"
 #include "matmul/avx512_float_rows.h"
-#include "matmul/avx512_make_panels.h"
 #include "matmul/avx512_panels.h"
 #include "matmul/avx512_rows.h"
 
 namespace pyrobust::matmul {
 namespace {
 
-bool takes_parts(const PackedMatrix& w) { return path_of(w, Mode::kInt8) == Path::kIntegerBlocks; }
+bool takes_parts(const PackedMatrix& w) {
+  return path_of(w, Mode::kInt8) == Path::kIntegerBlocks || has_half_blocks(w);
+}
+
+bool reads_panels(const PackedMatrix& w) { return w.panels != nullptr || has_half_blocks(w); }
 
 bool is_wide(const PackedMatrix& w, Mode mode) { return mode != Mode::kExact && takes_parts(w); }
 
 int64_t wide_prepared_bytes(const PackedMatrix& w, Mode mode, int64_t rows) {
   if (!is_wide(w, mode)) return prepared_bytes(w, mode, rows);
-  if (w.panels != nullptr) return PanelRows(nullptr, w, rows, mode).used;
+  if (reads_panels(w)) return PanelRows(nullptr, w, rows, mode).used;
   return WideRows(nullptr, w, rows, mode).used;
 }
 
 int64_t wide_scratch_bytes(const PackedMatrix& w, Mode mode, int64_t rows) {
   if (!is_wide(w, mode)) return scratch_bytes(w, mode, rows);
-  if (w.panels != nullptr) return panel_scratch_bytes(w, mode, rows);
+  if (reads_panels(w)) return panel_scratch_bytes(w, mode, rows);
   return WideScratch(nullptr, w, rows).used;
 }
 
@@ -44,7 +47,7 @@ void prepare_canonical_row(const PackedMatrix& w, Mode mode, const char* row, Fl
 void wide_prepare(const PackedMatrix& w, Mode mode, const Activations& x, int64_t first,
                   int64_t rows, RowRange part, void* prepared, double* step, void* scratch) {
   if (!is_wide(w, mode)) return prepare(w, mode, x, first, rows, part, prepared, step, scratch);
-  if (w.panels != nullptr) return prepare_panel_rows(w, mode, x, first, rows, part, prepared, step);
+  if (reads_panels(w)) return prepare_panel_rows(w, mode, x, first, rows, part, prepared, step);
   const WideRows out(prepared, w, rows, mode);
   const int64_t row_bytes = w.cols * float_type_bytes(x.type);
   for (int64_t m = part.begin; m < part.end; ++m) {
@@ -100,7 +103,7 @@ void multiply_wide_bits(const PackedMatrix& w, Mode mode, const Block& block, in
 void wide_multiply(const PackedMatrix& w, Mode mode, const Block& block, int64_t begin, int64_t end,
                    const Output& out, void* scratch) {
   if (!is_wide(w, mode)) return multiply(w, mode, block, begin, end, out, scratch);
-  if (w.panels != nullptr) return multiply_from_panels(w, mode, block, begin, end, out, scratch);
+  if (reads_panels(w)) return multiply_from_panels(w, mode, block, begin, end, out, scratch);
   static const bool has_vbmi = __builtin_cpu_supports("avx512vbmi") != 0;
   switch (stored_bits(w)) {
     case 1:

@@ -12,6 +12,7 @@
 #pragma once
 
 #include "matmul/avx512_parts.h"
+#include "matmul/panels.h"
 
 namespace pyrobust::matmul {
 namespace {
@@ -74,7 +75,7 @@ Rounded rounded_group(const float* x, int64_t from, int64_t to, double largest) 
 
 template <int kParts>
 bool rounds_little(const PackedMatrix& w, const float* x) {
-  const int64_t columns = group_blocks(w) * kBlock;
+  const int64_t columns = step_blocks(w) * kBlock;
   Rounded all;
   for (int64_t from = 0; from < w.cols; from += columns) {
     const int64_t to = w.cols - from < columns ? w.cols : from + columns;

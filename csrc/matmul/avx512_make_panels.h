@@ -1,4 +1,4 @@
-// Included by avx512.cpp alone: a weight into panel order (panels.h), a panel at a time.
+// Included by avx512_panels.h: a weight into panel order (panels.h), a panel at a time.
 #pragma once
 
 #include "matmul/avx512_decode.h"
@@ -75,38 +75,48 @@ void write_panel_block(const PanelLayout& layout, const uint8_t* codes, int64_t 
     }
     transpose_16(half[t]);
   }
-  for (int j = 0; j < 4; ++j) {
+  for (int64_t j = 0; j < 4 && k + kQuadColumns * j < layout.columns; ++j) {
     write_quad(layout.bits, half[0] + 4 * j, half[1] + 4 * j,
                quad_at(layout, panel, k + kQuadColumns * j));
   }
 }
 
-// Panels [begin, end) to `out`, which begins with panel 0.
-void write_panels(const PackedMatrix& w, int64_t begin, int64_t end, uint8_t* out) {
+// Panel p to `panel`.
+void write_panel(const PackedMatrix& w, const PanelLayout& layout, int64_t p, uint8_t* panel) {
   constexpr int64_t kPitch = kSpan + kSpanSlack;
   alignas(64) uint8_t codes[kPanelRows * kPitch];
-  const PanelLayout layout(w);
-  for (int64_t p = begin; p < end; ++p) {
-    uint8_t* panel = out + p * layout.panel_bytes;
-    const int64_t first = p * kPanelRows, left = w.rows - first;
-    const int64_t count = left < kPanelRows ? left : kPanelRows;
-    for (int64_t g = 0; g < layout.groups; ++g) {
-      write_panel_head(w, layout, first, count, g, panel + g * layout.group_bytes);
+  const int64_t first = p * kPanelRows, left = w.rows - first;
+  const int64_t count = left < kPanelRows ? left : kPanelRows;
+  for (int64_t g = 0; g < layout.groups; ++g) {
+    write_panel_head(w, layout, first, count, g, panel + g * layout.group_bytes);
+  }
+  if (count < kPanelRows) __builtin_memset(codes, 0, sizeof(codes));
+  for (int64_t k = 0; k < w.cols; k += kSpan) {
+    const int64_t stop = w.cols - k < kSpan ? w.cols : k + kSpan;
+    for (int64_t i = 0; i < count; ++i) {
+      uint8_t* own = codes + i * kPitch;
+      const uint8_t* from = span_codes<Avx512Codes>(w, first + i, k, stop, own);
+      if (from != own) __builtin_memcpy(own, from, static_cast<size_t>(stop - k));
+      __builtin_memset(own + (stop - k), 0, kSpanSlack);
     }
-    if (count < kPanelRows) __builtin_memset(codes, 0, sizeof(codes));
-    for (int64_t k = 0; k < w.cols; k += kSpan) {
-      const int64_t stop = w.cols - k < kSpan ? w.cols : k + kSpan;
-      for (int64_t i = 0; i < count; ++i) {
-        uint8_t* own = codes + i * kPitch;
-        const uint8_t* from = span_codes<Avx512Codes>(w, first + i, k, stop, own);
-        if (from != own) __builtin_memcpy(own, from, static_cast<size_t>(stop - k));
-        __builtin_memset(own + (stop - k), 0, kSpanSlack);
-      }
-      for (int64_t at = k; at < stop; at += kLineBytes) {
-        write_panel_block(layout, codes + (at - k), kPitch, at, panel);
-      }
+    for (int64_t at = k; at < stop; at += kLineBytes) {
+      write_panel_block(layout, codes + (at - k), kPitch, at, panel);
     }
   }
+}
+
+// Panels [begin, end) to `out`, which begins with panel 0.
+void write_panels(const PackedMatrix& w, int64_t begin, int64_t end, uint8_t* out) {
+  const PanelLayout layout(w);
+  for (int64_t p = begin; p < end; ++p) write_panel(w, layout, p, out + p * layout.panel_bytes);
+}
+
+// Panel p of a weight; made in `own`, of PanelLayout::panel_bytes, where it has none.
+inline const uint8_t* panel_of(const PackedMatrix& w, const PanelLayout& layout, int64_t p,
+                               void* own) {
+  if (w.panels != nullptr) return w.panels + p * layout.panel_bytes;
+  write_panel(w, layout, p, static_cast<uint8_t*>(own));
+  return static_cast<const uint8_t*>(own);
 }
 
 }  // namespace

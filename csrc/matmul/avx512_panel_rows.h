@@ -121,14 +121,22 @@ inline __m512i sum_bytes(__m512i sum, __m512i q) {
   return _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), q);
 }
 
+// `sum`: lanes of the sums of a group, for each row of bytes.
+inline void write_offsets(const PackedMatrix& w, const __m512i* sum, PanelOffsets* out) {
+  const int32_t zero = w.zero == nullptr ? symmetric_zero(w) : 1;
+  const int shift = second_shift(w);
+  for (int64_t i = 0; i < kTileRows; ++i) {
+    out->first[i] = -zero * _mm512_reduce_add_epi32(sum[i]);
+    out->second[i] = out->first[i] * (1 << shift);
+  }
+}
+
 // Blocks [begin, end) of group g of the tile from row m on: convert(i, b, v) gives 64 columns of
 // its row i, each part apart by the tile's rows.
 template <typename Convert>
 void prepare_panel_group(const PackedMatrix& w, int64_t m, int64_t g, int64_t begin, int64_t end,
                          const PanelRows& out, const Convert& convert) {
   const int64_t count = out.rows_at(m), width = out.width(m);
-  const int32_t zero = w.zero == nullptr ? symmetric_zero(w) : 1;
-  const int shift = second_shift(w);
   __m512i v[kTileRows], sum[kTileRows];
   for (int i = 0; i < kTileRows; ++i) v[i] = sum[i] = _mm512_setzero_si512();
   for (int64_t b = begin; b < end; ++b) {
@@ -136,17 +144,54 @@ void prepare_panel_group(const PackedMatrix& w, int64_t m, int64_t g, int64_t be
     for (int64_t i = 0; i < count * out.parts; ++i) sum[i] = sum_bytes(sum[i], v[i]);
     store_tile_block(v, width, out.tile(m) + b * kBlock * width);
   }
-  PanelOffsets& offset = out.offsets(m)[g];
-  for (int64_t i = 0; i < kTileRows; ++i) {
-    offset.first[i] = -zero * _mm512_reduce_add_epi32(sum[i]);
-    offset.second[i] = offset.first[i] * (1 << shift);
+  write_offsets(w, sum, out.offsets(m) + g);
+}
+
+// The same of the groups g and g + 1, if there is one, where they meet within a block.
+template <typename Convert>
+void prepare_half_groups(const PackedMatrix& w, int64_t m, int64_t g, int64_t begin, int64_t end,
+                         const PanelRows& out, const Convert& convert) {
+  constexpr int64_t kHalf = kBlock / 2;
+  const int64_t count = out.rows_at(m), width = out.width(m);
+  const __m512i ones[2] = {_mm512_maskz_set1_epi8((uint64_t{1} << kHalf) - 1, 1),
+                           _mm512_maskz_set1_epi8(~uint64_t{0} << kHalf, 1)};
+  __m512i v[kTileRows], sum[2][kTileRows];
+  for (int i = 0; i < kTileRows; ++i) v[i] = sum[0][i] = sum[1][i] = _mm512_setzero_si512();
+  for (int64_t b = begin; b < end; ++b) {
+    for (int64_t i = 0; i < count; ++i) convert(i, b, v + i);
+    for (int64_t half = 0; half < 2; ++half) {
+      const int64_t own = ((b - begin) * kBlock + half * kHalf) / w.group_size;
+      for (int64_t i = 0; i < count * out.parts; ++i) {
+        sum[own][i] = _mm512_dpbusd_epi32(sum[own][i], ones[half], v[i]);
+      }
+    }
+    store_tile_block(v, width, out.tile(m) + b * kBlock * width);
   }
+  write_offsets(w, sum[0], out.offsets(m) + g);
+  if (g + 1 < out.groups) write_offsets(w, sum[1], out.offsets(m) + g + 1);
+}
+
+// All groups of a tile, those with one step of x at a time: body(g, begin, end) for their first and
+// their blocks.
+template <typename Body>
+void for_step_groups(const PackedMatrix& w, int64_t groups, const Body& body) {
+  const int64_t blocks = blocks_of(w), some = step_blocks(w);
+  for (int64_t g = 0, b = 0; g < groups; g += has_half_blocks(w) ? 2 : 1, b += some) {
+    body(g, b, blocks - b < some ? blocks : b + some);
+  }
+}
+
+template <typename Convert>
+void prepare_step_groups(const PackedMatrix& w, int64_t m, int64_t g, int64_t begin, int64_t end,
+                         const PanelRows& out, const Convert& convert) {
+  if (has_half_blocks(w)) return prepare_half_groups(w, m, g, begin, end, out, convert);
+  prepare_panel_group(w, m, g, begin, end, out, convert);
 }
 
 // The rows [m, m + rows_at(m)) of the block; `x` holds the first one's elements.
 void prepare_panel_int8(const PackedMatrix& w, const char* x, FloatType type, int64_t m,
                         const PanelRows& out, double* step) {
-  const int64_t row_bytes = w.cols * float_type_bytes(type), blocks = blocks_of(w);
+  const int64_t row_bytes = w.cols * float_type_bytes(type);
   Divisor by[kTileRows];
   for (int64_t i = 0; i < out.rows_at(m); ++i) {
     step[i] = step_of(x + i * row_bytes, type, 0, w.cols, 127.0);
@@ -156,26 +201,23 @@ void prepare_panel_int8(const PackedMatrix& w, const char* x, FloatType type, in
     *v = step[i] > 0.0 ? quantize_64(x + i * row_bytes, type, b * kBlock, w.cols, by[i])
                        : _mm512_setzero_si512();
   };
-  for (int64_t g = 0, b = 0; g < out.groups; ++g) {
-    const int64_t stop = blocks - b < group_blocks(w) ? blocks : b + group_blocks(w);
-    prepare_panel_group(w, m, g, b, stop, out, convert);
-    b = stop;
-  }
+  for_step_groups(w, out.groups, [&](int64_t g, int64_t begin, int64_t end) {
+    prepare_step_groups(w, m, g, begin, end, out, convert);
+  });
 }
 
 template <int kParts>
 void prepare_panel_parts(const PackedMatrix& w, const char* x, FloatType type, int64_t m,
                          const PanelRows& out) {
-  const int64_t row_bytes = w.cols * float_type_bytes(type), blocks = blocks_of(w);
-  const int64_t count = out.rows_at(m);
-  for (int64_t g = 0, b = 0; g < out.groups; ++g) {
-    const int64_t stop = blocks - b < group_blocks(w) ? blocks : b + group_blocks(w);
+  const int64_t row_bytes = w.cols * float_type_bytes(type), count = out.rows_at(m);
+  for_step_groups(w, out.groups, [&](int64_t g, int64_t begin, int64_t stop) {
     const int64_t end = stop * kBlock < w.cols ? stop * kBlock : w.cols;
     double inverse[kTileRows];
     for (int64_t i = 0; i < count; ++i) {
       const double step =
-          power_of_two(step_of(x + i * row_bytes, type, b * kBlock, end, largest_of<kParts>()));
+          power_of_two(step_of(x + i * row_bytes, type, begin * kBlock, end, largest_of<kParts>()));
       out.steps(m)[g * kTileRows + i] = step;
+      if (has_half_blocks(w) && g + 1 < out.groups) out.steps(m)[(g + 1) * kTileRows + i] = step;
       inverse[i] = step > 0.0 ? 1.0 / step : 0.0;
     }
     const auto convert = [&](int64_t i, int64_t block, __m512i* v) {
@@ -184,9 +226,8 @@ void prepare_panel_parts(const PackedMatrix& w, const char* x, FloatType type, i
 #pragma GCC unroll 4
       for (int p = 0; p < kParts; ++p) v[p * count] = part[p];
     };
-    prepare_panel_group(w, m, g, b, stop, out, convert);
-    b = stop;
-  }
+    prepare_step_groups(w, m, g, begin, stop, out, convert);
+  });
 }
 
 // Rows `part` of the block [first, first + rows) of x; `part` begins with a tile.

@@ -89,7 +89,7 @@ struct PanelStreams {
         step(task.x->steps(task.m) + task.from * kTileRows),
         columns(layout.columns - task.from * layout.group_columns) {}
 
-  int64_t quads() const {  // at least four
+  int64_t quads() const {  // at least two
     return (columns < layout.group_columns ? columns : layout.group_columns) / kQuadColumns;
   }
   const uint8_t* codes() const { return head + layout.head_bytes; }
@@ -128,7 +128,7 @@ __attribute__((noinline)) void panel_tile(const PanelTask& task) {
   PanelPending& pending = *task.pending;
   const __m512i table = codebook_table(from.w);
   for (int64_t g = task.from; g < task.to; ++g) {
-    const int64_t quads = from.quads(), rows_a_quad = quads >= kTileRows ? 1 : 2;
+    const int64_t quads = from.quads(), rows_a_quad = quads >= kTileRows ? 1 : quads >= 4 ? 2 : 4;
     const uint8_t* codes = from.codes();
     const int8_t* q = from.q;
     __m512i sum[kSums];

@@ -7,6 +7,7 @@
 // The sums of a group and the order of groups are those of avx512_int8.h, hence the same bits.
 #pragma once
 
+#include "matmul/avx512_make_panels.h"
 #include "matmul/avx512_panel_few.h"
 #include "matmul/avx512_panel_integer.h"
 #include "matmul/avx512_panel_parts.h"
@@ -22,9 +23,14 @@ int64_t double_totals_bytes(int64_t rows) {
   return round_up(rows, kTileRows) * kPanelRows * static_cast<int64_t>(sizeof(double));
 }
 
-int64_t panel_scratch_bytes(const PackedMatrix& w, Mode mode, int64_t rows) {
+// Bytes of totals, behind which a panel may be made.
+int64_t totals_bytes(const PackedMatrix& w, Mode mode, int64_t rows) {
   if (takes_integer_totals(w, mode)) return IntegerScratch(nullptr, w, rows).used;
   return double_totals_bytes(rows);
+}
+
+int64_t panel_scratch_bytes(const PackedMatrix& w, Mode mode, int64_t rows) {
+  return totals_bytes(w, mode, rows) + (w.panels == nullptr ? PanelLayout(w).panel_bytes : 0);
 }
 
 // With totals in int32.
@@ -34,8 +40,9 @@ void multiply_integer_order(const PackedMatrix& w, const Block& block, int64_t b
   const PanelLayout layout(w);
   const PanelRows x(const_cast<void*>(block.data), w, block.rows, Mode::kInt8);
   const IntegerScratch s(scratch, w, block.rows);
+  auto* own = static_cast<char*>(scratch) + s.used;
   for (int64_t p = begin / kPanelRows; p * kPanelRows < end; ++p) {
-    const PanelTask task{&w, &layout, w.panels + p * layout.panel_bytes, &x, nullptr, false, 0, 0,
+    const PanelTask task{&w, &layout, panel_of(w, layout, p, own), &x, nullptr, false, 0, 0,
                          0,  nullptr};
     multiply_integer_panel<kBits, kBook>(task, s);
     const int64_t first = p * kPanelRows, stop = first + kPanelRows;
@@ -47,7 +54,7 @@ void multiply_integer_order(const PackedMatrix& w, const Block& block, int64_t b
 template <int kBits, bool kBook>
 void multiply_panel_order(const PackedMatrix& w, Mode mode, const Block& block, int64_t begin,
                           int64_t end, const Output& out, void* scratch) {
-  if (is_few(block.rows, mode)) {
+  if (w.panels != nullptr && is_few(block.rows, mode)) {
     return multiply_few_rows<kBits, kBook>(w, block, {begin, end}, out);
   }
   if (takes_integer_totals(w, mode)) {
@@ -59,11 +66,12 @@ void multiply_panel_order(const PackedMatrix& w, Mode mode, const Block& block, 
   PanelPending pending;
   const bool narrow = is_narrow(w, kShift);
   auto* total = static_cast<double*>(scratch);
+  auto* own = static_cast<char*>(scratch) + double_totals_bytes(x.rows);
   const int64_t some = layout.group_columns > 0 ? kPanelColumns / layout.group_columns : 1;
   const int64_t chunk = x.rows <= x.x_rows() ? layout.groups : some > 0 ? some : 1;
   for (int64_t p = begin / kPanelRows; p * kPanelRows < end; ++p) {
     __builtin_memset(total, 0, static_cast<size_t>(double_totals_bytes(x.rows)));
-    PanelTask task{&w, &layout, w.panels + p * layout.panel_bytes, &x, &pending, narrow, 0, 0,
+    PanelTask task{&w, &layout, panel_of(w, layout, p, own), &x, &pending, narrow, 0, 0,
                    0,  nullptr};
     for (; task.from < layout.groups; task.from = task.to) {
       task.to = layout.groups - task.from < chunk ? layout.groups : task.from + chunk;

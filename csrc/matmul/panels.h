@@ -34,13 +34,27 @@ constexpr int64_t kPanelRows = 32;
 constexpr int64_t kQuadColumns = 16;
 constexpr int64_t kLineBytes = 64;
 
-// For groups along a row of whole 64 columns, or whole rows.
+// Whether groups are whole 32 columns but not whole blocks of 64. Products then read the panel
+// order alone: panels that nobody has made are made on the way, one at a time.
+inline bool has_half_blocks(const PackedMatrix& w) {
+  return w.group_dim == 1 && w.group_size < w.cols && w.group_size % kLineBytes == kLineBytes / 2 &&
+         w.group_size <= kMaxIntegerRun;
+}
+
+// Blocks of 64 columns of x with one step, where it is rounded to parts: those of a group, or of
+// two.
+inline int64_t step_blocks(const PackedMatrix& w) {
+  if (w.group_size >= w.cols) return ceil_div(w.cols, kLineBytes);
+  return has_half_blocks(w) ? 2 * w.group_size / kLineBytes : w.group_size / kLineBytes;
+}
+
+// For groups along a row of whole 32 columns, or whole rows.
 struct PanelLayout {
   int bits;
   int64_t scale_bytes;    // of one scale
   int64_t groups;         // of a row
   int64_t group_columns;  // of all groups but the last
-  int64_t columns;        // of a row, a multiple of 64
+  int64_t columns;        // of a row, a multiple of 64, or of 32 where groups are
   int64_t head_bytes;     // scales and zeros of a group
   int64_t group_bytes;    // of all groups but the last
   int64_t panel_bytes;
@@ -50,8 +64,9 @@ struct PanelLayout {
       : bits(w.levels == kTernaryLevels ? 2 : code_bits(w.levels)),
         scale_bytes(w.row_scale != nullptr ? 1 : float_type_bytes(w.scale_type)),
         groups(scale_cols(w)),
-        columns(ceil_div(w.cols, kLineBytes) * kLineBytes),
         panels(ceil_div(w.rows, kPanelRows)) {
+    const int64_t unit = has_half_blocks(w) ? kLineBytes / 2 : kLineBytes;
+    columns = ceil_div(w.cols, unit) * unit;
     group_columns = w.group_size < w.cols ? w.group_size : columns;
     const int64_t heads = kPanelRows * (scale_bytes + (w.zero != nullptr ? 1 : 0));
     head_bytes = ceil_div(heads, kLineBytes) * kLineBytes;

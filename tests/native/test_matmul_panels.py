@@ -21,7 +21,9 @@ ROWS = (*BATCHES, 6, 7, 9)
 FORMATS = [(bits, True) for bits in (1, 1.58, 2, 3, 4, 8)]
 FORMATS += [(bits, False) for bits in (2, 3, 4, 8)]
 # Tails of every kind: rows of a panel, columns of a block, of a decoded span, of the last group.
+# Groups that end within a block of 64, in an odd number too.
 SHAPES = [(37, 200, 64), (5, 64, 64), (70, 384, 128), (33, 320, 1000), (100, 1300, 1300)]
+SHAPES += [(37, 200, 32), (40, 161, 32), (33, 1344, 96)]
 ACTIVATIONS = [
     ("int8", torch.float32),
     ("int8", torch.bfloat16),
@@ -78,6 +80,10 @@ def test_same_bits(bits, symmetric, activations, dtype):
             x = _inputs(count, cols, dtype, generator)
             canonical, panels = _from_both(q, x, activations)
             assert torch.equal(canonical, panels), (rows, cols, group_size, count)
+            if activations == "int8":
+                _native.set_isa("portable")
+                assert torch.equal(_product(q, x, activations), panels)
+                _native.set_isa("avx512")
 
 
 @pytest.mark.parametrize(("activations", "dtype"), ACTIVATIONS[1:3])

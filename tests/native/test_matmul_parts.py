@@ -11,6 +11,7 @@ from ..packed_products import BATCHES, assert_within_bound, multiply, random_wei
 
 # rows, cols, group_size: usual groups, tails of columns and rows, one group, a last group of one
 SHAPES = [(70, 512, 128), (9, 200, 64), (7, 150, 150), (5, 129, 128), (40, 1300, 640)]
+SHAPES += [(37, 200, 32), (5, 97, 32), (33, 1344, 96)]
 DTYPES = [torch.bfloat16, torch.float16]
 
 
