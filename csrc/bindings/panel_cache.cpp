@@ -28,7 +28,7 @@ int64_t kept_bytes = 0;
 struct Source {
   std::array<const void*, 3> data{};
   std::array<int64_t, 3> version{};
-  std::array<int64_t, 6> form{};
+  std::array<int64_t, 7> form{};
 
   bool operator==(const Source& other) const {
     return data == other.data && version == other.version && form == other.form;
@@ -103,13 +103,14 @@ std::shared_ptr<const PanelMemory> attach_panels(py::handle codes, py::handle sc
                                                  int64_t most_needed) {
   const matmul::PackedMatrix& w = *weight;
   const int64_t least = std::min(least_elements, most_needed);
-  if (making_product == 0 || w.rows * w.cols < least || w.group_dim != 1) return nullptr;
+  if (making_product == 0 || w.rows * w.cols < least) return nullptr;
   Source source;
   source.data = {w.codes, w.scale, w.zero};
   source.form = {w.rows,
                  w.cols,
                  w.levels,
                  w.group_size,
+                 w.group_dim,
                  static_cast<int64_t>(w.scale_type),
                  w.row_scale != nullptr};
   if (!read_version(codes, &source.version[0]) || !read_version(scale, &source.version[1]) ||

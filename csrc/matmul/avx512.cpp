@@ -4,6 +4,7 @@
 // take the code of avx2_paths.h, compiled with these wider flags.
 #include "matmul/avx2_paths.h"
 #include "matmul/avx512_float_rows.h"
+#include "matmul/avx512_panel_columns.h"
 #include "matmul/avx512_panels.h"
 #include "matmul/avx512_rows.h"
 
@@ -19,12 +20,14 @@ bool reads_panels(const PackedMatrix& w) { return w.panels != nullptr || has_hal
 bool is_wide(const PackedMatrix& w, Mode mode) { return mode != Mode::kExact && takes_parts(w); }
 
 int64_t wide_prepared_bytes(const PackedMatrix& w, Mode mode, int64_t rows) {
+  if (by_columns(w, mode)) return rows * column_row_bytes(w);
   if (!is_wide(w, mode)) return prepared_bytes(w, mode, rows);
   if (reads_panels(w)) return PanelRows(nullptr, w, rows, mode).used;
   return WideRows(nullptr, w, rows, mode).used;
 }
 
 int64_t wide_scratch_bytes(const PackedMatrix& w, Mode mode, int64_t rows) {
+  if (by_columns(w, mode)) return ColumnScratch(nullptr, w).used;
   if (!is_wide(w, mode)) return scratch_bytes(w, mode, rows);
   if (reads_panels(w)) return panel_scratch_bytes(w, mode, rows);
   return WideScratch(nullptr, w, rows).used;
@@ -46,6 +49,7 @@ void prepare_canonical_row(const PackedMatrix& w, Mode mode, const char* row, Fl
 
 void wide_prepare(const PackedMatrix& w, Mode mode, const Activations& x, int64_t first,
                   int64_t rows, RowRange part, void* prepared, double* step, void* scratch) {
+  if (by_columns(w, mode)) return prepare_column_rows(w, x, first, part, prepared, step);
   if (!is_wide(w, mode)) return prepare(w, mode, x, first, rows, part, prepared, step, scratch);
   if (reads_panels(w)) return prepare_panel_rows(w, mode, x, first, rows, part, prepared, step);
   const WideRows out(prepared, w, rows, mode);
@@ -60,13 +64,20 @@ void wide_prepare(const PackedMatrix& w, Mode mode, const Activations& x, int64_
   }
 }
 
+template <int kBits, bool kBook>
+void multiply_panels(const PackedMatrix& w, Mode mode, const Block& block, int64_t begin,
+                     int64_t end, const Output& out, void* scratch) {
+  if (w.group_dim == 0) return multiply_columns<kBits, kBook>(w, block, begin, end, out, scratch);
+  multiply_panel_order<kBits, kBook>(w, mode, block, begin, end, out, scratch);
+}
+
 template <int kBits>
 void multiply_panel_bits(const PackedMatrix& w, Mode mode, const Block& block, int64_t begin,
                          int64_t end, const Output& out, void* scratch) {
   if (w.codebook != nullptr) {
-    multiply_panel_order<kBits, true>(w, mode, block, begin, end, out, scratch);
+    multiply_panels<kBits, true>(w, mode, block, begin, end, out, scratch);
   } else {
-    multiply_panel_order<kBits, false>(w, mode, block, begin, end, out, scratch);
+    multiply_panels<kBits, false>(w, mode, block, begin, end, out, scratch);
   }
 }
 
@@ -82,12 +93,12 @@ void multiply_from_panels(const PackedMatrix& w, Mode mode, const Block& block, 
     case 4:
       return multiply_panel_bits<4>(w, mode, block, begin, end, out, scratch);
     default:
-      return multiply_panel_order<8, false>(w, mode, block, begin, end, out, scratch);
+      return multiply_panels<8, false>(w, mode, block, begin, end, out, scratch);
   }
 }
 
 int64_t bytes_of_panels(const PackedMatrix& w) {
-  return is_wide(w, Mode::kInt8) ? PanelLayout(w).bytes() : 0;
+  return is_wide(w, Mode::kInt8) || takes_columns(w) ? PanelLayout(w).bytes() : 0;
 }
 
 template <int kBits>
@@ -102,6 +113,7 @@ void multiply_wide_bits(const PackedMatrix& w, Mode mode, const Block& block, in
 
 void wide_multiply(const PackedMatrix& w, Mode mode, const Block& block, int64_t begin, int64_t end,
                    const Output& out, void* scratch) {
+  if (by_columns(w, mode)) return multiply_from_panels(w, mode, block, begin, end, out, scratch);
   if (!is_wide(w, mode)) return multiply(w, mode, block, begin, end, out, scratch);
   if (reads_panels(w)) return multiply_from_panels(w, mode, block, begin, end, out, scratch);
   static const bool has_vbmi = __builtin_cpu_supports("avx512vbmi") != 0;

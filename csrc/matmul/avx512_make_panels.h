@@ -87,7 +87,7 @@ void write_panel(const PackedMatrix& w, const PanelLayout& layout, int64_t p, ui
   alignas(64) uint8_t codes[kPanelRows * kPitch];
   const int64_t first = p * kPanelRows, left = w.rows - first;
   const int64_t count = left < kPanelRows ? left : kPanelRows;
-  for (int64_t g = 0; g < layout.groups; ++g) {
+  for (int64_t g = 0; layout.head_bytes > 0 && g < layout.groups; ++g) {
     write_panel_head(w, layout, first, count, g, panel + g * layout.group_bytes);
   }
   if (count < kPanelRows) __builtin_memset(codes, 0, sizeof(codes));

@@ -129,7 +129,7 @@ __attribute__((noinline)) void few_rows_panels(const PackedMatrix& w, const Pane
 #pragma GCC unroll 8
     for (int i = 0; i < kTotals; ++i) _mm512_store_pd(totals + 8 * i, total[i]);
     const int64_t stop = n + kPanelRows;
-    store_panel_rows(out, x, step, n, n > rows.begin ? n : rows.begin,
+    store_panel_rows(out, x.rows, step, n, n > rows.begin ? n : rows.begin,
                      stop < rows.end ? stop : rows.end, totals);
   }
 }

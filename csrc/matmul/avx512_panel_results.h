@@ -39,32 +39,33 @@ struct PanelResults {
 };
 
 template <FloatType kType, typename Total>
-void store_whole_panel(const Output& out, const PanelRows& x, const double* step, int64_t first,
+void store_whole_panel(const Output& out, int64_t rows, const double* step, int64_t first,
                        const Total* total) {
   const PanelResults results(out, first);
   int64_t at = out.row * out.stride + first - out.first;
-  for (int64_t m = 0; m < x.rows; ++m, total += kPanelRows, at += out.stride) {
-    const double factor = x.parts > 1 ? 1.0 : step[m];
+  for (int64_t m = 0; m < rows; ++m, total += kPanelRows, at += out.stride) {
+    const double factor = step == nullptr ? 1.0 : step[m];
     store_floats(out.data, kType, at, results.half(total, factor, 0));
     store_floats(out.data, kType, at + kLanes, results.half(total + kLanes, factor, 1));
   }
 }
 
-// Results of rows [begin, end) of W, within the panel from row `first` on, from their totals.
+// Results of rows [begin, end) of W for `rows` rows of x, times their step, if any, within the
+// panel from row `first` on, from their totals.
 template <typename Total>
-void store_panel_rows(const Output& out, const PanelRows& x, const double* step, int64_t first,
+void store_panel_rows(const Output& out, int64_t rows, const double* step, int64_t first,
                       int64_t begin, int64_t end, const Total* total) {
   if (end - begin == kPanelRows && out.remainder == nullptr) {
     if (out.type == FloatType::kFloat32) {
-      return store_whole_panel<FloatType::kFloat32>(out, x, step, first, total);
+      return store_whole_panel<FloatType::kFloat32>(out, rows, step, first, total);
     }
     if (out.type == FloatType::kBFloat16) {
-      return store_whole_panel<FloatType::kBFloat16>(out, x, step, first, total);
+      return store_whole_panel<FloatType::kBFloat16>(out, rows, step, first, total);
     }
-    return store_whole_panel<FloatType::kFloat16>(out, x, step, first, total);
+    return store_whole_panel<FloatType::kFloat16>(out, rows, step, first, total);
   }
-  for (int64_t m = 0; m < x.rows; ++m, total += kPanelRows) {
-    const double factor = x.parts > 1 ? 1.0 : step[m];
+  for (int64_t m = 0; m < rows; ++m, total += kPanelRows) {
+    const double factor = step == nullptr ? 1.0 : step[m];
     for (int64_t n = begin; n < end; ++n) store_result(out, m, n, total[n - first], factor);
   }
 }

@@ -46,7 +46,7 @@ void multiply_integer_order(const PackedMatrix& w, const Block& block, int64_t b
                          0,  nullptr};
     multiply_integer_panel<kBits, kBook>(task, s);
     const int64_t first = p * kPanelRows, stop = first + kPanelRows;
-    store_panel_rows(out, x, block.step, first, first > begin ? first : begin,
+    store_panel_rows(out, x.rows, block.step, first, first > begin ? first : begin,
                      stop < end ? stop : end, s.total);
   }
 }
@@ -86,8 +86,8 @@ void multiply_panel_order(const PackedMatrix& w, Mode mode, const Block& block, 
     }
     finish_pending<kShift>(task);
     const int64_t first = p * kPanelRows, stop = first + kPanelRows;
-    store_panel_rows(out, x, block.step, first, first > begin ? first : begin,
-                     stop < end ? stop : end, total);
+    store_panel_rows(out, x.rows, x.parts > 1 ? nullptr : block.step, first,
+                     first > begin ? first : begin, stop < end ? stop : end, total);
   }
 }
 

@@ -61,7 +61,7 @@
 //             group_dim 0   t = lanes ((0+1)+(2+3)) + ((4+5)+(6+7)), lane l = sum over the columns
 //             k
 //                           with (k / 8) mod 8 = l, ascending, of q scale (code - zero) in double;
-//                           no product rounds
+//                           no product rounds (integer sums where none of these rounds either)
 //           Two-level scales, either direction: t = (double) T * row_scale, T the exact integer sum
 //           of q scale (code - zero). With a remainder, t + r stands for t, where r is the double
 //           sum over the row's entries i, ascending, of q[columns[i]] values[i] (exact products).

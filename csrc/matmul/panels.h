@@ -48,7 +48,8 @@ inline int64_t step_blocks(const PackedMatrix& w) {
   return has_half_blocks(w) ? 2 * w.group_size / kLineBytes : w.group_size / kLineBytes;
 }
 
-// For groups along a row of whole 32 columns, or whole rows.
+// For groups along a row of whole 32 columns, or whole rows; and for groups along the rows of W
+// (group_dim 0), where a panel is one group without scales and zeros.
 struct PanelLayout {
   int bits;
   int64_t scale_bytes;    // of one scale
@@ -63,12 +64,13 @@ struct PanelLayout {
   explicit PanelLayout(const PackedMatrix& w)
       : bits(w.levels == kTernaryLevels ? 2 : code_bits(w.levels)),
         scale_bytes(w.row_scale != nullptr ? 1 : float_type_bytes(w.scale_type)),
-        groups(scale_cols(w)),
+        groups(w.group_dim == 1 ? scale_cols(w) : 1),
         panels(ceil_div(w.rows, kPanelRows)) {
     const int64_t unit = has_half_blocks(w) ? kLineBytes / 2 : kLineBytes;
     columns = ceil_div(w.cols, unit) * unit;
-    group_columns = w.group_size < w.cols ? w.group_size : columns;
-    const int64_t heads = kPanelRows * (scale_bytes + (w.zero != nullptr ? 1 : 0));
+    group_columns = w.group_dim == 1 && w.group_size < w.cols ? w.group_size : columns;
+    const int64_t heads =
+        w.group_dim == 1 ? kPanelRows * (scale_bytes + (w.zero != nullptr ? 1 : 0)) : 0;
     head_bytes = ceil_div(heads, kLineBytes) * kLineBytes;
     group_bytes = head_bytes + code_bytes(group_columns);
     panel_bytes = groups * head_bytes + code_bytes(columns);

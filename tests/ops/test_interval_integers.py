@@ -19,6 +19,7 @@ FORMATS = [(bits, True) for bits in (1, 1.58, 2, 3, 4, 8)]
 FORMATS += [(bits, False) for bits in (2, 3, 4, 8)]
 # Rows of W, columns and a group: tails of panels, blocks and groups, groups that no panel takes.
 SHAPES = [(37, 200, 64), (33, 150, 40), (70, 384, 128), (5, 7, 1), (100, 300, 1000), (32, 64, 64)]
+SHAPES += [(37, 200, 32), (40, 161, 96)]  # groups that end within a block
 
 
 @pytest.fixture(autouse=True)
