@@ -201,7 +201,8 @@ struct Multiplier {
 
   // Columns [32 half, 32 half + 32) of the stage onto the group's sums.
   PYROBUST_DEVICE void multiply_half(const LinearArguments& p, cuda::SharedPlace stage,
-                                     const WarpPlace& at, int half, const uint32_t* words,
+                                     const WarpPlace& at, int half,
+                                     uint32_t (&words)[kSteps * S::kBits],
                                      const uint32_t (&offset)[8], const uint32_t* table,
                                      Part& part) {
     uint32_t x[kEights][4];
@@ -209,6 +210,12 @@ struct Multiplier {
     if constexpr (kUnits) add_activations(x, part.x);
 #pragma unroll
     for (int step = 2 * half; step < 2 * half + 2; ++step) {
+      // Of two steps at a time where that leaves registers enough.
+      constexpr int kTogether = S::kBits == 8 ? 1 : 2;
+      if (step % kTogether == 0) {
+        load_words(stage, at, (step * S::kBits + 3) / 4, ((step + kTogether) * S::kBits + 3) / 4,
+                   words);
+      }
       Tiles a;
       if constexpr (kFormat == Format::kComplex) {
         Tiles v;
@@ -239,10 +246,8 @@ struct Multiplier {
                                 const WarpPlace& at, bool begins, bool ends, const uint32_t* table,
                                 uint32_t (&offset)[8], Part& part, Sums& sum) {
     uint32_t words[kSteps * S::kBits];
-    constexpr int kFirst = (S::kBits + 1) / 2;  // vectors that the first half of the columns needs
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      load_words(stage, at, half == 0 ? 0 : kFirst, half == 0 ? kFirst : S::kBits, words);
       if constexpr (kGroupDim == 1) {
         const int which = p.two_groups ? half : 0;
         if (!kUnits && p.zero != nullptr && (p.two_groups || (half == 0 && begins))) {
