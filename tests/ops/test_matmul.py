@@ -6,7 +6,7 @@ import torch
 from pyrobust.ops import packed_linear
 from pyrobust.quantize import BITS, QTensor, round_to_nearest
 
-from ..packed_products import multiply
+from ..packed_products import assert_within_bound, multiply
 
 
 def pack(rows, cols, bits=4, group_size=16, group_dim=1, **options) -> QTensor:
@@ -29,19 +29,10 @@ def operator_arguments(x, packed: QTensor, bias=None, int8=False):
 
 
 def assert_exact_mode(x, packed: QTensor, bias=None):
-    weight = packed.dequantize(torch.float64)
-    exact = x.double() @ weight.t()
-    allowance = 1e-6 * (x.double().abs() @ weight.abs().t())
-    if bias is not None:
-        exact, allowance = exact + bias.double(), allowance + 1e-6 * bias.double().abs()
     result = multiply(x, packed, bias)
     assert result.dtype == x.dtype
     assert result.shape == (*x.shape[:-1], packed.shape[0])
-    if x.dtype != torch.float32:
-        allowance = allowance + exact.abs() * torch.finfo(x.dtype).eps / 2 * 1.001
-        if x.dtype == torch.float16:
-            allowance = allowance + 2.0**-25
-    assert ((result.double() - exact).abs() <= allowance).all()
+    assert_within_bound(result, x, packed, bias)
 
 
 def int8_reference(x: torch.Tensor, packed: QTensor) -> torch.Tensor:
