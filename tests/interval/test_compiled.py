@@ -285,3 +285,38 @@ def test_compiled_code_refuses_autocast(inside):
         pytest.raises(RuntimeError, match="autocast must be off"),
     ):
         compiled(*drawn())
+
+
+INDUCED = {
+    "add": lambda x: x + x * 0.1,
+    "exp": torch.exp,
+    "tanh": torch.tanh,
+    "softmax": lambda x: x.softmax(-1),
+    "gelu": F.gelu,
+    "layer_norm": lambda x: F.layer_norm(x, (6,)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rounding", ["real", "deployed"])
+@pytest.mark.parametrize("name", INDUCED)
+def test_code_of_the_default_compiler_contains_the_image(name, rounding):
+    """Inductor has elementary functions of its own, and must not contract or reorder sums."""
+    function = INDUCED[name]
+
+    def image(low, high):
+        result = function(Interval(low, high, rounding=rounding))
+        return result.lower, result.upper
+
+    lower = torch.randn(37, 6)
+    upper = lower + 0.01 * torch.rand(37, 6)
+    low, high = torch.compile(image, fullgraph=True)(lower, upper)
+    for i in range(40):
+        share = torch.rand_like(lower)
+        point = torch.lerp(lower, upper, share.round() if i % 2 else share).clamp(lower, upper)
+        value = function(point.double())
+        slack = 1e-14 * value.abs()
+        assert bool(((low <= value + slack) & (value - slack <= high)).all())
+        if rounding == "deployed":
+            single = function(point)
+            assert bool(((low <= single) & (single <= high)).all())
