@@ -32,7 +32,7 @@ from .peers import dense_peers, packed_peers, prepacked_peers
 COMMAND = "python -m pytest bench/test_matmul.py --benchmark-only -q -s"
 GROUP = 128
 LEVELS = {1: 2, 1.58: 3, 2: 4, 3: 8, 4: 16, 8: 256}
-ALL_ROWS = (1, 4, 16, 64, 256, 1024)
+ALL_ROWS = (1, 2, 4, 16, 64, 256, 1024)
 CHECKED_ROWS = 16  # of a result that must be near the product of its weight
 COLD_ROWS = 16  # from there on arithmetic counts, not memory
 COLD_ELEMENTS = 1 << 20  # of a smaller weight the call counts

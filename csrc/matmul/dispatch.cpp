@@ -143,7 +143,7 @@ void multiply_rows(const Product& p, Mode mode, int64_t begin, int64_t end) {
     };
     const PreparedRows shared = memory(rows);
     if (!own) {
-      parallel_for(rows, grain_rows(16 * weight.cols), 8, p.num_threads,
+      parallel_for(rows, grain_rows(64 * weight.cols), 8, p.num_threads,
                    [&](int64_t from, int64_t to) { prepare(shared, {from, to}); });
     }
     sparse.prepare(first, rows);
