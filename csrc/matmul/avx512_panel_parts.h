@@ -127,7 +127,7 @@ __attribute__((noinline)) void one_row_panels(const PackedMatrix& w, const Panel
 #pragma GCC unroll 4
     for (int l = 0; l < 4; ++l) _mm512_store_pd(totals + 8 * l, total[l]);
     const int64_t stop = n + kPanelRows;
-    store_panel_rows(out, x, nullptr, n, n > rows.begin ? n : rows.begin,
+    store_panel_rows(out, 1, nullptr, n, n > rows.begin ? n : rows.begin,
                      stop < rows.end ? stop : rows.end, totals);
   }
 }
