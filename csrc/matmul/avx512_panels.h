@@ -57,7 +57,7 @@ void multiply_panel_order(const PackedMatrix& w, Mode mode, const Block& block, 
   if (w.panels != nullptr && is_few(block.rows, mode)) {
     return multiply_few_rows<kBits, kBook>(w, block, {begin, end}, out);
   }
-  if (block.rows == 1 && parts_of(mode) > 1) {
+  if (w.panels != nullptr && block.rows == 1 && parts_of(mode) > 1) {
     return multiply_one_row<kBits, kBook>(w, mode, block, {begin, end}, out);
   }
   if (takes_integer_totals(w, mode)) {
