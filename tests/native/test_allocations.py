@@ -134,7 +134,7 @@ print(json.dumps(counted(backward)["peak"]))
 
 
 def test_the_gradient_to_the_input_holds_a_block_of_the_float_weight(measure):
-    peak, whole, block = measure(GRADIENT), 4 * 2048 * 1024, 4 * 256 * 1024
+    peak, whole, block = measure(GRADIENT), 4 * 2048 * 1024, 4 * 128 * 1024
     assert block < peak < 2 * block < whole
 
 
