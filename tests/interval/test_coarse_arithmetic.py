@@ -109,7 +109,9 @@ def test_float64_boxes_take_the_same_promise():
 def test_operands_that_round_to_infinity(isa, rounding):
     weight = torch.full((1, 2), 1e-30)
     x = torch.tensor([[3.4e38, 1.0]])
-    low, high = interval_linear(x, x, weight, rounding=rounding)
+    with pytest.raises(OverflowError, match="the ends must stay finite"):
+        interval_linear(x, x, weight, rounding=rounding)
+    low, high = interval_linear(x, x, weight, rounding=rounding, allow_infinite=True)
     assert (float(low), float(high)) == (-math.inf, math.inf)
     with pytest.raises(ValueError, match="weight must be below"):
         interval_linear(torch.zeros(1, 2), torch.zeros(1, 2), x, rounding=rounding)
