@@ -48,6 +48,16 @@ def multiply(x, packed: QTensor, bias=None, **options):
     )
 
 
+def check_batch_sizes(x, packed: QTensor, bias=None):
+    """The bound, and that a row's result does not depend on the batch around it, to the bit."""
+    whole = multiply(x, packed, bias)
+    assert_within_bound(whole, x, packed, bias)
+    for batch in BATCHES:
+        assert torch.equal(multiply(x[:batch], packed, bias), whole[:batch])
+        last = x.shape[0] - batch
+        assert torch.equal(multiply(x[last:], packed, bias), whole[last:])
+
+
 def assert_within_bound(result, x, packed: QTensor, bias=None):
     """The bound of ``csrc/matmul/matmul.h`` on products in float, against float64."""
     weight, wide = packed.dequantize(torch.float64), x.double()

@@ -392,26 +392,11 @@ bool finish_panel(const FinishPanel& work, const Constants& constants) {
 }
 
 constexpr IntervalKernels kKernels = {
-    prepare,
-    pack,
-    pack_patches,
-    spread,
-    dots<FewInputs>,
-    tiles,
-    nullptr,
-    finish_row,
-    finish_panel,
-    nullptr,
-    nullptr,
-    nullptr,
-    nullptr,
-    nullptr,
-    nullptr,
-    nullptr,
-    nullptr,
-    kElementLoops,
-    {widen_panel<0>, widen_row<8, 0>, count_nonzero},
-    {},
+    prepare,         pack,
+    pack_patches,    spread,
+    dots<FewInputs>, tiles,
+    finish_row,      finish_panel,
+    kElementLoops,   {widen_panel<0>, widen_row<8, 0>, count_nonzero},
     &kIntegerLoops,
 };
 

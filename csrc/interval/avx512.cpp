@@ -250,27 +250,14 @@ void direct(const Direct& work) {
 }
 
 constexpr IntervalKernels kKernels = {
-    prepare,
-    nullptr,
-    pack_patches,
-    spread_by_registers,
-    dots<FewInputs>,
-    tiles,
-    direct,
-    nullptr,
-    finish_pixels,
-    fused_columns,
-    fused_order,
-    fused_dots,
-    nullptr,
-    nullptr,
-    nullptr,
-    nullptr,
-    nullptr,
-    kElementLoops,
-    {widen_panel<0>, widen_row<16, 0>, count_nonzero},
-    {filter_tiles, filter_weights, filter_product, filter_ends},
-    &kIntegers,
+    prepare,         nullptr,
+    pack_patches,    spread_by_registers,
+    dots<FewInputs>, tiles,
+    nullptr,         finish_pixels,
+    kElementLoops,   {widen_panel<0>, widen_row<16, 0>, count_nonzero},
+    &kIntegers,      direct,
+    fused_columns,   fused_order,
+    fused_dots,      {filter_tiles, filter_weights, filter_product, filter_ends},
 };
 
 }  // namespace

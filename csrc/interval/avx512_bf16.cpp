@@ -314,11 +314,18 @@ void coarse_direct(const CoarseDirect& work) {
   }
 }
 
-constexpr IntervalKernels kKernels = {
-    nullptr,     nullptr,      nullptr,        nullptr,       nullptr,       nullptr,
-    nullptr,     nullptr,      nullptr,        nullptr,       nullptr,       nullptr,
-    round_sizes, coarse_tiles, round_channels, pair_channels, coarse_direct,
-};
+// Products of bfloat16 and nothing else.
+constexpr IntervalKernels coarse_kernels() {
+  IntervalKernels out;
+  out.round_sizes = round_sizes;
+  out.coarse_tiles = coarse_tiles;
+  out.round_channels = round_channels;
+  out.pair_channels = pair_channels;
+  out.coarse_direct = coarse_direct;
+  return out;
+}
+
+constexpr IntervalKernels kKernels = coarse_kernels();
 
 }  // namespace
 

@@ -70,22 +70,36 @@ inline Quad radius_errors(const Quad& r) {
            _mm512_add_ps(inner(2.6666668f), outer(d[1], d[3], d[5]))}};
 }
 
-// r'' of filtering.h.
-inline Quad grown(const FilterRows& work, const Quad& centre, const Quad& radius) {
+// r'' of filtering.h: `errors` gives e of values >= 0.
+template <typename Errors>
+inline Quad grown(const FilterRows& work, const Quad& of_centre, const Quad& radius,
+                  const Errors& errors) {
   const __m512 slack = _mm512_set1_ps(kSlack), floor = _mm512_set1_ps(work.input_floor);
   const auto plus = [&](__m512 r, __m512 error, float gain) {
     const __m512 part = _mm512_mul_ps(error, _mm512_set1_ps(gain));
     return _mm512_mul_ps(_mm512_add_ps(r, part), slack);
   };
-  const Quad of_centre = centre_errors(centre);
   Quad out;
   for (int i = 0; i < 6; ++i) {
     out.d[i] = _mm512_add_ps(plus(radius.d[i], of_centre.d[i], work.centre_error), floor);
   }
-  const Quad own = radius_errors(out);
+  const Quad own = errors(out);
   for (int i = 0; i < 6; ++i) out.d[i] = plus(out.d[i], own.d[i], work.radius_error);
   return out;
 }
+
+// Where quarters of rows, which share registers, lie: those beyond the last count as it.
+struct Quarters {
+  int64_t of_row, count, line;
+
+  Quarters(const FilterRows& work, int64_t tiles)
+      : of_row(work.tiles / tiles), count(work.rows * of_row), line(work.line) {}
+
+  int64_t place(int64_t quarter) const {
+    const int64_t given = quarter < count ? quarter : count - 1;
+    return given / of_row * line + given % of_row * 16;
+  }
+};
 
 inline void store_quads(const Quad& quad, int64_t plane, float* to) {
   const auto& d = quad.d;
@@ -107,20 +121,19 @@ inline void store_quads(const Quad& quad, int64_t plane, float* to) {
 
 // Rows of sixteen pixels and more: quarters of neighbouring rows share registers.
 void filter_quads(const FilterRows& work) {
-  const int64_t of_row = work.tiles / 8, count = work.rows * of_row;
-  const auto place = [&](int64_t quarter) {
-    const int64_t given = quarter < count ? quarter : count - 1;
-    return given / of_row * work.line + given % of_row * 16;
-  };
-  for (int64_t first = 0; first < count; first += 4) {
-    const int64_t places[4] = {place(first), place(first + 1), place(first + 2), place(first + 3)};
-    for (int64_t half = 0; half < 4 && first + half < count; half += 2) {
+  const Quarters quarters(work, 8);
+  for (int64_t first = 0; first < quarters.count; first += 4) {
+    const int64_t places[4] = {quarters.place(first), quarters.place(first + 1),
+                               quarters.place(first + 2), quarters.place(first + 3)};
+    for (int64_t half = 0; half < 4 && first + half < quarters.count; half += 2) {
       store_products(tile_of(work.centre + places[half], work.centre + places[half + 1]),
                      work.plane, work.centre_tiles + (first + half) * 8);
     }
     const Quad radius = quad_of(work.radius, places);
-    const bool grows = work.radius_error > 0.0f;
-    store_quads(grows ? grown(work, quad_of(work.centre, places), radius) : radius,
+    store_quads(work.radius_error > 0.0f
+                    ? grown(work, centre_errors(quad_of(work.centre, places)), radius,
+                            [](const Quad& r) { return radius_errors(r); })
+                    : radius,
                 work.radius_plane, work.radius_tiles + first * 4);
   }
 }

@@ -18,23 +18,10 @@ inline Quad strided_errors(const Quad& v) {
            _mm512_setzero_ps()}};
 }
 
-// r'' of filtering.h.
 inline Quad strided_grown(const FilterRows& work, const Quad& centre, const Quad& radius) {
-  const __m512 slack = _mm512_set1_ps(kSlack), floor = _mm512_set1_ps(work.input_floor);
-  const auto plus = [&](__m512 r, __m512 error, float gain) {
-    const __m512 part = _mm512_mul_ps(error, _mm512_set1_ps(gain));
-    return _mm512_mul_ps(_mm512_add_ps(r, part), slack);
-  };
   Quad size;
   for (int i = 0; i < 6; ++i) size.d[i] = magnitude(centre.d[i]);
-  const Quad of_centre = strided_errors(size);
-  Quad out;
-  for (int i = 0; i < 6; ++i) {
-    out.d[i] = _mm512_add_ps(plus(radius.d[i], of_centre.d[i], work.centre_error), floor);
-  }
-  const Quad own = strided_errors(out);
-  for (int i = 0; i < 6; ++i) out.d[i] = plus(out.d[i], own.d[i], work.radius_error);
-  return out;
+  return grown(work, strided_errors(size), radius, [](const Quad& v) { return strided_errors(v); });
 }
 
 inline void store_strided(const Quad& tile, int64_t plane, float* to) {
@@ -48,13 +35,10 @@ inline void store_strided(const Quad& tile, int64_t plane, float* to) {
 
 // Quarters of neighbouring rows share registers.
 void filter_strided(const FilterRows& work) {
-  const int64_t of_row = work.tiles / 4, count = work.rows * of_row;
-  const auto place = [&](int64_t quarter) {
-    const int64_t given = quarter < count ? quarter : count - 1;
-    return given / of_row * work.line + given % of_row * 16;
-  };
-  for (int64_t first = 0; first < count; first += 4) {
-    const int64_t places[4] = {place(first), place(first + 1), place(first + 2), place(first + 3)};
+  const Quarters quarters(work, 4);
+  for (int64_t first = 0; first < quarters.count; first += 4) {
+    const int64_t places[4] = {quarters.place(first), quarters.place(first + 1),
+                               quarters.place(first + 2), quarters.place(first + 3)};
     const Quad centre = quad_of(work.centre, places), radius = quad_of(work.radius, places);
     store_strided(centre, work.plane, work.centre_tiles + first * 4);
     store_strided(work.radius_error > 0.0f ? strided_grown(work, centre, radius) : radius,

@@ -289,31 +289,34 @@ struct RadiusLoops {
 struct IntegerKernels;  // integers.h
 
 struct IntervalKernels {
-  float (*prepare)(const Ends& ends, const Constants& constants, float* centre, float* radius);
-  void (*pack)(const PackRows& work);
-  void (*patches)(const PackPatches& work);
-  void (*spread)(const SpreadColumns& work);
-  void (*dots)(const Dots& work);
-  void (*tiles)(const Tiles& work);
-  void (*direct)(const Direct& work);  // null where the set has no such path
-  bool (*finish_row)(const FinishRow& work, const Constants& constants);
-  bool (*finish_panel)(const FinishPanel& work, const Constants& constants);
-  // Packed weights without decoding to memory; null where the set has no such path. How many
-  // columns an ordered input takes, 0 for a format that must be decoded; and one row's order.
-  int64_t (*fused_columns)(const matmul::PackedMatrix& weight);
-  void (*fused_order)(const matmul::PackedMatrix& weight, const float* x, float* out);
-  void (*fused_dots)(const PackedDots& work);
-  // Products of bfloat16; null where the processor has none.
-  void (*round_sizes)(const RoundSizes& work);
-  void (*coarse_tiles)(const CoarseTiles& work);
-  void (*round_channels)(const RoundChannels& work);
-  // Radii of neighbouring channels, `plane` floats each, rounded up to pairs.
-  void (*pair_channels)(const float* radius, int64_t channels, int64_t plane, uint32_t* radii);
-  void (*coarse_direct)(const CoarseDirect& work);
+  float (*prepare)(const Ends& ends, const Constants& constants, float* centre,
+                   float* radius) = nullptr;
+  void (*pack)(const PackRows& work) = nullptr;
+  void (*patches)(const PackPatches& work) = nullptr;
+  void (*spread)(const SpreadColumns& work) = nullptr;
+  void (*dots)(const Dots& work) = nullptr;
+  void (*tiles)(const Tiles& work) = nullptr;
+  bool (*finish_row)(const FinishRow& work, const Constants& constants) = nullptr;
+  bool (*finish_panel)(const FinishPanel& work, const Constants& constants) = nullptr;
   ElementLoops elements = {};  // all or none
   RadiusLoops widen = {};      // all or none
-  FilterKernels filter = {};   // all or none
   const IntegerKernels* integers = nullptr;
+  // Null from here on: the set has no such path, nor does the portable one.
+  void (*direct)(const Direct& work) = nullptr;
+  // Packed weights without decoding to memory: how many columns an ordered input takes, 0 for a
+  // format that must be decoded; and one row's order.
+  int64_t (*fused_columns)(const matmul::PackedMatrix& weight) = nullptr;
+  void (*fused_order)(const matmul::PackedMatrix& weight, const float* x, float* out) = nullptr;
+  void (*fused_dots)(const PackedDots& work) = nullptr;
+  FilterKernels filter = {};  // all or none
+  // Products of bfloat16.
+  void (*round_sizes)(const RoundSizes& work) = nullptr;
+  void (*coarse_tiles)(const CoarseTiles& work) = nullptr;
+  void (*round_channels)(const RoundChannels& work) = nullptr;
+  // Radii of neighbouring channels, `plane` floats each, rounded up to pairs.
+  void (*pair_channels)(const float* radius, int64_t channels, int64_t plane,
+                        uint32_t* radii) = nullptr;
+  void (*coarse_direct)(const CoarseDirect& work) = nullptr;
 };
 
 // Another null entry means "use the portable one"; a null table, that the build has no such path.

@@ -170,26 +170,11 @@ bool finish_panel(const FinishPanel& work, const Constants& constants) {
 }  // namespace
 
 const IntervalKernels kPortableKernels = {
-    prepare,
-    pack,
-    pack_patches,
-    spread,
-    dots,
-    tiles,
-    nullptr,
-    finish_row,
-    finish_panel,
-    nullptr,
-    nullptr,
-    nullptr,
-    nullptr,
-    nullptr,
-    nullptr,
-    nullptr,
-    nullptr,
-    kElementLoops,
-    {widen_panel<1>, widen_row<kDotLanes, 1>, count_nonzero},
-    {},
+    prepare,        pack,
+    pack_patches,   spread,
+    dots,           tiles,
+    finish_row,     finish_panel,
+    kElementLoops,  {widen_panel<1>, widen_row<kDotLanes, 1>, count_nonzero},
     &kIntegerLoops,
 };
 

@@ -69,20 +69,8 @@ void tiled_multiply(const PackedMatrix& w, Mode mode, const Block& block, int64_
 }
 
 // The other entries fall through to avx512.cpp.
-constexpr MatmulKernels kKernels = {nullptr,
-                                    tiled_prepared_bytes,
-                                    tiled_scratch_bytes,
-                                    tiled_prepare,
-                                    tiled_multiply,
-                                    nullptr,
-                                    nullptr,
-                                    nullptr,
-                                    nullptr,
-                                    nullptr,
-                                    nullptr,
-                                    nullptr,
-                                    nullptr,
-                                    kWidth};
+constexpr MatmulKernels kKernels = {nullptr,       tiled_prepared_bytes, tiled_scratch_bytes,
+                                    tiled_prepare, tiled_multiply,       kWidth};
 
 }  // namespace
 

@@ -4,8 +4,8 @@
 //
 //   T = sum over k of q (scale code)  -  sum over groups of (scale zero) * (sum of q in the group)
 //
-// |T| < 2^31 for up to 32768 columns by the bound of matmul.h on scale times |code - zero|; partial
-// sums may wrap around. Longer rows and larger scales take amx_int8.h: the same integers in double.
+// T of up to kMostIntegerColumns columns fits in int32; partial sums may wrap around. Longer rows
+// and larger scales take amx_int8.h: the same integers in double.
 #pragma once
 
 #include "matmul/amx_int8.h"
@@ -13,12 +13,10 @@
 namespace pyrobust::matmul {
 namespace {
 
-constexpr int64_t kMostFoldedColumns = 32768;
-
 // Formats whose scale times code may fit in a byte.
 bool may_fold(const PackedMatrix& w) {
   return w.row_scale != nullptr && w.codebook == nullptr && w.levels > 2 && w.levels < 256 &&
-         w.cols <= kMostFoldedColumns;
+         w.cols <= kMostIntegerColumns;
 }
 
 // Whether it does in the 32 rows of W that are loaded.

@@ -229,20 +229,9 @@ __attribute__((noinline)) void column_sums(const uint8_t* codes, const int8_t* q
 template <int kBits, bool kBook>
 void column_sums_of(int64_t width, const uint8_t* codes, const int8_t* q, int64_t quads,
                     __m512i table, int32_t* sums) {
-  switch (width) {
-    case 1:
-      return column_sums<kBits, kBook, 1>(codes, q, quads, table, sums);
-    case 2:
-      return column_sums<kBits, kBook, 2>(codes, q, quads, table, sums);
-    case 3:
-      return column_sums<kBits, kBook, 3>(codes, q, quads, table, sums);
-    case 4:
-      return column_sums<kBits, kBook, 4>(codes, q, quads, table, sums);
-    case 6:
-      return column_sums<kBits, kBook, 6>(codes, q, quads, table, sums);
-    default:
-      return column_sums<kBits, kBook, 8>(codes, q, quads, table, sums);
-  }
+  for_width(width, [&](auto rows) {
+    column_sums<kBits, kBook, decltype(rows)::kNumber>(codes, q, quads, table, sums);
+  });
 }
 
 // total (count, 32) = 2^e (sums of u times codes, less `zeros`); every sum is exact.

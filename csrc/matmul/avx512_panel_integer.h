@@ -1,11 +1,7 @@
 // Included by avx512.cpp alone: products of activations in 8 bits with a weight in panel order
-// whose group scales are integers (two-level scales). Totals of rows stay in int32 until the end:
-//
-//   |T| <= columns * 127 * 511 < 2^31 for columns <= kMostIntegerColumns
-//
-// by the bound of matmul.h on scale times |code - zero|. Partial sums may pass 2^31 and wrap
-// around, which leaves T as it is. Longer rows take the double totals of avx512_panels.h, which are
-// the same integers.
+// whose group scales are integers (two-level scales). Totals T of rows of up to kMostIntegerColumns
+// columns stay in int32 until the end. Partial sums may pass 2^31 and wrap around, which leaves T
+// as it is. Longer rows take the double totals of avx512_panels.h, which are the same integers.
 //
 // Some rows of x: the sums of a group times its integer, in registers, are added to the totals.
 // Many, where code times scale fits in a byte (panel_folds()): 512 columns are folded to bytes
@@ -21,7 +17,6 @@
 
 namespace pyrobust::matmul {
 namespace {
-constexpr int64_t kMostIntegerColumns = 32768;
 constexpr int64_t kFoldedColumns = 512;   // 16 KiB of bytes: they stay in the first cache
 constexpr int64_t kLeastFoldedRows = 48;  // 32 rows of x take as long either way
 constexpr int64_t kPairedColumns = 256;   // 256 * 127 < 2^15
@@ -89,20 +84,8 @@ __attribute__((noinline)) void integer_tile(const PanelTask& task, int32_t* tota
 
 template <int kBits, bool kBook>
 void integer_tile_of(int64_t width, const PanelTask& task, int32_t* total) {
-  switch (width) {
-    case 1:
-      return integer_tile<kBits, kBook, 1>(task, total);
-    case 2:
-      return integer_tile<kBits, kBook, 2>(task, total);
-    case 3:
-      return integer_tile<kBits, kBook, 3>(task, total);
-    case 4:
-      return integer_tile<kBits, kBook, 4>(task, total);
-    case 6:
-      return integer_tile<kBits, kBook, 6>(task, total);
-    default:
-      return integer_tile<kBits, kBook, 8>(task, total);
-  }
+  for_width(width,
+            [&](auto rows) { integer_tile<kBits, kBook, decltype(rows)::kNumber>(task, total); });
 }
 
 // --- scales folded into codes -------------------------------------------------------------------
@@ -257,38 +240,6 @@ __attribute__((noinline)) void folded_tile(const uint8_t* codes, const int8_t* q
   for (int i = 0; i < 2 * kRows; ++i) _mm512_store_si512(total + kLanes * i, sum[i]);
 }
 
-// What a panel's bytes, or its zeros, do to a tile of `width` rows of bytes.
-template <int kRows>
-struct FoldedTile {
-  static void start(const PanelTask& task, bool paired, const IntegerScratch& s, int32_t* total) {
-    const auto start = paired ? start_totals<kRows, true> : start_totals<kRows, false>;
-    start(task.x->offsets(task.m), task.layout->groups, offset_shift(*task.weight), s.zeros, total);
-  }
-  static void add(const PanelTask& task, int64_t from, int64_t to, const IntegerScratch& s,
-                  int32_t* total) {
-    folded_tile<kRows>(s.folded, task.x->tile(task.m) + from * kRows, (to - from) / kQuadColumns,
-                       total);
-  }
-};
-
-template <typename Body>
-void for_width(int64_t width, const Body& body) {
-  switch (width) {
-    case 1:
-      return body(FoldedTile<1>());
-    case 2:
-      return body(FoldedTile<2>());
-    case 3:
-      return body(FoldedTile<3>());
-    case 4:
-      return body(FoldedTile<4>());
-    case 6:
-      return body(FoldedTile<6>());
-    default:
-      return body(FoldedTile<8>());
-  }
-}
-
 template <int kBits>
 void multiply_folded(PanelTask task, const IntegerScratch& s) {
   const PackedMatrix& w = *task.weight;
@@ -297,15 +248,22 @@ void multiply_folded(PanelTask task, const IntegerScratch& s) {
   const bool paired = layout.group_columns <= kPairedColumns;
   load_zero_products(w, layout, task.panel, paired, s.zeros);
   for (task.m = 0; task.m < x.rows; task.m += x.x_rows()) {
-    for_width(x.width(task.m),
-              [&](auto tile) { tile.start(task, paired, s, s.total + task.m * kPanelRows); });
+    for_width(x.width(task.m), [&](auto rows) {
+      constexpr int kRows = decltype(rows)::kNumber;
+      const auto start = paired ? start_totals<kRows, true> : start_totals<kRows, false>;
+      start(x.offsets(task.m), layout.groups, offset_shift(w), s.zeros,
+            s.total + task.m * kPanelRows);
+    });
   }
   for (int64_t k = 0; k < layout.columns; k += kFoldedColumns) {
     const int64_t to = layout.columns - k < kFoldedColumns ? layout.columns : k + kFoldedColumns;
     fold_columns<kBits>(layout, task.panel, x.tile(0) + k * kTileRows, k, to, s.folded, s.total);
     for (task.m = kTileRows; task.m < x.rows; task.m += kTileRows) {
-      for_width(x.width(task.m),
-                [&](auto tile) { tile.add(task, k, to, s, s.total + task.m * kPanelRows); });
+      for_width(x.width(task.m), [&](auto rows) {
+        constexpr int kRows = decltype(rows)::kNumber;
+        folded_tile<kRows>(s.folded, x.tile(task.m) + k * kRows, (to - k) / kQuadColumns,
+                           s.total + task.m * kPanelRows);
+      });
     }
   }
 }

@@ -61,6 +61,30 @@ struct PanelRows {
   double* steps(int64_t m) const { return step + m / x_rows() * groups * kTileRows; }
 };
 
+// body(Rows<n>()) for n rows of bytes of a tile, one of the widths of PanelRows.
+template <int kRows>
+struct Rows {
+  static constexpr int kNumber = kRows;
+};
+
+template <typename Body>
+void for_width(int64_t width, const Body& body) {
+  switch (width) {
+    case 1:
+      return body(Rows<1>());
+    case 2:
+      return body(Rows<2>());
+    case 3:
+      return body(Rows<3>());
+    case 4:
+      return body(Rows<4>());
+    case 6:
+      return body(Rows<6>());
+    default:
+      return body(Rows<8>());
+  }
+}
+
 // Step 4 l + c (its four columns) of four rows, side by side, to lane l of out[c].
 inline void columns_of_four(const __m512i* row, __m512i* out) {
   const __m512i a = _mm512_unpacklo_epi32(row[0], row[1]);

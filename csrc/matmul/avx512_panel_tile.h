@@ -166,20 +166,7 @@ __attribute__((noinline)) void panel_tile(const PanelTask& task) {
 
 template <int kBits, bool kBook>
 void panel_tile_of(int64_t width, const PanelTask& task) {
-  switch (width) {
-    case 1:
-      return panel_tile<kBits, kBook, 1, 1>(task);
-    case 2:
-      return panel_tile<kBits, kBook, 2, 1>(task);
-    case 3:
-      return panel_tile<kBits, kBook, 3, 1>(task);
-    case 4:
-      return panel_tile<kBits, kBook, 4, 1>(task);
-    case 6:
-      return panel_tile<kBits, kBook, 6, 1>(task);
-    default:
-      return panel_tile<kBits, kBook, 8, 1>(task);
-  }
+  for_width(width, [&](auto rows) { panel_tile<kBits, kBook, decltype(rows)::kNumber, 1>(task); });
 }
 
 }  // namespace

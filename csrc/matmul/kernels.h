@@ -79,33 +79,34 @@ struct MatmulKernels {
   // Writes columns [begin, end) of the output (rows of W) for one block.
   void (*multiply)(const PackedMatrix& weight, Mode mode, const Block& block, int64_t begin,
                    int64_t end, const Output& out, void* scratch);
+  // Rows of W a thread's share must be a multiple of.
+  int64_t row_align;
   // Columns [begin, end) of row n of the exact float weight: written to `out`, or added to
   // `target`, of `type`, times `alpha` (rounded as matmul.h says). `begin` is a multiple of kSpan,
   // `end` at most kSpan further. `saved`, where not null, receives what `target` held, past the
   // caches (dispatch.cpp fences).
-  void (*decode)(const PackedMatrix& weight, int64_t n, int64_t begin, int64_t end, float* out);
+  void (*decode)(const PackedMatrix& weight, int64_t n, int64_t begin, int64_t end,
+                 float* out) = nullptr;
   void (*add)(const PackedMatrix& weight, int64_t n, int64_t begin, int64_t end, float alpha,
-              FloatType type, void* target, void* saved);
+              FloatType type, void* target, void* saved) = nullptr;
   // target[k] += table.scaled[code of column begin + k], in the same spans.
   void (*add_levels)(const LevelCodes& codes, const LevelTable& table, int64_t n, int64_t begin,
-                     int64_t end, FloatType type, void* target, void* saved);
+                     int64_t end, FloatType type, void* target, void* saved) = nullptr;
   // target[k] += alpha * value[k] for `count` elements; values are floats or, like the target, of
   // `type`.
   void (*add_values)(const void* value, FloatType value_type, int64_t count, float alpha,
-                     FloatType type, void* target, void* saved);
+                     FloatType type, void* target, void* saved) = nullptr;
   // The block as the remainder wants it: floats (cols, rows), rounded values in int8 mode. One row
   // of scratch.
   void (*sparse_prepare)(Mode mode, const Activations& x, int64_t cols, int64_t first, int64_t rows,
-                         float* prepared, float* scratch);
+                         float* prepared, float* scratch) = nullptr;
   // sums (end - begin, rows): the product of rows [begin, end) of the remainder with the block.
   void (*sparse_multiply)(const PackedMatrix& weight, const float* prepared, int64_t rows,
-                          int64_t begin, int64_t end, double* sums);
+                          int64_t begin, int64_t end, double* sums) = nullptr;
   // The complex product (complex.h): the column, within its block, of byte p of prepared x; and
   // rows [begin, end) of W times all of x.
-  int (*complex_order)(int p);
-  void (*complex_multiply)(const ComplexBlock& x, int64_t begin, int64_t end);
-  // Rows of W a thread's share must be a multiple of.
-  int64_t row_align;
+  int (*complex_order)(int p) = nullptr;
+  void (*complex_multiply)(const ComplexBlock& x, int64_t begin, int64_t end) = nullptr;
   // The panel order: rows of a panel, bytes of all panels (0: this format takes none), and panels
   // [begin, end) of it written to `out`, where panel 0 begins. Null where the set has none.
   int64_t panel_rows = 0;

@@ -18,6 +18,10 @@ PYROBUST_HD int symmetric_zero(const PackedMatrix& w) {
   return w.levels == 2 ? 1 : w.levels / 2;
 }
 
+// Up to so many columns the total of a row with integer scales and x in 8 bits fits in int32: it is
+// at most columns * 127 * 511 by the bound of matmul.h on scale times |code - zero|.
+constexpr int64_t kMostIntegerColumns = 32768;
+
 PYROBUST_HD int64_t ceil_div(int64_t a, int64_t b) { return a > 0 ? (a - 1) / b + 1 : 0; }
 
 // Columns of scale and zero.
