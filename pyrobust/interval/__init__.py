@@ -2,6 +2,7 @@
 
 from pyrobust import _native
 from pyrobust.interval.application import install
+from pyrobust.interval.dynamo import trace_matrix_products
 from pyrobust.interval.table import KINDS as _KINDS
 from pyrobust.interval.table import QUICK as _QUICK
 from pyrobust.interval.table import RULES as _RULES
@@ -9,5 +10,6 @@ from pyrobust.interval.type import Interval
 
 install(_RULES, _KINDS, _QUICK)
 _native.set_box_type(Interval)
+trace_matrix_products(Interval)
 
 __all__ = ["Interval"]

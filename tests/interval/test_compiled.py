@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import operator
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -104,6 +107,10 @@ OPERATORS = {
     "box ** 0.5": lambda b: (b + 20) ** 0.5,
     "box ** -1": lambda b: (b + 20) ** -1,
     "box @= tensor": lambda b: operator.imatmul(b, T),
+    "box @ box": lambda b: b @ b.mT,
+    "box @ itself": lambda b: b @ b,
+    "box @= box": lambda b: operator.imatmul(b, b * 2),
+    "(tensor @ box) @ box": lambda b: T @ b @ b,
     "box[0]": lambda b: b[0],
     "box[:, 1:]": lambda b: b[:, 1:],
     "iteration": lambda b: next(iter(b)),
@@ -133,7 +140,9 @@ def test_operators_compile_whole(name):
     assert_compiles_whole(OPERATORS[name])
 
 
-@pytest.mark.parametrize("name", ["box @ tensor", "tensor @ box", "box - tensor", "box += tensor"])
+@pytest.mark.parametrize(
+    "name", ["box @ tensor", "tensor @ box", "box @ box", "box - tensor", "box += tensor"]
+)
 def test_operators_compile_whole_with_their_backward(name):
     assert_compiles_whole(OPERATORS[name], backend="aot_eager")
 
@@ -195,17 +204,58 @@ def test_models_compile_whole_on_a_box_from_outside():
     assert torch.equal(compiled.upper, eager.upper)
 
 
-def test_the_product_of_two_boxes_is_traced_as_a_function_and_breaks_the_graph_as_operator():
-    """Dynamo has no entry for ``@`` of two objects, see pyrobust/interval/dynamo.py."""
-    assert_compiles_whole(lambda b: torch.matmul(b, b.mT))
-    image, ends = ends_of(lambda b: b @ b.mT), drawn()
-    compiled = torch.compile(image, backend="eager")(*ends)
-    for got, expected in zip(compiled, image(*ends), strict=True):
-        assert torch.equal(got, expected)
-    torch._dynamo.reset()
-    says = r"`matmul` with argument types \['Interval', 'Interval'\](?s:.*)alternative function"
-    with pytest.raises(torch._dynamo.exc.Unsupported, match=says):
-        torch.compile(image, backend="eager", fullgraph=True)(*ends)
+def test_boxes_from_outside_meet_in_a_product():
+    boxes = Interval(*drawn()), Interval(*drawn())
+    compiled = torch.compile(lambda a, b: a @ b.mT, backend="aot_eager", fullgraph=True)(*boxes)
+    eager = boxes[0] @ boxes[1].mT
+    assert torch.equal(compiled.lower, eager.lower)
+    assert torch.equal(compiled.upper, eager.upper)
+
+
+class Doubling:
+    """Another object with ``@``, which stays Dynamo's affair."""
+
+    def __matmul__(self, other):
+        return 2 * other
+
+    def __rmatmul__(self, other):
+        return 3 * other
+
+
+def test_products_of_other_objects_are_left_to_the_compiler():
+    x = torch.ones(2)
+    product = torch.compile(lambda other, x: (other @ other) @ x, backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="matmul"):
+        product(Doubling(), x)
+
+
+def test_a_compiler_that_knows_products_of_objects_keeps_its_own_way():
+    def own(*_):
+        raise AssertionError
+
+    module = SimpleNamespace(BuiltinVariable=type("BuiltinVariable", (), {"call_matmul": own}))
+    name = "torch._dynamo.variables.builtin"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, name, module)
+        dynamo.trace_matrix_products(Interval)
+    assert module.BuiltinVariable.call_matmul is own
+    assert callable(module.BuiltinVariable.call_imatmul)
+
+
+def test_importing_pyrobust_leaves_dynamo_alone_until_it_is_needed():
+    code = (
+        "import sys, pyrobust, torch\n"
+        "assert 'torch._dynamo.variables.builtin' not in sys.modules\n"
+        "x = pyrobust.Interval(torch.eye(2), torch.eye(2) + 1)\n"
+        "def product(a):\n"
+        "    a = a @ a\n"
+        "    a @= a\n"
+        "    return a.upper\n"
+        "y = torch.compile(product, backend='eager', fullgraph=True)(x)\n"
+        "assert torch.equal(y, product(x))\n"
+        "assert not any(type(f).__name__ == '_AfterImport' for f in sys.meta_path)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 REFUSED = {
