@@ -42,13 +42,45 @@ def native_isas() -> list[str]:
     return _native.supported_isas()
 
 
+def _emulate_tiles(monkeypatch):
+    """Interval products go through emulated AMX tiles: all of them, as the eager paths decline."""
+    from pyrobust import _native
+
+    shim = pytest.importorskip("pyrobust._amx_shim", reason="not built (PYROBUST_AMX_SHIM=ON)")
+    if "avx512" not in native_isas():
+        pytest.skip("no AVX-512 here, which the AMX kernels need besides their tiles")
+    others = ("set_interval_coarse_radius", "has_bfloat16_products", "has_bfloat16_tiles", "isa")
+    for name in (*(name for name in dir(shim) if name.startswith("interval_")), *others):
+        monkeypatch.setattr(_native, name, getattr(shim, name))
+    eager = ("eager_interval_linear", "eager_interval_packed", "box_linear", "box_packed_linear")
+    for name in (*eager, "box_chain"):
+        monkeypatch.setattr(_native, name, lambda *arguments: None)
+    shim.take_interval_counters()
+    return shim
+
+
+@pytest.fixture
+def emulated_tiles(monkeypatch):
+    """The interval kernels for AMX on emulated tiles; gives the module that has them."""
+    shim = _emulate_tiles(monkeypatch)
+    yield shim
+    shim.cut_bfloat16_sums(False)
+
+
 @pytest.fixture(params=["portable", "avx2", "avx512", "amx"])
-def isa(request):
-    """Run a test once per instruction set that this machine has."""
+def isa(request, monkeypatch):
+    """Run a test once per instruction set that this machine has.
+
+    Tests marked ``emulated_tiles`` run the interval kernels for AMX on emulated tiles elsewhere.
+    """
     from pyrobust import _native
 
     if request.param not in native_isas():
-        pytest.skip(f"this machine does not support {request.param}")
+        if request.param != "amx" or request.node.get_closest_marker("emulated_tiles") is None:
+            pytest.skip(f"this machine does not support {request.param}")
+        _emulate_tiles(monkeypatch)
+        yield request.param
+        return
     before = _native.isa()
     _native.set_isa(request.param)
     yield request.param

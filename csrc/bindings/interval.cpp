@@ -269,6 +269,7 @@ Promise parse_rounding(const std::string& name) {
 void bind_interval(py::module_& m) {
   m.def("set_interval_coarse_radius", [](bool allowed) { return coarse_radius.exchange(allowed); });
   m.def("has_bfloat16_products", &has_bfloat16_products);
+  m.def("has_bfloat16_tiles", &has_bfloat16_tiles);
   m.def("interval_split_ends", &interval_split_ends);
   m.def("interval_split_gradients", &interval_split_gradients);
   m.def("interval_join_gradients", &interval_join_gradients);

@@ -63,7 +63,7 @@ Constants constants_for(const Call& call, int64_t nonzero, double of_sum) {
   out.term_gain = to_float_up((deployed ? 1.0 + half : 1.0) * of_rounding * kRoundings);
   out.radius_gain = to_float_up(deployed ? (1.0 + of_terms + half) * kRoundings : 1.0);
   out.input_floor = out.outward ? to_float_up(kInputFloor) : 0.0f;
-  const double reach = gamma_bound(depth + (call.coarse_radius ? 4.0 * kRun : 0.0));
+  const double reach = gamma_bound(depth + (call.coarse_radius ? 2.0 * kCoarseChain : 0.0));
   out.inflate = to_float_up((1.0 + 8.0 * kUnit) / (1.0 - reach));
   out.bias_gain = deployed ? to_float_up(of_bias * kRoundings) : 0.0f;
   out.value_gain = deployed ? to_float_up(half * (1.0 + 2.0 * kUnit)) : 0.0f;

@@ -129,8 +129,8 @@ void convolve_rows(const Convolution& conv, int64_t n, int64_t count, int64_t fi
                       sum_size,
                       false};
     if (coarse) {
-      const int64_t pairs = pairs_of(terms);
-      conv.table.coarse_tiles({tiles, sizes + n * pairs, pairs, own.scratch});
+      const int64_t stride = coarse_pairs(pairs_of(terms));
+      conv.table.coarse_tiles({tiles, sizes + n * stride, stride, own.scratch});
     } else {
       conv.table.tiles(tiles);
     }
@@ -159,8 +159,10 @@ void convolve_panels(Convolution& conv, int num_threads) {
                        by_count.entries.empty() ? conv.constants : plain_radii());
   std::vector<uint32_t> sizes;
   if (conv.call.coarse_radius) {
-    sizes.resize(static_cast<size_t>(weight.rows * pairs_of(weight.terms)));
-    conv.table.round_sizes({weight.data, weight.terms, weight.rows, weight.terms, sizes.data()});
+    const int64_t stride = coarse_pairs(pairs_of(weight.terms));
+    sizes.resize(static_cast<size_t>(coarse_sizes(weight.rows, stride)));
+    conv.table.round_sizes(
+        {weight.data, weight.terms, weight.rows, weight.terms, sizes.data(), stride});
   }
   const int64_t of_image = panels_of_image(conv);
   const Shares shares(conv.images.batch * of_image, kMaxPanels, work_of(conv), num_threads);

@@ -19,7 +19,8 @@ constexpr int64_t kGroupsOfPass = 8;
 bool direct_applies(const Convolution& conv) {
   if (conv.table.direct == nullptr || conv.call.int8) return false;
   if (conv.window.out_width < kPixels || conv.call.weight.terms == 0) return false;
-  return !conv.call.coarse_radius || conv.channels % 2 == 0;
+  return !conv.call.coarse_radius ||
+         (conv.channels % 2 == 0 && conv.channels >= conv.table.coarse_channels);
 }
 
 // Constants of the inputs by channel, whose terms follow one another in a sum: the later a channel,
@@ -46,6 +47,7 @@ std::vector<Constants> constants_by_channel(const Convolution& conv) {
 struct Places {
   std::vector<int64_t> pixels, radii, weights;
   std::vector<uint32_t> sizes;  // of all rows, for coarse radii
+  int64_t size_stride;          // of a row of sizes
   int64_t taps;                 // of a channel
   Floats decoded;               // all rows of a packed W
   const float* weight;
@@ -53,7 +55,8 @@ struct Places {
 
 Places places_of(const Convolution& conv) {
   const Weight& weight = conv.call.weight;
-  Places out{{}, {}, {}, {}, conv.window.kernel_height * conv.window.kernel_width, {}, weight.data};
+  const int64_t taps = conv.window.kernel_height * conv.window.kernel_width;
+  Places out{{}, {}, {}, {}, taps * coarse_pairs(pairs_of(conv.channels)), taps, {}, weight.data};
   const int64_t step = conv.call.coarse_radius ? 2 : 1;
   for (int64_t channel = 0; channel < conv.channels; channel += step) {
     for (int64_t tap = 0; tap < out.taps; ++tap) {
@@ -71,8 +74,9 @@ Places places_of(const Convolution& conv) {
     out.weight = rows_of(weight, 0, weight.rows, out.decoded.get());
   }
   if (conv.call.coarse_radius) {
-    out.sizes.resize(static_cast<size_t>(weight.rows * weight.terms / 2));
-    conv.table.round_channels({out.weight, weight.rows, weight.terms, out.taps, out.sizes.data()});
+    out.sizes.resize(static_cast<size_t>(coarse_sizes(weight.rows, out.size_stride)));
+    conv.table.round_channels(
+        {out.weight, weight.rows, weight.terms, out.taps, out.sizes.data(), out.size_stride});
   }
   return out;
 }
@@ -82,11 +86,19 @@ struct DirectBuffers {
   Prepared image;
   uint32_t* radii;  // coarse: pairs of channels of the image's radii
   float* sums;
+  float* scratch;  // of the coarse kernel
+
+  // Kernels may read whole tiles of pairs of channels.
+  static int64_t radii_size(const Convolution& conv) {
+    if (!conv.call.coarse_radius) return 0;
+    const int64_t planes = pairs_of(conv.images.channels) + kCoarsePairs - 1;
+    return whole_lines(planes * conv.height * conv.row_size);
+  }
 
   static int64_t size(const Convolution& conv, int64_t step) {
     const int64_t image = whole_lines(conv.image_size());
-    return (conv.call.coarse_radius ? 3 : 2) * image + line_size(conv) +
-           kGroupsOfPass * step * 2 * kPanelWidth;
+    return 2 * image + line_size(conv) + kGroupsOfPass * step * 2 * kPanelWidth + radii_size(conv) +
+           (conv.call.coarse_radius ? coarse_scratch() : 0);
   }
 
   DirectBuffers(const Convolution& conv, int64_t step, float* memory) {
@@ -94,7 +106,10 @@ struct DirectBuffers {
     image = {memory, memory + size, memory + 2 * size};
     std::fill(memory, image.lines, 0.0f);  // the padding; images of one size keep it
     sums = image.lines + line_size(conv);
-    radii = reinterpret_cast<uint32_t*>(sums + kGroupsOfPass * step * 2 * kPanelWidth);
+    float* after = sums + kGroupsOfPass * step * 2 * kPanelWidth;
+    scratch = after + radii_size(conv);
+    std::fill(after, scratch, 0.0f);
+    radii = reinterpret_cast<uint32_t*>(after);
   }
 };
 
@@ -144,7 +159,9 @@ void multiply_groups(const Convolution& conv, const Places& places, int64_t n, i
                                 plane,
                                 places.taps,
                                 places.weights.data(),
-                                places.sizes.data() + n * terms / 2});
+                                places.sizes.data() + n * places.size_stride,
+                                places.size_stride,
+                                own.scratch});
     } else {
       conv.table.direct(work);
     }

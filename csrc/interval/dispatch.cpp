@@ -40,12 +40,14 @@ IntervalKernels pick_kernels() {
       table.round_channels = faster->round_channels;
       table.pair_channels = faster->pair_channels;
       table.coarse_direct = faster->coarse_direct;
+      table.coarse_channels = faster->coarse_channels;
     }
   };
 #if defined(PYROBUST_X86)
   if (current_isa() >= Isa::kAvx2) take(avx2_kernels());
   if (current_isa() >= Isa::kAvx512) take(avx512_kernels());
   if (current_isa() >= Isa::kAvx512 && has_bfloat16_products()) take(avx512_bf16_kernels());
+  if (current_isa() >= Isa::kAmx && has_bfloat16_tiles()) take(amx_kernels());
 #else
   (void)take;
 #endif
@@ -129,10 +131,10 @@ struct RowShare {
   float* decoded;   // of packed rows
   float* sums;      // (panels, end - begin, kPanelWidth)
   float* scratch;   // of the coarse kernel
-  uint32_t* sizes;  // (step, pairs) of the coarse kernel
+  uint32_t* sizes;  // of the coarse kernel
 
   static int64_t scratch_size(const Call& call, int64_t rows, int64_t step, int64_t panels) {
-    const int64_t coarse = coarse_scratch() + step * pairs_of(kTermsAtOnce);
+    const int64_t coarse = coarse_scratch() + coarse_sizes(step, pairs_of(kTermsAtOnce));
     return whole_lines(decoded_size(call.weight, step)) + panels * rows * kPanelWidth +
            (call.coarse_radius ? coarse : 0);
   }
@@ -150,7 +152,10 @@ struct RowShare {
   void add(const float* weight, int64_t n, int64_t rows, int64_t from, int64_t count) const {
     const int64_t terms = call.weight.terms, sum_stride = (end - begin) * kPanelWidth;
     const int64_t at_once = call.coarse_radius ? kPanelsOfCoarseTile : kPanelsOfTile;
-    if (call.coarse_radius) table.round_sizes({weight + from, terms, rows, count, sizes});
+    const int64_t size_stride = coarse_pairs(pairs_of(count));
+    if (call.coarse_radius) {
+      table.round_sizes({weight + from, terms, rows, count, sizes, size_stride});
+    }
     for (int64_t p = 0; p < panels.count; p += at_once) {
       const Tiles tiles{panels.at(p, from),
                         std::min(at_once, panels.count - p),
@@ -163,7 +168,7 @@ struct RowShare {
                         sum_stride,
                         from > 0};
       if (call.coarse_radius) {
-        table.coarse_tiles({tiles, sizes, pairs_of(count), scratch});
+        table.coarse_tiles({tiles, sizes, size_stride, scratch});
       } else {
         table.tiles(tiles);
       }

@@ -61,12 +61,15 @@
 // Coarse radii. Where allowed and worth it, and the processor has products of bfloat16, r' and |W|
 // are rounded up to bfloat16 first: S(r') can only grow, by 2^-7 an operand at most and some 0.28%
 // on average. The products take a denormal for zero, so a |W| below 2^-126 counts as 2^-126; r' is
-// at least 2^-100. An instruction adds two products to a float32, one after the other. Each of the
-// two additions is counted twice, with an error of 2u of its result, as nothing is documented about
-// what lies between them, and loses at most 2^-125 by results that underflow to zero. Half as many
-// instructions as terms make 2 kRun roundings of u a run; with twice as many (2) becomes
-//   S(r') <= (yr + K 2^-124) / (1 - gamma_{D + 4 kRun}),
-// and the offset is doubled. The centre's sum stays in float32, summed as before.
+// at least 2^-100. What an instruction adds up, 2 products and a float32 (vdpbf16ps) or 32 and one
+// (tdpbf16ps, on tiles), is a tree over terms >= 0; no order of it is relied upon, nor that it
+// rounds to nearest: each of its additions, of which a term meets one for every other term of its
+// chain at most, counts twice, with an error of 2u of its result, and where it or a product
+// underflows to zero it loses at most 2^-125. A chain sums at most kCoarseChain terms, and chains
+// are added in float32, no more of them than the chunks of D. So (2) becomes
+//   S(r') <= (yr + K 2^-124) / (1 - gamma_{D + 2 kCoarseChain}),
+// and the offset is doubled. Zeros that fill up a tile add nothing and round nothing. The centre's
+// sum stays in float32, summed as before.
 //
 // Overflow. An infinity or NaN in yc + b or in R (it never becomes finite again) gives the ends
 // -inf and +inf, never NaN; so do infinite or NaN inputs. A deployed sum cannot overflow while

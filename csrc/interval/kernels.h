@@ -160,13 +160,26 @@ struct Tiles {
   bool add;            // to the sums of whole chunks before these terms
 };
 
-// |W| rounded up to bfloat16, two terms in a word, the first in its low half.
+// |W| rounded up to bfloat16, two terms in a word, the first in its low half. Kernels may read
+// whole tiles of kCoarseRows rows and kCoarsePairs words, from any row on.
+constexpr int64_t kCoarseRows = 16, kCoarsePairs = 16;
+constexpr int64_t coarse_rows(int64_t rows) {
+  return (rows + kCoarseRows - 1) / kCoarseRows * kCoarseRows;
+}
+constexpr int64_t coarse_pairs(int64_t pairs) {
+  return (pairs + kCoarsePairs - 1) / kCoarsePairs * kCoarsePairs;
+}
+// Words for `rows` rows of them, of which tiles start at any row.
+constexpr int64_t coarse_sizes(int64_t rows, int64_t stride) {
+  return (rows + kCoarseRows - 1) * stride;
+}
 struct RoundSizes {
   const float* weight;  // (rows, terms)
   int64_t stride;
   int64_t rows;
   int64_t terms;
-  uint32_t* sizes;  // (rows, pairs_of(terms))
+  uint32_t* sizes;      // (coarse_rows(rows), size_stride); zero where W has no terms
+  int64_t size_stride;  // coarse_pairs(pairs_of(terms))
 };
 
 // The same with radii and |W| rounded up to bfloat16.
@@ -198,13 +211,15 @@ struct Direct {
 // neighbouring channels; pairs run over (pair of channels, place of the window).
 struct CoarseDirect {
   Direct direct;
-  const uint32_t* radii;  // of pairs of channels, each plane as large as a channel's
+  const uint32_t* radii;  // of pairs of channels, each plane as large as a channel's; zeros follow
   int64_t radius_bases[kGroupsAtOnce];
   const int64_t* radius_places;  // (terms / 2)
   int64_t plane;                 // from one channel to the next in the image
   int64_t taps;                  // places of the window
   const int64_t* weights;        // (terms / 2) of the first terms in a row of W
-  const uint32_t* sizes;         // (rows, terms / 2)
+  const uint32_t* sizes;         // (rows, size_stride), as round_channels of the same set orders it
+  int64_t size_stride;           // taps times coarse_pairs(pairs of channels)
+  float* scratch;                // coarse_scratch() of them
 };
 
 // |W| rounded up, the terms paired as above.
@@ -213,11 +228,17 @@ struct RoundChannels {
   int64_t rows;
   int64_t terms;
   int64_t taps;
-  uint32_t* sizes;  // (rows, terms / 2)
+  uint32_t* sizes;  // coarse_sizes(rows, size_stride) of them, zero before
+  int64_t size_stride;
 };
 
-// For every pair of terms 32 centres of each and 32 pairs of radii.
-constexpr int64_t coarse_scratch() { return kChunk / 2 * 96; }
+// For every pair of terms 32 centres of each and 32 pairs of radii; and sums of radii of some rows
+// of W times 32 inputs.
+constexpr int64_t kCoarseBlock = 48;
+constexpr int64_t coarse_scratch() { return kChunk / 2 * 96 + kCoarseBlock * 32; }
+
+// The most terms whose products with radii a kernel adds up before it adds the result to others.
+constexpr int64_t kCoarseChain = 2 * kChunk;
 
 // Ends of `count` outputs of one input from yc[n], yr[n], bias[n] (or null). Both functions that
 // make ends return whether all of them are finite.
@@ -317,6 +338,7 @@ struct IntervalKernels {
   void (*pair_channels)(const float* radius, int64_t channels, int64_t plane,
                         uint32_t* radii) = nullptr;
   void (*coarse_direct)(const CoarseDirect& work) = nullptr;
+  int64_t coarse_channels = 2;  // the fewest of a group that coarse_direct takes
 };
 
 // Another null entry means "use the portable one"; a null table, that the build has no such path.
@@ -324,6 +346,7 @@ extern const IntervalKernels kPortableKernels;
 const IntervalKernels* avx2_kernels();
 const IntervalKernels* avx512_kernels();
 const IntervalKernels* avx512_bf16_kernels();
+const IntervalKernels* amx_kernels();
 
 }  // namespace interval
 }  // namespace pyrobust

@@ -64,6 +64,14 @@ inline void multiply_signed_unsigned() {
   __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kLeft), "i"(kRight));
 }
 
+// sum[m][n] += the products of bfloat16 left[m][2 k], left[m][2 k + 1] and right[k][2 n],
+// right[k][2 n + 1], over all k; float32 sums, rounded to nearest, denormals taken for zero,
+// whatever MXCSR says.
+template <int kSum, int kLeft, int kRight>
+inline void multiply_bfloat16() {
+  __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kLeft), "i"(kRight));
+}
+
 #endif
 
 }  // namespace tile

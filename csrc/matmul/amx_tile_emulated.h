@@ -116,14 +116,18 @@ inline void store(void* base, int64_t stride) {
   ++state().counters.stores;
 }
 
-template <int kSum, int kLeft, int kRight>
-inline void multiply_signed_unsigned() {
-  static_assert(kSum != kLeft && kSum != kRight && kLeft != kRight, "#UD, tiles must differ");
-  const Tile &left = readable(kLeft), &right = readable(kRight), &before = readable(kSum);
+inline void check_operands(const Tile& left, const Tile& right, const Tile& before) {
   require(left.row_bytes % 4 == 0 && right.row_bytes % 4 == 0, "#UD, rows are not whole dwords");
   require(before.rows == left.rows, "#UD, rows of the sum and of the left operand differ");
   require(before.row_bytes == right.row_bytes, "#UD, columns of sum and right operand differ");
   require(left.row_bytes / 4 == right.rows, "#UD, the operands' common sizes differ");
+}
+
+template <int kSum, int kLeft, int kRight>
+inline void multiply_signed_unsigned() {
+  static_assert(kSum != kLeft && kSum != kRight && kLeft != kRight, "#UD, tiles must differ");
+  const Tile &left = readable(kLeft), &right = readable(kRight);
+  check_operands(left, right, readable(kSum));
   Tile& sum = usable(kSum);
   for (int m = 0; m < sum.rows; ++m) {
     for (int n = 0; n < sum.row_bytes / 4; ++n) {
@@ -135,6 +139,91 @@ inline void multiply_signed_unsigned() {
       }
       std::memcpy(sum.data[m] + 4 * n, &total, sizeof(total));
     }
+  }
+  ++state().counters.products;
+}
+
+// How multiply_bfloat16 adds. The manual's way: two chains of fused multiply-adds, of the even and
+// of the odd terms, whose sum joins the old one, rounded to nearest. And the worst that interval.h
+// allows for: one term after another, products that underflow lost, each addition cut towards zero.
+enum class Additions : int { kManual = 0, kCut = 1 };
+
+inline Additions& additions() {
+  static Additions chosen = Additions::kManual;
+  return chosen;
+}
+
+// Denormals become zeros of their sign.
+inline float flushed(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  if ((bits & 0x7f800000u) == 0) bits &= 0x80000000u;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+inline float cut(double value) {
+  auto nearest = static_cast<float>(value);
+  uint32_t bits;
+  std::memcpy(&bits, &nearest, sizeof(bits));
+  const double size = value < 0 ? -value : value, found = nearest < 0 ? -nearest : nearest;
+  if (found > size) --bits;
+  std::memcpy(&nearest, &bits, sizeof(bits));
+  return flushed(nearest);
+}
+
+// The half of a word as a float: bfloat16 is its upper half.
+inline float half_of(const uint8_t* word, bool odd) {
+  uint32_t bits;
+  std::memcpy(&bits, word, sizeof(bits));
+  bits = odd ? bits & 0xffff0000u : bits << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return flushed(value);
+}
+
+constexpr int kMaxColumns = kMaxRowBytes / 4;
+
+inline void add_as_manual(const Tile& left, const Tile& right, int m, int columns, float* sums) {
+  float chains[2][kMaxColumns] = {};
+  for (int k = 0; k < left.row_bytes / 4; ++k) {
+    for (int odd = 0; odd < 2; ++odd) {
+      const float a = half_of(left.data[m] + 4 * k, odd != 0);
+      for (int n = 0; n < columns; ++n) {
+        const float b = half_of(right.data[k] + 4 * n, odd != 0);
+        chains[odd][n] = flushed(__builtin_fmaf(a, b, chains[odd][n]));
+      }
+    }
+  }
+  for (int n = 0; n < columns; ++n) {
+    sums[n] = flushed(flushed(sums[n]) + flushed(chains[0][n] + chains[1][n]));
+  }
+}
+
+inline void add_and_cut(const Tile& left, const Tile& right, int m, int columns, float* sums) {
+  for (int k = 0; k < left.row_bytes / 2; ++k) {
+    const float a = half_of(left.data[m] + k / 2 * 4, k % 2 != 0);
+    for (int n = 0; n < columns; ++n) {
+      const float b = half_of(right.data[k / 2] + 4 * n, k % 2 != 0);
+      const float product = cut(static_cast<double>(a) * static_cast<double>(b));
+      sums[n] = cut(static_cast<double>(flushed(sums[n])) + static_cast<double>(product));
+    }
+  }
+}
+
+template <int kSum, int kLeft, int kRight>
+inline void multiply_bfloat16() {
+  static_assert(kSum != kLeft && kSum != kRight && kLeft != kRight, "#UD, tiles must differ");
+  const Tile &left = readable(kLeft), &right = readable(kRight);
+  check_operands(left, right, readable(kSum));
+  Tile& sum = usable(kSum);
+  const int columns = sum.row_bytes / 4;
+  for (int m = 0; m < sum.rows; ++m) {
+    float sums[kMaxColumns];
+    std::memcpy(sums, sum.data[m], static_cast<size_t>(sum.row_bytes));
+    const auto add = additions() == Additions::kManual ? add_as_manual : add_and_cut;
+    add(left, right, m, columns, sums);
+    std::memcpy(sum.data[m], sums, static_cast<size_t>(sum.row_bytes));
   }
   ++state().counters.products;
 }

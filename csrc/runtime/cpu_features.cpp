@@ -97,6 +97,14 @@ bool has_bfloat16_products() {
 #endif
 }
 
+bool has_bfloat16_tiles() {
+#if defined(PYROBUST_X86)
+  return amx_supported() && __builtin_cpu_supports("amx-bf16");
+#else
+  return false;
+#endif
+}
+
 void set_isa(Isa isa) {
   if (!isa_supported(isa)) {  // best_isa() asks for tile state, which lower sets do not need
     fail("PYROBUST_ISA: this machine does not support ", isa_name(isa), "; the best it has is ",

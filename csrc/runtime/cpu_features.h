@@ -21,6 +21,9 @@ Isa best_isa();
 // True where the CPU multiplies pairs of bfloat16 into float32 (AVX512_BF16).
 bool has_bfloat16_products();
 
+// True where tiles of them may be multiplied: Isa::kAmx, and AMX-BF16.
+bool has_bfloat16_tiles();
+
 // PYROBUST_ISA if set, else the best; decided at the first call. Throws if the variable names an
 // unknown or unsupported set.
 Isa current_isa();

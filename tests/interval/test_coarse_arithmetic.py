@@ -13,6 +13,8 @@ from pyrobust import Interval
 from pyrobust.ops.interval import interval_conv2d, interval_linear, interval_packed_linear
 from pyrobust.quantize import round_to_nearest
 
+pytestmark = pytest.mark.emulated_tiles
+
 
 def tf32_cut(x):
     """The 10 highest bits of the mantissa, the others cut off, as GPUs read float32 operands."""

@@ -13,6 +13,8 @@ from pyrobust import Interval
 from pyrobust import nn as rnn
 from pyrobust.interval.type import wrap
 
+pytestmark = pytest.mark.emulated_tiles
+
 INF = math.inf
 ROUNDINGS = ["nearest", "real", "deployed"]
 

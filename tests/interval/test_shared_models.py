@@ -13,6 +13,8 @@ from pyrobust import Interval
 
 from .shared_models import NAMES, box, load_images, load_model
 
+pytestmark = pytest.mark.emulated_tiles
+
 STORED = json.loads((Path(__file__).parent / "auto_lirpa_ibp.json").read_text())
 CASES = [key for key in STORED if key != "source"]
 # Mean width over that of the exact intervals at 2/255, measured and rounded up: (real, deployed).

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from pyrobust import Interval, _native
 from pyrobust.interval.finite import infinite_ends
 
+pytestmark = pytest.mark.emulated_tiles
+
 SOUND = ["real", "deployed"]
 
 

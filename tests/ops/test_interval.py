@@ -10,6 +10,8 @@ import torch
 import pyrobust
 from pyrobust.ops.interval import interval_linear
 
+pytestmark = pytest.mark.emulated_tiles
+
 SOUND = ["real", "deployed"]
 
 

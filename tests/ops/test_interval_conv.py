@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 from pyrobust.ops.interval import interval_conv2d
 
+pytestmark = pytest.mark.emulated_tiles
+
 WINDOWS = [  # images, weight, options
     ((2, 3, 8, 8), (5, 3, 3, 3), {"padding": 1}),
     (

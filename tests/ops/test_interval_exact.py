@@ -13,6 +13,8 @@ import torch
 from pyrobust.ops.interval import interval_linear, interval_packed_linear
 from pyrobust.quantize import round_to_nearest
 
+pytestmark = pytest.mark.emulated_tiles
+
 SOUND = ["real", "deployed"]
 _LEAST = -149
 

@@ -11,6 +11,8 @@ from pyrobust.quantize import round_to_nearest
 
 from .test_interval_exact import KINDS, violations
 
+pytestmark = pytest.mark.emulated_tiles
+
 SOUND = ["real", "deployed"]
 SHAPES = [  # images, rows of W, padding; at least 2048 output pixels, 16 channels and 16 rows
     ((2, 16, 32, 32), 16, 1),

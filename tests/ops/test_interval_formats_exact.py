@@ -19,6 +19,8 @@ from pyrobust.quantize import round_to_nearest
 
 from .test_interval_exact import KINDS, denormal, denormal_weights, overflowing, violations
 
+pytestmark = pytest.mark.emulated_tiles
+
 PROMISES = ["real", "deployed", "deployed-tf32", "deployed-bfloat16"]
 FORMATS = ["float32", "bfloat16", 1, 1.58, 2, 3, 4, 8]
 PRECISIONS = ["float32", "bfloat16"]

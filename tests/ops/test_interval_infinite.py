@@ -10,6 +10,8 @@ import torch
 from pyrobust import ops
 from pyrobust.quantize import round_to_nearest
 
+pytestmark = pytest.mark.emulated_tiles
+
 INF = math.inf
 BIG = 3e38
 KINDS = ["linear", "conv2d", "packed_linear", "packed_conv2d"]

@@ -15,6 +15,8 @@ from pyrobust.ops.matmul import dequantize_codes, packed_linear
 from pyrobust.ops.packed_weight import WeightExtras
 from pyrobust.quantize import round_to_nearest
 
+pytestmark = pytest.mark.emulated_tiles
+
 BITS = [1, 1.58, 2, 3, 4, 8]
 
 

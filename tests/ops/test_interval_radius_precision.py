@@ -13,6 +13,8 @@ from .test_interval_conv import problem as images_problem
 from .test_interval_conv import reference
 from .test_interval_exact import KINDS, SOUND, violations
 
+pytestmark = pytest.mark.emulated_tiles
+
 # a batch below a panel, an odd number of panels, tiles of every height, odd terms, two chunks
 SHAPES = [(5, 64, 24), (9, 65, 29), (17, 300, 31), (34, 129, 26), (33, 520, 25)]
 WINDOWS = [
@@ -28,6 +30,8 @@ WIDEST = (1 + 2**-7) ** 2 + 1e-4
 
 def used():
     """Whether this processor and instruction set multiply bfloat16."""
+    if _native.isa() == "amx" and _native.has_bfloat16_tiles():
+        return True
     return _native.has_bfloat16_products() and _native.isa() in ("avx512", "amx")
 
 

@@ -18,6 +18,8 @@ from pyrobust.ops.interval import (
 )
 from pyrobust.quantize import round_to_nearest
 
+pytestmark = pytest.mark.emulated_tiles
+
 
 def vectors(batch, dtype=torch.float32):
     x = torch.randn(batch, 70, dtype=dtype)

@@ -11,6 +11,8 @@ from pyrobust.quantize import round_to_nearest
 
 from .test_interval_exact import SOUND, violations
 
+pytestmark = pytest.mark.emulated_tiles
+
 UNIT = 2.0**-24
 
 

@@ -1,0 +1,179 @@
+// Differs from avx512_bf16.cpp in the product of radii, which tiles make, sixteen rows of W and
+// sixteen inputs an instruction (amx_radii.h); centres stay with the FMAs of AVX-512
+// (amx_centres.h). With PYROBUST_EMULATED_TILES the same code runs without AMX, for tests.
+#include "interval/amx_centres.h"
+#include "interval/amx_radii.h"
+#include "interval/kernels.h"
+
+namespace pyrobust {
+namespace interval {
+namespace {
+
+static_assert(kCoarseBlock % kCoarseRows == 0 && kCoarseBlock % kCentreRows == 0,
+              "a block is whole tiles, and parts of equal height");
+
+// --- panels
+// --------------------------------------------------------------------------------------
+
+// A chunk of up to four panels, side by side: centres (terms, 16 P) and pairs of radii (pairs,
+// 16 P), zero from the last term to the end of its tile.
+template <int P>
+struct Gathered {
+  float* centre;
+  uint32_t* radii;
+  float* sums;  // of the radii of a block
+
+  explicit Gathered(float* scratch)
+      : centre(scratch),
+        radii(reinterpret_cast<uint32_t*>(scratch + kChunk * 32)),
+        sums(scratch + kChunk * 32 + kChunk / 2 * 32) {}
+
+  void fill(const float* left, const float* right, int64_t count, int64_t p) const {
+    const int64_t pairs = pairs_of(count);
+    for (int64_t q = 0; q < pairs; ++q) {
+      const int64_t k = 2 * q;
+      const Column one = column_of(left + k * kPanelWidth, right + k * kPanelWidth);
+      Column two{_mm512_setzero_ps(), _mm512_setzero_ps()};
+      if (k + 1 < count) {
+        two = column_of(left + (k + 1) * kPanelWidth, right + (k + 1) * kPanelWidth);
+      }
+      _mm512_storeu_ps(centre + (k * P + p) * 16, one.centre);
+      _mm512_storeu_ps(centre + ((k + 1) * P + p) * 16, two.centre);
+      _mm512_storeu_si512(radii + (q * P + p) * 16,
+                          pair_up(round_up(_mm512_castps_si512(one.radius)),
+                                  round_up(_mm512_castps_si512(two.radius))));
+    }
+    for (int64_t q = pairs; q < coarse_pairs(pairs); ++q) {
+      _mm512_storeu_si512(radii + (q * P + p) * 16, _mm512_setzero_si512());
+    }
+  }
+};
+
+// P groups of two panels from `first` on, terms [begin, begin + count), a chunk.
+template <int P>
+void chunk_of_panels(const CoarseTiles& work, int64_t first, int64_t begin, int64_t count) {
+  static constexpr int64_t kOrigin = 0;
+  const Tiles& tiles = work.tiles;
+  const Gathered<P> inputs(work.scratch);
+  for (int64_t p = 0; p < P; ++p) {
+    const int64_t left = first + 2 * p, right = left + 1 < tiles.panels ? left + 1 : left;
+    inputs.fill(tiles.panel + left * tiles.panel_stride + begin * kPanelWidth,
+                tiles.panel + right * tiles.panel_stride + begin * kPanelWidth, count, p);
+  }
+  for (int64_t n = 0; n < tiles.rows; n += kCoarseBlock) {
+    const int64_t rows = tiles.rows - n < kCoarseBlock ? tiles.rows - n : kCoarseBlock;
+    sum_radii({work.sizes + n * work.size_stride + begin / 2,
+               work.size_stride,
+               {inputs.radii, inputs.radii + 16},
+               P,
+               P * 16,
+               &kOrigin,
+               1,
+               coarse_pairs(pairs_of(count)),
+               rows,
+               inputs.sums});
+    const auto part = [&](int64_t i) {
+      const float* weight = tiles.weight + (n + i) * tiles.weight_stride + begin;
+      return std::pair(
+          GatheredColumns{inputs.centre, P * 16, weight},
+          CentreSums{tiles.weight_stride, inputs.sums + i * 32,
+                     tiles.sums + first * tiles.sum_stride + (n + i) * kPanelWidth,
+                     tiles.sum_stride, tiles.panels - first, begin == 0 && !tiles.add});
+    };
+    add_all_centres<P, GatheredColumns>(rows, 0, count, part);
+  }
+}
+
+void coarse_tiles(const CoarseTiles& work) {
+  const Tiles& tiles = work.tiles;
+  configure_tiles();
+  for (int64_t begin = 0; begin < tiles.terms; begin += kChunk) {
+    const int64_t count = tiles.terms - begin < kChunk ? tiles.terms - begin : kChunk;
+    int64_t p = 0;
+    for (; p + 2 < tiles.panels; p += 4) chunk_of_panels<2>(work, p, begin, count);
+    if (p < tiles.panels) chunk_of_panels<1>(work, p, begin, count);
+  }
+  tile::release();
+}
+
+// --- a convolution's pixels
+// -----------------------------------------------------------------------
+
+// Words of a row by place of the window, then by pair of channels, of which tiles take sixteen.
+void round_channels(const RoundChannels& work) {
+  const int64_t pairs = work.terms / work.taps / 2, stride = coarse_pairs(pairs);
+  for (int64_t n = 0; n < work.rows; ++n) {
+    const float* row = work.weight + n * work.terms;
+    uint32_t* sizes = work.sizes + n * work.size_stride;
+    for (int64_t q = 0; q < pairs; ++q, row += 2 * work.taps) {
+      for (int64_t t = 0; t < work.taps; t += 16) {
+        const int64_t rest = work.taps - t;
+        const auto mask = static_cast<__mmask16>(rest >= 16 ? 0xffff : (1u << rest) - 1);
+        const __m512i words = pair_up(size_up(_mm512_maskz_loadu_epi32(mask, row + t)),
+                                      size_up(_mm512_maskz_loadu_epi32(mask, row + work.taps + t)));
+        alignas(64) uint32_t some[16];
+        _mm512_store_si512(some, words);
+        for (int64_t i = 0; i < 16 && i < rest; ++i) sizes[(t + i) * stride + q] = some[i];
+      }
+    }
+  }
+}
+
+template <int P>
+void direct_groups(const CoarseDirect& work) {
+  const Direct& direct = work.direct;
+  const int64_t pairs = coarse_pairs(direct.terms / work.taps / 2);
+  for (int64_t n = 0; n < direct.rows; n += kCoarseBlock) {
+    const int64_t rows = direct.rows - n < kCoarseBlock ? direct.rows - n : kCoarseBlock;
+    sum_radii({work.sizes + n * work.size_stride,
+               work.size_stride,
+               {work.radii + work.radius_bases[0], work.radii + work.radius_bases[1]},
+               P,
+               work.plane,
+               work.radius_places,
+               work.taps,
+               pairs,
+               rows,
+               work.scratch});
+    for (int64_t begin = 0; begin < direct.terms; begin += kChunk) {
+      const int64_t end = direct.terms - begin < kChunk ? direct.terms : begin + kChunk;
+      const auto part = [&](int64_t i) {
+        return std::pair(
+            ImageColumns{work, direct.weight + (n + i) * direct.terms},
+            CentreSums{direct.terms, begin == 0 ? work.scratch + i * 32 : nullptr,
+                       direct.sums + (n + i) * kPanelWidth, direct.sum_stride, 2 * P, begin == 0});
+      };
+      add_all_centres<P, ImageColumns>(rows, begin, end, part);
+    }
+  }
+}
+
+void coarse_direct(const CoarseDirect& work) {
+  configure_tiles();
+  if (work.direct.groups == 2) {
+    direct_groups<2>(work);
+  } else {
+    direct_groups<1>(work);
+  }
+  tile::release();
+}
+
+constexpr IntervalKernels coarse_kernels() {
+  IntervalKernels out;
+  out.round_sizes = round_sizes;
+  out.coarse_tiles = coarse_tiles;
+  out.round_channels = round_channels;
+  out.pair_channels = pair_channels;
+  out.coarse_direct = coarse_direct;
+  out.coarse_channels = 16;  // a tile of fewer would be mostly zeros
+  return out;
+}
+
+constexpr IntervalKernels kKernels = coarse_kernels();
+
+}  // namespace
+
+const IntervalKernels* amx_kernels() { return &kKernels; }
+
+}  // namespace interval
+}  // namespace pyrobust
