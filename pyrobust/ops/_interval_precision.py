@@ -20,8 +20,8 @@ def radius_precision(name: str) -> Iterator[None]:
     Radii and absolute weights are rounded up first, so bounds stay sound; a layer widens its box by
     at most 1.6%, about 0.6% on average. It is a permission: kernels use it for float weights, more
     than four inputs (or a convolution), 24 outputs and 64 terms, on processors with AVX512_BF16 or
-    AMX-BF16; elsewhere nothing changes. The setting is that of the process, for all threads, and ends with
-    the block; ``torch.compile`` does not record it.
+    AMX-BF16; elsewhere nothing changes. The setting is that of the process, for all threads, and
+    ends with the block; ``torch.compile`` does not record it.
 
     Args:
         name: ``"float32"`` or ``"bfloat16"``.
