@@ -76,6 +76,20 @@ cuda::Status launch_noise(const NoiseCall& call, const cuda::Queue& queue) {
   return 0;
 }
 
+template <FloatType kType>
+void (*vote_kernel_of(const CountCall& call))(VoteWork) {
+  constexpr int64_t kVector = Logits<kType, true>::kValues;
+  const bool vectors =
+      call.classes % kVector == 0 && reinterpret_cast<uintptr_t>(call.logits) % 16 == 0;
+  return vectors ? vote_kernel<kType, true> : vote_kernel<kType, false>;
+}
+
+void (*vote_kernel_for(const CountCall& call))(VoteWork) {
+  if (call.type == FloatType::kFloat32) return vote_kernel_of<FloatType::kFloat32>(call);
+  if (call.type == FloatType::kFloat16) return vote_kernel_of<FloatType::kFloat16>(call);
+  return vote_kernel_of<FloatType::kBFloat16>(call);
+}
+
 }  // namespace
 
 cuda::Status noise_samples(const NoiseCall& call, const cuda::Queue& queue) {
@@ -116,8 +130,9 @@ cuda::Status count_votes(const CountCall& call, const cuda::Queue& queue) {
   if (blocks == 0) return 0;
   const size_t shared =
       call.classes <= kSharedClasses ? static_cast<size_t>(call.classes) * sizeof(int32_t) : 0;
-  return cuda::launch(vote_kernel, {static_cast<unsigned>(blocks), 1, kVoteThreads, shared},
-                      queue.stream, VoteWork{call, stretches});
+  return cuda::launch(vote_kernel_for(call),
+                      {static_cast<unsigned>(blocks), 1, kVoteThreads, shared}, queue.stream,
+                      VoteWork{call, stretches});
 }
 
 }  // namespace gpu

@@ -20,8 +20,7 @@ cuda::Status grid_samples(const GridCall& call, const cuda::Queue& queue);
 cuda::Status choice_samples(const ChoiceCall& call, int64_t candidates, const cuda::Queue& queue);
 
 // counts[r / samples][class of row r] += 1 over all rows; a row with a NaN adds nothing and lowers
-// *first_nan to its index. The caller fills counts with 0 and first_nan with kNoRow.
-constexpr int64_t kNoRow = INT64_MAX;
+// *first_nan to its index less `rows`. The caller fills counts and first_nan with 0.
 struct CountCall {
   const void* logits;  // (rows, classes) of type
   FloatType type;

@@ -165,10 +165,12 @@ PYROBUST_HD VoteStretch vote_stretch(const VoteStretches& work, int64_t index) {
   return {histogram, base + first, base + (last < work.rows ? last : work.rows)};
 }
 
-// Lanes that share a row of logits: the least power of two that holds the classes, at most a warp.
-PYROBUST_HD int lanes_per_row(int64_t classes) {
+// Lanes that share a row of logits: the least power of two such that each loads its vectors at
+// once, at most a warp.
+constexpr int kVoteLoads = 8;
+PYROBUST_HD int lanes_per_row(int64_t vectors) {
   int lanes = 1;
-  while (lanes < 32 && lanes < classes) lanes *= 2;
+  while (lanes < 32 && int64_t{kVoteLoads} * lanes < vectors) lanes *= 2;
   return lanes;
 }
 

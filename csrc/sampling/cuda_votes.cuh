@@ -18,55 +18,87 @@ struct VoteWork {
   VoteStretches stretches;
 };
 
-// What a part of a row knows: NaN is above everything, then the larger value, then the lower class.
+// What a lane knows of a row: its largest value and, as the count of values that this lane saw
+// before, where that is; the first of equal ones. A NaN is never larger than anything.
 struct Best {
   float value;
-  int64_t index;
+  uint32_t seen;
   bool nan;
 };
 
-PYROBUST_HD bool better(const Best& a, const Best& b) {
-  return a.value > b.value || (a.value == b.value && a.index < b.index);
-}
-
-PYROBUST_HD void take(Best* best, float value, int64_t index) {
-  if (value != value) best->nan = true;
-  const Best seen = {value, index, false};
-  if (best->index < 0 || better(seen, *best)) {
+PYROBUST_DEVICE void take(Best* best, float value, uint32_t seen) {
+  best->nan = best->nan || value != value;
+  if (value > best->value) {
     best->value = value;
-    best->index = index;
+    best->seen = seen;
   }
 }
 
-// Classes k, k + step, ... of the row at `row`: several loads under way together.
-constexpr int kVoteLoads = 8;
-PYROBUST_DEVICE void take_some(const CountCall& call, int64_t row, int64_t k, int step,
-                               Best* best) {
-  float value[kVoteLoads];
-#pragma unroll
-  for (int i = 0; i < kVoteLoads; ++i) {
-    const int64_t at = k + int64_t{i} * step;
-    value[i] = at < call.classes ? load_float(call.logits, row + at, call.type) : 0.0f;
-  }
-#pragma unroll
-  for (int i = 0; i < kVoteLoads; ++i) {
-    const int64_t at = k + int64_t{i} * step;
-    if (at < call.classes) take(best, value[i], at);
-  }
-}
+// What a lane loads at once: sixteen bytes where rows consist of such, or one value.
+template <FloatType kType, bool kVectors>
+struct Logits {
+  static constexpr int kBytes = kType == FloatType::kFloat32 ? 4 : 2;
+  static constexpr int kValues = kVectors ? 16 / kBytes : 1;
+  static constexpr int kWords = kVectors ? 4 : 1;
+  uint32_t word[kWords];
 
-// Over the lanes that share a row, in each of them.
-PYROBUST_DEVICE Best best_of_row(Best best, int lanes) {
-  for (int mask = lanes / 2; mask > 0; mask /= 2) {
-    const Best other = {cuda::shuffle_xor(best.value, mask), cuda::shuffle_xor(best.index, mask),
-                        cuda::shuffle_xor(best.nan ? 1 : 0, mask) != 0};
-    best.nan = best.nan || other.nan;
-    if (other.index >= 0 && (best.index < 0 || better(other, best))) {
-      best.value = other.value;
-      best.index = other.index;
+  __device__ __forceinline__ void load(const void* logits, int64_t index) {
+    if (kVectors) {
+      const cuda::Words4 four = cuda::load16(static_cast<const uint8_t*>(logits) + index * kBytes);
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) word[i] = four.word[i];
+    } else if (kType == FloatType::kFloat32) {
+      word[0] = static_cast<const uint32_t*>(logits)[index];
+    } else {
+      word[0] = static_cast<const uint16_t*>(logits)[index];
+    }
+  }
+
+  __device__ __forceinline__ float value(int i) const {
+    if (kType == FloatType::kFloat32) return float_from_bits(word[i]);
+    const uint32_t pair = word[i / 2];
+    if (kType == FloatType::kFloat16)
+      return i % 2 == 0 ? cuda::low_f16(pair) : cuda::high_f16(pair);
+    return i % 2 == 0 ? cuda::low_bf16(pair) : cuda::high_bf16(pair);
+  }
+};
+
+// Vectors lane, lane + lanes, ... of the row at `row`: several loads under way together.
+template <FloatType kType, bool kVectors>
+PYROBUST_DEVICE Best best_of_lane(const CountCall& call, int64_t row, int lane, int lanes) {
+  using Vector = Logits<kType, kVectors>;
+  Best best = {float_from_bits(0xff800000u), 0, false};
+  const int64_t vectors = call.classes / Vector::kValues;
+  uint32_t seen = 0;
+  for (int64_t k = lane; k < vectors; k += int64_t{kVoteLoads} * lanes) {
+    Vector loaded[kVoteLoads];
+#pragma unroll
+    for (int i = 0; i < kVoteLoads; ++i) {
+      const int64_t at = k + i * lanes;
+      if (at < vectors) loaded[i].load(call.logits, row * call.classes + at * Vector::kValues);
+    }
+#pragma unroll
+    for (int i = 0; i < kVoteLoads; ++i) {
+      if (k + i * lanes >= vectors) break;
+#pragma unroll
+      for (int j = 0; j < Vector::kValues; ++j) take(&best, loaded[i].value(j), seen + j);
+      seen += Vector::kValues;
     }
   }
   return best;
+}
+
+// The class of the largest value, of the lowest of several, in each of the lanes that share a row.
+PYROBUST_DEVICE int64_t class_of_row(float value, int64_t index, int lanes) {
+  for (int mask = lanes / 2; mask > 0; mask /= 2) {
+    const float other = cuda::shuffle_xor(value, mask);
+    const int64_t other_index = cuda::shuffle_xor(index, mask);
+    if (other > value || (other == value && other_index < index)) {
+      value = other;
+      index = other_index;
+    }
+  }
+  return index;
 }
 
 PYROBUST_DEVICE void flush_histogram(int32_t* shared, int64_t classes, int64_t* counts) {
@@ -76,7 +108,10 @@ PYROBUST_DEVICE void flush_histogram(int32_t* shared, int64_t classes, int64_t* 
   }
 }
 
-PYROBUST_KERNEL(kVoteThreads) vote_kernel(const __grid_constant__ VoteWork work) {
+template <FloatType kType, bool kVectors>
+PYROBUST_KERNEL(kVoteThreads)
+vote_kernel(const __grid_constant__ VoteWork work) {
+  constexpr int kValues = Logits<kType, kVectors>::kValues;
   auto* shared = reinterpret_cast<int32_t*>(cuda::shared_memory());
   const CountCall& call = work.call;
   const bool gather = call.classes <= kSharedClasses;
@@ -84,24 +119,26 @@ PYROBUST_KERNEL(kVoteThreads) vote_kernel(const __grid_constant__ VoteWork work)
   int64_t* counts = call.counts + stretch.histogram * call.classes;
   for (int64_t k = threadIdx.x; gather && k < call.classes; k += kVoteThreads) shared[k] = 0;
   cuda::sync_threads();
-  const int lanes = lanes_per_row(call.classes);
-  const int lane = static_cast<int>(threadIdx.x) % lanes;
+  const int lanes = lanes_per_row(call.classes / kValues);
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % lanes;
+  const uint32_t together = (lanes == 32 ? 0u : 1u << lanes) - 1u;
+  const int first_lane = thread % 32 / lanes * lanes;
   const int64_t rows_at_once = kVoteThreads / lanes;
   for (int64_t base = stretch.begin; base < stretch.end; base += rows_at_once) {
-    const int64_t row = base + static_cast<int>(threadIdx.x) / lanes;
+    const int64_t row = base + thread / lanes;
     const bool present = row < stretch.end;
-    Best best = {0.0f, -1, false};
-    for (int64_t k = lane; present && k < call.classes; k += kVoteLoads * lanes) {
-      take_some(call, row * call.classes, k, lanes, &best);
-    }
-    best = best_of_row(best, lanes);
+    Best best = {float_from_bits(0xff800000u), 0, false};
+    if (present) best = best_of_lane<kType, kVectors>(call, row, lane, lanes);
+    const int64_t vector = best.seen / kValues * int64_t{lanes} + lane;
+    const int64_t voted = class_of_row(best.value, vector * kValues + best.seen % kValues, lanes);
+    const bool nan = (cuda::ballot(best.nan) >> first_lane & together) != 0;
     if (!present || lane != 0) continue;
-    if (best.nan) {
-      cuda::atomic_min(call.first_nan, row);
+    if (nan) {
+      cuda::atomic_min(call.first_nan, row - call.rows);
     } else if (gather) {
-      cuda::atomic_add(shared + best.index, 1);
+      cuda::atomic_add(shared + voted, 1);
     } else {
-      cuda::atomic_add(counts + best.index, int64_t{1});
+      cuda::atomic_add(counts + voted, int64_t{1});
     }
   }
   if (gather) flush_histogram(shared, call.classes, counts);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from functools import lru_cache
 
@@ -14,7 +15,6 @@ from pyrobust.ops._sampling_checks import rows_of
 
 __all__ = ["count_votes", "grid", "masked", "noise", "split", "substituted"]
 
-_NO_ROW = 2**63 - 1
 _KINDS = {"gaussian_samples": 0, "uniform_samples": 1, "laplace_samples": 2}
 
 
@@ -167,13 +167,14 @@ def substituted(
 
 
 def count_votes(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Histograms, and ``(1,)`` int64: the first row of ``(..., n)`` with a NaN, or 2**63 - 1.
+    """Histograms, and ``(1,)`` int64: the first row with a NaN less the number of rows, or 0.
 
-    A row with a NaN votes for no class.
+    A row with a NaN votes for no class. Both results are filled with zeros by one launch.
     """
     rows = logits.detach().reshape(-1, logits.shape[-1]).contiguous()
-    counts = logits.new_zeros((*logits.shape[:-2], logits.shape[-1]), dtype=torch.int64)
-    first_nan = logits.new_full((1,), _NO_ROW, dtype=torch.int64)
+    shape = (*logits.shape[:-2], logits.shape[-1])
+    both = logits.new_zeros(math.prod(shape) + 1, dtype=torch.int64)
+    counts, first_nan = both[:-1].view(shape), both[-1:]
     if rows.numel() != 0:
         cuda_module("count_votes").count_votes(
             rows.data_ptr(),

@@ -92,9 +92,9 @@ def _votes_cuda(logits: Tensor) -> Tensor:
     counts, first_nan = _cuda_sampling.count_votes(logits)
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return counts
-    row = int(first_nan)
-    if row < logits.shape[:-1].numel():
-        _refuse_nan(logits, row)
+    before_end = int(first_nan)
+    if before_end < 0:
+        _refuse_nan(logits, logits.shape[:-1].numel() + before_end)
     return counts
 
 

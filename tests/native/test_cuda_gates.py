@@ -74,9 +74,9 @@ def matching(kernels, pattern):
 
 
 def test_sampling_kernels_keep_their_registers(sampling):
-    """96 registers leave room for 20 warps, 64 for 32. Laplace noise may keep a few words of its
-    outermost loop in memory."""
-    for pattern, most in (("noise_kernel", 96), ("rows_kernel", 64), ("vote_kernel", 64)):
+    """96 registers leave room for 20 warps, 80 for 24, 64 for 32. Laplace noise may keep a few
+    words of its outermost loop in memory."""
+    for pattern, most in (("noise_kernel", 96), ("rows_kernel", 64), ("vote_kernel", 80)):
         for name, kernel in sampling.items():
             if pattern in name:
                 assert kernel.spills <= (24 if "Noise)2" in name else 0)

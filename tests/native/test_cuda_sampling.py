@@ -1,5 +1,7 @@
 """The CUDA sampling kernels on fibres: the bits of the CPU, and index arithmetic beyond 2^31."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -79,12 +81,17 @@ def test_tokens(emulated_cuda):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(3, 41, 10), (300, 1), (2, 600, 3), (1, 5, 1000), (9, 33)])
-def test_votes_match_the_cpu(emulated_cuda, dtype, shape):
-    logits = torch.randint(-3, 4, shape).to(dtype)  # many ties
+@pytest.mark.parametrize(
+    "shape", [(3, 41, 10), (300, 1), (2, 600, 3), (1, 5, 1000), (9, 33), (70, 24), (2, 3, 4104)]
+)
+@pytest.mark.parametrize("skipped", [0, 1], ids=["vectors", "values"])
+def test_votes_match_the_cpu(emulated_cuda, dtype, shape, skipped):
+    """Also of rows that begin beside the borders of vectors."""
+    values = torch.randint(-3, 4, (math.prod(shape) + skipped,)).to(dtype)  # many ties
+    logits = values[skipped:].view(shape)
     counts, first_nan = _cuda_sampling.count_votes(logits)
     assert torch.equal(counts, ops.count_votes(logits))
-    assert first_nan.item() == 2**63 - 1
+    assert first_nan.item() == 0
 
 
 def test_histograms_too_large_for_shared_memory(emulated_cuda):
@@ -99,7 +106,7 @@ def test_infinite_logits_vote_and_nan_is_reported_with_its_place(emulated_cuda):
     assert torch.equal(counts, ops.count_votes(logits))
     logits[1, 7, 4] = logits[1, 30, 0] = float("nan")
     counts, first_nan = _cuda_sampling.count_votes(logits)
-    assert first_nan.item() == 40 + 7
+    assert first_nan.item() == 40 + 7 - 2 * 40
     assert counts.sum(1).tolist() == [40, 38]
     from pyrobust.ops.votes import _votes_cuda
 
