@@ -218,6 +218,20 @@ def eager_linear(
     grad_enabled: bool,
     /,
 ) -> Tensor | None: ...
+def packed_linear_transpose(
+    grad: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    out: Tensor,
+    in_features: int,
+    levels: int,
+    group_size: int,
+    group_dim: int,
+    extras: tuple[Tensor | None, ...] | None,
+    first_row: int,
+    num_threads: int,
+) -> None: ...
 def dequantize(
     codes: Tensor,
     scale: Tensor,

@@ -46,6 +46,22 @@ void packed_linear(py::handle x_, py::handle codes_, py::handle scale_, py::hand
                         num_threads);
 }
 
+void packed_linear_transpose(py::handle grad_, py::handle codes, py::handle scale, py::handle zero,
+                             py::handle out_, int64_t in_features, int levels, int64_t group_size,
+                             int group_dim, py::handle extras, int64_t first_row, int num_threads) {
+  const matmul::PackedMatrix weight =
+      packed_matrix(view(codes, "codes"), view(scale, "scale"), view_optional(zero, "zero"),
+                    in_features, levels, group_size, group_dim, extras);
+  const TensorView grad = view(grad_, "grad"), out = view(out_, "out");
+  grad.require_ndim(2);
+  out.require_dtype(grad.dtype).require_ndim(2);
+  out.require_size(0, grad.shape[0]).require_size(1, in_features);
+  const matmul::RowRange rows = row_range(first_row, grad.shape[1], weight.rows);
+  const matmul::Activations g{grad.data, float_type(grad), grad.shape[0]};
+  py::gil_scoped_release release;
+  matmul::packed_linear_transpose(g, weight, rows, out.data, num_threads);
+}
+
 void dequantize(py::handle codes, py::handle scale, py::handle zero, py::handle out_,
                 int64_t in_features, int levels, int64_t group_size, int group_dim,
                 py::handle extras, int64_t first_row, int num_threads) {
@@ -156,6 +172,7 @@ void pack_codes(py::handle codes, py::handle packed, int levels, int num_threads
 
 void bind_matmul(py::module_& m) {
   m.def("packed_linear", &packed_linear);
+  m.def("packed_linear_transpose", &packed_linear_transpose);
   m.def("dequantize", &dequantize);
   m.def("gather_rows", &gather_rows);
   m.def("complex_sums", &complex_sums);

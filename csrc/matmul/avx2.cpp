@@ -1,6 +1,8 @@
 // Differs from portable.cpp in working on tiles and in 256-bit registers; see avx2_paths.h.
 #include "matmul/avx2_paths.h"
 #include "matmul/avx2_rows.h"
+#include "matmul/gradient_sums.h"
+#include "matmul/gradient_tile.h"
 
 namespace pyrobust::matmul {
 namespace {
@@ -22,7 +24,11 @@ constexpr MatmulKernels kKernels = {nullptr,
                                     0,
                                     nullptr,
                                     nullptr,
-                                    expand_row<Avx2Codes>};
+                                    expand_row<Avx2Codes>,
+                                    nullptr,
+                                    plain_gradient_tile<Avx2Codes>,
+                                    plain_gradient_order,
+                                    add_gradient_tile};
 
 }  // namespace
 

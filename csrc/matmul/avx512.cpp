@@ -4,6 +4,7 @@
 // take the code of avx2_paths.h, compiled with these wider flags.
 #include "matmul/avx2_paths.h"
 #include "matmul/avx512_float_rows.h"
+#include "matmul/avx512_gradient.h"
 #include "matmul/avx512_panel_columns.h"
 #include "matmul/avx512_panels.h"
 #include "matmul/avx512_rows.h"
@@ -151,7 +152,10 @@ constexpr MatmulKernels kKernels = {takes_parts,
                                     bytes_of_panels,
                                     write_panels,
                                     expand_row<Avx512Codes>,
-                                    mode_of_float_row};
+                                    mode_of_float_row,
+                                    wide_gradient_tile,
+                                    wide_gradient_order,
+                                    add_gradient_tile};
 
 }  // namespace
 

@@ -116,36 +116,41 @@ inline void store_ordered(int bits, __m512i q, int8_t* out) {
   }
 }
 
-// ternary_to_two_bits() of 32 bytes at a time: with q_i = v / 3^i rounded down, the digits
-// q_i - 3 q_(i+1) in two bits each are v + q_1 + 4 q_2 + 16 q_3 + 64 q_4.
-inline void wide_ternary_to_two_bits(const uint8_t* row, int64_t bytes, uint8_t* out) {
+// 32 bytes of ternary codes to 40 bytes of 2-bit ones; writes up to 6 bytes more. With q_i = v /
+// 3^i rounded down, the digits q_i - 3 q_(i+1) in two bits each are v + q_1 + 4 q_2 + 16 q_3 + 64
+// q_4.
+inline void wide_two_bits(__m256i bytes, uint8_t* out) {
   const __m512i five = _mm512_broadcast_i32x4(
       _mm_setr_epi8(0, 1, 2, 3, 4, 8, 9, 10, 11, 12, -1, -1, -1, -1, -1, -1));
+  const __m512i v = _mm512_cvtepu8_epi16(bytes);
+  const auto quotient = [&](short inverse, int shift) {  // exact below 256
+    return _mm512_slli_epi16(_mm512_mulhi_epu16(v, _mm512_set1_epi16(inverse)), shift);
+  };
+  const __m512i two = _mm512_add_epi16(_mm512_add_epi16(quotient(21846, 0), quotient(7282, 2)),
+                                       _mm512_add_epi16(quotient(2428, 4), quotient(810, 6)));
+  // Bytes above 242 are no code; their last digit is taken modulo 3 as elsewhere.
+  const __mmask32 odd = _mm512_cmpgt_epu16_mask(v, _mm512_set1_epi16(242));
+  const __m512i sum = _mm512_add_epi16(v, two);
+  const __m512i ten =
+      _mm512_mask_sub_epi16(sum, odd, sum, _mm512_set1_epi16(3 << 8));           // bits a word
+  const __m512i twenty = _mm512_madd_epi16(ten, _mm512_set1_epi32(0x04000001));  // a dword
+  const __m512i forty = _mm512_or_si512(_mm512_and_si512(twenty, _mm512_set1_epi64(0xfffff)),
+                                        _mm512_slli_epi64(_mm512_srli_epi64(twenty, 32), 20));
+  const __m512i packed = _mm512_shuffle_epi8(forty, five);
+  const auto store = [&](int at, __m128i part) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + at), part);
+  };
+  store(0, _mm512_castsi512_si128(packed));
+  store(10, _mm512_extracti32x4_epi32(packed, 1));
+  store(20, _mm512_extracti32x4_epi32(packed, 2));
+  store(30, _mm512_extracti32x4_epi32(packed, 3));
+}
+
+// ternary_to_two_bits() of 32 bytes at a time.
+inline void wide_ternary_to_two_bits(const uint8_t* row, int64_t bytes, uint8_t* out) {
   int64_t i = 0;
   for (; i + 32 <= bytes; i += 32) {
-    const __m512i v =
-        _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + i)));
-    const auto quotient = [&](short inverse, int shift) {  // exact below 256
-      return _mm512_slli_epi16(_mm512_mulhi_epu16(v, _mm512_set1_epi16(inverse)), shift);
-    };
-    const __m512i two = _mm512_add_epi16(_mm512_add_epi16(quotient(21846, 0), quotient(7282, 2)),
-                                         _mm512_add_epi16(quotient(2428, 4), quotient(810, 6)));
-    // Bytes above 242 are no code; their last digit is taken modulo 3 as elsewhere.
-    const __mmask32 odd = _mm512_cmpgt_epu16_mask(v, _mm512_set1_epi16(242));
-    const __m512i sum = _mm512_add_epi16(v, two);
-    const __m512i ten =
-        _mm512_mask_sub_epi16(sum, odd, sum, _mm512_set1_epi16(3 << 8));           // bits a word
-    const __m512i twenty = _mm512_madd_epi16(ten, _mm512_set1_epi32(0x04000001));  // a dword
-    const __m512i forty = _mm512_or_si512(_mm512_and_si512(twenty, _mm512_set1_epi64(0xfffff)),
-                                          _mm512_slli_epi64(_mm512_srli_epi64(twenty, 32), 20));
-    const __m512i packed = _mm512_shuffle_epi8(forty, five);
-    const auto store = [&](int at, __m128i part) {
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i / 4 * 5 + at), part);
-    };
-    store(0, _mm512_castsi512_si128(packed));
-    store(10, _mm512_extracti32x4_epi32(packed, 1));
-    store(20, _mm512_extracti32x4_epi32(packed, 2));
-    store(30, _mm512_extracti32x4_epi32(packed, 3));
+    wide_two_bits(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + i)), out + i / 4 * 5);
   }
   ternary_to_two_bits(row + i, bytes - i, out + i / 4 * 5);
 }

@@ -104,9 +104,11 @@ inline void decode_columns(const PackedMatrix& w, const uint8_t* __restrict code
   }
 }
 
-// Entries of the remainder in columns [begin, end) of row n; columns ascend.
-inline void add_remainder(const PackedMatrix& w, int64_t n, int64_t begin, int64_t end,
-                          float* out) {
+// Calls body(k, value) for the entries of the remainder in columns [begin, end) of row n, which
+// ascend; k counts from `begin`.
+template <typename Body>
+inline void for_remainder(const PackedMatrix& w, int64_t n, int64_t begin, int64_t end,
+                          const Body& body) {
   int64_t from, to;
   remainder_range(w, n, &from, &to);
   const int32_t* columns = w.remainder.columns;
@@ -119,7 +121,7 @@ inline void add_remainder(const PackedMatrix& w, int64_t n, int64_t begin, int64
   for (int64_t i = from; i < to; ++i) {
     const int64_t k = columns[i];
     if (k >= end) return;
-    if (k >= begin) out[k - begin] += load_float(w.remainder.values, i, w.remainder.type);
+    if (k >= begin) body(k - begin, load_float(w.remainder.values, i, w.remainder.type));
   }
 }
 
@@ -196,7 +198,9 @@ void decode_span(const PackedMatrix& w, int64_t n, int64_t begin, int64_t end, f
     const float scale = w.row_scale[n];
     for (int64_t k = 0; k < end - begin; ++k) out[k] *= scale;
   }
-  if (w.remainder.offsets != nullptr) add_remainder(w, n, begin, end, out);
+  if (w.remainder.offsets != nullptr) {
+    for_remainder(w, n, begin, end, [&](int64_t k, float value) { out[k] += value; });
+  }
 }
 
 }  // namespace

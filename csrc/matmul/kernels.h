@@ -28,6 +28,11 @@ constexpr int64_t kMaxIntegerRun = 65536;
 // stay in the first-level cache.
 constexpr int64_t kSpan = 1280;
 
+// The gradient to x (gradients.cpp) is g W over tiles of W: so many rows, whose products are summed
+// in float, and so many columns.
+constexpr int64_t kGradientRows = 64;
+constexpr int64_t kGradientColumns = 128;
+
 // One block of prepared activations. `data` is laid out by the same set's `prepare`.
 struct Block {
   const void* data = nullptr;
@@ -118,6 +123,15 @@ struct MatmulKernels {
   // How a float32 row of x meets a weight that takes parts: kThreeParts, kFourParts or kExact, by
   // the row alone. Null where the set takes none.
   Mode (*row_mode)(const PackedMatrix& weight, const float* row) = nullptr;
+  // The gradient to x. Float weights of rows [first, first + count) of W, at most kGradientRows,
+  // and kGradientColumns columns from `column` on, a multiple of that; 0 past the last. Float p of
+  // a row of the tile is column order[p] of these.
+  void (*gradient_tile)(const PackedMatrix& weight, int64_t first, int64_t count, int64_t column,
+                        float* tile) = nullptr;
+  void (*gradient_order)(const PackedMatrix& weight, int64_t column, int* order) = nullptr;
+  // totals (rows, kGradientColumns) += g (rows, kGradientRows) tile, of `count` rows of W.
+  void (*add_gradient_tile)(const float* g, int64_t rows, int64_t count, const float* tile,
+                            double* totals) = nullptr;
 };
 
 // Null where the build has no such path. A null entry of a table means "use the next lower".

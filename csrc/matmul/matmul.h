@@ -129,6 +129,14 @@ struct RowRange {
 void packed_linear(const Activations& x, const PackedMatrix& weight, RowRange rows,
                    const float* bias, Mode mode, void* out, int num_threads);
 
+// The gradient to x of the product above: out (g.rows, weight.cols) = g W, with g (g.rows,
+// rows.end - rows.begin) over the rows of W in `rows`; out is of g.type. |error| is at most
+// 65 2^-24 sum_n |g||W| against real numbers (sums of 64 float products, totals in double), besides
+// the final rounding to 16 bits. A row of `out` depends on its row of g alone: the same bits for
+// any number of rows and threads on one instruction set.
+void packed_linear_transpose(const Activations& g, const PackedMatrix& weight, RowRange rows,
+                             void* out, int num_threads);
+
 // The panel order of a weight: a second copy of codes, scales and zeros that products with int8
 // activations, and with those that are rounded to 8-bit parts, read in place of the canonical
 // layout where `panels` points to it. The results have the same bits, sooner. panel_bytes() is 0

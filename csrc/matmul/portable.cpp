@@ -2,6 +2,7 @@
 // tested against it, in int8 mode for equal bits.
 #include "core/activation_int8.h"
 #include "matmul/add_plain.h"
+#include "matmul/gradient_tile.h"
 #include "matmul/kernels.h"
 #include "matmul/sparse.h"
 #include "matmul/weights.h"
@@ -190,6 +191,17 @@ void complex_multiply(const ComplexBlock& x, int64_t begin, int64_t end) {
   }
 }
 
+void add_gradient_tile(const float* g, int64_t rows, int64_t count, const float* tile,
+                       double* totals) {
+  for (int64_t m = 0; m < rows; ++m, g += kGradientRows, totals += kGradientColumns) {
+    for (int64_t n = 0; n < count; ++n) {
+      const double a = g[n];
+      const float* w = tile + n * kGradientColumns;
+      for (int64_t k = 0; k < kGradientColumns; ++k) totals[k] += a * w[k];
+    }
+  }
+}
+
 constexpr MatmulKernels kKernels = {takes_parts,
                                     prepared_bytes,
                                     scratch_bytes,
@@ -207,7 +219,11 @@ constexpr MatmulKernels kKernels = {takes_parts,
                                     0,
                                     nullptr,
                                     nullptr,
-                                    expand_row<PlainCodes>};
+                                    expand_row<PlainCodes>,
+                                    nullptr,
+                                    plain_gradient_tile<PlainCodes>,
+                                    plain_gradient_order,
+                                    add_gradient_tile};
 
 }  // namespace
 

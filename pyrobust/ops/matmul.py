@@ -43,8 +43,7 @@ __all__ = [
     "unpack_codes",
 ]
 
-# Rows of W that the gradient turns into floats at a time: 128 x 4096 floats are 2 MiB. 64 take as
-# long, 256 up to 17% longer with one row, 1024 up to twice as long.
+# Rows of W that the gradient turns into floats at a time on a GPU: 128 x 4096 floats are 2 MiB.
 _GRADIENT_ROWS = 128
 
 
@@ -66,8 +65,9 @@ def packed_linear(
 
     A row of the result depends on its row of ``x`` alone, to the bit, whatever else the batch
     holds.
-    Differentiable in ``x`` (through the packed weight; the rounding of ``activations="int8"``
-    counts as the identity) and in ``bias``; forward-mode differentiation raises.
+    Differentiable in ``x`` (through the packed weight, also row by row; the rounding of
+    ``activations="int8"`` counts as the identity) and in ``bias``; forward-mode differentiation
+    raises.
 
     Args:
         x: ``(..., in_features)`` float32, bfloat16 or float16.
@@ -327,7 +327,8 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             grad, codes, scale, zero, *ctx.options, *extras
         )
     if ctx.bias_dtype is not None and ctx.needs_input_grad[4]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32)
+        grad_bias = grad.reshape(grad.shape[:-1].numel(), grad.shape[-1])
+        grad_bias = grad_bias.sum(0, dtype=torch.float32)
         grad_bias = grad_bias.to(ctx.bias_dtype)
     return (grad_x, None, None, None, grad_bias, *[None] * 10)
 
@@ -344,17 +345,54 @@ def transpose_kernel(
     *extras: Tensor | None,
     rows: slice | None = None,
 ) -> Tensor:
-    """``grad @ W`` (or some rows of it), with W turned into floats one block of rows at a time."""
-    flat = _plain(grad).reshape(-1, grad.shape[-1]).float()
-    total = flat.new_zeros(flat.shape[0], in_features)
+    """``grad @ W``; of some rows of W where ``rows`` names them."""
+    flat = _plain(grad).reshape(grad.shape[:-1].numel(), grad.shape[-1])
+    form = (in_features, bits, group_size, group_dim)
     first, stop = (0, codes.shape[0]) if rows is None else (rows.start, rows.stop)
+    if codes.is_cuda:
+        total = _decoded_transpose(flat, codes, scale, zero, *form, *extras, rows=(first, stop))
+        return total.reshape(*grad.shape[:-1], in_features)
+    out = flat.new_empty((flat.shape[0], in_features))
+    _native.packed_linear_transpose(
+        flat,
+        codes.contiguous(),
+        scale.contiguous(),
+        None if zero is None else zero.contiguous(),
+        out,
+        in_features,
+        levels_of(bits),
+        group_size,
+        group_dim,
+        native_extras(extras),
+        first,
+        torch.get_num_threads(),
+    )
+    return out.reshape(*grad.shape[:-1], in_features)
+
+
+def _decoded_transpose(
+    grad: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    in_features: int,
+    bits: float,
+    group_size: int,
+    group_dim: int,
+    *extras: Tensor | None,
+    rows: tuple[int, int],
+) -> Tensor:
+    """The same by torch, with W turned into floats one block of rows at a time: on a GPU."""
+    flat = grad.float()
+    total = flat.new_zeros(flat.shape[0], in_features)
+    first, stop = rows
     for begin in range(first, stop, _GRADIENT_ROWS):
         block = slice(begin, min(stop, begin + _GRADIENT_ROWS))
         part = flat[:, begin - first : block.stop - first]
         form = (in_features, bits, group_size, group_dim)
         # Unnamed, so that no block is held while the next one is decoded.
         total.addmm_(part, _dequantize_kernel(codes, scale, zero, *form, *extras, rows=block))
-    return total.to(grad.dtype).reshape(*grad.shape[:-1], in_features)
+    return total.to(grad.dtype)
 
 
 def _transpose_fake(
