@@ -22,7 +22,8 @@ LEGEND = """\
 A cell: microseconds, GB/s of packed weights, for ours the fastest other product of the same width
 (or dense) over it, and the share of the limit: bytes over the bandwidth measured in the same run
 for weights of this size, or multiplications over those of `vpdpbusd` from registers, whichever is
-longer. "hot" uses a weight again and again, "beyond cache" reads 128 MiB of other data in between.
+longer. "hot" uses a weight again and again, "beyond cache" reads 128 MiB of other data in between,
+then multiplies x with another weight of 256 rows, so that only the weight is out of cache.
 Times are the least of interleaved rounds; one thread is timed by its own clock, since the machine
 is shared. Products that are far too slow with few rows are left out with more.
 """

@@ -15,7 +15,7 @@
 namespace pyrobust {
 namespace {
 
-constexpr int64_t kLargePage = int64_t{2} << 20;
+constexpr int64_t kLineBytes = 64, kSmallPage = 4096, kLargePage = int64_t{2} << 20;
 
 // The product of the same weight that makes its panels, counted from 1; 0: none does, and none
 // are kept.
@@ -78,23 +78,46 @@ std::shared_ptr<const PanelMemory> make(const matmul::PackedMatrix& weight, int 
   return memory;
 }
 
+uint8_t* allocate(int64_t bytes) {
+  return static_cast<uint8_t*>(
+      std::aligned_alloc(static_cast<size_t>(kLineBytes), static_cast<size_t>(bytes)));
+}
+
+// Memory that begins with a large page, for munmap(); null where there is none.
+uint8_t* map_memory(int64_t bytes) {
+  const auto room = static_cast<size_t>(bytes + kLargePage);
+  void* const all = mmap(nullptr, room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (all == MAP_FAILED) return nullptr;
+  auto* const first = static_cast<uint8_t*>(all);
+  const int64_t before = -reinterpret_cast<intptr_t>(first) & (kLargePage - 1);
+  uint8_t* const data = first + before;
+  const int64_t kept = matmul::ceil_div(bytes, kSmallPage) * kSmallPage;
+  if (before > 0) munmap(first, static_cast<size_t>(before));
+  munmap(data + kept, room - static_cast<size_t>(before + kept));
+#if defined(MADV_HUGEPAGE)
+  madvise(data, static_cast<size_t>(kept), MADV_HUGEPAGE);
+#endif
+  return data;
+}
+
 }  // namespace
 
-PanelMemory::PanelMemory(int64_t bytes) : bytes_(matmul::ceil_div(bytes, 64) * 64) {
-  const bool large = bytes_ >= kLargePage;
-  const auto alignment = static_cast<size_t>(large ? kLargePage : 64);
-  data_ = static_cast<uint8_t*>(std::aligned_alloc(
-      alignment, (static_cast<size_t>(bytes_) + alignment - 1) / alignment * alignment));
+// Large pages come with memory that nobody has touched, and malloc hands out memory of its heap, in
+// small pages, as soon as something as large was freed: hence a mapping of its own.
+PanelMemory::PanelMemory(int64_t bytes)
+    : bytes_(matmul::ceil_div(bytes, kLineBytes) * kLineBytes), mapped_(bytes_ >= kLargePage) {
+  data_ = mapped_ ? map_memory(bytes_) : allocate(bytes_);
   if (data_ == nullptr) throw std::bad_alloc();
-#if defined(MADV_HUGEPAGE)
-  if (large) madvise(data_, static_cast<size_t>(bytes_), MADV_HUGEPAGE);
-#endif
   kept_bytes += bytes_;
 }
 
 PanelMemory::~PanelMemory() {
   kept_bytes -= bytes_;
-  std::free(data_);
+  if (mapped_) {
+    munmap(data_, static_cast<size_t>(bytes_));
+  } else {
+    std::free(data_);
+  }
 }
 
 std::shared_ptr<const PanelMemory> attach_panels(py::handle codes, py::handle scale,

@@ -25,6 +25,7 @@ class PanelMemory {
  private:
   uint8_t* data_;
   int64_t bytes_;
+  bool mapped_;
 };
 
 // Points weight->panels to the weight's panels, where it has some, for as long as the result lives:
