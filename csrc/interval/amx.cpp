@@ -2,6 +2,7 @@
 // sixteen inputs an instruction (amx_radii.h); centres stay with the FMAs of AVX-512
 // (amx_centres.h). With PYROBUST_EMULATED_TILES the same code runs without AMX, for tests.
 #include "interval/amx_centres.h"
+#include "interval/amx_filters.h"
 #include "interval/amx_radii.h"
 #include "interval/kernels.h"
 
@@ -71,7 +72,8 @@ void chunk_of_panels(const CoarseTiles& work, int64_t first, int64_t begin, int6
                1,
                coarse_pairs(pairs_of(count)),
                rows,
-               inputs.sums});
+               inputs.sums,
+               32});
     const auto part = [&](int64_t i) {
       const float* weight = tiles.weight + (n + i) * tiles.weight_stride + begin;
       return std::pair(
@@ -134,7 +136,8 @@ void direct_groups(const CoarseDirect& work) {
                work.taps,
                pairs,
                rows,
-               work.scratch});
+               work.scratch,
+               32});
     for (int64_t begin = 0; begin < direct.terms; begin += kChunk) {
       const int64_t end = direct.terms - begin < kChunk ? direct.terms : begin + kChunk;
       const auto part = [&](int64_t i) {
@@ -166,6 +169,7 @@ constexpr IntervalKernels coarse_kernels() {
   out.pair_channels = pair_channels;
   out.coarse_direct = coarse_direct;
   out.coarse_channels = 16;  // a tile of fewer would be mostly zeros
+  out.tiled_filter = {filter_radii, filter_radius_product};
   return out;
 }
 

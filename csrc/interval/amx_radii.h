@@ -39,10 +39,9 @@ struct RadiusSums {
   int64_t taps;
   int64_t pairs;  // of a part: whole tiles
   int64_t rows;
-  float* sums;  // (coarse_rows(rows), 32)
+  float* sums;  // (coarse_rows(rows), sum_stride)
+  int64_t sum_stride;
 };
-
-constexpr int64_t kSumsPitch = 2 * kTileInputs * int64_t{sizeof(float)};
 
 template <int kTiles, int kGroups>
 void multiply_tiles(const RadiusSums& work, const uint32_t* sizes, int64_t tap, int64_t pair) {
@@ -71,22 +70,23 @@ void clear_sums() {
 }
 
 template <int kTiles, int kGroups>
-void store_sums(float* sums) {
-  tile::store<0>(sums, kSumsPitch);
-  if constexpr (kGroups == 2) tile::store<1>(sums + kTileInputs, kSumsPitch);
-  float* below = sums + kCoarseRows * 2 * kTileInputs;
-  if constexpr (kTiles == 2) tile::store<2>(below, kSumsPitch);
-  if constexpr (kTiles == 2 && kGroups == 2) tile::store<3>(below + kTileInputs, kSumsPitch);
+void store_sums(float* sums, int64_t stride) {
+  const int64_t pitch = stride * int64_t{sizeof(float)};
+  tile::store<0>(sums, pitch);
+  if constexpr (kGroups == 2) tile::store<1>(sums + kTileInputs, pitch);
+  float* below = sums + kCoarseRows * stride;
+  if constexpr (kTiles == 2) tile::store<2>(below, pitch);
+  if constexpr (kTiles == 2 && kGroups == 2) tile::store<3>(below + kTileInputs, pitch);
 }
 
 // kTiles tiles of |W| from row `row` on, a chain of products at a time.
 template <int kTiles, int kGroups>
 void sum_radii_of_rows(const RadiusSums& work, int64_t row) {
-  constexpr int64_t kFloats = kTiles * kCoarseRows * 2 * kTileInputs;
+  constexpr int64_t kRows = kTiles * kCoarseRows, kPitch = 2 * kTileInputs;
   const uint32_t* sizes = work.sizes + row * work.size_stride;
   const int64_t of_tap = work.pairs / kCoarsePairs, all = work.taps * of_tap;
-  float* sums = work.sums + row * 2 * kTileInputs;
-  alignas(64) float chain[kFloats];
+  float* sums = work.sums + row * work.sum_stride;
+  alignas(64) float chain[kRows * kPitch];
   for (int64_t first = 0; first < all; first += kTilesOfChain) {
     const int64_t last = all < first + kTilesOfChain ? all : first + kTilesOfChain;
     clear_sums<kTiles, kGroups>();
@@ -96,10 +96,17 @@ void sum_radii_of_rows(const RadiusSums& work, int64_t row) {
       pair += kCoarsePairs;
       if (pair == work.pairs) ++tap, pair = 0;
     }
-    store_sums<kTiles, kGroups>(first == 0 ? sums : chain);
-    for (int64_t i = 0; first > 0 && i < kFloats; i += 16) {
-      _mm512_storeu_ps(sums + i,
-                       _mm512_add_ps(_mm512_loadu_ps(sums + i), _mm512_load_ps(chain + i)));
+    if (first == 0) {
+      store_sums<kTiles, kGroups>(sums, work.sum_stride);
+      continue;
+    }
+    store_sums<kTiles, kGroups>(chain, kPitch);
+    for (int64_t i = 0; i < kRows; ++i) {
+      for (int64_t g = 0; g < kGroups; ++g) {
+        float* to = sums + i * work.sum_stride + g * kTileInputs;
+        const __m512 more = _mm512_load_ps(chain + i * kPitch + g * kTileInputs);
+        _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), more));
+      }
     }
   }
 }

@@ -52,8 +52,9 @@ inline Tile grown(const FilterRows& work, const Tile& centre, const Tile& radius
 // Sixteen tiles whose halves start at pixels `left` and `right` of the lines, to place `to`.
 inline void sixteen_tiles(const FilterRows& work, int64_t left, int64_t right, int64_t to) {
   const Tile centre = tile_of(work.centre + left, work.centre + right);
-  const Tile radius = tile_of(work.radius + left, work.radius + right);
   store_products(centre, work.plane, work.centre_tiles + to);
+  if (work.radius_tiles == nullptr) return;
+  const Tile radius = tile_of(work.radius + left, work.radius + right);
   store_products(work.radius_error > 0.0f ? grown(work, centre, radius) : radius, work.plane,
                  work.radius_tiles + to);
 }
@@ -94,6 +95,7 @@ void filter_weights(const FilterWeights& work) {
   for (int64_t k = 0; k < work.count; ++k) {
     const float* g = work.weight + 3 * k;
     of_centres(g[0], g[1], g[2], work.plane, work.centre + k);
+    if (work.radius == nullptr) continue;
     of_radii(std::fabs(g[0]), std::fabs(g[1]), std::fabs(g[2]), work.plane, work.radius + k);
   }
 }
@@ -209,8 +211,12 @@ inline Pixels pixels_of(bool strided, const float* sums, int64_t plane) {
                      _mm512_sub_ps(_mm512_sub_ps(m1, m2), m3));
 }
 
-// Radii of pixels [pixel, pixel + 64) of row n; with pairs the first half is there.
+// Radii of pixels [pixel, pixel + 64) of row n; without quads the first half is there.
 inline QuadPixels radii_of(const FilterEnds& work, int64_t n, int64_t pixel) {
+  if (work.tiled) {
+    const float* from = work.radius + n * kTiledPixels + pixel;
+    return {{_mm512_loadu_ps(from), _mm512_loadu_ps(from + 16)}};
+  }
   const float* sums = work.radius + n * kBlockTiles;
   const int64_t plane = work.rows * kBlockTiles;
   if (work.quads) return quad_pixels_of(sums + pixel / 4, plane);

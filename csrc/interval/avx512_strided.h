@@ -39,8 +39,10 @@ void filter_strided(const FilterRows& work) {
   for (int64_t first = 0; first < quarters.count; first += 4) {
     const int64_t places[4] = {quarters.place(first), quarters.place(first + 1),
                                quarters.place(first + 2), quarters.place(first + 3)};
-    const Quad centre = quad_of(work.centre, places), radius = quad_of(work.radius, places);
+    const Quad centre = quad_of(work.centre, places);
     store_strided(centre, work.plane, work.centre_tiles + first * 4);
+    if (work.radius_tiles == nullptr) continue;
+    const Quad radius = quad_of(work.radius, places);
     store_strided(work.radius_error > 0.0f ? strided_grown(work, centre, radius) : radius,
                   work.radius_plane, work.radius_tiles + first * 4);
   }

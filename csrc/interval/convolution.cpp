@@ -219,7 +219,8 @@ void interval_conv2d(const Call& asked, const Images& images, const Window& wind
   const IntervalKernels table = pick_kernels();
   Call call = asked;
   const bool filters = filters_apply(asked, images, window, table);
-  call.coarse_radius = !filters && coarse_pays(asked, table, asked.weight.rows / window.groups);
+  call.coarse_radius = filters ? tiles_take_radii(asked, images, window, table)
+                               : coarse_pays(asked, table, asked.weight.rows / window.groups);
   const int64_t bytes = output_bytes(call, images, window);
   prefer_large_pages(call.out_lower, bytes);
   prefer_large_pages(call.out_upper, bytes);

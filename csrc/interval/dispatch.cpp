@@ -41,6 +41,7 @@ IntervalKernels pick_kernels() {
       table.pair_channels = faster->pair_channels;
       table.coarse_direct = faster->coarse_direct;
       table.coarse_channels = faster->coarse_channels;
+      table.tiled_filter = faster->tiled_filter;
     }
   };
 #if defined(PYROBUST_X86)

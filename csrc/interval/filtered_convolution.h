@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "interval/convolution_plan.h"
+#include "interval/tiled_filters.h"
 
 namespace pyrobust {
 namespace interval {
@@ -43,6 +44,7 @@ struct Filtering {
   int64_t line;    // floats of a line
   bool quads;      // whether radii have tiles of four outputs
   bool strided;    // whether the stride is 2
+  bool tiled;      // whether radii are not filtered
 
   // The tiles of an image for centres or radii.
   struct Planes {
@@ -52,6 +54,7 @@ struct Filtering {
     std::vector<int64_t> places;
   } centres, radii;
   Floats decoded, filters;  // of centres, then of radii
+  RadiusPlanes plain;       // of radii that are not filtered
 
   // Floats of a channel's rows of tiles. With stride 2 the even rows are neighbours and so are the
   // odd ones; what is written behind either must not reach the other.
@@ -96,8 +99,8 @@ int64_t roundings_of(const Filtering& plan, int64_t channel) {
 
 Filtering plan_filters(const Call& call, const Images& images, const Window& window,
                        const IntervalKernels& table) {
-  Filtering out{call, images, window, table, {}, {}, 0.0f, 0, 0,
-                0,    0,      false,  false, {}, {}, {},   {}};
+  Filtering out{call, images, window, table, {}, {}, 0.0f, 0,  0, 0,
+                0,    false,  false,  false, {}, {}, {},   {}, {}};
   out.terms = images.channels * kWindowRows;
   out.tiles = window.out_width / 2;
   const int64_t stride = window.stride_width;
@@ -106,9 +109,11 @@ Filtering plan_filters(const Call& call, const Images& images, const Window& win
       std::max(window.pad_left + images.width, (window.out_width - 1) * stride + 3);
   out.line = whole_lines(kLineMargin + width + kLineEnd);
   out.strided = stride == 2;
-  out.quads = !out.strided && window.out_width % 16 == 0;
+  out.tiled = call.coarse_radius;
+  out.quads = !out.tiled && !out.strided && window.out_width % 16 == 0;
   out.centres = planes_of(out, out.strided ? kStridedFilters : kFilters, 2);
   out.radii = out.quads ? planes_of(out, kQuadFilters, 4) : out.centres;
+  if (out.tiled) out.plain = radius_planes(call, images, window, table, out.height);
   const auto gamma_of = [](int64_t roundings) {
     return rounding::gamma_bound(static_cast<double>(roundings));
   };
@@ -138,18 +143,19 @@ void make_filters(Filtering& plan, int num_threads) {
   }
   const int64_t plane = plan.weight_plane();
   plan.filters = floats((plan.centres.filters + plan.radii.filters) * plane);
-  float* filters = plan.filters.get();
+  float *filters = plan.filters.get(), *of_radii = filters + plan.centres.filters * plane;
   const Shares shares(weight.rows, 1, static_cast<double>(4 * plane), num_threads);
   shares.run([&](int64_t, int64_t begin, int64_t end) {
     const int64_t at = begin * plan.terms;
     plan.table.filter.weights({data + 3 * at, (end - begin) * plan.terms, plan.quads, plan.strided,
-                               filters + at, filters + plan.centres.filters * plane + at, plane});
+                               filters + at, plan.tiled ? nullptr : of_radii + at, plane});
   });
 }
 
 // The buffers of one thread.
 struct FilterBuffers {
   float *lines[2], *centre, *radius, *centre_sums, *radius_sums;
+  uint32_t* words;  // of radii that are not filtered, in place of `radius`
 
   static int64_t tiles_size(const Filtering::Planes& planes) {
     return planes.filters * planes.size + kBlockTiles;  // a block may look beyond the last tile
@@ -158,9 +164,16 @@ struct FilterBuffers {
     return plan.step() * planes.filters * plan.block_pixels() / planes.outputs;
   }
 
+  static int64_t radii_size(const Filtering& plan) {
+    return plan.tiled ? plan.plain.words() : tiles_size(plan.radii);
+  }
+  static int64_t radius_sums_size(const Filtering& plan) {
+    return plan.tiled ? coarse_rows(plan.step()) * kTiledPixels : sums_size(plan, plan.radii);
+  }
+
   static int64_t size(const Filtering& plan) {
-    return 2 * kRowsAtOnce * plan.line + tiles_size(plan.centres) + tiles_size(plan.radii) +
-           sums_size(plan, plan.centres) + sums_size(plan, plan.radii);
+    return 2 * kRowsAtOnce * plan.line + tiles_size(plan.centres) + radii_size(plan) +
+           sums_size(plan, plan.centres) + radius_sums_size(plan);
   }
 
   FilterBuffers(const Filtering& plan, float* memory) {
@@ -170,9 +183,10 @@ struct FilterBuffers {
     }
     centre = memory;
     radius = centre + tiles_size(plan.centres);
-    centre_sums = radius + tiles_size(plan.radii);
+    words = reinterpret_cast<uint32_t*>(radius);
+    centre_sums = radius + radii_size(plan);
     radius_sums = centre_sums + sums_size(plan, plan.centres);
-    // zeros beside lines, which rows of one width keep, and behind tiles
+    // zeros beside lines, which rows of one width keep, behind tiles and around images of words
     std::fill(lines[0] - kLineMargin, centre_sums, 0.0f);
   }
 };
@@ -205,12 +219,20 @@ float tiles_of_rows(const Filtering& plan, int64_t image, int64_t channel, int64
   const int64_t step = plan.window.stride_height;  // rows that are neighbours as tiles
   for (int64_t y = 0; y < std::min(step, rows); ++y) {
     const int64_t to = plan.window.pad_top + row + y, line = y * plan.line;
-    plan.table.filter.tiles({blocks(rows - y, step), step * plan.line, own.lines[0] + line,
-                             own.lines[1] + line, plan.tiles, plan.quads, plan.strided,
-                             plan.centre_errors[static_cast<size_t>(channel)], plan.radius_error,
-                             plan.constants.input_floor,
-                             own.centre + plan.place(plan.centres, channel, to), plan.centres.size,
-                             own.radius + plan.place(plan.radii, channel, to), plan.radii.size});
+    plan.table.filter.tiles(
+        {blocks(rows - y, step), step * plan.line, own.lines[0] + line, own.lines[1] + line,
+         plan.tiles, plan.quads, plan.strided, plan.centre_errors[static_cast<size_t>(channel)],
+         plan.radius_error, plan.constants.input_floor,
+         own.centre + plan.place(plan.centres, channel, to), plan.centres.size,
+         plan.tiled ? nullptr : own.radius + plan.place(plan.radii, channel, to), plan.radii.size});
+  }
+  if (plan.tiled) {
+    plan.table.tiled_filter.radii(
+        {rows, plan.line, own.lines[0], own.lines[1], plan.strided, channel % 2 == 1,
+         plan.centre_errors[static_cast<size_t>(channel)], plan.constants.input_floor,
+         own.words + channel / 2 * plan.plain.plane +
+             (plan.window.pad_top + row) * plan.plain.row_size,
+         plan.plain.row_size});
   }
   return largest;
 }
@@ -224,7 +246,7 @@ float make_tiles(const Filtering& plan, int64_t image, const FilterBuffers& own)
   for (int64_t channel = 0; channel < plan.images.channels; ++channel) {
     const auto clear = [&](int64_t row, int64_t rows) {
       clear_rows(plan, plan.centres, channel, row, rows, own.centre);
-      clear_rows(plan, plan.radii, channel, row, rows, own.radius);
+      if (!plan.tiled) clear_rows(plan, plan.radii, channel, row, rows, own.radius);
     };
     clear(0, top);
     for (int64_t row = 0; row < seen; row += kRowsAtOnce) {
@@ -256,13 +278,19 @@ void filter_block(const Filtering& plan, int64_t image, int64_t first, int64_t n
   const int64_t pixels = plan.window.out_height * plan.window.out_width;
   const int64_t count = std::min(plan.block_pixels(), pixels - first);
   multiply_tiles(plan, plan.centres, own.centre, filters, rows, first, count, own.centre_sums);
-  multiply_tiles(plan, plan.radii, own.radius, filters + plan.centres.filters * plan.weight_plane(),
-                 rows, first, count, own.radius_sums);
+  if (plan.tiled) {
+    multiply_radii(plan.plain, plan.window, plan.table, own.words, n, rows, first, count,
+                   own.radius_sums);
+  } else {
+    multiply_tiles(plan, plan.radii, own.radius,
+                   filters + plan.centres.filters * plan.weight_plane(), rows, first, count,
+                   own.radius_sums);
+  }
   const int64_t to = (image * plan.call.weight.rows + n) * pixels + first;
   plan.call.report(plan.table.filter.ends(
-      {plan.quads, plan.strided, own.centre_sums, own.radius_sums, shifted(plan.call.bias, n),
-       offset, rows, count, pixels, plan.call.out_lower + to, plan.call.out_upper + to,
-       past_cache(output_bytes(plan.call, plan.images, plan.window))},
+      {plan.quads, plan.strided, plan.tiled, own.centre_sums, own.radius_sums,
+       shifted(plan.call.bias, n), offset, rows, count, pixels, plan.call.out_lower + to,
+       plan.call.out_upper + to, past_cache(output_bytes(plan.call, plan.images, plan.window))},
       plan.constants));
 }
 

@@ -59,6 +59,12 @@
 // underflows is below K 2^-148 (1 + max |x|), which the offset of interval.h has to spare; sums
 // beyond the range of float, which may be reached earlier than by the plain sum, give infinite
 // ends.
+//
+// Radii on tiles. Where they may be multiplied in bfloat16 on AMX, radii of rows of a multiple of
+// 16 outputs are not filtered: their product as it is takes a sixteenth of an FMA's time. A pixel
+// then has one radius for all of its tiles: r' takes the largest of its e, from the tile that
+// begins with it or its left neighbour and the one before, and the coarse bound of interval.h takes
+// the place of r''.
 #pragma once
 
 #include <cstdint>
@@ -103,7 +109,7 @@ struct FilterRows {
   // (kFilters or kStridedFilters, rows, tiles), `plane` apart; up to 15 floats more are written
   float* centre_tiles;
   int64_t plane;
-  float* radius_tiles;  // the same, or (kQuadFilters, rows, tiles / 2)
+  float* radius_tiles;  // the same, or (kQuadFilters, rows, tiles / 2); null: not filtered
   int64_t radius_plane;
 };
 
@@ -114,7 +120,7 @@ struct FilterWeights {
   bool quads;
   bool strided;
   float* centre;  // (kFilters or kStridedFilters, `plane` apart)
-  float* radius;  // the same, or kQuadFilters
+  float* radius;  // the same, or kQuadFilters; null: not filtered
   int64_t plane;
 };
 
@@ -137,6 +143,7 @@ struct FilterProduct {
 struct FilterEnds {
   bool quads;
   bool strided;
+  bool tiled;           // radii are sums of pixels, (rows, kTiledPixels)
   const float* centre;  // sums, of kBlockTiles tiles, twice as many with quads
   const float* radius;  // sums of kBlockTiles tiles
   const float* bias;    // (rows) or null
@@ -147,6 +154,42 @@ struct FilterEnds {
   float* out_lower;
   float* out_upper;
   bool past_cache;  // whether ends go to memory directly
+};
+
+// r' of rows of a channel in bfloat16, in words of two channels.
+struct FilterRadii {
+  int64_t rows;
+  int64_t line;  // lines as in FilterRows
+  const float* centre;
+  const float* radius;
+  bool strided;
+  bool second;  // whether the channel is the second of its pair, or makes words with zeros
+  float centre_error;
+  float input_floor;
+  uint32_t*
+      words;  // (rows, row_size): pixels, or with stride 2 the even ones and then the odd ones
+  int64_t row_size;
+};
+
+// Sums of |W| times such radii for groups of 16 neighbouring pixels.
+constexpr int64_t kTiledPixels = 2 * kBlockTiles;
+struct RadiusProduct {
+  const uint32_t* words;
+  const int64_t* bases;   // (groups) where their first pixels are
+  const int64_t* places;  // (taps) from there
+  int64_t taps;
+  int64_t plane;          // words of a pair of channels
+  int64_t pairs;          // of channels, whole tiles
+  const uint32_t* sizes;  // as round_channels of the same set orders them
+  int64_t size_stride;
+  int64_t rows;
+  int64_t groups;
+  float* sums;  // (coarse_rows(rows), kTiledPixels)
+};
+
+struct TiledFilterKernels {
+  void (*radii)(const FilterRadii& work) = nullptr;
+  void (*product)(const RadiusProduct& work) = nullptr;
 };
 
 struct FilterKernels {

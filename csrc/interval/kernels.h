@@ -338,7 +338,8 @@ struct IntervalKernels {
   void (*pair_channels)(const float* radius, int64_t channels, int64_t plane,
                         uint32_t* radii) = nullptr;
   void (*coarse_direct)(const CoarseDirect& work) = nullptr;
-  int64_t coarse_channels = 2;  // the fewest of a group that coarse_direct takes
+  int64_t coarse_channels = 2;           // the fewest of a group that coarse_direct takes
+  TiledFilterKernels tiled_filter = {};  // all or none
 };
 
 // Another null entry means "use the portable one"; a null table, that the build has no such path.
