@@ -72,6 +72,7 @@ void bind_cuda_matmul(py::module_& m) {
   py::class_<Linear>(m, "Linear")
       .def(py::init<const Matrix&, uintptr_t, uintptr_t, int, uintptr_t, uintptr_t, int, bool,
                     bool>())
+      .def("takes_many_rows", &Linear::takes_many_rows)
       .def("workspace", &Linear::workspace)
       .def("run", &Linear::run);
   py::class_<ComplexLinear>(m, "ComplexLinear")

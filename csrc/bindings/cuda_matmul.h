@@ -102,23 +102,29 @@ struct Linear {
     gpu::plan_linear(one_group ? INT64_MAX : w.group_size, &p);
   }
 
-  gpu::LinearArguments for_rows(int64_t count) const {
+  // Whether run() takes more than 64 rows of this type where weights may be rounded to it.
+  bool takes_many_rows(int x_type) const {
+    return gpu::takes_many_rows(format, arguments, static_cast<FloatType>(x_type));
+  }
+
+  gpu::LinearArguments for_rows(int64_t count, int x_type, bool rounds) const {
     gpu::LinearArguments p = arguments;
+    p.x_type = static_cast<FloatType>(x_type);
+    p.rounds = rounds;
     gpu::plan_rows(format, count, multiprocessors, &p);
     return p;
   }
 
-  py::tuple workspace(int64_t count) const {
-    const gpu::LinearArguments p = for_rows(count);
+  py::tuple workspace(int64_t count, int x_type, bool rounds) const {
+    const gpu::LinearArguments p = for_rows(count, x_type, rounds);
     return py::make_tuple(gpu::partial_floats(format, p), gpu::arrival_words(p));
   }
 
   void run(uintptr_t x, int x_type, int64_t count, uintptr_t bias, uintptr_t out, int out_type,
-           uintptr_t partials, uintptr_t arrivals, const Where& where) const {
+           bool rounds, uintptr_t partials, uintptr_t arrivals, const Where& where) const {
     const Launching on(where.first, where.second);
-    gpu::LinearArguments p = for_rows(count);
+    gpu::LinearArguments p = for_rows(count, x_type, rounds);
     p.x = device_pointer<const void>(x);
-    p.x_type = static_cast<FloatType>(x_type);
     p.bias = device_pointer<const float>(bias);
     p.out = device_pointer<void>(out);
     p.out_type = static_cast<FloatType>(out_type);

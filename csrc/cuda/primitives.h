@@ -13,15 +13,18 @@
 // intrinsics that are not below do not exist in the emulation. Warp-wide operations take all 32
 // lanes. Functions that kernels share are PYROBUST_DEVICE, or PYROBUST_HD where tests call them.
 //
-//   asynchronous copies   copy16_async, copy16_async_or_zero, commit_copies, wait_copies<N>
+//   asynchronous copies   copy16_async, copy16_async_or_zero, copy16_async_if, commit_copies,
+//                         wait_copies<N>
 //   matrices              ldmatrix_x4, ldmatrix_x2, ldmatrix_x4_transposed,
 //                         mma_m16n8k16_f16, mma_m16n8k16_bf16, mma_m16n8k32_s8
-//   words                 lop3<Table>, prmt, fma_f16x2, mul_f16x2, sub_f16x2, fma_bf16x2
-//   conversions           pack_f16x2, pack_bf16x2, low_f16, high_f16, low_bf16, high_bf16
-//   warps                 shuffle, shuffle_xor, shuffle_down, ballot, sync_warp, warp_sum, warp_max
-//   warpgroups            operand_of, multiply_m64n64k16_f16, multiply_m64n64k16_bf16,
-//                         begin_products, commit_products, finish_products<N>,
-//                         show_to_products (compute capability 9.0 alone)
+//   words                 lop3<Table>, prmt, fma_f16x2, mul_f16x2, sub_f16x2, mul_bf16x2,
+//   fma_bf16x2 conversions           pack_f16x2, pack_bf16x2, low_f16, high_f16, low_bf16,
+//   high_bf16 warps                 shuffle, shuffle_xor, shuffle_down, ballot, sync_warp,
+//   warp_sum, warp_max warpgroups            operand_of, multiply_m64n64k16_f16,
+//   multiply_m64n64k16_bf16,
+//                         multiply_m64n128k16_f16, multiply_m64n128k16_bf16, begin_products,
+//                         commit_products, finish_products<N>, show_to_products (compute
+//                         capability 9.0 alone)
 //   blocks and grids      sync_threads, sync_group, begin_next_grid, await_grid, lock_acquire,
 //                         lock_release, arrive, atomic_add, atomic_min
 //   clusters              clusters_exist, sync_cluster, load16_of_cluster (compute capability 9.0)
@@ -35,9 +38,10 @@
 //                  b[0] (k 2t, 2t+1, column g)     b[1] (k 2t+8, 2t+9, column g)
 //                  d[0], d[1] (row g, columns 2t, 2t+1)   d[2], d[3] (row g + 8, the same)
 //   mma m16n8k32   the same with four bytes a word: k 4t .. 4t+3, and 16 more in a[2], a[3], b[1]
-//   warpgroup      m64n64k16 of four warps: a is warp w's rows 16 w .. 16 w + 15 as above; d[m] is
-//                  columns 8 m .. 8 m + 7 as above; b is 64 rows (its columns) of 64 halves in
-//                  shared memory, 1024-byte aligned, 16-byte chunk c of row r where c ^ (r % 8) is
+//   warpgroup      m64n64k16, m64n128k16 of four warps: a is warp w's rows 16 w .. 16 w + 15 as
+//                  above; d[m] is columns 8 m .. 8 m + 7 as above; b is 64 or 128 rows (its
+//                  columns) of 64 halves in shared memory, 1024-byte aligned, 16-byte chunk c of
+//                  row r where c ^ (r % 8) is
 //   ldmatrix       lane l passes the address of row l % 8 (16 bytes) of matrix l / 8; r[i] is
 //                  (row g, columns 2t, 2t+1) of matrix i, transposed: (rows 2t, 2t+1, column g)
 #pragma once

@@ -87,6 +87,15 @@ PYROBUST_DEVICE void copy16_async_or_zero(void* shared, const void* global, bool
   copy16_async_or_zero(shared_address(shared), global, valid);
 }
 
+// The same where `wanted`, without a branch: products of warpgroups may be under way.
+PYROBUST_DEVICE void copy16_async_if(bool wanted, void* shared, const void* global, bool valid) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n"
+      "@p cp.async.cg.shared.global [%1], [%2], 16, %3;\n}\n" ::"r"(static_cast<int>(wanted)),
+      "r"(shared_address(shared)), "l"(global), "r"(valid ? 16 : 0)
+      : "memory");
+}
+
 PYROBUST_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 
 // Waits until at most `Left` of this thread's committed groups are under way.
@@ -162,12 +171,24 @@ PYROBUST_DEVICE void mma_m16n8k32_s8(int32_t (&d)[4], const uint32_t (&a)[4],
       " {%0, %1, %2, %3, %4, %5, %6, %7, "                                                       \
       "%8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, " \
       "%26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}\n"               \
-      : PYROBUST_SUMS(d)                                                                         \
+      : PYROBUST_SUMS(d, 0)                                                                      \
+      : "r"((a)[0]), "r"((a)[1]), "r"((a)[2]), "r"((a)[3]), "l"(b), "r"(static_cast<int>(onto)))
+#define PYROBUST_WARPGROUP_128(types, d, a, b, onto)                                             \
+  asm volatile(                                                                                  \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"                                               \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." types                                       \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, "                                                       \
+      "%8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, " \
+      "%26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, "    \
+      "%43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, "    \
+      "%60, %61, %62, %63}, {%64, %65, %66, %67}, %68, p, 1, 1, 0;\n}\n"                         \
+      : PYROBUST_SUMS(d, 0), PYROBUST_SUMS(d, 8)                                                 \
       : "r"((a)[0]), "r"((a)[1]), "r"((a)[2]), "r"((a)[3]), "l"(b), "r"(static_cast<int>(onto)))
 #define PYROBUST_SUM(d) "+f"((d)[0]), "+f"((d)[1]), "+f"((d)[2]), "+f"((d)[3])
-#define PYROBUST_SUMS(d)                                                                  \
-  PYROBUST_SUM((d)[0]), PYROBUST_SUM((d)[1]), PYROBUST_SUM((d)[2]), PYROBUST_SUM((d)[3]), \
-      PYROBUST_SUM((d)[4]), PYROBUST_SUM((d)[5]), PYROBUST_SUM((d)[6]), PYROBUST_SUM((d)[7])
+#define PYROBUST_SUMS(d, i)                                                         \
+  PYROBUST_SUM((d)[i]), PYROBUST_SUM((d)[i + 1]), PYROBUST_SUM((d)[i + 2]),         \
+      PYROBUST_SUM((d)[i + 3]), PYROBUST_SUM((d)[i + 4]), PYROBUST_SUM((d)[i + 5]), \
+      PYROBUST_SUM((d)[i + 6]), PYROBUST_SUM((d)[i + 7])
 #endif
 
 // The b operand at `shared`; 16 columns further on in its rows of 64: + 2; the next 64 rows of 128
@@ -192,6 +213,20 @@ PYROBUST_DEVICE void multiply_m64n64k16_bf16(float (&d)[8][4], const uint32_t (&
 #endif
 }
 
+PYROBUST_DEVICE void multiply_m64n128k16_f16(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b,
+                                             bool onto) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  PYROBUST_WARPGROUP_128("f16.f16", d, a, b, onto);
+#endif
+}
+
+PYROBUST_DEVICE void multiply_m64n128k16_bf16(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b,
+                                              bool onto) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  PYROBUST_WARPGROUP_128("bf16.bf16", d, a, b, onto);
+#endif
+}
+
 // Before the first product that uses registers written since the last.
 PYROBUST_DEVICE void begin_products() {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -210,7 +245,25 @@ PYROBUST_DEVICE void commit_products() {
 template <int Left>
 PYROBUST_DEVICE void finish_products(float (&d)[8][4]) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  asm volatile("wgmma.wait_group.sync.aligned %32;\n" : PYROBUST_SUMS(d) : "n"(Left) : "memory");
+  asm volatile("wgmma.wait_group.sync.aligned %32;\n" : PYROBUST_SUMS(d, 0) : "n"(Left) : "memory");
+#endif
+}
+
+// The same of products whose sums nobody reads yet: their operands may be overwritten.
+template <int Left>
+PYROBUST_DEVICE void finish_products() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(Left) : "memory");
+#endif
+}
+
+template <int Left>
+PYROBUST_DEVICE void finish_products(float (&d)[16][4]) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("wgmma.wait_group.sync.aligned %64;\n"
+               : PYROBUST_SUMS(d, 0), PYROBUST_SUMS(d, 8)
+               : "n"(Left)
+               : "memory");
 #endif
 }
 
@@ -253,6 +306,12 @@ PYROBUST_DEVICE uint32_t mul_f16x2(uint32_t a, uint32_t b) {
 PYROBUST_DEVICE uint32_t sub_f16x2(uint32_t a, uint32_t b) {
   uint32_t d;
   asm("sub.rn.f16x2 %0, %1, %2;\n" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+
+PYROBUST_DEVICE uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t d;
+  asm("mul.rn.bf16x2 %0, %1, %2;\n" : "=r"(d) : "r"(a), "r"(b));
   return d;
 }
 

@@ -72,6 +72,10 @@ PYROBUST_DEVICE void copy16_async_or_zero(SharedPlace shared, const void* global
   copy16_async_or_zero(reinterpret_cast<void*>(shared), global, valid);
 }
 
+PYROBUST_DEVICE void copy16_async_if(bool wanted, void* shared, const void* global, bool valid) {
+  if (wanted) copy16_async_or_zero(shared, global, valid);
+}
+
 PYROBUST_DEVICE void commit_copies() { fibres::commit_copies(); }
 
 template <int Left>
@@ -139,10 +143,10 @@ PYROBUST_DEVICE void read_operand(uint64_t b, int m, uint32_t (&words)[2]) {
 }
 
 // `multiply` is one of the emulated mma.
-template <typename Multiply>
-PYROBUST_DEVICE void multiply_m64n64k16(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b,
+template <int kEights, typename Multiply>
+PYROBUST_DEVICE void multiply_warpgroup(float (&d)[kEights][4], const uint32_t (&a)[4], uint64_t b,
                                         bool onto, Multiply multiply) {
-  for (int m = 0; m < 8; ++m) {
+  for (int m = 0; m < kEights; ++m) {
     uint32_t words[2];
     read_operand(b, m, words);
     for (float& sum : d[m]) sum = onto ? sum : 0.0f;
@@ -152,18 +156,30 @@ PYROBUST_DEVICE void multiply_m64n64k16(float (&d)[8][4], const uint32_t (&a)[4]
 
 PYROBUST_DEVICE void multiply_m64n64k16_f16(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b,
                                             bool onto) {
-  multiply_m64n64k16(d, a, b, onto, emulate_mma_f16);
+  multiply_warpgroup(d, a, b, onto, emulate_mma_f16);
 }
 
 PYROBUST_DEVICE void multiply_m64n64k16_bf16(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b,
                                              bool onto) {
-  multiply_m64n64k16(d, a, b, onto, emulate_mma_bf16);
+  multiply_warpgroup(d, a, b, onto, emulate_mma_bf16);
+}
+
+PYROBUST_DEVICE void multiply_m64n128k16_f16(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b,
+                                             bool onto) {
+  multiply_warpgroup(d, a, b, onto, emulate_mma_f16);
+}
+
+PYROBUST_DEVICE void multiply_m64n128k16_bf16(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b,
+                                              bool onto) {
+  multiply_warpgroup(d, a, b, onto, emulate_mma_bf16);
 }
 
 PYROBUST_DEVICE void begin_products() {}
 PYROBUST_DEVICE void commit_products() {}
+template <int Left, int kEights>
+PYROBUST_DEVICE void finish_products(float (&)[kEights][4]) {}
 template <int Left>
-PYROBUST_DEVICE void finish_products(float (&)[8][4]) {}
+PYROBUST_DEVICE void finish_products() {}
 PYROBUST_DEVICE void show_to_products() {}
 
 // --- words --------------------------------------------------------------------------------------
@@ -233,6 +249,10 @@ PYROBUST_DEVICE uint32_t mul_f16x2(uint32_t a, uint32_t b) {
 
 PYROBUST_DEVICE uint32_t sub_f16x2(uint32_t a, uint32_t b) {
   return pack_f16x2(sum_for_half(low_f16(a), -low_f16(b)), sum_for_half(high_f16(a), -high_f16(b)));
+}
+
+PYROBUST_DEVICE uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
+  return pack_bf16x2(low_bf16(a) * low_bf16(b), high_bf16(a) * high_bf16(b));
 }
 
 PYROBUST_DEVICE uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {

@@ -223,12 +223,20 @@ int8_kernel(PackedMatrix w, const int8_t* q, const double* steps, int64_t count,
   store_result(out, 0, n, total, steps[m]);
 }
 
+// Groups along input features of codes without a codebook, on a device with warpgroups.
+bool for_warpgroups(Format format, const LinearArguments& p) {
+  const bool coded = format == Format::kCodebook || format == Format::kComplex;
+  return p.clusters && p.warpgroups && p.group_dim == 1 && !coded;
+}
+
 // Products of warpgroups scale every 128 columns. They take 64 rows whatever the count: on an H200
 // 32 rows and 4 bits took 28.6 us by them and 24.8 by warps, 64 rows 30 and 45.
-bool is_wide(Format format, const LinearArguments& p) {
-  const bool coded = format == Format::kCodebook || format == Format::kComplex;
+Path path_of(Format format, const LinearArguments& p) {
+  if (p.count > kMaxFusedRows && p.rounds && takes_many_rows(format, p, p.x_type)) {
+    return Path::kBroad;
+  }
   const bool pairs = p.groups == 1 || p.group_span % 2 == 0;
-  return p.clusters && p.warpgroups && p.group_dim == 1 && p.count > 32 && pairs && !coded;
+  return for_warpgroups(format, p) && p.count > 32 && pairs ? Path::kWide : Path::kWarps;
 }
 
 unsigned blocks_for(int64_t work, int64_t of_each) {
@@ -246,10 +254,21 @@ void plan_linear(int64_t group_size, LinearArguments* p) {
   p->group_span = static_cast<int>(p->groups == 1 ? whole : p->two_groups ? 1 : group_size / 64);
 }
 
+// A scale is rounded to float16 where x is: others may lie out of its range.
+bool takes_many_rows(Format format, const LinearArguments& p, FloatType x_type) {
+  const bool scaled = x_type == FloatType::kBFloat16 ||
+                      (x_type == FloatType::kFloat16 && p.scale_type == FloatType::kFloat16);
+  return for_warpgroups(format, p) && scaled && p.two_groups == 0;
+}
+
 void plan_rows(Format format, int64_t count, int multiprocessors, LinearArguments* p) {
   p->count = count;
-  p->wide = is_wide(format, *p);
-  if (p->wide) {
+  p->path = path_of(format, *p);
+  if (p->path == Path::kBroad) {
+    p->schedule = make_broad_schedule(count, p->rows, p->cols, multiprocessors);
+    return;
+  }
+  if (p->path == Path::kWide) {
     p->schedule = make_wide_schedule(p->rows, p->cols, multiprocessors);
     return;
   }
@@ -268,8 +287,12 @@ int64_t arrival_words(const LinearArguments& p) { return p.schedule.tiles; }
 
 cuda::Status linear(Format format, const LinearArguments& p, cuda::Stream stream) {
   constexpr cuda::Status kInvalidValue = 1;
-  if (p.count > (p.group_dim == 1 ? kMaxFusedRows : kMostColumnwiseRows)) return kInvalidValue;
-  if (p.wide) return linear_wide(format, p, stream);
+  const int64_t most = p.path == Path::kBroad ? kMostBroadRows
+                       : p.group_dim == 1     ? kMaxFusedRows
+                                              : kMostColumnwiseRows;
+  if (p.count > most) return kInvalidValue;
+  if (p.path == Path::kBroad) return linear_broad(format, p, stream);
+  if (p.path == Path::kWide) return linear_wide(format, p, stream);
   switch (format) {
     case Format::k1:
       return linear_1(p, stream);

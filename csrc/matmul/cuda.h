@@ -11,9 +11,11 @@
 // zeros are subtracted (cuda_multiply.cuh): there |W| is |W| + 2 scale zero, and an x that is not
 // finite makes NaNs of its row of y;
 // with groups along output features each weight is first rounded to the type of x: 2^-11 |x| |W|
-// more in float16, 2^-8 |x| |W| more in bfloat16 (its scale and its product). A row of y depends on
-// its row of x alone; not on M within 1 .. 16, 17 .. 32, 33 .. 64, and what is above FUSED_ROWS
-// (pyrobust/ops/_cuda_matmul.py).
+// more in float16, 2^-8 |x| |W| more in bfloat16 (its scale and its product). Rows of x above
+// FUSED_ROWS (pyrobust/ops/_cuda_matmul.py) meet weights that are rounded to the type of x, once,
+// fused (cuda_broad.cuh) or decoded: 2^-11 or 2^-9 |x| |W| more. A row of y depends on its row of x
+// alone; not on M within 1 .. 16, 17 .. 32, 33 .. 64, above FUSED_ROWS up to ROUNDED_ROWS, and what
+// is above.
 #pragma once
 
 #include <cstdint>
@@ -26,9 +28,14 @@
 namespace pyrobust::matmul::gpu {
 
 constexpr int64_t kMaxFusedRows = 64;
+constexpr int64_t kMostBroadRows = 65535 * kBroadRows;
+
+// By warps (cuda_linear.cuh), by warpgroups (cuda_wide.cuh), by warpgroups with weights that are
+// rounded to the type of x (cuda_broad.cuh).
+enum class Path : int { kWarps, kWide, kBroad };
 
 // A product of at most kMaxFusedRows rows of x with a repacked weight; of kMostColumnwiseRows where
-// groups run along output features.
+// groups run along output features, of kMostBroadRows on that path.
 struct LinearArguments {
   const uint32_t* codes = nullptr;  // stored_words(), 16-byte aligned
   const void* scale = nullptr;      // as cuda_layout.h says; of scale_type (group_dim 0: of x_type)
@@ -58,14 +65,18 @@ struct LinearArguments {
   float symmetric_zero = 0.0f;
   bool clusters = false;    // the device has them: compute capability 9.0 and above
   bool warpgroups = false;  // the device multiplies by them: 9.0 alone
-  bool wide = false;        // plan_rows: the product is cuda_wide.cuh's
+  bool rounds = false;      // weights may be rounded to x_type
+  Path path = Path::kWarps;
   // The weight was complete before the grid ahead on this stream: this one may begin to read it.
   bool settled = false;
   Schedule schedule;
 };
 
-// Fills strips, group_span, two_groups and groups from the sizes; then, for `count` rows of x and
-// the multiprocessors of the device, count and schedule.
+// Whether more than 64 rows of x_type may be multiplied in one launch, with weights rounded to it.
+bool takes_many_rows(Format format, const LinearArguments& p, FloatType x_type);
+
+// Fills strips, group_span, two_groups and groups from the sizes; then, for `count` rows of x of
+// x_type and the multiprocessors of the device, count, path and schedule.
 void plan_linear(int64_t group_size, LinearArguments* p);
 void plan_rows(Format format, int64_t count, int multiprocessors, LinearArguments* p);
 
@@ -84,6 +95,7 @@ cuda::Status linear_4(const LinearArguments& p, cuda::Stream stream);
 cuda::Status linear_8(const LinearArguments& p, cuda::Stream stream);
 cuda::Status linear_codebook(const LinearArguments& p, cuda::Stream stream);
 cuda::Status linear_wide(Format format, const LinearArguments& p, cuda::Stream stream);
+cuda::Status linear_broad(Format format, const LinearArguments& p, cuda::Stream stream);
 cuda::Status linear_complex(const LinearArguments& p, cuda::Stream stream);
 
 // Codes from the canonical layout to the GPU's, stored_words() of them.

@@ -37,6 +37,10 @@ struct Float16 {
                                           bool onto) {
     cuda::multiply_m64n64k16_f16(d, a, b, onto);
   }
+  PYROBUST_DEVICE void multiply_warpgroup(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b,
+                                          bool onto) {
+    cuda::multiply_m64n128k16_f16(d, a, b, onto);
+  }
 };
 
 struct Denormal16 : Float16 {
@@ -61,6 +65,10 @@ struct BFloat16 {
   PYROBUST_DEVICE void multiply_warpgroup(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b,
                                           bool onto) {
     cuda::multiply_m64n64k16_bf16(d, a, b, onto);
+  }
+  PYROBUST_DEVICE void multiply_warpgroup(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b,
+                                          bool onto) {
+    cuda::multiply_m64n128k16_bf16(d, a, b, onto);
   }
 };
 

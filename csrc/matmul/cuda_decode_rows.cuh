@@ -10,9 +10,8 @@
 namespace pyrobust::matmul::gpu {
 
 constexpr int kDecodeThreads = 256;
-constexpr int kDecodeRun = 8;     // columns of a thread
-constexpr int kDecodeRows = 16;   // rows of a thread block
-constexpr int kRowsTogether = 4;  // whose loads are under way at a time
+constexpr int kDecodeRun = 8;   // columns of a thread
+constexpr int kDecodeRows = 4;  // rows of a thread, whose loads are under way together
 
 PYROBUST_HD bool plainly_decoded(const PackedMatrix& w, RowRange rows) {
   const bool whole_group = w.group_size >= w.cols || w.group_size % kDecodeRun == 0;
@@ -82,37 +81,30 @@ decode_rows_kernel(PackedMatrix w, RowRange rows, FloatType type, void* out) {
   const uint32_t groups = one ? 1u : (static_cast<uint32_t>(w.cols) - 1) / size + 1;
   const uint32_t group = one ? 0u : static_cast<uint32_t>(k) / size;
   const int64_t begin = rows.begin + int64_t{blockIdx.y} * kDecodeRows;
-  const int64_t end = begin + kDecodeRows < rows.end ? begin + kDecodeRows : rows.end;
+  const int64_t left = rows.end - begin;
   const int64_t row_bytes = w.cols / 8 * kBits, bytes = type == FloatType::kFloat32 ? 4 : 2;
   const uint8_t* codes = w.codes + begin * row_bytes + run * kBits;
   auto* to = static_cast<uint8_t*>(out) + ((begin - rows.begin) * w.cols + k) * bytes;
-  int64_t place = begin * groups + group;
-#pragma unroll 1
-  for (int64_t n = begin; n < end; n += kRowsTogether) {
-    const int64_t left = end - n;
-    uint64_t of_row[kRowsTogether];
-    uint32_t scale[kRowsTogether], zero[kRowsTogether];
+  const int64_t place = begin * groups + group;
+  uint64_t of_row[kDecodeRows];
+  uint32_t scale[kDecodeRows], zero[kDecodeRows];
 #pragma unroll
-    for (int j = 0; j < kRowsTogether; ++j) {
-      if (j >= left) break;
-      of_row[j] = run_of_codes<kBits>(codes + j * row_bytes);
-      scale[j] = scale_bits(w, place + j * groups);
-      zero[j] = static_cast<uint32_t>(zero_at(w, place + j * groups));
+  for (int j = 0; j < kDecodeRows; ++j) {
+    if (j >= left) break;
+    of_row[j] = run_of_codes<kBits>(codes + j * row_bytes);
+    scale[j] = scale_bits(w, place + j * groups);
+    zero[j] = static_cast<uint32_t>(zero_at(w, place + j * groups));
+  }
+#pragma unroll
+  for (int j = 0; j < kDecodeRows; ++j) {
+    if (j >= left) break;
+    float value[kDecodeRun];
+#pragma unroll
+    for (int i = 0; i < kDecodeRun; ++i) {
+      value[i] = weight_of<kBits>(of_row[j], i, scale_of(scale[j], w.scale_type),
+                                  static_cast<float>(zero[j]));
     }
-#pragma unroll
-    for (int j = 0; j < kRowsTogether; ++j) {
-      if (j >= left) break;
-      float value[kDecodeRun];
-#pragma unroll
-      for (int i = 0; i < kDecodeRun; ++i) {
-        value[i] = weight_of<kBits>(of_row[j], i, scale_of(scale[j], w.scale_type),
-                                    static_cast<float>(zero[j]));
-      }
-      store_run(value, type, to + j * w.cols * bytes);
-    }
-    codes += kRowsTogether * row_bytes;
-    to += kRowsTogether * w.cols * bytes;
-    place += kRowsTogether * groups;
+    store_run(value, type, to + j * w.cols * bytes);
   }
 }
 

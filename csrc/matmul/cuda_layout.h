@@ -303,6 +303,33 @@ PYROBUST_HD Schedule make_wide_schedule(int64_t rows_of_w, int64_t cols, int mul
   return best;
 }
 
+// The product of warpgroups with tiles of four strips and kBroadRows rows of x, of which a
+// multiprocessor has one.
+constexpr int kBroadStrips = 4;
+constexpr int kBroadRows = 128;
+
+PYROBUST_HD Schedule make_broad_schedule(int64_t count, int64_t rows_of_w, int64_t cols,
+                                         int multiprocessors) {
+  constexpr int64_t kAdding = 4;
+  const int64_t of_x = divide_up(count, kBroadRows);
+  Schedule best;
+  int64_t least = 0;
+  for (int log2 = 0; log2 <= 1; ++log2) {
+    Schedule s;
+    s.tiles = static_cast<int>(divide_up(strips_of(rows_of_w), kBroadStrips));
+    s.blocks = static_cast<int>(blocks_of(cols));
+    s.parts_log2 = log2;
+    s.parts = 1 << log2;
+    s.per = static_cast<int>(divide_up(s.blocks, int64_t{s.parts}));
+    const int64_t waves = divide_up(int64_t{s.tiles} * s.parts * of_x, multiprocessors);
+    const int64_t time = waves * (s.per + (log2 == 0 ? 0 : kAdding));
+    if (log2 > 0 && time >= least) continue;
+    best = s;
+    least = time;
+  }
+  return best;
+}
+
 PYROBUST_HD int64_t thread_blocks_of(const Schedule& s) { return int64_t{s.tiles} * s.parts; }
 
 // Blocks of columns [first, last) of run `run` of a tile; empty past the end.

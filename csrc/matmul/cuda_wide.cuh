@@ -9,7 +9,8 @@
 #pragma once
 
 #include "cuda/launch.h"
-#include "matmul/cuda_results.cuh"
+#include "matmul/cuda_two_tiles.cuh"
+#include "matmul/cuda_warpgroup_results.cuh"
 
 namespace pyrobust::matmul::gpu {
 
@@ -37,14 +38,15 @@ struct WideShape {
 
   static constexpr int kVectors = kTiles * kEights;
   static constexpr int kRunBytes = kVectors * kTeam * 16;
-  static_assert(kTeams * kRunBytes <= kTicketAt, "the sums lie over the stages");
+  static constexpr int kPatchAt = kTeams * kRunBytes;
 };
 
 template <Format kFormat, class Act, int kLate = 0>
 struct Wide {
   using S = WideShape<kFormat>;
-  using R = Results<kFormat, Act, S>;
+  using R = WarpgroupResults<kFormat, Act, S>;
   using Sums = typename R::Sums;
+  using Pair = TwoTiles<kFormat, Act>;
   using Product = float[8][4];
   using Fragments = uint32_t[8][4];  // of a tile: eight steps
 
@@ -118,39 +120,19 @@ struct Wide {
     }
   };
 
-  // The words of a step that hold the warp's two tiles, as if these were the first of the strip:
-  // warps of a warpgroup must not part ways while products are under way. But with 3 bits: all
-  // words.
-  PYROBUST_DEVICE void load_words(const uint8_t* codes, const WarpPlace& at, int step,
-                                  uint32_t (&words)[kMaxStepWords]) {
-    constexpr int kOwn = S::kBits == 3 ? 3 : (S::kBits + 1) / 2;
-    constexpr int kApart = S::kBits == 8 ? kLanes * 16 : S::kBits == 1 ? 0 : kOwn * 4;
-    const uint8_t* own = codes + (S::kBits == 3 ? 0 : at.tile / 2 * kApart);
-#pragma unroll
-    for (int w = 0; w < kMaxStepWords; ++w) words[w] = 0;
-#pragma unroll
-    for (int w = 0; w < kOwn; ++w) {
-      const int word = step * S::kBits + w;
-      words[w] = *reinterpret_cast<const uint32_t*>(own + word / 4 * kLanes * 16 + word % 4 * 4);
-    }
-    if (S::kBits == 1) words[0] >>= 2 * at.tile;
-  }
-
   // The first or the second of the warp's tiles, eight steps.
   template <int kWhich>
   PYROBUST_DEVICE void decode(const uint8_t* stage, const WarpPlace& at,
-                              const uint32_t (&offset)[8], Fragments& a) {
+                              const typename Pair::Offsets& offset, Fragments& a) {
     const uint8_t* codes = stage + S::kCodesAt + at.strip * S::kStripCodes + at.lane * 16;
 #pragma unroll
     for (int step = 0; step < 2 * kSteps; ++step) {
-      uint32_t words[kMaxStepWords];
-      load_words(codes, at, step, words);
-      Tiles all;
-      Decoder<kFormat, Act>::step(words, offset, nullptr, all);
+      typename Pair::Words words;
+      typename Pair::Fragments both;
+      Pair::load(codes, at.tile, step, words);
+      Pair::decode(words, at.tile, offset, both);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        a[step][i] = S::kBits == 3 && at.tile != 0 ? all[2 + kWhich][i] : all[kWhich][i];
-      }
+      for (int i = 0; i < 4; ++i) a[step][i] = both[kWhich][i];
     }
   }
 
@@ -189,15 +171,10 @@ struct Wide {
     }
   }
 
-  PYROBUST_DEVICE void load_offsets(const uint8_t* stage, const WarpPlace& at,
-                                    uint32_t (&offset)[8]) {
-    constexpr int kRows = S::kBits == 3 ? 8 : 4;  // as load_words presents them
-    const uint8_t* zero = stage + S::kZerosAt + at.strip * kStrip + at.lane / 4 * kPairRows +
-                          (S::kBits == 3 ? 0 : 2 * at.tile);
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      offset[r] = offset_of<kFormat, Act>(r, static_cast<float>(zero[r]));
-    }
+  // The four zeros of the warp's rows.
+  PYROBUST_DEVICE uint32_t zeros_of(const uint8_t* stage, const WarpPlace& at) {
+    return *reinterpret_cast<const uint32_t*>(stage + S::kZerosAt + at.strip * kStrip +
+                                              at.lane / 4 * kPairRows + at.tile * 2);
   }
 
   PYROBUST_DEVICE void run(const LinearArguments& p) {
@@ -229,8 +206,8 @@ struct Wide {
       cuda::commit_copies();
     }
 
-    uint32_t offset[8];
-    load_offsets_once(p, offset);
+    typename Pair::Offsets offset;
+    Pair::make_offsets(0x01010101u * static_cast<uint32_t>(p.symmetric_zero), offset);
     Sums sum;
     clear(sum);
     int stage = 0, free = kAhead * S::kStageBytes;  // offsets in shared memory
@@ -246,7 +223,7 @@ struct Wide {
       cuda::commit_copies();
       const uint8_t* now = stages + stage;
       const uint64_t x = cuda::operand_of(now);
-      if (p.zero != nullptr) load_offsets(now, at, offset);
+      if (p.zero != nullptr) Pair::make_offsets(zeros_of(now, at), offset);
       float scale[2][2];
       load_scales(p, now, at, 0, scale[0]);
       load_scales(p, now, at, 1, scale[1]);
@@ -267,11 +244,6 @@ struct Wide {
     cuda::wait_copies<0>();
     cuda::sync_threads();
     R::finish(p, tile, part, team, at, sum);
-  }
-
-  PYROBUST_DEVICE void load_offsets_once(const LinearArguments& p, uint32_t (&offset)[8]) {
-#pragma unroll
-    for (int r = 0; r < 8; ++r) offset[r] = offset_of<kFormat, Act>(r, p.symmetric_zero);
   }
 
   PYROBUST_DEVICE void clear(Sums& sum) {

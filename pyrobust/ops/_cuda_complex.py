@@ -44,7 +44,7 @@ def complex_sums(x_real: Tensor, x_imag: Tensor, codes: Tensor, in_features: int
         part = slice(begin, begin + _ROWS)
         x = whole_chunks(torch.cat((x_real[part], x_imag[part])).half())
         sums = x.new_empty((2, x.shape[0], rows), dtype=torch.int32)
-        partials, arrivals = workspace(native, x)
+        partials, arrivals = workspace(native.workspace(x.shape[0]), x)
         native.run(
             x.data_ptr(), x.shape[0], sums.data_ptr(), address(partials), address(arrivals),
             on,

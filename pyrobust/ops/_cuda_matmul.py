@@ -1,7 +1,8 @@
 """The packed product on a GPU: repacked weights, workspaces, and the choice between two paths.
 
-Up to :data:`FUSED_ROWS` rows of x go through the fused kernels, 64 at a time; more rows multiply
-with W decoded in pieces of bounded size, by torch's own matrix product. What is
+Up to :data:`FUSED_ROWS` rows of x go through the fused kernels, 64 at a time; up to
+:data:`ROUNDED_ROWS` through one that rounds weights to the type of x, where that kernel serves;
+more rows multiply with W decoded in pieces of bounded size, by torch's own matrix product. What is
 computed, and to which error, is said in ``csrc/matmul/cuda.h``. Kernels see addresses only: the
 tensors are kept here, and everything comes from torch's allocator.
 """
@@ -22,6 +23,7 @@ from pyrobust.ops.packed_weight import NO_EXTRAS, WeightExtras
 
 __all__ = [
     "FUSED_ROWS",
+    "ROUNDED_ROWS",
     "GpuWeight",
     "Parts",
     "address",
@@ -41,6 +43,10 @@ __all__ = [
 # Rows of x up to which the fused kernels serve, by bits; more are one launch for every 64. The part
 # "switch" of bench/gpu.py prints both sides.
 FUSED_ROWS: dict[float, int] = {1: 128, 1.58: 128, 2: 128, 3: 128, 4: 128, 8: 128}
+
+# The same of the kernel that takes more rows in one launch. On an H200, 4 bits, 8192 x 8192: 256
+# rows took it 67 us and decoding with torch's product 93; 512 rows 130 and 133.
+ROUNDED_ROWS = 256
 
 # Of one launch, by the direction of groups: kMostColumnwiseRows, kMaxFusedRows.
 _CALL_ROWS = (16, 64)
@@ -308,29 +314,34 @@ def linear(weight: GpuWeight, x: Tensor, bias: Tensor | None) -> Tensor:
     most = FUSED_ROWS[weight.parts.bits]
     most = most if weight.parts.group_dim == 1 else min(most, _MOST_COLUMNWISE)
     few = 0 < flat.shape[0] <= most
+    rounded = most < flat.shape[0] <= ROUNDED_ROWS and flat.dtype != torch.float32
     kind = torch.bfloat16 if flat.dtype == torch.float32 else flat.dtype
-    fused = weight.fused_for(kind) if few and not exact else None
-    if fused is None:
+    fused = weight.fused_for(kind) if (few or rounded) and not exact else None
+    if fused is None or (rounded and not fused.native.takes_many_rows(FLOAT_CODES[kind])):
         out = _decoded_linear(weight, flat, bias)
     elif flat.dtype == torch.float32:
         out = _two_term_linear(weight, fused, flat, bias)
     else:
-        out = _fused_linear(weight, fused, flat, bias, flat.dtype)
+        out = _fused_linear(weight, fused, flat, bias, flat.dtype, rounded)
     return out.reshape(*x.shape[:-1], weight.rows)
 
 
 def _fused_linear(
-    weight: GpuWeight, fused: _Fused, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype
-) -> Tensor:
+    weight: GpuWeight, fused: _Fused, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype,
+    rounded: bool = False,
+) -> Tensor:  # fmt: skip
+    """``rounded``: all rows in one launch, which may round weights to the type of ``x``."""
     x = whole_chunks(x)
     out = x.new_empty((x.shape[0], weight.rows), dtype=out_dtype)
-    on, rows = weight.where, _CALL_ROWS[weight.parts.group_dim]
+    on, kind = weight.where, FLOAT_CODES[x.dtype]
+    rows = x.shape[0] if rounded else _CALL_ROWS[weight.parts.group_dim]
     for begin in range(0, x.shape[0], rows):
         part, to = x[begin : begin + rows], out[begin : begin + rows]
-        partials, arrivals = workspace(fused.native, part)
+        sizes = fused.native.workspace(part.shape[0], kind, rounded)
+        partials, arrivals = workspace(sizes, part)
         fused.native.run(
-            part.data_ptr(), FLOAT_CODES[x.dtype], part.shape[0], address(bias), to.data_ptr(),
-            FLOAT_CODES[out_dtype], address(partials), address(arrivals), on,
+            part.data_ptr(), kind, part.shape[0], address(bias), to.data_ptr(),
+            FLOAT_CODES[out_dtype], rounded, address(partials), address(arrivals), on,
         )  # fmt: skip
     return out
 
@@ -343,8 +354,9 @@ def whole_chunks(x: Tensor) -> Tensor:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
-def workspace(native: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    floats, words = native.workspace(x.shape[0])
+def workspace(sizes: tuple[int, int], x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Floats and int32 zeros as a product wants them, on the device of ``x``."""
+    floats, words = sizes
     if floats == 0:
         return None, None
     return (

@@ -200,7 +200,7 @@ def test_interval_products_with_shared_inputs_stay_within_their_instructions(
 @needs_code
 @pytest.mark.skipif(not _cuda_module.has_cuda_module(), reason="pyrobust._cuda is not built here")
 def test_the_module_has_few_instances_of_templates_an_architecture():
-    """At most 97, and ten products of warpgroups: every one costs seconds of compilation."""
+    """At most 97, and twenty products of warpgroups: every one costs a second of compilation."""
     path = _cuda_module.cuda_module("test").__file__
     command = [f"{gates.disassembler()}/cuobjdump", "--dump-resource-usage", path]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -214,5 +214,5 @@ def test_the_module_has_few_instances_of_templates_an_architecture():
         instances = sum("<" in name for name in plain.splitlines())
         counts[architecture] = counts.get(architecture, 0) + instances
     assert set(counts) >= {"80", "90"}
-    assert max(counts.values()) <= 107, counts
+    assert max(counts.values()) <= 117, counts
     assert counts["80"] <= 97, counts

@@ -15,6 +15,7 @@ from pyrobust.ops import (
     packed_linear,
 )
 from pyrobust.ops._cuda_complex import complex_sums
+from pyrobust.ops._cuda_module import FLOAT_CODES
 from pyrobust.ops.complex_matmul import complex_results
 from pyrobust.quantize import BITS, QTensor
 
@@ -144,7 +145,8 @@ def test_thread_blocks_share_a_tile_with_and_without_clusters(
     in_clusters = check(drawn, x, torch.randn(300).fill_(0.5))
     monkeypatch.setattr(gpu, "clusters", lambda _: False)
     alone = weigh(drawn.packed, drawn.zeros)
-    assert gpu.workspace(alone.device.fused_for(torch.float16).native, x)[0] is not None
+    native = alone.device.fused_for(torch.float16).native
+    assert native.workspace(count, FLOAT_CODES[torch.float16], False)[0] > 0
     assert torch.equal(check(alone, x, torch.full((300,), 0.5)), in_clusters)
 
 
@@ -177,11 +179,12 @@ def test_optional_parts(parts, bits):
         check(drawn, torch.randn(4, 130).to(dtype), torch.randn(70))
 
 
-@pytest.mark.parametrize("count", [1, 8, 9, 16, 17, 33, 64, 65])
+@pytest.mark.parametrize("count", [1, 8, 9, 16, 17, 33, 64, 65, 130])
 @pytest.mark.parametrize("bits", [2, 3, 8])
 def test_every_number_of_rows(count, bits):
     drawn = draw(70, 72, bits, 64, 1, ("zero",))
-    check(drawn, torch.randn(count, 72).half(), torch.randn(70))
+    compare = check if count <= gpu.FUSED_ROWS[bits] else check_rounded
+    compare(drawn, torch.randn(count, 72).half(), torch.randn(70))
 
 
 @EVERY_WIDTH
@@ -195,6 +198,49 @@ def test_products_of_warpgroups(bits, dtype, descending, group_size, emulated):
     parts = ("zero", "remainder") if bits not in (1, 1.58) else ()
     drawn = draw(200, 712, bits, group_size, 1, parts)
     check(drawn, torch.randn(50, 712).to(dtype), torch.randn(200))
+
+
+def check_rounded(drawn, x, bias=None):
+    """Many rows of x in one launch: each weight is rounded once to their type."""
+    exact, size = drawn.reference(x, bias)
+    native = drawn.device.fused_for(x.dtype).native
+    assert native.takes_many_rows(FLOAT_CODES[x.dtype])
+    result = gpu.linear(drawn.device, x, bias)
+    assert shim.take_counters()["matrix_products"] > 0
+    rounded = ROUNDING[x.dtype] * (1 + 2.0**-8)
+    allowed = bound(drawn, size, x.dtype) + size * rounded + ROUNDING[x.dtype] * exact.abs()
+    excess = (result.double() - exact).abs() - allowed
+    assert (excess <= 0).all(), f"{excess.max()} above the bound"
+    return result
+
+
+@EVERY_WIDTH
+@BOTH_TYPES
+@pytest.mark.parametrize("group_size", [64, 192, 10_000], ids=lambda g: f"group{g}")
+def test_many_rows_in_one_launch(bits, dtype, group_size, emulated):
+    """Strips past the end, two thread blocks a tile, and two or one tiles of rows of x."""
+    count = 150 if group_size == 64 else 129
+    shim.set_options(descending=group_size == 64)
+    emulated(2 if group_size == 192 else 16)
+    parts = ("zero", "remainder") if bits not in (1, 1.58) else ()
+    drawn = draw(100, 456, bits, group_size, 1, parts)
+    check_rounded(drawn, torch.randn(count, 456).to(dtype), torch.randn(100))
+
+
+@pytest.mark.parametrize("scale_type", [torch.float16, torch.bfloat16, torch.float32])
+def test_scales_of_every_type_are_rounded_once_with_their_weights(scale_type):
+    scale = (torch.rand(70, 3) + 0.1).to(scale_type)
+    drawn, x = draw(70, 300, 8, 128, 1, ("zero",), scale), torch.randn(140, 300)
+    check_rounded(drawn, x.bfloat16())
+    native = drawn.device.fused_for(torch.float16).native
+    assert native.takes_many_rows(FLOAT_CODES[torch.float16]) == (scale_type == torch.float16)
+
+
+def test_many_rows_do_not_depend_on_their_number():
+    drawn, x = draw(300, 450, 4, 64, 1, ("zero",)), torch.randn(256, 450).half()
+    whole = check_rounded(drawn, x)
+    for count in (129, 200):
+        assert torch.equal(gpu.linear(drawn.device, x[:count], None), whole[:count])
 
 
 @pytest.mark.parametrize("scale_type", [torch.float16, torch.bfloat16, torch.float32])
@@ -271,11 +317,13 @@ def test_rows_of_x_that_are_not_finite_reach_no_other_row():
     assert torch.equal(found[others], expected[others])
 
 
-@pytest.mark.parametrize("group_dim", [1, 0])
-def test_float32_activations(group_dim):
+@pytest.mark.parametrize(
+    ("group_dim", "group_size", "count"), [(1, 64, 3), (0, 64, 3), (1, 128, 30)]
+)
+def test_float32_activations(group_dim, group_size, count):
     """Two bfloat16 terms: 2^-16; groups along output features are multiplied decoded."""
-    drawn = draw(70, 140, 4, 64, group_dim, ("zero", "remainder"))
-    x, bias = torch.randn(3, 140), torch.randn(70)
+    drawn = draw(72, 140, 4, group_size, group_dim, ("zero", "remainder"))
+    x, bias = torch.randn(count, 140), torch.randn(72)
     exact, size = drawn.reference(x, bias)
     result = gpu.linear(drawn.device, x, bias)
     assert ((result.double() - exact).abs() <= size * (2.0**-16 + 210 * 2.0**-22)).all()
@@ -294,7 +342,7 @@ def test_many_rows_are_multiplied_decoded_in_pieces(monkeypatch):
     monkeypatch.setattr(gpu, "_PIECE_BYTES", 64 * 100 * 2)
     monkeypatch.setattr(gpu, "_TILE", 1)
     drawn = draw(200, 100, 4, 32, 1, ("zero", "remainder"))
-    x, bias = torch.randn(gpu.FUSED_ROWS[4] + 1, 100), torch.randn(200)
+    x, bias = torch.randn(gpu.ROUNDED_ROWS + 1, 100), torch.randn(200)
     for dtype in (torch.float32, *HALVES):
         exact, size = drawn.reference(x.to(dtype), bias)
         result = gpu.linear(drawn.device, x.to(dtype), bias)
@@ -412,10 +460,25 @@ def test_a_missing_wait_shows():
     expected = check(drawn, x)
     native = drawn.device.fused_for(torch.float16).native
     out = torch.zeros_like(expected)
-    partials, arrivals = gpu.workspace(native, x)
+    sizes = native.workspace(4, FLOAT_CODES[torch.float16], False)
+    partials, arrivals = gpu.workspace(sizes, x)
     shim.linear_4_late(native, x.data_ptr(), 4, out.data_ptr(), gpu.address(partials),
                        gpu.address(arrivals), 1)  # fmt: skip
     assert not torch.equal(out, expected)
     shim.linear_4_late(native, x.data_ptr(), 4, out.data_ptr(), gpu.address(partials),
                        gpu.address(arrivals), 0)  # fmt: skip
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("descending", [False, True], ids=["ascending", "descending"])
+def test_a_missing_wait_shows_with_many_rows(descending):
+    shim.set_options(descending=descending)
+    drawn = draw(64, 1024, 4, 128)
+    x = torch.randn(130, 1024).half()
+    expected = check_rounded(drawn, x)
+    native = drawn.device.fused_for(torch.float16).native
+    out = torch.zeros_like(expected)
+    shim.broad_4_late(native, x.data_ptr(), 130, out.data_ptr(), 1)
+    assert not torch.equal(out, expected)
+    shim.broad_4_late(native, x.data_ptr(), 130, out.data_ptr(), 0)
     assert torch.equal(out, expected)

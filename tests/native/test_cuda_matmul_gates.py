@@ -157,6 +157,21 @@ def test_products_of_warpgroups(tmp_path):
         assert kernel.has(r"LDGSTS\.E\.BYPASS\.128")
 
 
+@pytest.mark.slow
+def test_products_of_warpgroups_with_many_rows(tmp_path):
+    """Products of a step are under way while the next is decoded: ptxas has not parted them."""
+    kernels = gates.compile_kernels("matmul/cuda_broad.cu", "90a", tmp_path)
+    assert len(kernels) == 10
+    for kernel in kernels.values():
+        assert kernel.spills == 0
+        if not kernel.code:
+            continue
+        counts = next(c for c in (kernel.counts(*at) for at in kernel.loops()) if c["HGMMA"])
+        assert counts["HGMMA"] == 8
+        assert counts["WARPGROUP"] == 8  # before and after the two products of a step
+        assert not kernel.has(gates.ODD_DESCRIPTOR)
+
+
 # Bytes that one instance of 16 rows, bfloat16 and groups along output features stores and loads.
 KNOWN_SPILLS = {(90, "8"): 8}
 

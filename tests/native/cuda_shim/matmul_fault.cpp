@@ -1,5 +1,6 @@
 // The fused product with a planted fault: a stage is read while its copies may be under way.
 #include "bindings/cuda_matmul.h"
+#include "matmul/cuda_broad.cuh"
 #include "matmul/cuda_linear.cuh"
 #include "shim.h"
 
@@ -22,7 +23,7 @@ void run(const LinearArguments& p) {
 // At most 8 rows of float16 x, 4 bits; `late` 0 is the kernel as it is.
 void linear_4_late(const cuda_matmul::Linear& weight, uintptr_t x, int64_t count, uintptr_t out,
                    uintptr_t partials, uintptr_t arrivals, int late) {
-  LinearArguments p = weight.for_rows(count);
+  LinearArguments p = weight.for_rows(count, static_cast<int>(FloatType::kFloat16), false);
   p.x = device_pointer<const void>(x);
   p.out = device_pointer<void>(out);
   p.partials = device_pointer<float>(partials);
@@ -30,8 +31,32 @@ void linear_4_late(const cuda_matmul::Linear& weight, uintptr_t x, int64_t count
   late == 0 ? run<0>(p) : run<1>(p);
 }
 
+template <int kLate>
+void run_broad(const LinearArguments& p) {
+  using S = BroadShape<Format::k4>;
+  cuda::LaunchShape shape;
+  shape.blocks_x = static_cast<unsigned>(thread_blocks_of(p.schedule));
+  shape.blocks_y = static_cast<unsigned>(divide_up(p.count, kBroadRows));
+  shape.threads = S::kThreads;
+  shape.shared_bytes = S::kSharedBytes;
+  shape.cluster = static_cast<unsigned>(p.schedule.parts);
+  cuda::launch(broad_linear_kernel<Format::k4, Float16, kLate>, shape, 0, p);
+}
+
+// More than 64 rows of float16 x, 4 bits.
+void broad_4_late(const cuda_matmul::Linear& weight, uintptr_t x, int64_t count, uintptr_t out,
+                  int late) {
+  LinearArguments p = weight.for_rows(count, static_cast<int>(FloatType::kFloat16), true);
+  p.x = device_pointer<const void>(x);
+  p.out = device_pointer<void>(out);
+  late == 0 ? run_broad<0>(p) : run_broad<1>(p);
+}
+
 }  // namespace
 
-void bind_matmul_fault(pybind11::module_& m) { m.def("linear_4_late", &linear_4_late); }
+void bind_matmul_fault(pybind11::module_& m) {
+  m.def("linear_4_late", &linear_4_late);
+  m.def("broad_4_late", &broad_4_late);
+}
 
 }  // namespace pyrobust
