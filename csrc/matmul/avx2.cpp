@@ -27,8 +27,8 @@ constexpr MatmulKernels kKernels = {nullptr,
                                     expand_row<Avx2Codes>,
                                     nullptr,
                                     plain_gradient_tile<Avx2Codes>,
-                                    plain_gradient_order,
-                                    add_gradient_tile};
+                                    add_gradient_tile,
+                                    plain_gradient_order};
 
 }  // namespace
 

@@ -4,7 +4,7 @@
 // take the code of avx2_paths.h, compiled with these wider flags.
 #include "matmul/avx2_paths.h"
 #include "matmul/avx512_float_rows.h"
-#include "matmul/avx512_gradient.h"
+#include "matmul/avx512_gradient_words.h"
 #include "matmul/avx512_panel_columns.h"
 #include "matmul/avx512_panels.h"
 #include "matmul/avx512_rows.h"
@@ -154,8 +154,10 @@ constexpr MatmulKernels kKernels = {takes_parts,
                                     expand_row<Avx512Codes>,
                                     mode_of_float_row,
                                     wide_gradient_tile,
+                                    add_gradient_tile,
                                     wide_gradient_order,
-                                    add_gradient_tile};
+                                    gradient_words_bytes,
+                                    add_gradient_words};
 
 }  // namespace
 

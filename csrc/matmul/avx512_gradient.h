@@ -36,13 +36,6 @@ bool has_lane_tile(const PackedMatrix& w, int64_t column) {
          (column + kGradientColumns - 1) / w.group_size - column / w.group_size < kTileLanes;
 }
 
-void wide_gradient_order(const PackedMatrix& w, int64_t column, int* order) {
-  const bool lanes = has_lane_tile(w, column);
-  for (int p = 0; p < kGradientColumns; ++p) {
-    order[p] = lanes ? p % kTileLanes * kTileSteps + p / kTileLanes : p;
-  }
-}
-
 struct LaneWords {
   __m512i low, high;  // high: columns 8 i + 4 .. 8 i + 7 at 8 bits, else unused
 };

@@ -24,7 +24,7 @@ void plain_gradient_tile(const PackedMatrix& w, int64_t first, int64_t count, in
   }
 }
 
-inline void plain_gradient_order(const PackedMatrix&, int64_t, int* order) {
+inline void plain_gradient_order(const PackedMatrix&, int64_t, bool, int* order) {
   for (int p = 0; p < kGradientColumns; ++p) order[p] = p;
 }
 

@@ -4,6 +4,8 @@
 //   columns of W    block 0 | block 1 | ...                 each thread takes whole blocks
 //   rows 0..63      tile    | tile    |        g (all rows, 64) times a tile: sums in float
 //   rows 64..127    tile    | tile    |        totals (all rows, 128) += the sums, in double
+//
+// Where g has 16 bits a set may take tiles of 16-bit integers instead (avx512_gradient_words.h).
 #include "matmul/dispatch.h"
 #include "matmul/weights.h"
 #include "runtime/parallel.h"
@@ -35,71 +37,110 @@ struct PreparedGradient {
   float* at(int64_t block, int64_t m) const { return data + (block * rows + m) * kGradientRows; }
 };
 
+// load_float() and store_float() of a run, with loops of one type each that the compiler turns into
+// vectors.
+void load_run(const void* from, int64_t at, int64_t count, FloatType type, float* to) {
+  if (type == FloatType::kBFloat16) {
+    const auto* halves = static_cast<const uint16_t*>(from) + at;
+    for (int64_t i = 0; i < count; ++i) to[i] = float_from_bfloat16(halves[i]);
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] = load_float(from, at + i, type);
+  }
+}
+
+void store_run(const float* from, int64_t count, FloatType type, void* to, int64_t at) {
+  if (type == FloatType::kBFloat16) {
+    auto* halves = static_cast<uint16_t*>(to) + at;
+    for (int64_t i = 0; i < count; ++i) halves[i] = bfloat16_from_float(from[i]);
+  } else {
+    for (int64_t i = 0; i < count; ++i) store_float(to, at + i, type, from[i]);
+  }
+}
+
 void prepare_rows(const GradientProduct& p, const PreparedGradient& to, RowRange part) {
   for (int64_t m = part.begin; m < part.end; ++m) {
     const int64_t from = (to.first + m) * p.terms();
     for (int64_t n = 0; n < p.terms(); n += kGradientRows) {
       const int64_t count = std::min(kGradientRows, p.terms() - n);
-      float* row = to.at(n / kGradientRows, m);
-      for (int64_t i = 0; i < count; ++i) row[i] = load_float(p.g.data, from + n + i, p.g.type);
+      load_run(p.g.data, from + n, count, p.g.type, to.at(n / kGradientRows, m));
     }
   }
 }
 
-// The working memory of a thread.
-struct GradientMemory {
-  float* tile;
-  double* totals;  // (blocks, rows, kGradientColumns)
-  int64_t blocks;  // of columns at once
-
-  GradientMemory(int64_t rows, int64_t most) {
-    const int64_t tile_floats = kGradientRows * kGradientColumns,
-                  of_block = rows * kGradientColumns;
-    const int64_t size = sizeof(double);
-    blocks = std::clamp(kTotalBytes / (of_block * size), int64_t{1}, most);
-    tile = static_cast<float*>(
-        thread_scratch(ScratchSlot::kThread, (tile_floats / 2 + blocks * of_block) * size));
-    totals = reinterpret_cast<double*>(tile + tile_floats);
+// Blocks of columns [begin, end) on one thread.
+class BlockProducts {
+ public:
+  BlockProducts(const GradientProduct& p, const PreparedGradient& g, int64_t begin, int64_t end)
+      : kernels_(kernels_with(&MatmulKernels::gradient_tile)),
+        p_(p),
+        g_(g),
+        of_block_(g.rows * kGradientColumns) {
+    int64_t scratch = kGradientRows * kGradientColumns * static_cast<int64_t>(sizeof(float));
+    for (int64_t b = begin; b < end; ++b) scratch = std::max(scratch, words_bytes(b));
+    scratch = ceil_div(scratch, 64) * 64;
+    const int64_t block_bytes = of_block_ * static_cast<int64_t>(sizeof(double));
+    const int64_t at_once = std::clamp(kTotalBytes / block_bytes, int64_t{1}, end - begin);
+    scratch_ =
+        static_cast<char*>(thread_scratch(ScratchSlot::kThread, scratch + at_once * block_bytes));
+    totals_ = reinterpret_cast<double*>(scratch_ + scratch);
+    for (int64_t b = begin; b < end; b += at_once) multiply(b, std::min(end, b + at_once));
   }
-};
 
-void write_results(const GradientProduct& p, const PreparedGradient& g, const int* order,
-                   int64_t column, const double* totals) {
-  const int64_t count = std::min(kGradientColumns, p.weight.cols - column);
-  float row[kGradientColumns];
-  for (int64_t m = 0; m < g.rows; ++m, totals += kGradientColumns) {
-    for (int64_t i = 0; i < kGradientColumns; ++i) row[order[i]] = static_cast<float>(totals[i]);
-    const int64_t at = (g.first + m) * p.weight.cols + column;
-    for (int64_t k = 0; k < count; ++k) store_float(p.out, at + k, p.g.type, row[k]);
+ private:
+  // 0 where g meets floats.
+  int64_t words_bytes(int64_t block) const {
+    if (p_.g.type == FloatType::kFloat32 || kernels_.gradient_words_bytes == nullptr) return 0;
+    return kernels_.gradient_words_bytes(p_.weight, block * kGradientColumns);
   }
-}
 
-// Blocks of columns [begin, end).
-void multiply_blocks(const GradientProduct& p, const PreparedGradient& g, int64_t begin,
-                     int64_t end) {
-  const MatmulKernels& kernels = kernels_with(&MatmulKernels::gradient_tile);
-  const GradientMemory memory(g.rows, end - begin);
-  const int64_t of_block = g.rows * kGradientColumns;
-  for (int64_t b = begin; b < end; b += memory.blocks) {
-    const int64_t blocks = std::min(memory.blocks, end - b);
-    std::fill_n(memory.totals, blocks * of_block, 0.0);
-    for (int64_t n = 0; n < p.terms(); n += kGradientRows) {
-      const int64_t count = std::min(kGradientRows, p.terms() - n);
-      for (int64_t i = 0; i < blocks; ++i) {
-        kernels.gradient_tile(p.weight, p.range.begin + n, count, (b + i) * kGradientColumns,
-                              memory.tile);
-        kernels.add_gradient_tile(g.at(n / kGradientRows, 0), g.rows, count, memory.tile,
-                                  memory.totals + i * of_block);
+  void multiply(int64_t begin, int64_t end) {
+    std::fill_n(totals_, (end - begin) * of_block_, 0.0);  // and floats of 0
+    for (int64_t n = 0; n < p_.terms(); n += kGradientRows) {
+      for (int64_t b = begin; b < end; ++b) add_tile(n, b, totals_ + (b - begin) * of_block_);
+    }
+    for (int64_t b = begin; b < end; ++b) {
+      const double* totals = totals_ + (b - begin) * of_block_;
+      const bool words = words_bytes(b) != 0;
+      int order[kGradientColumns];
+      kernels_.gradient_order(p_.weight, b * kGradientColumns, words, order);
+      if (words) {
+        write_results(reinterpret_cast<const float*>(totals), order, b * kGradientColumns);
+      } else {
+        write_results(totals, order, b * kGradientColumns);
       }
     }
-    for (int64_t i = 0; i < blocks; ++i) {
-      const int64_t column = (b + i) * kGradientColumns;
-      int order[kGradientColumns];
-      kernels.gradient_order(p.weight, column, order);
-      write_results(p, g, order, column, memory.totals + i * of_block);
+  }
+
+  void add_tile(int64_t n, int64_t block, double* totals) const {
+    const int64_t count = std::min(kGradientRows, p_.terms() - n);
+    const int64_t first = p_.range.begin + n, column = block * kGradientColumns;
+    const float* g = g_.at(n / kGradientRows, 0);
+    if (words_bytes(block) != 0) {
+      return kernels_.add_gradient_words(p_.weight, first, count, column, g, g_.rows, scratch_,
+                                         reinterpret_cast<float*>(totals));
+    }
+    auto* tile = reinterpret_cast<float*>(scratch_);
+    kernels_.gradient_tile(p_.weight, first, count, column, tile);
+    kernels_.add_gradient_tile(g, g_.rows, count, tile, totals);
+  }
+
+  template <typename Total>
+  void write_results(const Total* totals, const int* order, int64_t column) const {
+    const int64_t count = std::min(kGradientColumns, p_.weight.cols - column);
+    float row[kGradientColumns];
+    for (int64_t m = 0; m < g_.rows; ++m, totals += kGradientColumns) {
+      for (int64_t i = 0; i < kGradientColumns; ++i) row[order[i]] = static_cast<float>(totals[i]);
+      store_run(row, count, p_.g.type, p_.out, (g_.first + m) * p_.weight.cols + column);
     }
   }
-}
+
+  const MatmulKernels& kernels_;
+  const GradientProduct& p_;
+  const PreparedGradient& g_;
+  int64_t of_block_;  // totals
+  char* scratch_;
+  double* totals_;  // (blocks, rows, kGradientColumns)
+};
 
 }  // namespace
 
@@ -120,7 +161,7 @@ void packed_linear_transpose(const Activations& g, const PackedMatrix& weight, R
     parallel_for(rows, grain_rows(8 * terms), 1, num_threads,
                  [&](int64_t from, int64_t to) { prepare_rows(product, prepared, {from, to}); });
     parallel_for(blocks, grain_rows(rows * terms * kGradientColumns), 1, num_threads,
-                 [&](int64_t from, int64_t to) { multiply_blocks(product, prepared, from, to); });
+                 [&](int64_t from, int64_t to) { BlockProducts(product, prepared, from, to); });
   }
 }
 

@@ -124,14 +124,21 @@ struct MatmulKernels {
   // the row alone. Null where the set takes none.
   Mode (*row_mode)(const PackedMatrix& weight, const float* row) = nullptr;
   // The gradient to x. Float weights of rows [first, first + count) of W, at most kGradientRows,
-  // and kGradientColumns columns from `column` on, a multiple of that; 0 past the last. Float p of
-  // a row of the tile is column order[p] of these.
+  // and kGradientColumns columns from `column` on, a multiple of that; 0 past the last.
   void (*gradient_tile)(const PackedMatrix& weight, int64_t first, int64_t count, int64_t column,
                         float* tile) = nullptr;
-  void (*gradient_order)(const PackedMatrix& weight, int64_t column, int* order) = nullptr;
   // totals (rows, kGradientColumns) += g (rows, kGradientRows) tile, of `count` rows of W.
   void (*add_gradient_tile)(const float* g, int64_t rows, int64_t count, const float* tile,
                             double* totals) = nullptr;
+  // Float p of a row of the tile, or of `words`, is column order[p] of the tile's.
+  void (*gradient_order)(const PackedMatrix& weight, int64_t column, bool words,
+                         int* order) = nullptr;
+  // Both in one, where g has 16 bits, for tiles that the set takes so: those of which the first
+  // returns the bytes of scratch, not 0. Null where the set takes none.
+  int64_t (*gradient_words_bytes)(const PackedMatrix& weight, int64_t column) = nullptr;
+  void (*add_gradient_words)(const PackedMatrix& weight, int64_t first, int64_t count,
+                             int64_t column, const float* g, int64_t rows, void* scratch,
+                             float* totals) = nullptr;
 };
 
 // Null where the build has no such path. A null entry of a table means "use the next lower".

@@ -130,10 +130,18 @@ void packed_linear(const Activations& x, const PackedMatrix& weight, RowRange ro
                    const float* bias, Mode mode, void* out, int num_threads);
 
 // The gradient to x of the product above: out (g.rows, weight.cols) = g W, with g (g.rows,
-// rows.end - rows.begin) over the rows of W in `rows`; out is of g.type. |error| is at most
-// 65 2^-24 sum_n |g||W| against real numbers (sums of 64 float products, totals in double), besides
-// the final rounding to 16 bits. A row of `out` depends on its row of g alone: the same bits for
-// any number of rows and threads on one instruction set.
+// rows.end - rows.begin) over the rows of W in `rows`; out is of g.type. Against real numbers,
+//   |error| <= 65 2^-24 sum_n |g||W|      (sums of 64 float products, totals in double)
+// plus, for float16 and bfloat16, the final rounding. On AVX-512, g of these types with group_dim 1
+// and groups of a multiple of 128 columns, of 64 or 32, or whole rows, is first multiplied by the
+// scales s of W and rounded to 16 bits, one step for each 64 rows of W from rows.begin on and each
+// group; sums are integers and totals float. That adds
+//   sum over blocks of 64 rows of max_n |g s| / 32512 sum_n |W / s|   and   terms / 64 2^-24 sum
+//   |g||W|
+// and a row of g that is not finite gives NaN. (A tile of 128 columns that is not whole, lies in
+// two groups of other sizes, or is of a weight with a remainder keeps to floats.) A row of `out`
+// depends on its row of g alone: the same bits for any number of rows and threads on one
+// instruction set.
 void packed_linear_transpose(const Activations& g, const PackedMatrix& weight, RowRange rows,
                              void* out, int num_threads);
 

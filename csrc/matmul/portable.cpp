@@ -222,8 +222,8 @@ constexpr MatmulKernels kKernels = {takes_parts,
                                     expand_row<PlainCodes>,
                                     nullptr,
                                     plain_gradient_tile<PlainCodes>,
-                                    plain_gradient_order,
-                                    add_gradient_tile};
+                                    add_gradient_tile,
+                                    plain_gradient_order};
 
 }  // namespace
 
