@@ -34,14 +34,6 @@ PYROBUST_DEVICE SharedPlace shared_place(const void* pointer) {
   return __shfl_sync(kFullWarp, shared_address(pointer), 0);
 }
 
-// place + row * 2^kShift as one instruction.
-template <int kShift>
-PYROBUST_DEVICE SharedPlace place_of_row(SharedPlace place, uint32_t row) {
-  SharedPlace out;
-  asm("mad.lo.u32 %0, %1, %2, %3;" : "=r"(out) : "r"(row), "n"(1 << kShift), "r"(place));
-  return out;
-}
-
 PYROBUST_DEVICE Words4 load16_shared(SharedPlace place, int offset) {
   Words4 v;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n"
@@ -55,6 +47,23 @@ PYROBUST_DEVICE Words2 load8_shared(SharedPlace place, int offset) {
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];\n"
                : "=r"(v.word[0]), "=r"(v.word[1])
                : "r"(place + static_cast<uint32_t>(offset)));
+  return v;
+}
+
+// The same from what nobody writes any more, a table: the compiler may move these.
+PYROBUST_DEVICE Words4 load16_of_table(SharedPlace place, int offset) {
+  Words4 v;
+  asm("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+      : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+      : "r"(place + static_cast<uint32_t>(offset)));
+  return v;
+}
+
+PYROBUST_DEVICE Words2 load8_of_table(SharedPlace place, int offset) {
+  Words2 v;
+  asm("ld.shared.v2.u32 {%0, %1}, [%2];\n"
+      : "=r"(v.word[0]), "=r"(v.word[1])
+      : "r"(place + static_cast<uint32_t>(offset)));
   return v;
 }
 
@@ -366,6 +375,7 @@ PYROBUST_DEVICE T shuffle_down(T value, int delta) {
 
 PYROBUST_DEVICE uint32_t ballot(bool vote) { return __ballot_sync(kFullWarp, vote); }
 PYROBUST_DEVICE void sync_warp() { __syncwarp(); }
+PYROBUST_DEVICE int lowest_bit(uint32_t word) { return __ffs(static_cast<int>(word)) - 1; }
 
 // --- blocks and grids ---------------------------------------------------------------------------
 

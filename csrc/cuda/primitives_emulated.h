@@ -28,11 +28,6 @@ PYROBUST_DEVICE SharedPlace shared_place(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer);
 }
 
-template <int kShift>
-PYROBUST_DEVICE SharedPlace place_of_row(SharedPlace place, uint32_t row) {
-  return place + (static_cast<uintptr_t>(row) << kShift);
-}
-
 // Bytes of shared memory, at a multiple of their size, as the hardware demands.
 template <typename Words>
 PYROBUST_DEVICE Words load_shared(SharedPlace place, const char* what) {
@@ -48,6 +43,14 @@ PYROBUST_DEVICE Words4 load16_shared(SharedPlace place, int offset) {
 
 PYROBUST_DEVICE Words2 load8_shared(SharedPlace place, int offset) {
   return load_shared<Words2>(place + static_cast<uintptr_t>(offset), "load8_shared");
+}
+
+PYROBUST_DEVICE Words4 load16_of_table(SharedPlace place, int offset) {
+  return load_shared<Words4>(place + static_cast<uintptr_t>(offset), "load16_of_table");
+}
+
+PYROBUST_DEVICE Words2 load8_of_table(SharedPlace place, int offset) {
+  return load_shared<Words2>(place + static_cast<uintptr_t>(offset), "load8_of_table");
 }
 
 PYROBUST_DEVICE uint32_t load4_shared(SharedPlace place) {
@@ -295,6 +298,7 @@ PYROBUST_DEVICE T shuffle_down(T value, int delta) {
 
 PYROBUST_DEVICE uint32_t ballot(bool vote) { return emulate_ballot(vote); }
 PYROBUST_DEVICE void sync_warp() { emulate_sync_warp(); }
+PYROBUST_DEVICE int lowest_bit(uint32_t word) { return __builtin_ctz(word); }
 
 // --- blocks and grids ---------------------------------------------------------------------------
 

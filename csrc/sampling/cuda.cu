@@ -40,22 +40,24 @@ cuda::Status launch_part(const NoiseCall& call, int64_t begin, int64_t count,
   Positions at = call.at;
   at.samples = count;
   at.first_sample += begin;
-  const int64_t threads = int64_t{queue.multiprocessors} * kNoiseBlocks * kNoiseThreads;
+  constexpr unsigned kThreads = noise_threads(kNoise);
+  const int64_t threads = int64_t{queue.multiprocessors} * kThreads;
   const NoiseItems items = noise_items(at.images, at.samples, at.elements, threads);
-  const int64_t bytes = begin * at.elements * (call.out_type == FloatType::kFloat32 ? 4 : 2);
+  const int64_t row_bytes = at.elements * (call.out_type == FloatType::kFloat32 ? 4 : 2);
   const NoiseWork work = {items,
                           at,
                           call.at.samples,
+                          items.runs * row_bytes,
                           call.x,
                           call.scale,
-                          static_cast<uint8_t*>(call.out) + bytes,
+                          static_cast<uint8_t*>(call.out) + begin * row_bytes,
                           philox_keys(at.seed),
                           bits_of_float(1.0f)};
   const Tables tables = {kNormalTable, kLaplaceTable};
-  cuda::LaunchShape shape = shape_for(count_of(items), kNoiseThreads,
-                                      kNoise == Noise::kGaussian ? kNormalShared : 0, queue);
-  const auto most = static_cast<unsigned>(threads / kNoiseThreads);
-  if (shape.blocks_x > most) shape.blocks_x = most;
+  const int64_t turns = (count_of(items) + 31) / 32;
+  const int64_t blocks = turns < queue.multiprocessors ? turns : queue.multiprocessors;
+  const cuda::LaunchShape shape = {static_cast<unsigned>(blocks), 1, kThreads,
+                                   kNoise == Noise::kGaussian ? kNormalShared : kNoiseShared};
   const auto kernel =
       call.out_type == FloatType::kFloat32   ? noise_kernel<kNoise, FloatType::kFloat32>
       : call.out_type == FloatType::kFloat16 ? noise_kernel<kNoise, FloatType::kFloat16>

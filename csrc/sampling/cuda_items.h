@@ -32,18 +32,12 @@ PYROBUST_HD Divided divided(int64_t a, int64_t b) {
   return {a / b, a % b};
 }
 
-// Two tiles are a pair, of 8 quads. Its eight lanes exchange half of their vectors, so that each
-// stores one of the two words of every 32 elements of both tiles: whole lines of memory.
-constexpr int64_t kPair = 2 * kTile;
-constexpr int64_t kQuadsPerPair = 2 * kQuadsPerTile;
-
 // An item of noise: one quad of an image, for a run of samples, so that x is read once a run. The
-// samples of a run lie `runs` apart: at a time all threads write into rows that follow one another,
-// and memory is filled from front to back, however far threads are from one another.
+// samples of a run lie `runs` apart: at a time all threads write into rows that follow one another.
 struct NoiseItems {
   int64_t images;
   int64_t samples;
-  int64_t quads;  // of one image, of whole pairs of tiles
+  int64_t quads;  // of one image
   int64_t runs;   // items over the samples
   int64_t most;   // samples of the longest run
 };
@@ -54,24 +48,15 @@ struct NoiseItem {
   int64_t quad;
 };
 
-// Runs of such a length that `threads`, which run at a time, end together: rounds of items times
-// the length of one and the half of a sample that beginning it costs.
-constexpr int64_t kLongestRun = 64;
+// Runs of such a length that each of `threads` finds several of them.
+constexpr int64_t kLongestRun = 16, kRunsPerThread = 8;
 PYROBUST_HD NoiseItems noise_items(int64_t images, int64_t samples, int64_t elements,
                                    int64_t threads) {
-  const int64_t quads = (elements + kPair - 1) / kPair * kQuadsPerPair;
-  NoiseItems best = {images, samples, quads, samples, 1};
-  int64_t least = 0;
-  for (int64_t run = 1; run <= kLongestRun && (run <= samples || run == 1); ++run) {
-    const int64_t runs = (samples + run - 1) / run;
-    const int64_t rounds = (images * best.quads * runs + threads - 1) / threads;
-    const int64_t time = rounds * (2 * run + 1);
-    if (run > 1 && time >= least) continue;
-    least = time;
-    best.runs = runs;
-    best.most = (samples + runs - 1) / runs;
-  }
-  return best;
+  const int64_t quads = tiles_of(elements) * kQuadsPerTile;
+  int64_t run = images * quads * samples / (threads * kRunsPerThread);
+  run = run < 1 ? 1 : run > kLongestRun ? kLongestRun : run;
+  const int64_t runs = (samples + run - 1) / run;
+  return {images, samples, quads, runs, (samples + runs - 1) / runs};
 }
 
 PYROBUST_HD int64_t count_of(const NoiseItems& items) {
@@ -88,16 +73,6 @@ PYROBUST_HD NoiseItem noise_item(const NoiseItems& items, int64_t index) {
 PYROBUST_HD int64_t samples_of(const NoiseItems& items, int64_t first_sample) {
   const bool all = first_sample + (items.most - 1) * items.runs < items.samples;
   return all ? items.most : items.most - 1;
-}
-
-// Where a lane stores, from the first element of its pair of tiles on: four vectors of four, after
-// the exchange; vector v is store_offset(v) further on.
-PYROBUST_HD int64_t stored_by_quad(int64_t quad) {
-  const int64_t half = quad / kQuadsPerTile % 2, place = quad % kQuadsPerTile;
-  return quad / kQuadsPerPair * kPair + half * kLanes + place * kQuad;
-}
-PYROBUST_HD constexpr int store_offset(int vector) {
-  return (vector % 2 * 2 + vector / 2) * 2 * static_cast<int>(kLanes);
 }
 
 // Samples up to the next whose number has other high words, which a counter takes from its first.

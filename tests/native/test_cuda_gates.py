@@ -53,13 +53,31 @@ def test_decoding_has_the_loads_of_four_rows_under_way(plain_products):
 
 
 def drawing_loop(kernel):
-    """The loop over samples: the shortest with Philox's products, 60 of four counters, and those of
-    16 values with their scale."""
+    """The loop over samples of which all is stored: of those with Philox's products, 60 of four
+    counters, and those of 16 values with their scale, the one with a single comparison."""
     loops = [loop for loop in kernel.loops() if kernel.counts(*loop)["FMUL"] >= 16]
-    return min(
-        (loop for loop in loops if wide_products(kernel, loop) >= 60),
-        key=lambda loop: loop[1] - loop[0],
+    (drawing,) = (
+        loop
+        for loop in loops
+        if wide_products(kernel, loop) >= 60 and kernel.counts(*loop)["ISETP"] == 1
     )
+    return drawing
+
+
+def distances_of_loads(kernel, loop):
+    """Instructions from each load from shared memory to the first that reads what it loads."""
+    texts = [text for at, text in kernel.code if loop[0] <= at <= loop[1]]
+    found = []
+    for at, text in enumerate(texts):
+        if not (load := re.match(r"LDS\.(\d+) R(\d+)", text)):
+            continue
+        first, words = int(load[2]), int(load[1]) // 32
+        loaded = {f"R{first + i}" for i in range(words)}
+        readers = (
+            i for i in range(at + 1, len(texts)) if loaded & set(re.findall(r"R\d+", texts[i]))
+        )
+        found.append(next(readers) - at)
+    return found
 
 
 def wide_products(kernel, loop):
@@ -74,13 +92,16 @@ def matching(kernels, pattern):
 
 
 def test_sampling_kernels_keep_their_registers(sampling):
-    """96 registers leave room for 20 warps, 80 for 24, 64 for 32. Laplace noise may keep a few
-    words of its outermost loop in memory."""
-    for pattern, most in (("noise_kernel", 96), ("rows_kernel", 64), ("vote_kernel", 80)):
-        for name, kernel in sampling.items():
-            if pattern in name:
-                assert kernel.spills <= (24 if "Noise)2" in name else 0)
-                assert kernel.registers <= most
+    """128 registers leave room for 16 warps, 96 for 20, 80 for 24, 64 for 32."""
+    for pattern, most in (
+        (r"noise_kernel<\(pyrobust::sampling::Noise\)0", 128),
+        (r"noise_kernel<\(pyrobust::sampling::Noise\)[12]", 96),
+        ("rows_kernel", 64),
+        ("vote_kernel", 80),
+    ):
+        for kernel in matching(sampling, pattern):
+            assert kernel.spills == 0
+            assert kernel.registers <= most
 
 
 def test_interval_kernels_do_not_spill(interval):
@@ -120,19 +141,20 @@ def test_kernels_around_a_library_move_vectors(around_library):
 
 @needs_code
 def test_noise_stores_vectors_and_stays_within_its_instructions(sampling):
-    """Issue slots a value, of which an H200 has 29.7e12/s at 1.755 GHz: 29 for bfloat16 Gaussians
-    are at most 1.02e12/s, 29.6 for float32 ones 0.89 of a fill_ of 4.5 TB/s. Without the loops
-    around the one that draws."""
-    for kind, out, most in ((0, 0, 29.6), (0, 2, 29.1), (1, 0, 16.2), (1, 2, 15.7), (2, 2, 32.5)):
+    """Issue slots a value, without the loops around the one that draws. Loads from the table are on
+    average 20 instructions ahead on sm_90, where they take about 30 cycles."""
+    for kind, out, most in ((0, 0, 24.6), (0, 2, 25.1), (1, 0, 13.0), (1, 2, 13.5), (2, 2, 28.3)):
         pattern = rf"noise_kernel<\(pyrobust::sampling::Noise\){kind}, .*FloatType\){out}>"
         (kernel,) = matching(sampling, pattern)
         drawing = drawing_loop(kernel)
         counts = kernel.counts(*drawing)
         assert sum(counts.values()) / 16 <= most
         assert counts["STG"] == 4
-        assert counts["SHFL"] == (8 if out == 0 else 4)
+        assert counts["SHFL"] == 0
         assert counts["LDS"] == (32 if kind == 0 else 0)
         assert counts["LDL"] == counts["STL"] == 0
+        if kind == 0 and kernel.has("I2FP"):  # sm_90
+            assert sum(distances_of_loads(kernel, drawing)) >= 20 * 32
         assert kernel.has("STG.E.128" if out == 0 else "STG.E.64")
         assert kernel.has("LDG.E.*128")
         assert not kernel.has(gates.ODD_DESCRIPTOR)

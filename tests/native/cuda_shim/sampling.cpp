@@ -23,16 +23,6 @@ pybind11::tuple noise_place(int64_t images, int64_t samples, int64_t elements, i
                               block_of_quad(item.quad), element_of_quad(item.quad));
 }
 
-pybind11::list stored_elements(int64_t quad) {
-  pybind11::list elements;
-  for (int vector = 0; vector < 4; ++vector) {
-    for (int i = 0; i < kQuad; ++i) {
-      elements.append(stored_by_quad(quad) + store_offset(vector) + i);
-    }
-  }
-  return elements;
-}
-
 pybind11::tuple philox_both_ways(uint32_t block, uint32_t sample, uint32_t image, uint32_t last,
                                  uint64_t seed) {
   const PhiloxKeys keys = philox_keys(seed);
@@ -58,12 +48,20 @@ PYROBUST_KERNEL(64) variate_kernel(VariateWork work) {
   const Tables tables = {kNormalTable, kLaplaceTable};
   const cuda::SharedPlace rows = fill_normal(tables.normal, cuda::shared_memory());
   for (int64_t i = threadIdx.x; i < work.count; i += 64) {
-    Variator normal = {rows, tables, bits_of_float(1.0f), kSettledBit};
-    Variator laplace = normal;
-    work.normal[i] = normal.variate<Noise::kGaussian>(work.bits[i]);
-    work.laplace[i] = laplace.variate<Noise::kLaplace>(work.bits[i]);
-    if (normal.addresses != laplace.addresses) fail("two answers whether to redraw");
-    work.redrawn[i] = normal.addresses != kSettledBit;
+    Variator<Noise::kGaussian> normal = {rows, tables, bits_of_float(1.0f), 0};
+    Variator<Noise::kLaplace> laplace = {rows, tables, bits_of_float(1.0f), 0};
+    normal.begin();
+    laplace.begin();
+    const uint32_t bits[1] = {work.bits[i]};
+    float value[1];
+    normal.draw(bits, value);
+    work.normal[i] = value[0] * kLiftDown;
+    laplace.draw(bits, value);
+    work.laplace[i] = value[0];
+    work.redrawn[i] = normal.pending(normal.note(0), 1) != 0;
+    if (work.redrawn[i] != (laplace.pending(laplace.note(0), 1) != 0)) {
+      fail("two answers whether to redraw");
+    }
   }
 }
 
@@ -110,7 +108,6 @@ pybind11::tuple vote_place(int64_t rows, int64_t samples, int64_t least, int64_t
 
 void bind_sampling_places(pybind11::module_& m) {
   m.def("noise_place", &noise_place);
-  m.def("stored_elements", &stored_elements);
   m.def("samples_together", &samples_together);
   m.def("philox_both_ways", &philox_both_ways);
   m.def("variates_both_ways", &variates_both_ways);
