@@ -17,8 +17,7 @@
 //                         wait_copies<N>
 //   matrices              ldmatrix_x4, ldmatrix_x2, ldmatrix_x4_transposed,
 //                         mma_m16n8k16_f16, mma_m16n8k16_bf16, mma_m16n8k32_s8
-//   words                 lop3<Table>, prmt, fma_f16x2, mul_f16x2, sub_f16x2, mul_bf16x2,
-//                         fma_bf16x2
+//   words                 lop3<Table>, prmt, fma_f16x2, mul_f16x2, sub_f16x2, fma_bf16x2
 //   conversions           pack_f16x2, pack_bf16x2, low_f16, high_f16, low_bf16, high_bf16
 //   warps                 shuffle, shuffle_xor, shuffle_down, ballot, lowest_bit (of a word that
 //                         has one), sync_warp, warp_sum, warp_max

@@ -254,10 +254,6 @@ PYROBUST_DEVICE uint32_t sub_f16x2(uint32_t a, uint32_t b) {
   return pack_f16x2(sum_for_half(low_f16(a), -low_f16(b)), sum_for_half(high_f16(a), -high_f16(b)));
 }
 
-PYROBUST_DEVICE uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
-  return pack_bf16x2(low_bf16(a) * low_bf16(b), high_bf16(a) * high_bf16(b));
-}
-
 PYROBUST_DEVICE uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
   return pack_bf16x2(sum_for_half(static_cast<double>(low_bf16(a)) * low_bf16(b), low_bf16(c)),
                      sum_for_half(static_cast<double>(high_bf16(a)) * high_bf16(b), high_bf16(c)));

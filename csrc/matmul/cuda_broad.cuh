@@ -132,7 +132,7 @@ struct Broad {
 
   PYROBUST_DEVICE uint32_t scaled_pair(uint32_t pair, const Scale& scale) {
     if (Act::kType == FloatType::kFloat16) return cuda::mul_f16x2(pair, scale.value);
-    return cuda::fma_bf16x2(pair, scale.value, cuda::mul_bf16x2(pair, scale.rest));
+    return cuda::fma_bf16x2(pair, scale.value, cuda::fma_bf16x2(pair, scale.rest, 0u));
   }
 
   PYROBUST_DEVICE void decode(const typename Pair::Words& words, const WarpPlace& at,

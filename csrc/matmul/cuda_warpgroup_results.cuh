@@ -18,6 +18,8 @@ struct WarpgroupResults {
   static constexpr int kPatchRows = 8 * kEightsTogether;
   static constexpr int kPitch = kRows * 4 + 16;  // bytes between rows of x; no bank twice
   static constexpr int kPatchBytes = kPatchRows * kPitch;
+  static constexpr int kMostRuns = 2 * S::kTeams;  // a cluster is at most two thread blocks
+  static_assert(S::kEights % (kMostRuns * kEightsTogether) == 0, "shares are alike");
   static_assert(S::kPatchAt >= S::kTeams * S::kRunBytes, "patches lie beyond the sums");
   static_assert(S::kPatchAt + S::kThreads / kLanes * kPatchBytes <= S::kTicketAt, "no room");
 
@@ -47,8 +49,8 @@ struct WarpgroupResults {
 
   using Eights = float[kEightsTogether][S::kTiles][4];
 
-  // Of eights of x m, m + apart, ...
-  PYROBUST_DEVICE void add_runs(int runs, int m, int apart, Eights& sum) {
+  // Of eights of x m, m + runs, ...
+  PYROBUST_DEVICE void add_runs(int runs, int m, Eights& sum) {
     const uint8_t* own = cuda::shared_memory() + R::thread_of_team() * 16;
 #pragma unroll
     for (int i = 0; i < kEightsTogether * S::kTiles * 4; ++i) {
@@ -60,7 +62,7 @@ struct WarpgroupResults {
       cuda::Words4 v[kEightsTogether * S::kTiles];
 #pragma unroll
       for (int i = 0; i < kEightsTogether * S::kTiles; ++i) {
-        const int vector = i % S::kTiles * S::kEights + m + i / S::kTiles * apart;
+        const int vector = i % S::kTiles * S::kEights + m + i / S::kTiles * runs;
         v[i] = cuda::load16_of_cluster(from + vector * S::kTeam * 16, run / S::kTeams);
       }
 #pragma unroll
@@ -147,15 +149,14 @@ struct WarpgroupResults {
     for (int m = part * S::kTeams + team; m < S::kEights; m += runs * kEightsTogether) {
       if (m >= eights) break;
       Eights of_share;
-      const int apart = m + runs < S::kEights ? runs : 0;
-      add_runs(runs, m, apart, of_share);
+      add_runs(runs, m, of_share);
       const int64_t row = (at.half * S::kEights + m) * 8;
 #pragma unroll
       for (int e = 0; e < kEightsTogether; ++e) {
-        place(p, first, row + 8 * e * apart + 2 * (at.lane % 4), e, at, rows, of_share, patch);
+        place(p, first, row + 8 * e * runs + 2 * (at.lane % 4), e, at, rows, of_share, patch);
       }
       cuda::sync_warp();
-      store_patch(p, first, row, apart, at.lane, patch);
+      store_patch(p, first, row, runs, at.lane, patch);
       cuda::sync_warp();
     }
     if (parts > 1) cuda::sync_cluster();  // others read this block's sums

@@ -121,7 +121,7 @@ def _words():
     generator = np.random.default_rng(0)
     a, b, c = (generator.integers(0, 2**32, 64, dtype=np.uint64).astype(np.uint32) for _ in "abc")
     x, y = (generator.standard_normal(64).astype(np.float32) for _ in "xy")
-    out = torch.zeros(64, 17, dtype=torch.int32)
+    out = torch.zeros(64, 16, dtype=torch.int32)
     signed = [torch.from_numpy(v.view(np.int32).copy()) for v in (a, b, c)]
     shim.words(*signed, torch.from_numpy(x), torch.from_numpy(y), out)
     return a, b, c, x, y, out.numpy().view(np.uint32)
@@ -156,9 +156,6 @@ def test_half_operations_round_once():
     torch.testing.assert_close(
         seen.view(torch.bfloat16), fused.to(torch.bfloat16), rtol=0, atol=0, equal_nan=True
     )
-    product = (wide[0].double() * wide[1].double()).to(torch.bfloat16)
-    seen = torch.from_numpy(np.ascontiguousarray(out[:, 16]).view(np.int16).copy())
-    torch.testing.assert_close(seen.view(torch.bfloat16), product, rtol=0, atol=0, equal_nan=True)
     pair = np.stack([x, y], 1)
     packed = np.ascontiguousarray(out[:, 7]).view(np.float16).reshape(64, 2)
     np.testing.assert_array_equal(packed, pair.astype(np.float16))

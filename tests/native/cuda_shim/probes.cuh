@@ -133,7 +133,7 @@ PYROBUST_KERNEL(32) in_turn(int32_t* lock, int32_t* place, int32_t* order) {
 }
 
 // Word operations on a[i], b[i], c[i]; kResults values each.
-constexpr int kResults = 17;
+constexpr int kResults = 16;
 PYROBUST_KERNEL(32)
 words(const uint32_t* a, const uint32_t* b, const uint32_t* c, const float* x, const float* y,
       uint32_t* out) {
@@ -155,7 +155,6 @@ words(const uint32_t* a, const uint32_t* b, const uint32_t* c, const float* x, c
   const float ends[3] = {cuda::add_up(x[i], y[i]), cuda::add_down(x[i], y[i]),
                          cuda::mul_up(x[i], y[i])};
   for (int k = 0; k < 3; ++k) to[13 + k] = bits_of_float(ends[k]);
-  to[16] = cuda::mul_bf16x2(a[i], b[i]);
 }
 
 // sums[0] += sum of x, sums[1] = max of x over each warp; a histogram of bytes.
