@@ -105,6 +105,7 @@ __attribute__((noinline)) void few_rows_panels(const PackedMatrix& w, const Pane
     for (int64_t g = 0; g < layout.groups; ++g) {
       const int64_t columns = left < layout.group_columns ? left : layout.group_columns;
       FewSums<kBits, kBook, kRows> sums;
+      prefetch_head(layout, head);
       sums.start(w.zero == nullptr ? nullptr : head + kPanelRows * layout.scale_bytes, *offset);
       const uint8_t* codes = head + layout.head_bytes;
       for (const int8_t* end = q + columns * kRows; q < end; q += kQuadColumns * kRows) {

@@ -103,6 +103,7 @@ __attribute__((noinline)) void one_row_panels(const PackedMatrix& w, const Panel
     for (int64_t g = 0; g < layout.groups; ++g) {
       const int64_t columns = left < layout.group_columns ? left : layout.group_columns;
       Sums sums;
+      prefetch_head(layout, head);
       sums.start(w.zero == nullptr ? nullptr : head + kPanelRows * layout.scale_bytes, *offset);
       const uint8_t* codes = head + layout.head_bytes;
       for (const int8_t* end = q + columns * kParts; q < end; q += kQuadColumns * kParts) {

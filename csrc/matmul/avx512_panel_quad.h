@@ -20,6 +20,15 @@ inline __m512i codebook_table(const PackedMatrix& w) {
 // Bytes ahead in the stream: past what the prefetcher of the processor does within a page.
 constexpr int64_t kPanelAhead = 2048;
 
+// A group's scales and zeros are lines of the same stream. Prefetching for codes alone would leave
+// out as many lines a group, and each of those would hold up the loop.
+__attribute__((always_inline)) inline void prefetch_head(const PanelLayout& layout,
+                                                         const uint8_t* head) {
+  for (int64_t at = 0; at < layout.head_bytes; at += kLineBytes) {
+    _mm_prefetch(reinterpret_cast<const char*>(head) + at + kPanelAhead, _MM_HINT_T0);
+  }
+}
+
 // The codes of 16 columns of a panel.
 // kLoadOnce: gcc loads them again for each use otherwise, which is as fast where there are few.
 template <int kBits, bool kBook, bool kLoadOnce = false>
