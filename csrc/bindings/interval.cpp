@@ -77,9 +77,49 @@ bool linear(const Ends& ends, const interval::Weight& weight, const TensorView& 
 
 using Pair = std::array<int64_t, 2>;
 
+const double* channel_values(py::handle tensor, const char* name, int64_t channels) {
+  const TensorView value = view(tensor, name);
+  value.require_dtype(DType::kFloat64).require_ndim(1).require_size(0, channels);
+  return value.as<double>();
+}
+
+const float* like_outputs(py::handle tensor, const char* name, const TensorView& out) {
+  const TensorView value = view(tensor, name);
+  value.require_dtype(DType::kFloat32).require_ndim(out.ndim);
+  for (int axis = 0; axis < out.ndim; ++axis) value.require_size(axis, out.shape[axis]);
+  return value.as<float>();
+}
+
+// What follows a convolution: None, or (norm, sum) with a None for what is absent,
+// norm = (mean, scale, shift, rectified), sum = (lower, upper, rectified, other_rectified).
+struct Following {
+  interval::Epilogue epilogue;
+  bool any = false;
+
+  Following(py::handle given, const TensorView& out) {
+    if (given.is_none()) return;
+    any = true;
+    const auto [norm, sum] = py::cast<std::array<py::object, 2>>(given);
+    if (!norm.is_none()) {
+      const auto parts = py::cast<std::array<py::object, 4>>(norm);
+      epilogue.mean = channel_values(parts[0], "mean", out.shape[1]);
+      epilogue.scale = channel_values(parts[1], "scale", out.shape[1]);
+      epilogue.shift = channel_values(parts[2], "shift", out.shape[1]);
+      epilogue.rectified_norm = py::cast<bool>(parts[3]);
+    }
+    if (!sum.is_none()) {
+      const auto parts = py::cast<std::array<py::object, 4>>(sum);
+      epilogue.lower = like_outputs(parts[0], "lower of the sum", out);
+      epilogue.upper = like_outputs(parts[1], "upper of the sum", out);
+      epilogue.rectified_sum = py::cast<bool>(parts[2]);
+      epilogue.rectified_other = py::cast<bool>(parts[3]);
+    }
+  }
+};
+
 bool conv2d(const Ends& ends, const interval::Weight& weight, const TensorView& bias, Pair kernel,
             Pair stride, Pair pad, Pair dilation, int64_t groups, const std::string& rounding,
-            bool int8, bool rectified, int num_threads) {
+            bool int8, bool rectified, int num_threads, py::handle following) {
   const int64_t* size = ends.lower.shape;
   const interval::Images images{size[0], size[1], size[2], size[3]};
   const interval::Window window{kernel[0],
@@ -94,7 +134,9 @@ bool conv2d(const Ends& ends, const interval::Weight& weight, const TensorView& 
                                 ends.out_lower.shape[2],
                                 ends.out_lower.shape[3]};
   std::atomic<bool> unbounded{false};
-  const interval::Call call = ends.call(weight, bias, rounding, int8, rectified, &unbounded);
+  interval::Call call = ends.call(weight, bias, rounding, int8, rectified, &unbounded);
+  const Following late(following, ends.out_lower);
+  if (late.any) call.epilogue = &late.epilogue;
   const py::gil_scoped_release release;
   interval::interval_conv2d(call, images, window, num_threads);
   return !unbounded;
@@ -113,14 +155,14 @@ bool interval_linear(py::handle lower, py::handle upper, py::handle weight_, py:
 bool interval_conv2d(py::handle lower, py::handle upper, py::handle weight_, py::handle bias,
                      Pair stride, Pair pad, Pair dilation, int64_t groups,
                      const std::string& rounding, bool rectified, py::handle out_lower,
-                     py::handle out_upper, int num_threads) {
+                     py::handle out_upper, int num_threads, py::handle epilogue) {
   const TensorView weight = view(weight_, "weight");
   weight.require_dtype(DType::kFloat32).require_ndim(4);
   const int64_t* shape = weight.shape;
   return conv2d(Ends(lower, upper, out_lower, out_upper, 4),
                 {weight.as<float>(), nullptr, shape[0], shape[1] * shape[2] * shape[3]},
                 view_optional(bias, "bias"), {shape[2], shape[3]}, stride, pad, dilation, groups,
-                rounding, false, rectified, num_threads);
+                rounding, false, rectified, num_threads, epilogue);
 }
 
 // (in_features, levels, group_size, group_dim)
@@ -149,11 +191,11 @@ bool interval_packed_conv2d(py::handle lower, py::handle upper, py::handle codes
                             py::handle extras, bool int8, Pair kernel, Pair stride, Pair pad,
                             Pair dilation, int64_t groups, const std::string& rounding,
                             bool rectified, py::handle out_lower, py::handle out_upper,
-                            int num_threads) {
+                            int num_threads, py::handle epilogue) {
   const matmul::PackedMatrix weight = packed_weight(codes, scale, zero, format, extras);
   return conv2d(Ends(lower, upper, out_lower, out_upper, 4),
                 {nullptr, &weight, weight.rows, weight.cols}, view_optional(bias, "bias"), kernel,
-                stride, pad, dilation, groups, rounding, int8, rectified, num_threads);
+                stride, pad, dilation, groups, rounding, int8, rectified, num_threads, epilogue);
 }
 
 // Tensors of float32 and of equal shape; absent ones give null.
@@ -203,12 +245,6 @@ void interval_add_weight_gradient(py::handle from_centre, py::handle from_radius
   const auto t = alike<3>({from_centre, from_radius, weight}, &count);
   const py::gil_scoped_release release;
   interval::add_weight_gradient({t[0], t[1], t[2], count}, num_threads);
-}
-
-const double* channel_values(py::handle tensor, const char* name, int64_t channels) {
-  const TensorView value = view(tensor, name);
-  value.require_dtype(DType::kFloat64).require_ndim(1).require_size(0, channels);
-  return value.as<double>();
 }
 
 bool interval_channel_affine(py::handle lower, py::handle upper, bool rectified, py::handle mean,

@@ -5,12 +5,12 @@
 #include <array>
 #include <utility>
 
+#include "interval/avx512_elements.h"
 #include "interval/avx512_ends.h"
 #include "interval/avx512_filters.h"
 #include "interval/avx512_integers.h"
 #include "interval/avx512_packed.h"
 #include "interval/avx512_sums.h"
-#include "interval/element_loops.h"
 #include "interval/few_inputs.h"
 #include "interval/radius_loops.h"
 
@@ -254,7 +254,7 @@ constexpr IntervalKernels kKernels = {
     pack_patches,    spread_by_registers,
     dots<FewInputs>, tiles,
     nullptr,         finish_pixels,
-    kElementLoops,   {widen_panel<0>, widen_row<16, 0>, count_nonzero},
+    kRegisterLoops,  {widen_panel<0>, widen_row<16, 0>, count_nonzero},
     &kIntegers,      direct,
     fused_columns,   fused_order,
     fused_dots,      {filter_tiles, filter_weights, filter_product, filter_ends},

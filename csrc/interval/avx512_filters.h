@@ -234,12 +234,13 @@ bool filter_ends(const FilterEnds& work, const Constants& constants) {
     store_end(work.out_lower + at, count, ends.lower, work.past_cache);
     store_end(work.out_upper + at, count, ends.upper, work.past_cache);
   };
-  for (int64_t n = 0; n < work.rows; ++n) {
-    const __m512 shift = _mm512_set1_ps(work.bias != nullptr ? work.bias[n] : 0.0f);
+  for (int64_t i = 0; i < work.count; ++i) {
+    const __m512 shift = _mm512_set1_ps(work.bias != nullptr ? work.bias[i] : 0.0f);
+    const int64_t n = work.first + i;
     for (int64_t pixel = 0; pixel < work.pixels; pixel += step) {
       const QuadPixels radii = radii_of(work, n, pixel);
       for (int64_t half = 0; 32 * half < step; ++half) {
-        const int64_t from = pixel + 32 * half, to = n * work.row_stride + from;
+        const int64_t from = pixel + 32 * half, to = i * work.row_stride + from;
         const Pixels centres =
             pixels_of(work.strided, work.centre + n * stride + from / 2, work.rows * stride);
         store(centres.left, radii.part[2 * half], shift, to, work.pixels - from);

@@ -6,6 +6,7 @@
 
 #include "interval/convolution_plan.h"
 #include "interval/direct_convolution.h"
+#include "interval/epilogue.h"
 #include "interval/filtered_convolution.h"
 #include "runtime/check.h"
 
@@ -111,8 +112,8 @@ void pack_group(const Convolution& conv, const ConstantsByCount& by_count, int64
 }
 
 // Rows [n, n + count) of W against the packed panels [first, last).
-void convolve_rows(const Convolution& conv, int64_t n, int64_t count, int64_t first, int64_t last,
-                   const uint32_t* sizes, const Buffers& own) {
+void convolve_rows(const Convolution& conv, const LateSteps& late, int64_t n, int64_t count,
+                   int64_t first, int64_t last, const uint32_t* sizes, const Buffers& own) {
   const float* weight = rows_of(conv.call.weight, n, count, own.decoded);
   const int64_t terms = conv.call.weight.terms, sum_size = count * kPanelWidth;
   const bool coarse = conv.call.coarse_radius;
@@ -143,11 +144,15 @@ void convolve_rows(const Convolution& conv, int64_t n, int64_t count, int64_t fi
     std::fill(offsets, offsets + kLanes, own.offsets[image % slots_of(conv)]);
     Constants ends = own.ends[p - first];
     for (int64_t other = p + 1; other < end; ++other) suit_ends(ends, own.ends[other - first]);
-    conv.call.report(conv.table.finish_panel(
-        {own.sums + (p - first) * sum_size, shifted(conv.call.bias, n), offsets, count,
-         std::min((end - p) * kLanes, conv.pixels - pixel), conv.pixels, 1, sum_size,
-         conv.call.out_lower + at, conv.call.out_upper + at},
-        ends));
+    const int64_t lanes = std::min((end - p) * kLanes, conv.pixels - pixel);
+    const float* sums = own.sums + (p - first) * sum_size;
+    late.write({n, count, lanes, at, conv.pixels, false},
+               [&](int64_t from, int64_t rows, const EndsBlock& to) {
+                 return conv.table.finish_panel(
+                     {sums + from * kPanelWidth, shifted(conv.call.bias, n + from), offsets, rows,
+                      lanes, to.row_stride, 1, sum_size, to.lower, to.upper},
+                     ends);
+               });
     p = end;
   }
 }
@@ -155,6 +160,7 @@ void convolve_rows(const Convolution& conv, int64_t n, int64_t count, int64_t fi
 void convolve_panels(Convolution& conv, int num_threads) {
   const Weight& weight = conv.call.weight;
   const ConstantsByCount by_count(conv);
+  const LateSteps late(conv.call, conv.table);
   conv.prepared.assign(static_cast<size_t>(conv.channels),
                        by_count.entries.empty() ? conv.constants : plain_radii());
   std::vector<uint32_t> sizes;
@@ -183,7 +189,7 @@ void convolve_panels(Convolution& conv, int num_threads) {
         pack_group(conv, by_count, group, first, last, own);
         for (int64_t n = group * conv.rows; n < (group + 1) * conv.rows; n += step) {
           const int64_t count = std::min(step, (group + 1) * conv.rows - n);
-          convolve_rows(conv, n, count, first, last, sizes.data(), own);
+          convolve_rows(conv, late, n, count, first, last, sizes.data(), own);
         }
       }
     }

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "interval/convolution_plan.h"
+#include "interval/epilogue.h"
 
 namespace pyrobust {
 namespace interval {
@@ -169,28 +170,34 @@ void multiply_groups(const Convolution& conv, const Places& places, int64_t n, i
 }
 
 // Their ends; whole groups of a channel are neighbours in memory.
-void finish_groups(const Convolution& conv, int64_t n, int64_t count, int64_t first, int64_t last,
-                   float offset, const DirectBuffers& own) {
+void finish_groups(const Convolution& conv, const LateSteps& late, int64_t n, int64_t count,
+                   int64_t first, int64_t last, float offset, const DirectBuffers& own) {
   const int64_t sum_stride = count * kPanelWidth;
   float offsets[kLanes];
   std::fill(offsets, offsets + kLanes, offset);
   const bool whole = conv.window.out_width % kPixels == 0;
+  const bool streams = past_cache(output_bytes(conv.call, conv.images, conv.window));
   for (int64_t from = first, groups; from < last; from += groups) {
     groups = whole ? last - from : 1;
     const PixelGroup at(conv, from);
     const int64_t to = (at.image * conv.call.weight.rows + n) * conv.pixels +
                        at.row * conv.window.out_width + at.column;
-    conv.call.report(conv.table.finish_panel(
-        {own.sums + 2 * (from - first) * sum_stride, shifted(conv.call.bias, n), offsets, count,
-         groups * kPixels, conv.pixels, 1, sum_stride, conv.call.out_lower + to,
-         conv.call.out_upper + to, past_cache(output_bytes(conv.call, conv.images, conv.window))},
-        conv.constants));
+    const float* sums = own.sums + 2 * (from - first) * sum_stride;
+    late.write({n, count, groups * kPixels, to, conv.pixels, streams},
+               [&](int64_t row, int64_t rows, const EndsBlock& ends) {
+                 return conv.table.finish_panel(
+                     {sums + row * kPanelWidth, shifted(conv.call.bias, n + row), offsets, rows,
+                      groups * kPixels, ends.row_stride, 1, sum_stride, ends.lower, ends.upper,
+                      ends.past_cache},
+                     conv.constants);
+               });
   }
 }
 
 void convolve_directly(Convolution& conv, int num_threads) {
   conv.prepared = constants_by_channel(conv);
   const Places places = places_of(conv);
+  const LateSteps late(conv.call, conv.table);
   const Shares shares(conv.images.batch * conv.window.out_height, 1, work_of(conv), num_threads);
   const int64_t of_row = blocks(conv.window.out_width, kPixels);
   const int64_t of_image = of_row * conv.window.out_height;
@@ -215,7 +222,7 @@ void convolve_directly(Convolution& conv, int num_threads) {
         for (int64_t n = group * conv.rows; n < (group + 1) * conv.rows; n += step) {
           const int64_t count = std::min(step, (group + 1) * conv.rows - n);
           multiply_groups(conv, places, n, count, first, last, own);
-          finish_groups(conv, n, count, first, last, offset, own);
+          finish_groups(conv, late, n, count, first, last, offset, own);
         }
       }
     }

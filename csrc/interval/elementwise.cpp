@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t kGrain = 1 << 14;  // elements of a thread
 
-float floor_of(const Box& box) { return box.rectified ? 0.0f : -rounding::infinity(); }
+float floor_of(bool rectified) { return rectified ? 0.0f : -rounding::infinity(); }
 
 float least_of(Rounding rounding) {
   return rounding == Rounding::kDeployed ? std::numeric_limits<float>::min() : 0.0f;
@@ -48,6 +48,38 @@ void set_errors(AffineLoop& loop, bool deployed) {
 
 }  // namespace
 
+AffineLoop channel_loop(double mean, double scale, double shift, bool rectified,
+                        Rounding rounding) {
+  AffineLoop loop{};
+  loop.mean = mean;
+  loop.scale = scale;
+  loop.shift = shift;
+  loop.floor = floor_of(rectified);
+  loop.least = least_of(rounding);
+  set_errors(loop, rounding == Rounding::kDeployed);
+  return loop;
+}
+
+bool run_channel(AffineLoop loop, Rounding rounding, const ElementLoops& loops, const float* lower,
+                 const float* upper, int64_t count, float* out_lower, float* out_upper) {
+  const bool falls = loop.scale < 0.0;
+  loop.first = falls ? upper : lower;
+  loop.last = falls ? lower : upper;
+  loop.count = count;
+  loop.out_lower = out_lower;
+  loop.out_upper = out_upper;
+  return rounding == Rounding::kNearest ? loops.nearest_affine(loop) : loops.affine(loop);
+}
+
+SumLoop sum_loop(bool rectified_x, bool rectified_y, Rounding rounding) {
+  SumLoop loop{};
+  loop.floor_x = floor_of(rectified_x);
+  loop.floor_y = floor_of(rectified_y);
+  loop.least = least_of(rounding);
+  loop.outward = rounding != Rounding::kNearest;
+  return loop;
+}
+
 bool channel_affine(const ChannelAffine& work, int num_threads) {
   const IntervalKernels table = pick_kernels();
   const int64_t lines = work.images * work.channels;
@@ -58,22 +90,12 @@ bool channel_affine(const ChannelAffine& work, int num_threads) {
     const DefaultFloatEnvironment environment;
     for (int64_t line = begin; line < end; ++line) {
       const int64_t channel = line % work.channels, at = line * work.pixels;
-      AffineLoop loop{};
-      loop.mean = work.mean[channel];
-      loop.scale = work.scale[channel];
-      loop.shift = work.shift[channel];
-      const bool falls = loop.scale < 0.0;
-      loop.first = (falls ? work.box.upper : work.box.lower) + at;
-      loop.last = (falls ? work.box.lower : work.box.upper) + at;
-      loop.floor = floor_of(work.box);
-      loop.count = work.pixels;
-      loop.least = least_of(work.rounding);
-      loop.out_lower = work.out_lower + at;
-      loop.out_upper = work.out_upper + at;
-      set_errors(loop, work.rounding == Rounding::kDeployed);
-      const auto run = work.rounding == Rounding::kNearest ? table.elements.nearest_affine
-                                                           : table.elements.affine;
-      if (!run(loop)) finite.store(false, std::memory_order_relaxed);
+      const AffineLoop loop = channel_loop(work.mean[channel], work.scale[channel],
+                                           work.shift[channel], work.box.rectified, work.rounding);
+      const bool bounded =
+          run_channel(loop, work.rounding, table.elements, work.box.lower + at, work.box.upper + at,
+                      work.pixels, work.out_lower + at, work.out_upper + at);
+      if (!bounded) finite.store(false, std::memory_order_relaxed);
     }
   });
   return finite;
@@ -85,11 +107,15 @@ bool add_boxes(const BoxSum& work, int num_threads) {
   std::atomic<bool> finite{true};
   parallel_for(work.count, kGrain, 16, num_threads, [&](int64_t begin, int64_t end) {
     const DefaultFloatEnvironment environment;
-    const bool bounded = table.elements.sum(
-        {work.x.lower + begin, work.x.upper + begin, work.y.lower + begin, work.y.upper + begin,
-         floor_of(work.x), floor_of(work.y), end - begin, least_of(work.rounding),
-         work.rounding != Rounding::kNearest, work.out_lower + begin, work.out_upper + begin});
-    if (!bounded) finite.store(false, std::memory_order_relaxed);
+    SumLoop loop = sum_loop(work.x.rectified, work.y.rectified, work.rounding);
+    loop.low_x = work.x.lower + begin;
+    loop.high_x = work.x.upper + begin;
+    loop.low_y = work.y.lower + begin;
+    loop.high_y = work.y.upper + begin;
+    loop.count = end - begin;
+    loop.out_lower = work.out_lower + begin;
+    loop.out_upper = work.out_upper + begin;
+    if (!table.elements.sum(loop)) finite.store(false, std::memory_order_relaxed);
   });
   return finite;
 }

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "interval/interval.h"
+#include "interval/kernels.h"
 
 namespace pyrobust {
 namespace interval {
@@ -38,6 +39,14 @@ struct BoxSum {
   float* out_lower;
   float* out_upper;
 };
+
+// The loop of a channel but for its elements; `rectified`: after a ReLU.
+AffineLoop channel_loop(double mean, double scale, double shift, bool rectified, Rounding rounding);
+// Gives it `count` elements and runs it; tells whether all ends are finite.
+bool run_channel(AffineLoop loop, Rounding rounding, const ElementLoops& loops, const float* lower,
+                 const float* upper, int64_t count, float* out_lower, float* out_upper);
+// The loop of a sum but for its elements.
+SumLoop sum_loop(bool rectified_x, bool rectified_y, Rounding rounding);
 
 // Both tell whether all ends are finite; where an evaluation in float32 might overflow on its way,
 // the affine map in kDeployed says that they are not. An end that overflows, or is not a number, is

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "interval/convolution_plan.h"
+#include "interval/epilogue.h"
 #include "interval/tiled_filters.h"
 
 namespace pyrobust {
@@ -272,8 +273,8 @@ void multiply_tiles(const Filtering& plan, const Filtering::Planes& planes, cons
 }
 
 // The ends of a block of pixels from `first` on, of rows [n, n + rows) of W.
-void filter_block(const Filtering& plan, int64_t image, int64_t first, int64_t n, int64_t rows,
-                  float offset, const FilterBuffers& own) {
+void filter_block(const Filtering& plan, const LateSteps& late, int64_t image, int64_t first,
+                  int64_t n, int64_t rows, float offset, const FilterBuffers& own) {
   const float* filters = plan.filters.get() + n * plan.terms;
   const int64_t pixels = plan.window.out_height * plan.window.out_width;
   const int64_t count = std::min(plan.block_pixels(), pixels - first);
@@ -287,17 +288,22 @@ void filter_block(const Filtering& plan, int64_t image, int64_t first, int64_t n
                    own.radius_sums);
   }
   const int64_t to = (image * plan.call.weight.rows + n) * pixels + first;
-  plan.call.report(plan.table.filter.ends(
-      {plan.quads, plan.strided, plan.tiled, own.centre_sums, own.radius_sums,
-       shifted(plan.call.bias, n), offset, rows, count, pixels, plan.call.out_lower + to,
-       plan.call.out_upper + to, past_cache(output_bytes(plan.call, plan.images, plan.window))},
-      plan.constants));
+  const bool streams = past_cache(output_bytes(plan.call, plan.images, plan.window));
+  late.write({n, rows, count, to, pixels, streams},
+             [&](int64_t row, int64_t asked, const EndsBlock& ends) {
+               return plan.table.filter.ends(
+                   {plan.quads, plan.strided, plan.tiled, own.centre_sums, own.radius_sums,
+                    shifted(plan.call.bias, n + row), offset, rows, row, asked, count,
+                    ends.row_stride, ends.lower, ends.upper, ends.past_cache},
+                   plan.constants);
+             });
 }
 
 void convolve_by_filters(const Call& call, const Images& images, const Window& window,
                          const IntervalKernels& table, int num_threads) {
   Filtering plan = plan_filters(call, images, window, table);
   make_filters(plan, num_threads);
+  const LateSteps late(call, table);
   const int64_t pixels = window.out_height * window.out_width, step = plan.step();
   const double work = static_cast<double>(images.batch * pixels) *
                       static_cast<double>(2 * kFilters * plan.weight_plane()) / 8;
@@ -310,7 +316,8 @@ void convolve_by_filters(const Call& call, const Images& images, const Window& w
       const float offset = make_tiles(plan, image, own);
       for (int64_t first = 0; first < pixels; first += plan.block_pixels()) {
         for (int64_t n = 0; n < call.weight.rows; n += step) {
-          filter_block(plan, image, first, n, std::min(step, call.weight.rows - n), offset, own);
+          filter_block(plan, late, image, first, n, std::min(step, call.weight.rows - n), offset,
+                       own);
         }
       }
     }

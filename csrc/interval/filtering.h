@@ -148,7 +148,8 @@ struct FilterEnds {
   const float* radius;  // sums of kBlockTiles tiles
   const float* bias;    // (rows) or null
   float offset;
-  int64_t rows;
+  int64_t rows;          // of the sums
+  int64_t first, count;  // of the rows whose ends are asked for; bias and out begin with the first
   int64_t pixels;
   int64_t row_stride;
   float* out_lower;

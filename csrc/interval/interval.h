@@ -112,6 +112,19 @@ struct Weight {
   int64_t terms = 0;
 };
 
+// What follows a convolution in the same pass over its outputs: batch norm with running statistics
+// and then the sum with another box, either or both, with the bounds of elementwise.h.
+struct Epilogue {
+  const double* mean = nullptr;  // (rows) and so are the other two, or null: no norm
+  const double* scale = nullptr;
+  const double* shift = nullptr;
+  bool rectified_norm = false;   // a ReLU before the norm
+  const float* lower = nullptr;  // ends of the other box, as the outputs, or null: no sum
+  const float* upper = nullptr;
+  bool rectified_sum = false;    // a ReLU before the sum
+  bool rectified_other = false;  // and one of the other box
+};
+
 // What both products share. All arrays are dense and row-major.
 struct Call {
   const float* lower;
@@ -126,6 +139,7 @@ struct Call {
   float* out_lower;
   float* out_upper;
   std::atomic<bool>* unbounded = nullptr;  // becomes true where an end is infinite
+  const Epilogue* epilogue = nullptr;      // of a convolution
 
   // What the kernels that make ends tell.
   void report(bool finite) const {

@@ -277,6 +277,7 @@ struct SumLoop {
   bool outward;
   float* out_lower;
   float* out_upper;
+  bool past_cache = false;  // whether ends go to memory directly, where the set can
 };
 
 // (x - mean) scale + shift of the ends of a box, in float64.
@@ -291,6 +292,7 @@ struct AffineLoop {
   float least;
   float* out_lower;
   float* out_upper;
+  bool past_cache = false;
 };
 
 // Each tells whether all ends are finite.

@@ -7,7 +7,7 @@
 
 namespace pyrobust {
 
-enum class ScratchSlot : int { kShared, kThread, kSteps, kSparse, kSums, kBias };
+enum class ScratchSlot : int { kShared, kThread, kSteps, kSparse, kSums, kBias, kEnds };
 
 // At least `bytes` bytes, 64-byte aligned, valid until the next request of this thread and slot.
 inline void* thread_scratch(ScratchSlot slot, int64_t bytes) {
@@ -15,7 +15,7 @@ inline void* thread_scratch(ScratchSlot slot, int64_t bytes) {
     std::unique_ptr<char[]> storage;
     int64_t bytes = 0;
   };
-  static thread_local Buffer buffers[6];
+  static thread_local Buffer buffers[7];
   Buffer& buffer = buffers[static_cast<int>(slot)];
   if (buffer.bytes < bytes || !buffer.storage) {
     buffer.storage.reset();

@@ -21,7 +21,7 @@ from torch import Tensor
 from pyrobust.interval.errors import where
 from pyrobust.ops._visible_numbers import all_finite, assert_in_graph, count_of, holds, physical
 
-__all__ = ["check_result", "infinite_ends", "refuse_infinite_ends"]
+__all__ = ["check_result", "infinite_ends", "infinite_ends_allowed", "refuse_infinite_ends"]
 
 _allowed: ContextVar[bool] = ContextVar("infinite ends allowed", default=False)
 
@@ -34,6 +34,11 @@ def infinite_ends() -> Iterator[None]:
         yield
     finally:
         _allowed.reset(token)
+
+
+def infinite_ends_allowed() -> bool:
+    """Whether the caller stands in :func:`infinite_ends`."""
+    return _allowed.get()
 
 
 def check_result(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyrobust import _native
 from pyrobust.interval.arithmetic import add
+from pyrobust.interval.deferred import may_wait, run_or_wait
 from pyrobust.interval.errors import check_shape, name_of
 from pyrobust.interval.finite import check_result
 from pyrobust.interval.operands import Rule, refuse, require_box
@@ -71,15 +72,24 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Interval:
     return _image(box, F.linear, lambda: interval_linear(lower, upper, weight, bias, **options))
 
 
-def _image(box: Interval, function: Any, call: Callable[[], tuple[Tensor, Tensor]]) -> Interval:
-    """The image of ``box`` under ``function`` that an operator gives.
+def _image(
+    box: Interval, function: Any, call: Callable[[], tuple[Tensor, Tensor]], *, waits: bool = False
+) -> Interval:
+    """The image of ``box`` under ``function`` that an operator gives; it may ``wait`` if it can.
 
     Kernels of ours say whether its ends are finite; those of others must be looked at.
     """
     if torch.compiler.is_compiling():
         return _looked_at(box, function, wrap(*call(), box.rounding))
     finite_ends.start()
-    lower, upper = call()
+    if waits and may_wait(box):
+        ends, waiting = run_or_wait(call, name_of(function), box.rounding)
+        if waiting is not None:
+            return waiting
+        assert ends is not None
+        lower, upper = ends
+    else:
+        lower, upper = call()
     if finite_ends.all:
         return adopt(lower, upper, box.rounding)
     return _looked_at(box, function, wrap(lower, upper, box.rounding))
@@ -159,7 +169,12 @@ def _conv2d(
         "rectified": rectified,
         **_UNCHECKED,
     }
-    return _image(box, torch.conv2d, lambda: interval_conv2d(lower, upper, weight, bias, **options))
+    return _image(
+        box,
+        torch.conv2d,
+        lambda: interval_conv2d(lower, upper, weight, bias, **options),
+        waits=True,
+    )
 
 
 def _sizes(value: Any) -> Any:
@@ -246,6 +261,7 @@ def _packed_conv2d(
         box,
         packed_layers.packed_conv2d,
         lambda: interval_packed_conv2d(lower, upper, codes, scale, zero, shift, **options),
+        waits=True,
     )
 
 

@@ -33,7 +33,7 @@ from pyrobust.interval.outward import (
 from pyrobust.interval.type import Interval, wrap
 from pyrobust.ops._interval_checks import is_deployed
 
-__all__ = ["RULES", "normalized"]
+__all__ = ["RULES", "normalized", "shifted_and_scaled"]
 
 
 def _plain(what: str, *values: Any) -> None:
@@ -82,10 +82,10 @@ def _batch_norm(
     if weight is not None:
         scale = scale * weight.to(wide).reshape(shape)
     shift = torch.zeros_like(mean) if bias is None else bias.to(wide).reshape(shape)
-    return _shifted_and_scaled(box, mean, scale, shift)
+    return shifted_and_scaled(box, mean, scale, shift)
 
 
-def _shifted_and_scaled(box: Interval, mean: Tensor, scale: Tensor, shift: Tensor) -> Interval:
+def shifted_and_scaled(box: Interval, mean: Tensor, scale: Tensor, shift: Tensor) -> Interval:
     """``(x - mean) scale + shift`` where ``scale`` has a relative error of 4 units of float64."""
     low, high = working(box)
     a, b = (low - mean) * scale, (high - mean) * scale

@@ -39,6 +39,7 @@ __all__ = [
     "put_off",
     "rectify",
     "unclipped",
+    "wait_for",
     "weakest",
     "wrap",
 ]
@@ -85,6 +86,9 @@ class Interval(Operators):
     _upper: Tensor
     # memory and shape of both ends, in place of tensors, until somebody asks for those
     _kept: tuple[bytearray, tuple[int, ...]] | None
+    # what gives both ends on first use, in place of tensors: interval/deferred.py
+    _deferred: Any = None
+    _source: Any = None  # the same once they are made
     _memory: list[int]  # shared with views: how often the memory was changed in place
     _seen: int  # the count at which this object is current
     _rectified: bool  # whether a ReLU of the ends is still to come: layers do it on the way in
@@ -203,27 +207,27 @@ class Interval(Operators):
     @property
     def shape(self) -> torch.Size:
         """Shape of either end."""
-        return self._lower.shape
+        return self._form.shape
 
     @property
     def dtype(self) -> torch.dtype:
         """float32 or float64."""
-        return self._lower.dtype
+        return self._form.dtype
 
     @property
     def device(self) -> torch.device:
         """Device of the ends."""
-        return self._lower.device
+        return self._form.device
 
     @property
     def ndim(self) -> int:
         """Number of dimensions."""
-        return self._lower.ndim
+        return self._form.ndim
 
     @property
     def requires_grad(self) -> bool:
         """Whether either end takes part in differentiation."""
-        if self._rectified and not self._graded:
+        if self._deferred is not None or (self._rectified and not self._graded):
             return False
         return self._lower.requires_grad or self._upper.requires_grad
 
@@ -235,7 +239,7 @@ class Interval(Operators):
     @property
     def is_cuda(self) -> bool:
         """Whether the ends lie on a CUDA device."""
-        return self._lower.is_cuda
+        return self._form.is_cuda
 
     @property
     def T(self) -> Interval:
@@ -249,15 +253,15 @@ class Interval(Operators):
 
     def size(self, dim: int | None = None) -> Any:
         """Shape, or the size of one dimension."""
-        return self._lower.shape if dim is None else self._lower.shape[dim]
+        return self._form.shape if dim is None else self._form.shape[dim]
 
     def dim(self) -> int:
         """Number of dimensions."""
-        return self._lower.ndim
+        return self._form.ndim
 
     def numel(self) -> int:
         """Number of elements."""
-        return self._lower.numel()
+        return self._form.numel()
 
     def is_floating_point(self) -> bool:
         """Always True."""
@@ -274,7 +278,18 @@ class Interval(Operators):
         return self
 
     def __len__(self) -> int:
-        return len(self._lower)
+        return len(self._form)
+
+    @property
+    def _form(self) -> Tensor:
+        """A tensor of the shape, dtype and device of the ends."""
+        form: Tensor = self._lower if self._deferred is None else self._deferred.form
+        return form
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._deferred is not None:
+            _make_tensors(self)
+        return {name: value for name, value in self.__dict__.items() if name != "_source"}
 
     def __iter__(self) -> Iterator[Interval]:
         for low, high in zip(self.lower, self.upper, strict=True):
@@ -365,13 +380,30 @@ def adopt(lower: Any, upper: Any, rounding: str) -> Interval:
     return box
 
 
+def wait_for(deferred: Any, rounding: str) -> Interval:
+    """An Interval whose ends are ``deferred.ends()``, made on first use."""
+    box = Interval.__new__(Interval)
+    box._kept, box._deferred, box.rounding = None, deferred, rounding
+    box._memory, box._seen = [0], 0
+    box._rectified, box._graded = False, False
+    return box
+
+
 def _make_tensors(box: Interval) -> None:
-    """Give ``box`` tensors for its kept ends, if it has any."""
+    """Give ``box`` tensors for ends that it keeps or waits for, if it does."""
     kept = box.__dict__.get("_kept")  # absent where an object is only being made
-    if kept is None:
-        return
-    box._lower, box._upper = _native.tensors_of_kept(*kept)
-    box._kept = None
+    if kept is not None:
+        made = _native.tensors_of_kept(*kept)
+        if made is None:  # under a transform of torch.func, which wraps every new tensor
+            with torch._C._DisableFuncTorch():
+                made = _native.tensors_of_kept(*kept)
+        assert made is not None
+        box._lower, box._upper = made
+        box._kept = None
+    elif box._deferred is not None:
+        box._lower, box._upper = box._deferred.ends()
+        # what follows this box and waits finds its ends by that
+        box._source, box._deferred = box._deferred, None
 
 
 def assign(box: Interval, result: Interval) -> Interval:
@@ -388,18 +420,28 @@ def assign(box: Interval, result: Interval) -> Interval:
     _check_current(box)
     box._memory[0] += 1
     box._seen = box._memory[0]
-    box._lower, box._upper, box.rounding = result._lower, result._upper, result.rounding
-    box._kept = None
+    box._kept, box._deferred, box.rounding = None, result._deferred, result.rounding
+    box._source = result._source
+    if result._deferred is None:
+        box._lower, box._upper = result._lower, result._upper
+    else:
+        for name in ("_lower", "_upper"):
+            box.__dict__.pop(name, None)
     box._rectified, box._graded = result._rectified, result._graded
     return box
 
 
 def rectify(box: Interval) -> Interval:
     """``max(0, x)``. In plain eager mode the next layer clips on its way in, or the first user."""
-    if not (plain_eager() if box._kept else plain_eager(box._lower, box._upper)):
+    no_tensors = box._kept is not None or box._deferred is not None
+    if not (plain_eager() if no_tensors else plain_eager(box._lower, box._upper)):
         return wrap(box.lower.relu(), box.upper.relu(), box.rounding)
-    lower, upper, _ = unclipped(box, kept=True)
-    result = adopt(lower, upper, box.rounding)
+    if box._deferred is not None:
+        _check_current(box)
+        result = wait_for(box._deferred, box.rounding)
+    else:
+        lower, upper, _ = unclipped(box, kept=True)
+        result = adopt(lower, upper, box.rounding)
     result._rectified, result._graded = True, torch.is_grad_enabled()
     return result
 

@@ -38,6 +38,7 @@ from pyrobust.ops._interval_gradients import (
     weight_gradient,
 )
 from pyrobust.ops._interval_nearest import nearest_image, taken_by_torch
+from pyrobust.ops._late_products import Product, hand_over
 from pyrobust.ops._library import define, dispatcher_needed, plain_eager, refuse_forward_mode
 
 __all__ = [
@@ -139,7 +140,7 @@ def interval_conv2d(
         refuse_forward_mode(_SUBJECT, *tensors)
         ends = torch.ops.pyrobust.interval_conv2d(*arguments)
     else:
-        ends = _conv_cpu(*arguments)
+        ends = _conv_cpu(*arguments, may_wait=True)
     ends = settled(_SUBJECT, ends, operands, allow_infinite)
     return ends if lower.ndim == 4 else (ends[0].squeeze(0), ends[1].squeeze(0))
 
@@ -224,14 +225,14 @@ def _conv_cpu(
     groups: int,
     rounding: str,
     rectified: bool = False,
+    *,
+    may_wait: bool = False,
 ) -> Ends:
     if lower.dtype != torch.float32:
         window = (stride, pad, dilation, groups)
         return _conv_fallback(lower, upper, weight, bias, *window, rounding, rectified)
     size = output_size(_SUBJECT, lower.shape, weight.shape[2:], stride, pad, dilation)
-    out_low = lower.new_empty((lower.shape[0], weight.shape[0], *size))
-    out_high = torch.empty_like(out_low)
-    finite = _native.interval_conv2d(
+    before = (
         dense(lower),
         dense(upper),
         dense(weight),
@@ -242,12 +243,14 @@ def _conv_cpu(
         groups,
         rounding,
         rectified,
-        out_low,
-        out_high,
-        torch.get_num_threads(),
     )
+    shape = (lower.shape[0], weight.shape[0], *size)
+    product = Product(_native.interval_conv2d, before, (2, 3), shape)
+    if may_wait and hand_over(product):
+        return product.form, product.form
+    ends, finite = product.run()
     finite_ends.note(finite)
-    return out_low, out_high
+    return ends
 
 
 def padded(images: Tensor, pad: list[int]) -> Tensor:

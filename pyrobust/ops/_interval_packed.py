@@ -34,6 +34,7 @@ from pyrobust.ops._interval_checks import (
     settled,
 )
 from pyrobust.ops._interval_fallback import half_step_of_int8, outward_image
+from pyrobust.ops._late_products import Product, hand_over
 from pyrobust.ops._library import define, dispatcher_needed, refuse_forward_mode
 from pyrobust.ops.formats import levels_of
 from pyrobust.ops.matmul import dequantize_codes
@@ -230,7 +231,7 @@ def interval_packed_conv2d(
         refuse_forward_mode(subject, *tensors)
         ends: Ends = torch.ops.pyrobust.interval_packed_conv2d(*arguments)
     else:
-        ends = _conv_cpu(*arguments, rectified=rectified)
+        ends = _conv_cpu(*arguments, rectified=rectified, may_wait=True)
     operands = {"lower": lower, "upper": upper, "scale": scale, "bias": bias}
     ends = settled(subject, ends, operands, allow_infinite)
     return ends if lower.ndim == 4 else (ends[0].squeeze(0), ends[1].squeeze(0))
@@ -477,6 +478,7 @@ def _conv_cpu(
     rounding: str,
     *extras: Tensor | None,
     rectified: bool = False,
+    may_wait: bool = False,
 ) -> Ends:
     if lower.dtype != torch.float32 or not lower.is_cpu:
         weight = _weight(codes, scale, zero, terms, bits, group_size, group_dim, extras)
@@ -496,9 +498,7 @@ def _conv_cpu(
             half_step=half_step_of_int8(lower, upper, (1, 2, 3)) if activations else None,
         )
     size = conv.output_size("interval_packed_conv2d", lower.shape, kernel, stride, pad, dilation)
-    out_low = lower.new_empty((lower.shape[0], codes.shape[0], *size))
-    out_high = torch.empty_like(out_low)
-    finite = _native.interval_packed_conv2d(
+    before = (
         dense(lower),
         dense(upper),
         dense(codes),
@@ -515,12 +515,14 @@ def _conv_cpu(
         groups,
         rounding,
         rectified,
-        out_low,
-        out_high,
-        torch.get_num_threads(),
     )
+    shape = (lower.shape[0], codes.shape[0], *size)
+    late = Product(_native.interval_packed_conv2d, before, (2, 3, 4, 5, 7), shape)
+    if may_wait and hand_over(late):
+        return late.form, late.form
+    ends, finite = late.run()
     finite_ends.note(finite)
-    return out_low, out_high
+    return ends
 
 
 def _conv_fake(lower: Tensor, upper: Tensor, codes: Tensor, *rest: Any) -> Ends:

@@ -11,6 +11,7 @@ from pyrobust._checks import check_choice
 __all__ = ["radius_precision"]
 
 _CHOICES = ("float32", "bfloat16")
+coarse = False  # the setting of the kernels
 
 
 @contextmanager
@@ -39,8 +40,15 @@ def radius_precision(name: str) -> Iterator[None]:
         True
     """
     check_choice("radius_precision", "name", name, _CHOICES)
-    before = _native.set_interval_coarse_radius(name == "bfloat16")
+    before = _set(name == "bfloat16")
     try:
         yield
     finally:
-        _native.set_interval_coarse_radius(before)
+        _set(before)
+
+
+def _set(allowed: bool) -> bool:
+    global coarse
+    coarse = allowed
+    before: bool = _native.set_interval_coarse_radius(allowed)
+    return before

@@ -149,3 +149,10 @@ def test_a_subclass_and_an_autocast_go_the_general_way(layer):
         for call in (layer, pack(nn.Sequential(layer), bits=4, group_size=7), torch.relu):
             with pytest.raises(RuntimeError, match="autocast must be off"):
                 call(Interval(x, x + 1))
+
+
+def test_transforms_of_torch_func_read_them(layer):
+    low, _ = ends(box_of(2, 7), layer)
+    kept = layer(box_of(2, 7))
+    slope = torch.func.grad(lambda t: (kept.lower * t).sum())(torch.ones(()))
+    torch.testing.assert_close(slope, low.sum())
