@@ -16,84 +16,103 @@ static_assert(kCoarseBlock % kCoarseRows == 0 && kCoarseBlock % kCentreRows == 0
 // --- panels
 // --------------------------------------------------------------------------------------
 
-// A chunk of up to four panels, side by side: centres (terms, 16 P) and pairs of radii (pairs,
-// 16 P), zero from the last term to the end of its tile.
+// Panels side by side, a chunk at a time: centres (terms, 16 P), then pairs of radii (pairs, 16 P);
+// zero from the last term to the end of its tile.
 template <int P>
-struct Gathered {
+struct Chunk {
+  static constexpr int64_t kWidth = 16 * P;
+
   float* centre;
   uint32_t* radii;
-  float* sums;  // of the radii of a block
+  int64_t count;
 
-  explicit Gathered(float* scratch)
-      : centre(scratch),
-        radii(reinterpret_cast<uint32_t*>(scratch + kChunk * 32)),
-        sums(scratch + kChunk * 32 + kChunk / 2 * 32) {}
+  // Terms from `begin` on, of `terms`.
+  Chunk(float* gathered, int64_t begin, int64_t terms)
+      : centre(gathered + begin / 2 * 3 * kWidth),
+        count(terms - begin < kChunk ? terms - begin : kChunk) {
+    radii = reinterpret_cast<uint32_t*>(centre + 2 * pairs() * kWidth);
+  }
 
-  void fill(const float* left, const float* right, int64_t count, int64_t p) const {
-    const int64_t pairs = pairs_of(count);
-    for (int64_t q = 0; q < pairs; ++q) {
+  int64_t pairs() const { return coarse_pairs(pairs_of(count)); }
+
+  void fill(const float* left, const float* right, int64_t p) const {
+    for (int64_t q = 0; q < pairs(); ++q) {
       const int64_t k = 2 * q;
-      const Column one = column_of(left + k * kPanelWidth, right + k * kPanelWidth);
-      Column two{_mm512_setzero_ps(), _mm512_setzero_ps()};
+      Column one{_mm512_setzero_ps(), _mm512_setzero_ps()}, two = one;
+      __m512i words = _mm512_setzero_si512();
+      if (k < count) {
+        one = column_of(left + k * kPanelWidth, right + k * kPanelWidth);
+        words = round_up(_mm512_castps_si512(one.radius));
+      }
       if (k + 1 < count) {
         two = column_of(left + (k + 1) * kPanelWidth, right + (k + 1) * kPanelWidth);
       }
-      _mm512_storeu_ps(centre + (k * P + p) * 16, one.centre);
-      _mm512_storeu_ps(centre + ((k + 1) * P + p) * 16, two.centre);
-      _mm512_storeu_si512(radii + (q * P + p) * 16,
-                          pair_up(round_up(_mm512_castps_si512(one.radius)),
-                                  round_up(_mm512_castps_si512(two.radius))));
-    }
-    for (int64_t q = pairs; q < coarse_pairs(pairs); ++q) {
-      _mm512_storeu_si512(radii + (q * P + p) * 16, _mm512_setzero_si512());
+      const __m512i second =
+          k + 1 < count ? round_up(_mm512_castps_si512(two.radius)) : _mm512_setzero_si512();
+      _mm512_storeu_ps(centre + k * kWidth + p * 16, one.centre);
+      _mm512_storeu_ps(centre + (k + 1) * kWidth + p * 16, two.centre);
+      _mm512_storeu_si512(radii + q * kWidth + p * 16, pair_up(words, second));
     }
   }
 };
 
-// P groups of two panels from `first` on, terms [begin, begin + count), a chunk.
 template <int P>
-void chunk_of_panels(const CoarseTiles& work, int64_t first, int64_t begin, int64_t count) {
+void gather_groups(const GatherPanels& work) {
+  for (int64_t begin = 0; begin < work.terms; begin += kChunk) {
+    const Chunk<P> chunk(work.to, begin, work.terms);
+    for (int64_t p = 0; p < P; ++p) {
+      const int64_t left = 2 * p, right = left + 1 < work.panels ? left + 1 : left;
+      const float* from = work.panel + begin * kPanelWidth;
+      chunk.fill(from + left * work.panel_stride, from + right * work.panel_stride, p);
+    }
+  }
+}
+
+void gather_panels(const GatherPanels& work) {
+  if (work.panels > 2) {
+    gather_groups<2>(work);
+  } else {
+    gather_groups<1>(work);
+  }
+}
+
+template <int P>
+void chunk_of_panels(const CoarseTiles& work, int64_t begin) {
   static constexpr int64_t kOrigin = 0;
   const Tiles& tiles = work.tiles;
-  const Gathered<P> inputs(work.scratch);
-  for (int64_t p = 0; p < P; ++p) {
-    const int64_t left = first + 2 * p, right = left + 1 < tiles.panels ? left + 1 : left;
-    inputs.fill(tiles.panel + left * tiles.panel_stride + begin * kPanelWidth,
-                tiles.panel + right * tiles.panel_stride + begin * kPanelWidth, count, p);
-  }
+  const Chunk<P> chunk(work.gathered, begin, tiles.terms);
   for (int64_t n = 0; n < tiles.rows; n += kCoarseBlock) {
     const int64_t rows = tiles.rows - n < kCoarseBlock ? tiles.rows - n : kCoarseBlock;
     sum_radii({work.sizes + n * work.size_stride + begin / 2,
                work.size_stride,
-               {inputs.radii, inputs.radii + 16},
+               {chunk.radii, chunk.radii + 16},
                P,
-               P * 16,
+               chunk.kWidth,
                &kOrigin,
                1,
-               coarse_pairs(pairs_of(count)),
+               chunk.pairs(),
                rows,
-               inputs.sums,
+               work.scratch,
                32});
     const auto part = [&](int64_t i) {
       const float* weight = tiles.weight + (n + i) * tiles.weight_stride + begin;
       return std::pair(
-          GatheredColumns{inputs.centre, P * 16, weight},
-          CentreSums{tiles.weight_stride, inputs.sums + i * 32,
-                     tiles.sums + first * tiles.sum_stride + (n + i) * kPanelWidth,
-                     tiles.sum_stride, tiles.panels - first, begin == 0 && !tiles.add});
+          GatheredColumns{chunk.centre, chunk.kWidth, weight},
+          CentreSums{tiles.weight_stride, work.scratch + i * 32, tiles.sums + (n + i) * kPanelWidth,
+                     tiles.sum_stride, tiles.panels, begin == 0 && !tiles.add});
     };
-    add_all_centres<P, GatheredColumns>(rows, 0, count, part);
+    add_all_centres<P, GatheredColumns>(rows, 0, chunk.count, part);
   }
 }
 
 void coarse_tiles(const CoarseTiles& work) {
-  const Tiles& tiles = work.tiles;
   configure_tiles();
-  for (int64_t begin = 0; begin < tiles.terms; begin += kChunk) {
-    const int64_t count = tiles.terms - begin < kChunk ? tiles.terms - begin : kChunk;
-    int64_t p = 0;
-    for (; p + 2 < tiles.panels; p += 4) chunk_of_panels<2>(work, p, begin, count);
-    if (p < tiles.panels) chunk_of_panels<1>(work, p, begin, count);
+  for (int64_t begin = 0; begin < work.tiles.terms; begin += kChunk) {
+    if (work.tiles.panels > 2) {
+      chunk_of_panels<2>(work, begin);
+    } else {
+      chunk_of_panels<1>(work, begin);
+    }
   }
   tile::release();
 }
@@ -164,6 +183,7 @@ void coarse_direct(const CoarseDirect& work) {
 constexpr IntervalKernels coarse_kernels() {
   IntervalKernels out;
   out.round_sizes = round_sizes;
+  out.gather_panels = gather_panels;
   out.coarse_tiles = coarse_tiles;
   out.round_channels = round_channels;
   out.pair_channels = pair_channels;

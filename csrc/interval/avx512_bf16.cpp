@@ -74,7 +74,7 @@ struct Chunk {
 };
 
 template <int R, int P>
-void add_chunk(const Chunk& chunk, int64_t first, int64_t n) {
+void add_chunk(const Chunk& chunk, int64_t n) {
   const int64_t stride = chunk.work.weight_stride;
   PixelSums<R, P> total;
   total.clear();
@@ -92,7 +92,7 @@ void add_chunk(const Chunk& chunk, int64_t first, int64_t n) {
   }
   for (int i = 0; i < R; ++i) {
     for (int p = 0; p < P; ++p) {
-      const int64_t panel = first + 2 * p;
+      const int64_t panel = 2 * p;
       float* left = chunk.work.sums + panel * chunk.work.sum_stride + (n + i) * kPanelWidth;
       float* right = panel + 1 < chunk.work.panels ? left + chunk.work.sum_stride : nullptr;
       add_to_panels(left, right, chunk.fresh, total.c[i][p], total.r[i][p]);
@@ -100,32 +100,44 @@ void add_chunk(const Chunk& chunk, int64_t first, int64_t n) {
   }
 }
 
-using AddChunk = void (*)(const Chunk&, int64_t, int64_t);
+using AddChunk = void (*)(const Chunk&, int64_t);
 
 template <int P, int... R>
 constexpr std::array<AddChunk, sizeof...(R)> chunks_by_rows(std::integer_sequence<int, R...>) {
   return {add_chunk<R + 1, P>...};
 }
 
-// P groups of two panels from `first` on, terms [begin, begin + count).
+// P groups of two panels.
 template <int P>
-void chunk_of_panels(const CoarseTiles& work, int64_t first, int64_t begin, int64_t count) {
+void gather_groups(const GatherPanels& work) {
+  for (int64_t p = 0; p < P; ++p) {
+    const int64_t left = 2 * p, right = left + 1 < work.panels ? left + 1 : left;
+    gather_group<P>(work.panel + left * work.panel_stride, work.panel + right * work.panel_stride,
+                    work.terms, work.to + p * kGroup);
+  }
+}
+
+void gather_panels(const GatherPanels& work) {
+  if (work.panels > 2) {
+    gather_groups<2>(work);
+  } else {
+    gather_groups<1>(work);
+  }
+}
+
+// P groups of two panels, terms [begin, begin + count).
+template <int P>
+void chunk_of_panels(const CoarseTiles& work, int64_t begin, int64_t count) {
   static constexpr auto kChunks = chunks_by_rows<P>(std::make_integer_sequence<int, kTileRows>());
   const Tiles& tiles = work.tiles;
-  for (int64_t p = 0; p < P; ++p) {
-    const int64_t left = first + 2 * p, right = left + 1 < tiles.panels ? left + 1 : left;
-    gather_group<P>(tiles.panel + left * tiles.panel_stride + begin * kPanelWidth,
-                    tiles.panel + right * tiles.panel_stride + begin * kPanelWidth, count,
-                    work.scratch + p * kGroup);
-  }
   const int64_t heights = (tiles.rows + kTileRows - 1) / kTileRows;
   for (int64_t t = 0, n = 0; t < heights; ++t) {
     const int64_t next = tiles.rows * (t + 1) / heights;
-    kChunks[static_cast<size_t>(next - n - 1)](
-        {tiles, work.scratch, tiles.weight + n * tiles.weight_stride + begin,
-         work.sizes + n * work.size_stride + begin / 2, work.size_stride, count,
-         begin == 0 && !tiles.add},
-        first, n);
+    kChunks[static_cast<size_t>(next - n - 1)]({tiles, work.gathered + begin / 2 * P * kGroup,
+                                                tiles.weight + n * tiles.weight_stride + begin,
+                                                work.sizes + n * work.size_stride + begin / 2,
+                                                work.size_stride, count, begin == 0 && !tiles.add},
+                                               n);
     n = next;
   }
 }
@@ -134,9 +146,11 @@ void coarse_tiles(const CoarseTiles& work) {
   const Tiles& tiles = work.tiles;
   for (int64_t begin = 0; begin < tiles.terms; begin += kChunk) {
     const int64_t count = tiles.terms - begin < kChunk ? tiles.terms - begin : kChunk;
-    int64_t p = 0;
-    for (; p + 2 < tiles.panels; p += 4) chunk_of_panels<2>(work, p, begin, count);
-    if (p < tiles.panels) chunk_of_panels<1>(work, p, begin, count);
+    if (tiles.panels > 2) {
+      chunk_of_panels<2>(work, begin, count);
+    } else {
+      chunk_of_panels<1>(work, begin, count);
+    }
   }
 }
 
@@ -248,6 +262,7 @@ void coarse_direct(const CoarseDirect& work) {
 constexpr IntervalKernels coarse_kernels() {
   IntervalKernels out;
   out.round_sizes = round_sizes;
+  out.gather_panels = gather_panels;
   out.coarse_tiles = coarse_tiles;
   out.round_channels = round_channels;
   out.pair_channels = pair_channels;

@@ -24,33 +24,40 @@ inline __m512i size_up(__m512i weight) {
                                _mm512_set1_epi32(0x00800000));
 }
 
-// Words [q, q + 16) of a row of `terms` terms.
-inline void round_words(const float* weight, int64_t terms, int64_t q, uint32_t* sizes) {
+inline __m512i words_of(__m512i left, __m512i right) {
   const __m512i evens =
       _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   const __m512i odds = _mm512_or_si512(evens, _mm512_set1_epi32(1));
-  const int64_t left = terms - 2 * q;
-  const auto mask = [](int64_t count) {
-    return static_cast<__mmask16>(count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1);
-  };
-  const __m512i a = size_up(_mm512_maskz_loadu_epi32(mask(left), weight + 2 * q));
-  const __m512i b = size_up(_mm512_maskz_loadu_epi32(mask(left - 16), weight + 2 * q + 16));
-  const __m512i words =
-      pair_up(_mm512_permutex2var_epi32(a, evens, b), _mm512_permutex2var_epi32(a, odds, b));
-  _mm512_mask_storeu_epi32(sizes + q, mask(pairs_of(terms) - q), words);
+  const __m512i a = size_up(left), b = size_up(right);
+  return pair_up(_mm512_permutex2var_epi32(a, evens, b), _mm512_permutex2var_epi32(a, odds, b));
+}
+
+// A row's words, and zeros after them: `stride` words, whole registers.
+inline void round_row(const float* weight, int64_t terms, int64_t stride, uint32_t* sizes) {
+  const int64_t whole = terms / 32 * 32;
+  int64_t k = 0;
+  for (; k < whole; k += 32) {
+    const __m512i words =
+        words_of(_mm512_loadu_si512(weight + k), _mm512_loadu_si512(weight + k + 16));
+    _mm512_storeu_si512(sizes + k / 2, words);
+  }
+  for (; k < 2 * stride; k += 32) {
+    const auto mask = [&](int64_t from) {
+      const int64_t count = terms - from;
+      return static_cast<__mmask16>(count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1);
+    };
+    const __m512i left = _mm512_maskz_loadu_epi32(mask(k), weight + k);
+    const __m512i right = _mm512_maskz_loadu_epi32(mask(k + 16), weight + k + 16);
+    _mm512_storeu_si512(sizes + k / 2, words_of(left, right));
+  }
 }
 
 void round_sizes(const RoundSizes& work) {
-  const int64_t pairs = pairs_of(work.terms), rows = coarse_rows(work.rows);
-  for (int64_t n = 0; n < work.rows; ++n) {
-    uint32_t* sizes = work.sizes + n * work.size_stride;
-    for (int64_t q = 0; q < pairs; q += 16) {
-      round_words(work.weight + n * work.stride, work.terms, q, sizes);
-    }
-    for (int64_t q = pairs; q < work.size_stride; ++q) sizes[q] = 0;
-  }
-  for (int64_t at = work.rows * work.size_stride; at < rows * work.size_stride; ++at) {
-    work.sizes[at] = 0;
+  const int64_t rows = coarse_rows(work.rows);
+  for (int64_t n = 0; n < rows; ++n) {
+    const int64_t terms = n < work.rows ? work.terms : 0;
+    round_row(work.weight + (terms > 0 ? n : 0) * work.stride, terms, work.size_stride,
+              work.sizes + n * work.size_stride);
   }
 }
 

@@ -27,7 +27,8 @@ int64_t slots_of(const Convolution& conv) { return (kMaxPanels - 1) / panels_of_
 
 // The buffers of one thread.
 struct Buffers {
-  float *decoded, *centre, *radius, *lines, *packed, *sums, *scratch;
+  float *decoded, *centre, *radius, *lines, *packed, *sums;
+  float *scratch, *gathered;      // of the coarse kernel
   float offsets[kMaxPanels + 1];  // of the images in the slots
   Constants ends[kMaxPanels];     // of the packed panels
 
@@ -35,7 +36,10 @@ struct Buffers {
     return whole_lines(decoded_size(conv.call.weight, step)) +
            2 * whole_lines(slots_of(conv) * conv.image_size()) + line_size(conv) +
            kMaxPanels * (panel_stride(conv) + step * kPanelWidth) +
-           (conv.call.coarse_radius ? coarse_scratch() : 0);
+           (conv.call.coarse_radius ? coarse_scratch() + gathered_size(conv) : 0);
+  }
+  static int64_t gathered_size(const Convolution& conv) {
+    return kMaxPanels / kPanelsOfCoarseTile * coarse_gathered(conv.call.weight.terms);
   }
 
   Buffers(const Convolution& conv, int64_t step, float* memory) : offsets{}, ends{} {
@@ -47,7 +51,12 @@ struct Buffers {
     packed = lines + line_size(conv);
     sums = packed + kMaxPanels * panel_stride(conv);
     scratch = sums + kMaxPanels * step * kPanelWidth;
+    gathered = scratch + coarse_scratch();
     std::fill(centre, lines, 0.0f);  // the padding; images of one size keep it
+  }
+
+  float* gathered_at(const Convolution& conv, int64_t p) const {
+    return gathered + p / kPanelsOfCoarseTile * coarse_gathered(conv.call.weight.terms);
   }
 };
 
@@ -111,6 +120,14 @@ void pack_group(const Convolution& conv, const ConstantsByCount& by_count, int64
   }
 }
 
+void gather_group(const Convolution& conv, int64_t panels, const Buffers& own) {
+  for (int64_t p = 0; p < panels; p += kPanelsOfCoarseTile) {
+    conv.table.gather_panels({own.packed + p * panel_stride(conv),
+                              std::min(kPanelsOfCoarseTile, panels - p), panel_stride(conv),
+                              conv.call.weight.terms, own.gathered_at(conv, p)});
+  }
+}
+
 // Rows [n, n + count) of W against the packed panels [first, last).
 void convolve_rows(const Convolution& conv, const LateSteps& late, int64_t n, int64_t count,
                    int64_t first, int64_t last, const uint32_t* sizes, const Buffers& own) {
@@ -131,7 +148,8 @@ void convolve_rows(const Convolution& conv, const LateSteps& late, int64_t n, in
                       false};
     if (coarse) {
       const int64_t stride = coarse_pairs(pairs_of(terms));
-      conv.table.coarse_tiles({tiles, sizes + n * stride, stride, own.scratch});
+      conv.table.coarse_tiles(
+          {tiles, own.gathered_at(conv, p - first), sizes + n * stride, stride, own.scratch});
     } else {
       conv.table.tiles(tiles);
     }
@@ -187,6 +205,7 @@ void convolve_panels(Convolution& conv, int num_threads) {
       }
       for (int64_t group = 0; group < conv.window.groups; ++group) {
         pack_group(conv, by_count, group, first, last, own);
+        if (conv.call.coarse_radius) gather_group(conv, last - first, own);
         for (int64_t n = group * conv.rows; n < (group + 1) * conv.rows; n += step) {
           const int64_t count = std::min(step, (group + 1) * conv.rows - n);
           convolve_rows(conv, late, n, count, first, last, sizes.data(), own);

@@ -36,6 +36,7 @@ IntervalKernels pick_kernels() {
     if (faster->integers != nullptr) table.integers = faster->integers;
     if (faster->coarse_tiles != nullptr) {
       table.round_sizes = faster->round_sizes;
+      table.gather_panels = faster->gather_panels;
       table.coarse_tiles = faster->coarse_tiles;
       table.round_channels = faster->round_channels;
       table.pair_channels = faster->pair_channels;
@@ -128,14 +129,18 @@ struct RowShare {
   const IntervalKernels& table;
   const Panels& panels;
   int64_t begin, end;
-  int64_t step;     // rows at once
-  float* decoded;   // of packed rows
-  float* sums;      // (panels, end - begin, kPanelWidth)
-  float* scratch;   // of the coarse kernel
-  uint32_t* sizes;  // of the coarse kernel
+  int64_t step;    // rows at once
+  float* decoded;  // of packed rows
+  float* sums;     // (panels, end - begin, kPanelWidth)
+  // of the coarse kernel
+  float* scratch;
+  float* gathered;  // of kTermsAtOnce terms
+  uint32_t* sizes;
 
   static int64_t scratch_size(const Call& call, int64_t rows, int64_t step, int64_t panels) {
-    const int64_t coarse = coarse_scratch() + coarse_sizes(step, pairs_of(kTermsAtOnce));
+    const int64_t coarse = coarse_scratch() +
+                           blocks(panels, kPanelsOfCoarseTile) * coarse_gathered(kTermsAtOnce) +
+                           coarse_sizes(step, pairs_of(kTermsAtOnce));
     return whole_lines(decoded_size(call.weight, step)) + panels * rows * kPanelWidth +
            (call.coarse_radius ? coarse : 0);
   }
@@ -146,7 +151,21 @@ struct RowShare {
     decoded = memory;
     sums = decoded + whole_lines(decoded_size(call.weight, step));
     scratch = sums + panels.count * (end - begin) * kPanelWidth;
-    sizes = reinterpret_cast<uint32_t*>(scratch + coarse_scratch());
+    gathered = scratch + coarse_scratch();
+    sizes = reinterpret_cast<uint32_t*>(gathered + blocks(panels.count, kPanelsOfCoarseTile) *
+                                                       coarse_gathered(kTermsAtOnce));
+  }
+
+  float* gathered_at(int64_t p) const {
+    return gathered + p / kPanelsOfCoarseTile * coarse_gathered(kTermsAtOnce);
+  }
+
+  // Terms [from, from + count) of all panels.
+  void gather(int64_t from, int64_t count) const {
+    for (int64_t p = 0; p < panels.count; p += kPanelsOfCoarseTile) {
+      table.gather_panels({panels.at(p, from), std::min(kPanelsOfCoarseTile, panels.count - p),
+                           panels.stride, count, gathered_at(p)});
+    }
   }
 
   // Terms [from, from + count) of rows [n, n + rows), whose W starts at `weight`.
@@ -169,7 +188,7 @@ struct RowShare {
                         sum_stride,
                         from > 0};
       if (call.coarse_radius) {
-        table.coarse_tiles({tiles, sizes, size_stride, scratch});
+        table.coarse_tiles({tiles, gathered_at(p), sizes, size_stride, scratch});
       } else {
         table.tiles(tiles);
       }
@@ -205,6 +224,7 @@ struct RowShare {
       return;
     }
     for (int64_t k = from; k < std::max(to, from + 1); k += kTermsAtOnce) {  // once without terms
+      if (call.coarse_radius) gather(k, std::min(kTermsAtOnce, to - k));
       for (int64_t n = begin; n < end; n += step) {
         add(call.weight.data + n * call.weight.terms, n, std::min(step, end - n), k,
             std::min(kTermsAtOnce, to - k));

@@ -182,9 +182,23 @@ struct RoundSizes {
   int64_t size_stride;  // coarse_pairs(pairs_of(terms))
 };
 
+// Up to kPanelsOfCoarseTile panels side by side, as coarse_tiles of the same set reads them:
+// centres and pairs of radii rounded up.
+struct GatherPanels {
+  const float* panel;
+  int64_t panels;
+  int64_t panel_stride;
+  int64_t terms;
+  float* to;  // coarse_gathered(terms) of them
+};
+constexpr int64_t coarse_gathered(int64_t terms) {
+  return coarse_pairs(pairs_of(terms)) * 3 * kLanes * kPanelsOfCoarseTile;
+}
+
 // The same with radii and |W| rounded up to bfloat16.
 struct CoarseTiles {
-  Tiles tiles;
+  Tiles tiles;  // without `panel`
+  float* gathered;
   const uint32_t* sizes;  // (rows, pairs of terms): |W| as round_sizes gives it
   int64_t size_stride;
   float* scratch;  // coarse_scratch() of them
@@ -232,10 +246,9 @@ struct RoundChannels {
   int64_t size_stride;
 };
 
-// For every pair of terms 32 centres of each and 32 pairs of radii; and sums of radii of some rows
-// of W times 32 inputs.
+// Sums of radii of some rows of W times 32 inputs.
 constexpr int64_t kCoarseBlock = 48;
-constexpr int64_t coarse_scratch() { return kChunk / 2 * 96 + kCoarseBlock * 32; }
+constexpr int64_t coarse_scratch() { return kCoarseBlock * 32; }
 
 // The most terms whose products with radii a kernel adds up before it adds the result to others.
 constexpr int64_t kCoarseChain = 2 * kChunk;
@@ -334,6 +347,7 @@ struct IntervalKernels {
   FilterKernels filter = {};  // all or none
   // Products of bfloat16.
   void (*round_sizes)(const RoundSizes& work) = nullptr;
+  void (*gather_panels)(const GatherPanels& work) = nullptr;
   void (*coarse_tiles)(const CoarseTiles& work) = nullptr;
   void (*round_channels)(const RoundChannels& work) = nullptr;
   // Radii of neighbouring channels, `plane` floats each, rounded up to pairs.
