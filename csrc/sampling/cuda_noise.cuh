@@ -40,10 +40,13 @@ PYROBUST_DEVICE constexpr uint32_t purpose_of() {
 // What variates need besides their bits, and what tells whether one of a sample's must be redrawn.
 template <Noise kNoise>
 struct Variator {
-  // Normals are drawn 2^kLift times too large and multiplied by a scale that much too small, which
-  // is exact but where it is below the least normal number: there all values are mended.
-  static constexpr float kScale = kNoise == Noise::kGaussian ? kLiftDown : 1.0f;
-  static constexpr float kLeastScale = kNoise == Noise::kGaussian ? 1.17549435e-38f : 0.0f;
+  // Normals are drawn 2^kLift times too large, uniform numbers 2^31 times, and multiplied by a
+  // scale that much too small, which is exact but where it is below the least normal number: there
+  // all values are mended.
+  static constexpr float kScale = kNoise == Noise::kGaussian  ? kLiftDown
+                                  : kNoise == Noise::kUniform ? kUniformStep
+                                                              : 1.0f;
+  static constexpr float kLeastScale = kScale < 1.0f ? 1.17549435e-38f : 0.0f;
   cuda::SharedPlace rows;  // of normals
   const Tables& tables;
   uint32_t one;
@@ -59,13 +62,14 @@ struct Variator {
     }
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      value[i] = kNoise == Noise::kUniform ? uniform_from_bits(bits[i])
+      value[i] = kNoise == Noise::kUniform ? static_cast<float>(static_cast<int32_t>(bits[i]))
                                            : laplace_of(tables.laplace, bits[i], one, &joined);
     }
   }
 
   // A bit more for a sample.
   __device__ __forceinline__ uint32_t note(uint32_t record) const {
+    if (kNoise == Noise::kUniform) return 0;
     if (kNoise == Noise::kGaussian) return record * 2 + joined;
     return static_cast<uint32_t>((uint64_t{record} << 32 | joined) >> 31);
   }
@@ -159,12 +163,13 @@ PYROBUST_DEVICE void mend_quad(const NoiseWork& work, const Tables& tables, cons
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
       const int64_t at = element + w * kLanes + i;
-      const bool wanted = all || normal_needs_refinement(words.word[w]);
-      if (!wanted || at >= work.at.elements) continue;
+      const bool small = kNoise != Noise::kUniform && normal_needs_refinement(words.word[w]);
+      if (!(all || small) || at >= work.at.elements) continue;
       const Place place = {block, w};
-      const float z = kNoise == Noise::kGaussian
-                          ? normal_at(tables.normal, stream, place, words.word[w])
-                          : laplace_at(tables.laplace, stream, place, words.word[w]);
+      const uint32_t word = words.word[w];
+      const float z = kNoise == Noise::kGaussian  ? normal_at(tables.normal, stream, place, word)
+                      : kNoise == Noise::kUniform ? uniform_from_bits(word)
+                                                  : laplace_at(tables.laplace, stream, place, word);
       store_float(work.out, out_row + at, kOut, work.x[x_row + at] + work.scale[item.image] * z);
     }
   }
@@ -221,7 +226,6 @@ PYROBUST_DEVICE void noise_of_item(const NoiseWork& work, const Variator<kNoise>
       cuda::ballot(whole) == 0xffffffffu
           ? draw_samples<kNoise, kOut, true>(work, quad, variator, out, sample, most, lack)
           : draw_samples<kNoise, kOut, false>(work, quad, variator, out, sample, most, lack);
-  if (kNoise == Noise::kUniform) return;
   uint32_t pending = Variator<kNoise>::pending(record, most);
   const float size = quad.scale < 0.0f ? -quad.scale : quad.scale;
   const bool all = size < Variator<kNoise>::kLeastScale && work.scale[item.image] != 0.0f;

@@ -143,7 +143,7 @@ def test_kernels_around_a_library_move_vectors(around_library):
 def test_noise_stores_vectors_and_stays_within_its_instructions(sampling):
     """Issue slots a value, without the loops around the one that draws. Loads from the table are on
     average 20 instructions ahead on sm_90, where they take about 30 cycles."""
-    for kind, out, most in ((0, 0, 24.6), (0, 2, 25.1), (1, 0, 13.0), (1, 2, 13.5), (2, 2, 28.3)):
+    for kind, out, most in ((0, 0, 24.6), (0, 2, 25.1), (1, 0, 12.0), (1, 2, 12.5), (2, 2, 28.3)):
         pattern = rf"noise_kernel<\(pyrobust::sampling::Noise\){kind}, .*FloatType\){out}>"
         (kernel,) = matching(sampling, pattern)
         drawing = drawing_loop(kernel)

@@ -47,8 +47,8 @@ def test_many_samples_make_runs_and_meet_refined_words(emulated_cuda, elements, 
 
 
 def test_scales_too_small_to_be_made_smaller(emulated_cuda):
-    """Gaussians are drawn 2^48 times too large, which a scale makes up for unless it is tiny."""
-    x, scale = torch.zeros(5, 64), torch.tensor([2e-24, 4e-24, 1e-30, 1e-38, 1e-42])
+    """Gaussians are drawn 2^48 times too large, uniform numbers 2^31; scales make up for it."""
+    x, scale = torch.zeros(6, 64), torch.tensor([2e-24, 4e-24, 2e-29, 3e-29, 1e-38, 1e-42])
     for name in NOISES:
         seen = _cuda_sampling.noise(name, x, scale, 5, 3, 0, 0, torch.float32)
         assert torch.equal(seen, getattr(ops, name)(x, scale, 5, seed=3))
