@@ -25,7 +25,6 @@ _MUST = {1: (1.5, 1.9), 16: (1.5, 1.9), 64: (1.5, 1.9), 256: (0.9, None), 1024: 
 _BITS = (8, 4, 2)
 _IMAGES = (128, 128, 32)  # images, channels in and out, height and width; windows of 3 x 3
 _SWITCH = (16, 32, 64, 128, 256, 512)  # inputs at which both paths are timed
-_KERNELS = (1, 8, 16, 64)  # inputs at which both fused kernels are timed
 _CHUNKS = (512, 1024, 2048, 1 << 17)
 _CHUNKED_INPUTS = 1024
 _LEAST_SECONDS = 4.0  # left for one more cell
@@ -82,9 +81,6 @@ def _cells(bandwidth: float, clock: Clock) -> Iterator[_Cell]:
         if index == 0:
             yield _Cell("convolution", _convolution_rows)
             yield _Cell("chunks", lambda w=weight, r=references: _chunk_rows(w, r))
-            for batch in _KERNELS:
-                what = f"both fused kernels, M = {batch}"
-                yield _Cell(what, lambda w=weight, m=batch: _kernel_rows(w, m))
             for batch in _SWITCH:
                 yield _Cell(f"switch, M = {batch}", lambda w=weight, m=batch: _switch_rows(w, m))
 
@@ -256,40 +252,19 @@ def _chunk_rows(weight: Tensor, references: dict[int, float]) -> Iterator[Row]:
     copies = _copies(weight.bfloat16())
     reference = references.get(_CHUNKED_INPUTS, math.nan)
     for terms in _CHUNKS:
-        with _setting(CHUNK_TERMS=terms, LEAST_INPUTS=1, LEAST_PRODUCTS=0):
+        with _setting(CHUNK_TERMS=terms, LEAST_INPUTS=1, LEAST_PRODUCTS=0, MOST_FUSED_INPUTS=0):
             seconds = _dense_seconds(copies, _CHUNKED_INPUTS)
         what = f"bf16 W, {weight.shape[0]}^2, M = {_CHUNKED_INPUTS}, chunks of {terms} terms"
         detail = f"{seconds * 1e6:.1f} us"
         yield Row(_PART, what, reference / seconds, "x two bf16 products", detail=detail)
 
 
-def _kernel_rows(weight: Tensor, batch: int) -> Iterator[Row]:
-    """The fused kernels: _cuda_interval.LEAST_SHARED_INPUTS belongs where the ratio passes 1."""
-    kinds: list[tuple[str, Callable[[], float]]] = []
-    for name, matrix in (("bf16", weight.bfloat16()), ("fp32", weight)):
-        copies = _copies(matrix)
-        kinds.append((name, lambda c=copies: _dense_seconds(c, batch)))  # type: ignore[misc]
-    for bits in (8, 4, 2):
-        calls = _packed_calls(weight.shape[0], bits, batch)[0]
-        kinds.append((f"{bits} bits", lambda c=calls: seconds_of(c("real"))))  # type: ignore[misc]
-    with _setting(LEAST_INPUTS=1 << 60, LEAST_PACKED_INPUTS=1 << 60):
-        for name, seconds in kinds:
-            with _setting(_cuda_interval, LEAST_SHARED_INPUTS=1 << 60):
-                own = seconds()
-            with _setting(_cuda_interval, LEAST_SHARED_INPUTS=1):
-                shared = seconds()
-            what = f"{name} W, {weight.shape[0]}^2, M = {batch}: inputs shared by 64 rows"
-            detail = f"shared {shared * 1e6:.1f} us, own {own * 1e6:.1f} us"
-            detail += f", shared from M = {_cuda_interval.LEAST_SHARED_INPUTS} on"
-            yield Row(_PART, what, own / shared, "x inputs of its own", detail=detail)
-
-
 def _switch_rows(weight: Tensor, batch: int) -> Iterator[Row]:
-    """Both paths; LEAST_INPUTS belongs where the ratio passes 1."""
+    """Both paths; MOST_FUSED_INPUTS belongs where the ratio passes 1."""
     copies = _copies(weight.bfloat16())
     with _setting(LEAST_INPUTS=1 << 60):
         fused = _dense_seconds(copies, batch)
-    with _setting(LEAST_INPUTS=1, LEAST_PRODUCTS=0):
+    with _setting(LEAST_INPUTS=1, LEAST_PRODUCTS=0, MOST_FUSED_INPUTS=0):
         around = _dense_seconds(copies, batch)
     what = f"bf16 W, {weight.shape[0]}^2, M = {batch}: library's product"
     detail = f"fused {fused * 1e6:.1f} us, library {around * 1e6:.1f} us"

@@ -30,8 +30,8 @@ interval::Rounding parse_rounding(const std::string& name) {
 // lower, upper, bias (0: none), out_lower, out_upper, scratch
 using Pointers = std::array<uintptr_t, 6>;
 
-// batch, rows, terms, and whether the rows of a block share inputs
-using Sizes = std::tuple<int64_t, int64_t, int64_t, bool>;
+// batch, rows, terms
+using Sizes = std::array<int64_t, 3>;
 
 LinearCall call_of(const Pointers& pointers, const Sizes& sizes, const std::string& rounding) {
   LinearCall call{};
@@ -41,15 +41,27 @@ LinearCall call_of(const Pointers& pointers, const Sizes& sizes, const std::stri
   call.out_lower = device_pointer<float>(pointers[3]);
   call.out_upper = device_pointer<float>(pointers[4]);
   call.scratch = device_pointer<void>(pointers[5]);
-  std::tie(call.batch, call.rows, call.terms, call.shared_inputs) = sizes;
+  call.batch = sizes[0], call.rows = sizes[1], call.terms = sizes[2];
   call.rounding = parse_rounding(rounding);
   return call;
 }
 
 void run(LinearCall call, Where where) {
   const Launching on(where.first, where.second);
-  call.clusters = usable_device(where.first).capability >= 90;
+  const int capability = usable_device(where.first).capability;
+  call.clusters = capability >= 90;
+  call.warpgroups = capability == 90;
   require_launched("interval_linear", interval::gpu::interval_linear(call, on.queue));
+}
+
+// kind: WeightKind
+int64_t interval_scratch_bytes(int kind, const Sizes& sizes, Where where) {
+  LinearCall call{};
+  call.kind = static_cast<WeightKind>(kind);
+  call.batch = sizes[0], call.rows = sizes[1], call.terms = sizes[2];
+  const cuda::DeviceFacts& facts = usable_device(where.first);
+  call.warpgroups = facts.capability == 90;
+  return interval::gpu::scratch_bytes(call, facts.multiprocessors);
 }
 
 void interval_linear(const Pointers& pointers, uintptr_t weight, bool bfloat16, bool int8,
@@ -199,7 +211,7 @@ void bind_cuda_interval(py::module_& m) {
   m.def("interval_linear", &interval_linear);
   m.def("interval_packed_linear", &interval_packed_linear);
   m.def("interval_packed_fits", &interval_packed_fits);
-  m.def("interval_scratch_bytes", &interval::gpu::scratch_bytes);
+  m.def("interval_scratch_bytes", &interval_scratch_bytes);
   m.def("interval_split_weight", &interval_split_weight);
   m.def("interval_split_rows", &interval_split_rows);
   m.def("interval_split_patches", &interval_split_patches);

@@ -22,15 +22,16 @@
 //   warps                 shuffle, shuffle_xor, shuffle_down, ballot, lowest_bit (of a word that
 //                         has one), sync_warp, warp_sum, warp_max
 //   warpgroups            operand_of, multiply_m64n64k16_f16, multiply_m64n64k16_bf16,
-//                         multiply_m64n128k16_f16, multiply_m64n128k16_bf16, begin_products,
+//                         multiply_m64n128k16_f16, multiply_m64n128k16_bf16,
+//                         multiply_m64k16_bf16 (8, 16, 32 or 64 columns), begin_products,
 //                         commit_products, finish_products<N>, show_to_products (compute
 //                         capability 9.0 alone)
 //   blocks and grids      sync_threads, sync_group, begin_next_grid, await_grid, lock_acquire,
 //                         lock_release, arrive, atomic_add, atomic_min
 //   clusters              clusters_exist, sync_cluster, load16_of_cluster (compute capability 9.0)
 //   memory                shared_memory, shared_place, load16_shared, load8_shared, load4_shared,
-//                         load16_of_table, load8_of_table, load16, load16_once, store16, store8,
-//                         Words4, Words2
+//                         load16_of_table, load8_of_table, store16_shared, load16, load16_once,
+//                         store16, store8, Words4, Words2
 //   directed rounding     add_up, add_down, mul_up, fma_up, fma_down
 //
 // Fragments, with g = lane / 4 and t = lane % 4 (a word holds two halves, low one first):

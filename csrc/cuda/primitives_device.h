@@ -67,6 +67,12 @@ PYROBUST_DEVICE Words2 load8_of_table(SharedPlace place, int offset) {
   return v;
 }
 
+PYROBUST_DEVICE void store16_shared(SharedPlace place, const Words4& value) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};\n" ::"r"(place), "r"(value.word[0]),
+               "r"(value.word[1]), "r"(value.word[2]), "r"(value.word[3])
+               : "memory");
+}
+
 PYROBUST_DEVICE uint32_t load4_shared(SharedPlace place) {
   uint32_t word;
   asm volatile("ld.shared.u32 %0, [%1];\n" : "=r"(word) : "r"(place));
@@ -236,6 +242,48 @@ PYROBUST_DEVICE void multiply_m64n128k16_bf16(float (&d)[16][4], const uint32_t 
 #endif
 }
 
+// The same of 8, 16 or 32 columns, whose rows of 128 bytes lie on end too.
+PYROBUST_DEVICE void multiply_m64k16_bf16(float (&d)[1][4], const uint32_t (&a)[4], uint64_t b,
+                                          bool onto) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %9, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3}, {%4, %5, %6, %7}, %8, "
+      "p, 1, 1, 0;\n}\n"
+      : PYROBUST_SUM(d[0])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(onto)));
+#endif
+}
+
+PYROBUST_DEVICE void multiply_m64k16_bf16(float (&d)[2][4], const uint32_t (&a)[4], uint64_t b,
+                                          bool onto) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %13, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7}, "
+      "{%8, %9, %10, %11}, %12, p, 1, 1, 0;\n}\n"
+      : PYROBUST_SUM(d[0]), PYROBUST_SUM(d[1])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(onto)));
+#endif
+}
+
+PYROBUST_DEVICE void multiply_m64k16_bf16(float (&d)[4][4], const uint32_t (&a)[4], uint64_t b,
+                                          bool onto) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, "
+      "%9, %10, %11, %12, %13, %14, %15}, {%16, %17, %18, %19}, %20, p, 1, 1, 0;\n}\n"
+      : PYROBUST_SUM(d[0]), PYROBUST_SUM(d[1]), PYROBUST_SUM(d[2]), PYROBUST_SUM(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(onto)));
+#endif
+}
+
+PYROBUST_DEVICE void multiply_m64k16_bf16(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b,
+                                          bool onto) {
+  multiply_m64n64k16_bf16(d, a, b, onto);
+}
+
 // Before the first product that uses registers written since the last.
 PYROBUST_DEVICE void begin_products() {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -273,6 +321,33 @@ PYROBUST_DEVICE void finish_products(float (&d)[16][4]) {
                : PYROBUST_SUMS(d, 0), PYROBUST_SUMS(d, 8)
                : "n"(Left)
                : "memory");
+#endif
+}
+
+template <int Left>
+PYROBUST_DEVICE void finish_products(float (&d)[4][4]) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("wgmma.wait_group.sync.aligned %16;\n"
+               : PYROBUST_SUM(d[0]), PYROBUST_SUM(d[1]), PYROBUST_SUM(d[2]), PYROBUST_SUM(d[3])
+               : "n"(Left)
+               : "memory");
+#endif
+}
+
+template <int Left>
+PYROBUST_DEVICE void finish_products(float (&d)[2][4]) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("wgmma.wait_group.sync.aligned %8;\n"
+               : PYROBUST_SUM(d[0]), PYROBUST_SUM(d[1])
+               : "n"(Left)
+               : "memory");
+#endif
+}
+
+template <int Left>
+PYROBUST_DEVICE void finish_products(float (&d)[1][4]) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("wgmma.wait_group.sync.aligned %4;\n" : PYROBUST_SUM(d[0]) : "n"(Left) : "memory");
 #endif
 }
 

@@ -53,6 +53,12 @@ PYROBUST_DEVICE Words2 load8_of_table(SharedPlace place, int offset) {
   return load_shared<Words2>(place + static_cast<uintptr_t>(offset), "load8_of_table");
 }
 
+PYROBUST_DEVICE void store16_shared(SharedPlace place, const Words4& value) {
+  auto* to = reinterpret_cast<Words4*>(place);
+  fibres::check_shared(to, sizeof(value), "store16_shared");
+  *to = value;
+}
+
 PYROBUST_DEVICE uint32_t load4_shared(SharedPlace place) {
   return load_shared<uint32_t>(place, "load4_shared");
 }
@@ -174,6 +180,12 @@ PYROBUST_DEVICE void multiply_m64n128k16_f16(float (&d)[16][4], const uint32_t (
 
 PYROBUST_DEVICE void multiply_m64n128k16_bf16(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b,
                                               bool onto) {
+  multiply_warpgroup(d, a, b, onto, emulate_mma_bf16);
+}
+
+template <int kEights>
+PYROBUST_DEVICE void multiply_m64k16_bf16(float (&d)[kEights][4], const uint32_t (&a)[4],
+                                          uint64_t b, bool onto) {
   multiply_warpgroup(d, a, b, onto, emulate_mma_bf16);
 }
 

@@ -4,7 +4,8 @@
 #include "interval/cuda.h"
 #include "interval/cuda_constants.h"
 #include "interval/cuda_prepare.cuh"
-#include "interval/cuda_shared.cuh"
+#include "interval/cuda_product.cuh"
+#include "interval/cuda_wide.h"
 
 namespace pyrobust {
 namespace interval {
@@ -14,87 +15,82 @@ namespace {
 // What float32 weights leave out, relative: their rest and W2 c_lo, W2 r_lo (cuda.h).
 constexpr double kLeftOut = 3.2 / 65536.0;
 
-// How the terms of a sum are shared out.
-int64_t parts_of_sum(const LinearCall& call, int parts) {
-  return call.shared_inputs ? int64_t{parts} * kTeams : kWarps;
+Constants constants_with(const LinearCall& call, double centre, double radius) {
+  const bool packed = call.kind == WeightKind::kPacked || call.decoded;
+  return constants_of({centre, radius}, call.terms, call.rounding, packed);
 }
 
 Constants constants_for(const LinearCall& call, int parts) {
-  const double delta = 3.0 * static_cast<double>(kStep) * kTensorUnit;
-  const double gamma =
-      rounding::gamma_bound(static_cast<double>(gpu_depth(call.terms, parts_of_sum(call, parts))));
+  const double delta = 3.0 * static_cast<double>(kStep / kHalves) * kTensorUnit;
+  const double gamma = rounding::gamma_bound(static_cast<double>(gpu_depth(call.terms, parts)));
   double own = kMagnitudes * ((1.0 + delta) * (1.0 + gamma) - 1.0);
   if (call.kind == WeightKind::kFloat32) own += kLeftOut;
-  const bool packed = call.kind == WeightKind::kPacked || call.decoded;
-  return constants_of({own, own}, call.terms, call.rounding, packed);
+  return constants_with(call, own, own);
 }
 
-int64_t shared_blocks(const LinearCall& call) {
-  return (call.rows + kSharedRows - 1) / kSharedRows *
-         ((call.batch + kSharedInputs - 1) / kSharedInputs);
+// Two products of a term in the centre's accumulators, one in the radius's, which are those of a
+// stage, but for the radius under dense weights: those of all stages of a part.
+Constants wide_constants(const LinearCall& call, int parts) {
+  const bool dense = call.kind != WeightKind::kPacked;
+  const double terms = static_cast<double>(kImageTerms * wide_images(dense));
+  const int64_t units = padded(call.terms, kStep) / (kImageTerms * wide_images(dense));
+  const double stages = static_cast<double>((units + parts - 1) / parts);
+  const double gamma = rounding::gamma_bound(2.0 * stages + static_cast<double>(parts) + 2.0);
+  const double of_centre = 2.0 * terms * kTensorUnit;
+  const double of_radius = terms * (dense ? stages : 1.0) * kTensorUnit;
+  return constants_with(call, kMagnitudes * ((1.0 + of_centre) * (1.0 + gamma) - 1.0),
+                        (1.0 + of_radius) * (1.0 + gamma) - 1.0);
 }
+
+// Inputs of a block: tiles of eight, one or two.
+int tiles_for(int64_t batch) { return batch <= kColumns ? 1 : 2; }
+
+int64_t product_blocks(const LinearCall& call) {
+  const int64_t rows = 16 * kRowWarps * (call.kind == WeightKind::kFloat32 ? 1 : 2);
+  const int64_t inputs = kColumns * tiles_for(call.batch);
+  return (call.rows + rows - 1) / rows * ((call.batch + inputs - 1) / inputs);
+}
+
+template <class Source, int kTiles>
+cuda::Status launch_tiles(const ProductWork<Source>& work, int64_t blocks, bool overlaps,
+                          const cuda::Queue& queue) {
+  using Shape_ = ProductShape<Source, kTiles>;
+  const cuda::LaunchShape shape = {
+      static_cast<unsigned>(blocks * work.parts), 1,       kProductThreads, Shape_::kShared,
+      static_cast<unsigned>(work.parts),          overlaps};
+  return cuda::launch(product_kernel<Source, kTiles>, shape, queue.stream, work);
+}
+
+// What both launches of a call share.
+struct Plan {
+  Constants constants;
+  uint16_t* operands;
+  float* offsets;
+  int parts;
+};
 
 template <class Source>
-cuda::Status launch_product(const Source& source, const LinearCall& call,
-                            const Constants& constants, const uint16_t* operands,
-                            const float* offsets, int parts, const cuda::Queue& queue) {
-  const ProductWork<Source> work = {source,         operands,       offsets,    call.bias,
-                                    call.batch,     call.rows,      call.terms, constants,
-                                    call.out_lower, call.out_upper, parts};
-  if (call.shared_inputs) {
-    const cuda::LaunchShape shape = {static_cast<unsigned>(shared_blocks(call) * parts), 1,
-                                     kSharedThreads, kSharedBytes, static_cast<unsigned>(parts)};
-    return cuda::launch(shared_kernel<Source>, shape, queue.stream, work);
-  }
-  constexpr int64_t kRows = 16 * kRowTiles;
-  const int64_t groups = operand_shape(work.batch, work.terms).batch / kColumns;
-  const cuda::LaunchShape shape = {static_cast<unsigned>((work.rows + kRows - 1) / kRows * groups),
-                                   1, kProductThreads, kProductShared};
-  return cuda::launch(product_kernel<Source>, shape, queue.stream, work);
+cuda::Status launch_both(const Source& source, const LinearCall& call, const Plan& plan,
+                         const cuda::Queue& queue) {
+  const PrepareTo to = {plan.operands, plan.offsets, nullptr, 0};
+  const cuda::Status status =
+      launch_prepare<Source::kOrder, false>(call, plan.constants, to, queue);
+  if (status != 0) return status;
+  const ProductWork<Source> work = {source,         plan.operands,  plan.offsets, call.bias,
+                                    call.batch,     call.rows,      call.terms,   plan.constants,
+                                    call.out_lower, call.out_upper, plan.parts};
+  const int64_t blocks = product_blocks(call);
+  return tiles_for(call.batch) == 1 ? launch_tiles<Source, 1>(work, blocks, call.clusters, queue)
+                                    : launch_tiles<Source, 2>(work, blocks, call.clusters, queue);
 }
 
-template <int kBits>
-PackedSource<kBits> packed_source(const matmul::PackedMatrix& weight) {
-  const bool whole_rows = weight.group_size >= weight.cols;
-  return {weight.codes,
-          packed_row_bytes(weight.cols, weight.levels),
-          weight.scale,
-          weight.scale_type,
-          weight.zero,
-          whole_rows ? 1 : weight.cols / weight.group_size + (weight.cols % weight.group_size != 0),
-          whole_rows ? weight.cols / kStep : weight.group_size / kStep};
-}
-
-bool aligned(const void* pointer, int64_t row_bytes) {
-  return (reinterpret_cast<uintptr_t>(pointer) | static_cast<uintptr_t>(row_bytes)) % 16 == 0;
-}
-
-cuda::Status launch_any(const LinearCall& call, const Constants& constants,
-                        const uint16_t* operands, const float* offsets, int parts,
-                        const cuda::Queue& queue) {
-  const auto with = [&](const auto& source) {
-    return launch_product(source, call, constants, operands, offsets, parts, queue);
-  };
+cuda::Status launch_any(const LinearCall& call, const Plan& plan, const cuda::Queue& queue) {
+  const auto with = [&](const auto& source) { return launch_both(source, call, plan, queue); };
   if (call.kind == WeightKind::kFloat32) {
-    return with(Float32Source{static_cast<const float*>(call.dense), call.terms,
-                              aligned(call.dense, call.terms * 4)});
+    return with(Float32Source{
+        {static_cast<const float*>(call.dense), call.terms, aligned(call.dense, call.terms * 4)}});
   }
-  if (call.kind == WeightKind::kBFloat16) {
-    return with(BFloat16Source{static_cast<const uint16_t*>(call.dense), call.terms,
-                               aligned(call.dense, call.terms * 2)});
-  }
-  switch (code_bits(call.packed.levels)) {
-    case 1:
-      return with(packed_source<1>(call.packed));
-    case 2:
-      return with(packed_source<2>(call.packed));
-    case 3:
-      return with(packed_source<3>(call.packed));
-    case 4:
-      return with(packed_source<4>(call.packed));
-    default:
-      return with(packed_source<8>(call.packed));
-  }
+  return with_exact_source(call, with);
 }
 
 }  // namespace
@@ -107,29 +103,58 @@ bool packed_fits(const matmul::PackedMatrix& weight) {
          reinterpret_cast<uintptr_t>(weight.codes) % 16 == 0;
 }
 
-int64_t scratch_bytes(int64_t batch, int64_t terms) {
-  const Shape shape = operand_shape(batch, terms);
-  return shape.batch * (shape.terms * kPlanes * 2 + 4);
+namespace {
+
+bool is_wide(const LinearCall& call) {
+  const bool few = call.kind == WeightKind::kBFloat16 && call.batch < kLeastWide;
+  return call.warpgroups && call.kind != WeightKind::kFloat32 && !few;
+}
+
+// Bytes of the images and of what follows them.
+struct WideSizes {
+  int64_t images, offsets, partials, counters;
+};
+WideSizes wide_sizes(const LinearCall& call, const WidePlan& plan) {
+  return {
+      padded(call.batch, image_inputs(call.batch)) * padded(call.terms, kStep) * kImagePlanes * 2,
+      padded(call.batch * 4, 16), wide_partial_bytes(call, plan), plan.outputs * 4};
+}
+
+cuda::Status linear_of_warpgroups(const LinearCall& call, const cuda::Queue& queue) {
+  const WidePlan plan = wide_plan(call, queue.multiprocessors);
+  const WideSizes sizes = wide_sizes(call, plan);
+  auto* bytes = static_cast<uint8_t*>(call.scratch);
+  uint8_t* offsets = bytes + sizes.images;
+  uint8_t* partials = offsets + sizes.offsets;
+  const WideScratch scratch = {
+      reinterpret_cast<uint16_t*>(bytes), reinterpret_cast<float*>(offsets),
+      reinterpret_cast<int32_t*>(partials + sizes.partials), reinterpret_cast<float*>(partials)};
+  return wide_linear(call, wide_constants(call, plan.parts), scratch, plan, queue);
+}
+
+}  // namespace
+
+int64_t scratch_bytes(const LinearCall& call, int multiprocessors) {
+  if (call.batch == 0 || call.rows == 0) return 0;
+  if (!is_wide(call)) {
+    const Shape shape = operand_shape(call.batch, call.terms);
+    return shape.batch * (shape.terms * kPlanes * 2 + 4);
+  }
+  const WideSizes sizes = wide_sizes(call, wide_plan(call, multiprocessors));
+  return sizes.images + sizes.offsets + sizes.partials + sizes.counters;
 }
 
 cuda::Status interval_linear(const LinearCall& call, const cuda::Queue& queue) {
   if (call.batch == 0 || call.rows == 0) return 0;
-  const bool many = call.shared_inputs && call.clusters;
-  const int parts = many ? shared_parts(shared_blocks(call), queue.multiprocessors, call.terms) : 1;
-  const Constants constants = constants_for(call, parts);
+  if (is_wide(call)) return linear_of_warpgroups(call, queue);
   const Shape shape = operand_shape(call.batch, call.terms);
-  auto* operands = static_cast<uint16_t*>(call.scratch);
-  auto* offsets = reinterpret_cast<float*>(operands + kPlanes * shape.batch * shape.terms);
-  const int order = call.kind == WeightKind::kPacked    ? code_bits(call.packed.levels)
-                    : call.kind == WeightKind::kFloat32 ? kFloat32Order
-                                                        : kBFloat16Order;
-  const PrepareWork prepare = {call.lower, call.upper, call.batch, call.terms, order,
-                               call.int8,  constants,  operands,   offsets};
-  const cuda::Status status =
-      cuda::launch(prepare_kernel, {static_cast<unsigned>(shape.batch), 1, kPrepareThreads, 128},
-                   queue.stream, prepare);
-  if (status != 0) return status;
-  return launch_any(call, constants, operands, offsets, parts, queue);
+  Plan plan;
+  plan.parts =
+      call.clusters ? shared_parts(product_blocks(call), queue.multiprocessors, call.terms) : 1;
+  plan.constants = constants_for(call, plan.parts);
+  plan.operands = static_cast<uint16_t*>(call.scratch);
+  plan.offsets = reinterpret_cast<float*>(plan.operands + kPlanes * shape.batch * shape.terms);
+  return launch_any(call, plan, queue);
 }
 
 }  // namespace gpu

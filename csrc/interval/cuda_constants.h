@@ -27,25 +27,31 @@ inline double packed_error(int64_t terms) {
   return 1.01 * static_cast<double>(terms + 64) * kTensorUnit + 1.0 / 32768.0;
 }
 
-// `packed`: kDeployed speaks of the product with packed weights.
+// `packed`: kDeployed speaks of the product with packed weights. As in constants.cpp, with these
+// sums' errors and n = K.
 inline Constants constants_of(const SumErrors& own, int64_t terms, Rounding mode, bool packed) {
   using rounding::to_float_up;
   constexpr double kInputFloor = 7.888609052210118e-31;  // 2^-100
   constexpr double kLimit = 8.507059173023462e37;        // 2^126
+  constexpr double kRoundings = 1.0 + 1e-14;             // of the lines below
   Constants out{};
   out.outward = mode != Rounding::kNearest;
   out.radius_gain = out.inflate = 1.0f;
   out.limit = rounding::infinity();
   if (!out.outward) return out;
+  const double half = 0.5 * rounding::gamma_bound(static_cast<double>(terms + 1));  // H
+  const double least = packed ? packed_error(terms) : 0.0;
+  const double of_terms = least > rounding::kUnit + half ? least : rounding::kUnit + half;  // A
   const bool deployed = mode == Rounding::kDeployed;
-  double any = rounding::gamma_bound(static_cast<double>(terms + 2));
-  if (packed && any < packed_error(terms)) any = packed_error(terms);
-  out.centre_gain = to_float_up(deployed ? own.centre + any : own.centre);
-  out.radius_gain = to_float_up(deployed ? 1.0 + any : 1.0);
+  out.centre_gain =
+      to_float_up(deployed ? (own.centre * (1.0 + half) + of_terms) * kRoundings : own.centre);
+  out.radius_gain = to_float_up(deployed ? (1.0 + of_terms + half) * kRoundings : 1.0);
   out.input_floor = to_float_up(kInputFloor);
   out.inflate = to_float_up((1.0 + 8.0 * rounding::kUnit) / (1.0 - own.radius));
-  out.bias_gain = deployed ? to_float_up(any) : 0.0f;
-  if (deployed) out.limit = rounding::to_float_down(any * kLimit);
+  if (!deployed) return out;
+  out.bias_gain = to_float_up((least > half ? least : half) * kRoundings);
+  out.value_gain = to_float_up(half * (1.0 + 2.0 * rounding::kUnit));
+  out.limit = rounding::to_float_down(half * kLimit);
   return out;
 }
 

@@ -1,7 +1,7 @@
-// Centres and radii as bfloat16 pairs, and the absolute term of every input.
+// Centres and radii as bfloat16, and the absolute term of every input.
 #pragma once
 
-#include "cuda/primitives.h"
+#include "cuda/launch.h"
 #include "interval/cuda_layout.h"
 #include "interval/cuda_terms.cuh"
 #include "interval/ends.h"
@@ -15,63 +15,172 @@ struct PrepareWork {
   const float* upper;
   int64_t batch;
   int64_t terms;
-  int order;  // of the terms
   bool int8;
   Constants constants;
   uint16_t* operands;
-  float* offsets;  // (padded batch)
+  float* offsets;     // (batch)
+  int parts;          // blocks of a cluster, which share an input
+  int32_t* counters;  // that become zero
+  int count;
+  int image_inputs;
 };
 
-PYROBUST_DEVICE void store_term(const PrepareWork& work, const Shape& shape, int64_t input,
-                                int64_t term, float centre, float radius) {
-  uint16_t* to = work.operands;
-  const uint16_t centre_high = bfloat16_from_float(centre);
-  const uint16_t centre_low = bfloat16_from_float(centre - float_from_bfloat16(centre_high));
-  const auto radius_high = static_cast<uint16_t>(bits_of_float(radius) >> 16);  // cut
-  const float rest = radius - float_from_bfloat16(radius_high);
-  const auto radius_low = static_cast<uint16_t>((bits_of_float(rest) + 0xffffu) >> 16);  // up
-  to[operand_index(shape, 0, input, term, work.order)] = centre_high;
-  to[operand_index(shape, 1, input, term, work.order)] = centre_low;
-  to[operand_index(shape, 2, input, term, work.order)] = radius_high;
-  to[operand_index(shape, 3, input, term, work.order)] = radius_low;
+constexpr size_t kPrepareShared = 128;
+constexpr int kMaximaAt = 64;  // bytes; block_max uses those before
+
+// Blocks of an input: each thread has one chunk of eight terms where eight blocks are enough.
+PYROBUST_HD int prepare_parts(int64_t terms) {
+  int parts = 1;
+  while (parts < kMostParts && parts * kPrepareThreads * kEight < terms) parts *= 2;
+  return parts;
+}
+
+struct Maxima {
+  float largest;  // |x|; infinite where an end is not finite
+  float widest;   // |c| + r'
+};
+
+// Terms of chunk `chunk` of an input: eight that lie side by side, in images or in operands.
+template <int kOrder, bool kImages>
+PYROBUST_DEVICE void prepare_eight(const PrepareWork& work, int64_t input, int64_t chunk,
+                                   Prepared (&out)[kEight]) {
+  const int64_t of_step = chunk % 16;
+#pragma unroll
+  for (int i = 0; i < kEight; ++i) {
+    const int64_t within = kImages ? term_of_column(kOrder, of_step * kEight + i)
+                                   : term_of_place(kOrder, of_step % 4, of_step / 4 * kEight + i);
+    const int64_t term = chunk / 16 * kStep + within;
+    out[i] = {0.0f, -1.0f, 0.0f, true};  // a radius that stays below 0: absent
+    if (term < work.terms) {
+      const int64_t at = input * work.terms + term;
+      out[i] = prepare_term(work.lower[at], work.upper[at], work.constants);
+    }
+  }
+}
+
+PYROBUST_DEVICE void join_maxima(const Prepared (&terms)[kEight], Maxima* maxima) {
+#pragma unroll
+  for (const Prepared& term : terms) {
+    maxima->largest = term.magnitude > maxima->largest ? term.magnitude : maxima->largest;
+    const float reach = cuda::add_up(fabsf(term.centre), term.radius);
+    maxima->widest = reach > maxima->widest ? reach : maxima->widest;
+  }
+}
+
+PYROBUST_DEVICE void store_halves16(const uint32_t (&h)[kEight], uint16_t* to) {
+  cuda::store16(to, {{h[0] | h[1] << 16, h[2] | h[3] << 16, h[4] | h[5] << 16, h[6] | h[7] << 16}});
+}
+
+// To four planes side by side, 64 bytes on end; or to the three of an image, its radius rounded up.
+template <bool kImages>
+PYROBUST_DEVICE void store_eight(const PrepareWork& work, const Prepared (&terms)[kEight],
+                                 float extra, int64_t input, int64_t chunk) {
+  uint32_t half[kPlanes][kEight];
+#pragma unroll
+  for (int i = 0; i < kEight; ++i) {
+    const bool present = terms[i].finite && terms[i].radius >= 0.0f;
+    const float centre = present ? terms[i].centre : 0.0f;
+    const float radius = present ? cuda::add_up(terms[i].radius, extra) : 0.0f;
+    half[0][i] = bfloat16_from_float(centre);
+    const float left = centre - float_from_bfloat16(static_cast<uint16_t>(half[0][i]));
+    half[1][i] = bfloat16_from_float(left);
+    half[2][i] = bits_of_float(radius) >> 16;  // cut
+    const float rest = radius - float_from_bfloat16(static_cast<uint16_t>(half[2][i]));
+    half[3][i] = (bits_of_float(rest) + 0xffffu) >> 16;  // up
+    if (kImages) {
+      half[2][i] = work.constants.outward ? bfloat16_up(radius) : bfloat16_from_float(radius);
+    }
+  }
+  const int64_t terms_in_all = operand_shape(work.batch, work.terms).terms;
+#pragma unroll
+  for (int plane = 0; plane < (kImages ? kImagePlanes : kPlanes); ++plane) {
+    const int64_t at = kImages ? image_index(terms_in_all, work.image_inputs, plane, input, chunk)
+                               : (input * terms_in_all + chunk * kEight) * kPlanes + plane * kEight;
+    store_halves16(half[plane], work.operands + at);
+  }
 }
 
 PYROBUST_DEVICE float offset_of(float largest, int64_t terms, const Constants& constants) {
+  // An input that is not finite shows in its outputs by an infinite offset, in every mode.
+  if (!(largest < rounding::infinity())) return rounding::infinity();
   if (!constants.outward) return 0.0f;
   constexpr float kTwiceFlush = 9.4039548065783e-38f;  // 2^-123
   const float scale = cuda::mul_up(kTwiceFlush, cuda::add_up(static_cast<float>(terms), 8.0f));
   return cuda::mul_up(scale, cuda::fma_up(2.0f, largest, 1.0f));
 }
 
-// One block an input; blocks past the batch write zeros.
-PYROBUST_KERNEL(kPrepareThreads) prepare_kernel(const __grid_constant__ PrepareWork work) {
-  auto* shared = reinterpret_cast<float*>(cuda::shared_memory());
-  const Shape shape = operand_shape(work.batch, work.terms);
-  const int64_t input = blockIdx.x;
-  const int64_t present = input < work.batch ? work.terms : 0;
-  const float *lower = work.lower + input * work.terms, *upper = work.upper + input * work.terms;
-  float largest = 0.0f, widest = 0.0f;
-  for (int64_t k = threadIdx.x; k < present; k += kPrepareThreads) {
-    const Prepared term = prepare_term(lower[k], upper[k], work.constants);
-    largest = term.magnitude > largest ? term.magnitude : largest;
-    const float reach = cuda::add_up(fabsf(term.centre), term.radius);
-    widest = reach > widest ? reach : widest;
-  }
-  largest = block_max(largest, shared);
-  widest = work.int8 ? block_max(widest, shared) : 0.0f;
-  const float extra = cuda::mul_up(cuda::mul_up(widest, kHalfStep), work.constants.radius_gain);
-  for (int64_t k = threadIdx.x; k < shape.terms; k += kPrepareThreads) {
-    Prepared term = {0.0f, 0.0f, 0.0f, true};
-    if (k < present) term = prepare_term(lower[k], upper[k], work.constants);
-    store_term(work, shape, input, k, term.finite ? term.centre : 0.0f,
-               term.finite && k < present ? cuda::add_up(term.radius, extra) : 0.0f);
-  }
+// Over all blocks of the input; before the end of any block all must have read its maxima.
+PYROBUST_DEVICE Maxima maxima_of_input(const PrepareWork& work, Maxima own) {
+  uint8_t* shared = cuda::shared_memory();
+  auto* of_warps = reinterpret_cast<float*>(shared);
+  own.largest = block_max(own.largest, of_warps);
+  own.widest = block_max(own.widest, of_warps);
+  if (work.parts == 1) return own;
   if (threadIdx.x == 0) {
-    // An input that is not finite shows in its outputs by an infinite offset, in every mode.
-    const bool finite = largest < rounding::infinity();
-    work.offsets[input] =
-        finite ? offset_of(largest, work.terms, work.constants) : rounding::infinity();
+    cuda::store16(shared + kMaximaAt,
+                  {{bits_of_float(own.largest), bits_of_float(own.widest), 0u, 0u}});
   }
+  cuda::sync_cluster();
+  for (int rank = 0; rank < work.parts; ++rank) {
+    const cuda::Words4 words = cuda::load16_of_cluster(shared + kMaximaAt, rank);
+    const float largest = float_from_bits(words.word[0]), widest = float_from_bits(words.word[1]);
+    own.largest = largest > own.largest ? largest : own.largest;
+    own.widest = widest > own.widest ? widest : own.widest;
+  }
+  cuda::sync_cluster();
+  return own;
+}
+
+template <int kOrder, bool kImages>
+PYROBUST_KERNEL_OF(kPrepareThreads, 3)
+prepare_kernel(const __grid_constant__ PrepareWork work) {
+  cuda::begin_next_grid();
+  const int64_t input = blockIdx.x / static_cast<unsigned>(work.parts);
+  const int part = static_cast<int>(blockIdx.x) % work.parts;
+  const int64_t chunks = operand_shape(work.batch, work.terms).terms / kEight;
+  const int64_t first = part * kPrepareThreads + static_cast<int>(threadIdx.x);
+  const int64_t apart = int64_t{kPrepareThreads} * work.parts;
+  const int64_t thread = int64_t{blockIdx.x} * kPrepareThreads + threadIdx.x;
+  if (thread < work.count) work.counters[thread] = 0;
+  Maxima maxima = {0.0f, 0.0f};
+  for (int64_t chunk = first; chunk < chunks; chunk += apart) {
+    Prepared terms[kEight];
+    prepare_eight<kOrder, kImages>(work, input, chunk, terms);
+    join_maxima(terms, &maxima);
+    if (!work.int8) store_eight<kImages>(work, terms, 0.0f, input, chunk);
+  }
+  maxima = maxima_of_input(work, maxima);
+  if (part == 0 && threadIdx.x == 0) {
+    work.offsets[input] = offset_of(maxima.largest, work.terms, work.constants);
+  }
+  if (!work.int8) return;
+  const float extra =
+      cuda::mul_up(cuda::mul_up(maxima.widest, kHalfStep), work.constants.radius_gain);
+  for (int64_t chunk = first; chunk < chunks; chunk += apart) {
+    Prepared terms[kEight];
+    prepare_eight<kOrder, kImages>(work, input, chunk, terms);
+    store_eight<kImages>(work, terms, extra, input, chunk);
+  }
+}
+
+// Where the launch writes to.
+struct PrepareTo {
+  uint16_t* operands;
+  float* offsets;
+  int32_t* counters;
+  int count;
+};
+
+template <int kOrder, bool kImages>
+cuda::Status launch_prepare(const LinearCall& call, const Constants& constants, const PrepareTo& to,
+                            const cuda::Queue& queue) {
+  const int parts = call.clusters ? prepare_parts(call.terms) : 1;
+  const PrepareWork work = {call.lower, call.upper,  call.batch,  call.terms,
+                            call.int8,  constants,   to.operands, to.offsets,
+                            parts,      to.counters, to.count,    image_inputs(call.batch)};
+  const cuda::LaunchShape shape = {static_cast<unsigned>(call.batch * parts), 1, kPrepareThreads,
+                                   kPrepareShared, static_cast<unsigned>(parts)};
+  return cuda::launch(prepare_kernel<kOrder, kImages>, shape, queue.stream, work);
 }
 
 }  // namespace gpu

@@ -1,5 +1,7 @@
-// Both sums of 32 rows of W for up to 8 inputs: W and inputs from global memory straight into
-// fragments, the eight warps of a block taking every eighth step of the terms.
+// Both sums of a block's rows of W for up to 8 or 16 inputs: a ring of stages in shared memory,
+// filled by asynchronous copies, holds steps of W and of the inputs, so that W has tens of KB under
+// way and inputs are read once for all rows of a block. Two warps share 16 or 32 rows and take half
+// of every step each; the blocks of a cluster take every so many-th step.
 #pragma once
 
 #include "cuda/primitives.h"
@@ -11,8 +13,8 @@ namespace pyrobust {
 namespace interval {
 namespace gpu {
 
-constexpr int kWarps = 8;
-constexpr int kProductThreads = 32 * kWarps;
+constexpr int kRowWarps = 4;
+constexpr int kProductThreads = 32 * kRowWarps * kHalves;
 
 template <class Source>
 struct ProductWork {
@@ -26,19 +28,27 @@ struct ProductWork {
   Constants constants;
   float* out_lower;
   float* out_upper;
-  int parts = 1;  // blocks that share rows and inputs (cuda_shared.cuh)
+  int parts;  // blocks of a cluster, which share rows and inputs
 };
 
-constexpr int kRowTiles = 2;  // of 16 rows, of a block
-
-// A lane's accumulators: rows g and g + 8 of each row tile, inputs 2t and 2t + 1.
-struct Sums {
-  float centre[kRowTiles][1][4];
-  float radius[kRowTiles][1][4];
+// kTiles: of eight inputs, of a block.
+template <class Source, int kTiles>
+struct ProductShape {
+  static constexpr int kRowTiles = Source::kRowTiles;
+  static constexpr int kRows = 16 * kRowTiles * kRowWarps;
+  static constexpr int kInputs = static_cast<int>(kColumns) * kTiles;
+  static constexpr int kWeightBytes = kRows * Source::kChunks * 16;
+  static constexpr int kStageBytes = kWeightBytes + kInputs * kStepVectors * 16;
+  // What compute capability 8.0 has, less what a block takes for itself.
+  static constexpr int kMostBytes = 160 * 1024, kMostStages = 6;
+  static constexpr int kFit = kMostBytes / kStageBytes;
+  static constexpr int kStages = kFit < kMostStages ? kFit : kMostStages;
+  static constexpr int kVectors = 2 * kRowTiles * kTiles;  // of four sums, of a lane
+  static constexpr int kSumBytes = kProductThreads * kVectors * 16;
+  static constexpr int kRing = kStages * kStageBytes;
+  static constexpr size_t kShared = kRing > kSumBytes ? kRing : kSumBytes;
+  static_assert(kStages >= 3, "two steps under way");
 };
-
-constexpr int kSumsOfLane = kRowTiles * 4;
-constexpr size_t kProductShared = sizeof(float) * 2 * kSumsOfLane * 32 * kWarps;
 
 PYROBUST_DEVICE void fragment(const uint32_t (&top)[4], const uint32_t (&bottom)[4], int s,
                               uint32_t (&a)[4]) {
@@ -85,70 +95,161 @@ PYROBUST_DEVICE void multiply_eight(const Eight& top, const Eight& bottom,
   }
 }
 
-// One step: 128 terms into fresh accumulators, which then join the totals, times the scale.
+// A lane's accumulators: rows g and g + 8 of each row tile, inputs 2t and 2t + 1 of each tile.
+template <int kRowTiles, int kTiles>
+struct Sums {
+  float centre[kRowTiles][kTiles][4];
+  float radius[kRowTiles][kTiles][4];
+};
+
+// Where a thread block works, and its copies.
+template <class Source, int kTiles>
+struct Block {
+  using Shape_ = ProductShape<Source, kTiles>;
+  int64_t row;
+  int64_t first;  // input
+  int present;    // inputs
+  int part;
+
+  static __device__ __forceinline__ Block of(const ProductWork<Source>& work) {
+    const int64_t groups = (work.batch + Shape_::kInputs - 1) / Shape_::kInputs;
+    const BlockPlace place = block_place(blockIdx.x / static_cast<unsigned>(work.parts), groups);
+    const int64_t first = place.inputs * Shape_::kInputs, left = work.batch - first;
+    return {place.rows * Shape_::kRows, first,
+            static_cast<int>(left < Shape_::kInputs ? left : Shape_::kInputs),
+            static_cast<int>(blockIdx.x % static_cast<unsigned>(work.parts))};
+  }
+
+  __device__ __forceinline__ void copy_weights(const ProductWork<Source>& work, int64_t step,
+                                               cuda::SharedPlace stage) const {
+    constexpr int kChunks = Source::kChunks, kAll = Shape_::kRows * kChunks;
+    constexpr int kCopies = (kAll + kProductThreads - 1) / kProductThreads;
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      const int index = i * kProductThreads + static_cast<int>(threadIdx.x);
+      if (kAll % kProductThreads != 0 && index >= kAll) break;
+      const int own = index / kChunks, chunk = index % kChunks;
+      const int place = Source::kBits == 0 ? weight_vector(kChunks, own, chunk) : index;
+      work.source.copy(stage + place * 16, row + own < work.rows ? row + own : -1, step, chunk);
+    }
+  }
+
+  // Only of inputs that are there: lanes of others read one that is.
+  __device__ __forceinline__ void copy_inputs(const ProductWork<Source>& work, int64_t steps,
+                                              int64_t step, cuda::SharedPlace stage) const {
+    constexpr int kApart = kProductThreads / kStepVectors;  // inputs
+    static_assert(kApart % 2 == 0, "so that a thread's vectors have one place in every input");
+    const int thread = static_cast<int>(threadIdx.x);
+    const int input = thread / kStepVectors, index = thread % kStepVectors;
+    const int place = Shape_::kWeightBytes + shared_place_of(input, index) * 16;
+    const uint16_t* from =
+        work.operands + ((first + input) * steps + step) * (kStep * kPlanes) + index * 8;
+#pragma unroll
+    for (int i = 0; i < Shape_::kInputs / kApart; ++i) {
+      if (input + i * kApart < present) {
+        cuda::copy16_async(stage + place + i * kApart * kStepVectors * 16,
+                           from + i * kApart * steps * (kStep * kPlanes));
+      }
+    }
+  }
+};
+
+// Factors of a lane's rows: g and g + 8 of each row tile.
 template <class Source>
-PYROBUST_DEVICE void add_step(const ProductWork<Source>& work, const Shape& shape, int64_t row,
-                              int64_t first, int64_t step, Sums* totals) {
+struct Factors {
+  Factor of[2 * Source::kRowTiles];
+
+  __device__ __forceinline__ void load(const ProductWork<Source>& work, int64_t row, int64_t step) {
+    if (Source::kBits == 0) return;
+    const int g = static_cast<int>(threadIdx.x) % 32 / 4;
+#pragma unroll
+    for (int i = 0; i < 2 * Source::kRowTiles; ++i) {
+      const int64_t n = row + 8 * i + g;
+      of[i] = work.source.factor(n < work.rows ? n : work.rows - 1, step);
+    }
+  }
+};
+
+// Half a step into fresh accumulators, which then join the totals, times the scale.
+template <class Source, int kTiles>
+PYROBUST_DEVICE void multiply_step(cuda::SharedPlace stage, int present,
+                                   const Factors<Source>& factors,
+                                   Sums<Source::kRowTiles, kTiles>* totals) {
+  using Shape_ = ProductShape<Source, kTiles>;
+  constexpr int kRowTiles = Source::kRowTiles;
   const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
-  typename Source::Lane lanes[kRowTiles][2];
+  const int warp = static_cast<int>(threadIdx.x) / 32, half = warp / kRowWarps;
+  const int row = warp % kRowWarps * 16 * kRowTiles + g;
+  typename Source::Lane lanes[2 * kRowTiles];
 #pragma unroll
   for (int i = 0; i < 2 * kRowTiles; ++i) {
-    const int64_t n = row + 8 * i + g;
-    lanes[i / 2][i % 2] = work.source.begin(n < work.rows ? n : work.rows - 1, step, t);
+    lanes[i] = Source::lane(stage, row + 8 * i, t, factors.of[i]);
   }
-  // Lanes past the batch read the last input again, which costs no traffic; finish_outputs leaves
-  // their columns out.
-  const int64_t wanted = first + g, input = wanted < work.batch ? wanted : work.batch - 1;
-  const uint16_t* inputs = work.operands + (input * (shape.terms / kStep) + step) * kStep * kPlanes;
-  Sums sums = {};
-  // Unrolled, weights of all quarters are decoded early: two blocks leave 128 registers, too few
-  // for those of even widths and float32.
-  constexpr bool kRolled = Source::kSecond || (Source::kBits != 0 && Source::kBits % 2 == 0);
-  constexpr int kUnroll = kRolled ? 1 : 4;
-#pragma unroll kUnroll
-  for (int quarter = 0; quarter < 4; ++quarter) {
-    Eight eights[kRowTiles][2];
+  cuda::SharedPlace inputs[kTiles];
 #pragma unroll
-    for (int i = 0; i < 2 * kRowTiles; ++i) {
-      lanes[i / 2][i % 2].eight(quarter, &eights[i / 2][i % 2]);
-    }
-    const int offset = (quarter * 4 + t) * kPlanes * static_cast<int>(kEight);
-    cuda::Words4 x[1][kPlanes];
+  for (int tile = 0; tile < kTiles; ++tile) {
+    const int wanted = tile * static_cast<int>(kColumns) + g;
+    inputs[tile] = stage + Shape_::kWeightBytes +
+                   shared_vector(wanted < present ? wanted : present - 1, 2 * half, 0, t) * 16;
+  }
+  Sums<kRowTiles, kTiles> sums = {};
 #pragma unroll
-    for (int plane = 0; plane < kPlanes; ++plane) {
-      x[0][plane] = cuda::load16(inputs + offset + plane * kEight);
+  for (int e = 0; e < 2; ++e) {
+    cuda::Words4 x[kTiles][kPlanes];
+#pragma unroll
+    for (int i = 0; i < kTiles * kPlanes; ++i) {
+      const cuda::SharedPlace at = inputs[i / kPlanes];
+      x[i / kPlanes][i % kPlanes] = cuda::load16_shared(at ^ (i % kPlanes * 64), e * 256);
     }
 #pragma unroll
-    for (int i = 0; i < kRowTiles; ++i) {
-      multiply_eight<Source::kSecond>(eights[i][0], eights[i][1], x, sums.centre[i],
-                                      sums.radius[i]);
+    for (int r = 0; r < kRowTiles; ++r) {
+      Eight top, bottom;
+      lanes[2 * r].eight(2 * half + e, &top);
+      lanes[2 * r + 1].eight(2 * half + e, &bottom);
+      multiply_eight<Source::kSecond>(top, bottom, x, sums.centre[r], sums.radius[r]);
     }
   }
 #pragma unroll
-  for (int i = 0; i < kRowTiles; ++i) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const float scale = lanes[i][j / 2].scale();
-      totals->centre[i][0][j] += scale * sums.centre[i][0][j];
-      totals->radius[i][0][j] += scale * sums.radius[i][0][j];
-    }
+  for (int i = 0; i < kRowTiles * kTiles * 4; ++i) {
+    const int r = i / (4 * kTiles), tile = i / 4 % kTiles, j = i % 4;
+    const float scale = factors.of[2 * r + j / 2].scale;
+    totals->centre[r][tile][j] += scale * sums.centre[r][tile][j];
+    totals->radius[r][tile][j] += scale * sums.radius[r][tile][j];
   }
 }
 
-PYROBUST_DEVICE void store_totals(const Sums& totals, float* shared) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  float* own = shared + warp * 2 * kSumsOfLane * 32 + lane;
+// Vector v of the sums of a thread.
+PYROBUST_DEVICE int place_of_sums(int thread, int v) { return (v * kProductThreads + thread) * 16; }
+
+template <int kRowTiles, int kTiles>
+PYROBUST_DEVICE void store_sums(const Sums<kRowTiles, kTiles>& sums, uint8_t* shared) {
 #pragma unroll
-  for (int at = 0; at < kSumsOfLane; ++at) {
-    own[at * 32] = totals.centre[at / 4][0][at % 4];
-    own[(kSumsOfLane + at) * 32] = totals.radius[at / 4][0][at % 4];
+  for (int v = 0; v < 2 * kRowTiles * kTiles; ++v) {
+    const int r = v / 2 / kTiles, tile = v / 2 % kTiles;
+    const float (&four)[4] = v % 2 == 0 ? sums.centre[r][tile] : sums.radius[r][tile];
+    cuda::store16(shared + place_of_sums(static_cast<int>(threadIdx.x), v),
+                  {{bits_of_float(four[0]), bits_of_float(four[1]), bits_of_float(four[2]),
+                    bits_of_float(four[3])}});
+  }
+}
+
+// The sum over both halves of all blocks, in their order.
+PYROBUST_DEVICE void add_parts(const uint8_t* shared, int parts, int thread, int v,
+                               float (&sum)[4]) {
+  for (int run = 0; run < parts * kHalves; ++run) {
+    const uint8_t* from =
+        shared + place_of_sums(run % kHalves * (kProductThreads / kHalves) + thread, v);
+    const cuda::Words4 four =
+        parts > 1 ? cuda::load16_of_cluster(from, run / kHalves) : cuda::load16(from);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) sum[j] += float_from_bits(four.word[j]);
   }
 }
 
 // Ends of output n of an input from its sums.
-template <class Source>
-PYROBUST_DEVICE void finish_output(const ProductWork<Source>& work, int64_t n, int64_t input,
-                                   float centre, float radius) {
+template <class Work>
+PYROBUST_DEVICE void finish_output(const Work& work, int64_t n, int64_t input, float centre,
+                                   float radius) {
   if (n >= work.rows || input >= work.batch) return;
   const float offset = work.offsets[input];
   const int64_t to = input * work.rows + n;
@@ -161,42 +262,80 @@ PYROBUST_DEVICE void finish_output(const ProductWork<Source>& work, int64_t n, i
              work.out_lower + to, work.out_upper + to);
 }
 
-template <class Source>
-PYROBUST_DEVICE void finish_outputs(const ProductWork<Source>& work, int64_t row, int64_t first,
-                                    const float* shared) {
-  constexpr int kSums = kSumsOfLane;
-  for (int index = static_cast<int>(threadIdx.x); index < kSums * 32; index += kProductThreads) {
-    float centre = 0.0f, radius = 0.0f;
-    for (int warp = 0; warp < kWarps; ++warp) {
-      centre += shared[warp * 2 * kSums * 32 + index];
-      radius += shared[(warp * 2 + 1) * kSums * 32 + index];
+// A thread ends two rows of two inputs; the blocks of a cluster share out whole vectors.
+template <class Source, int kTiles>
+PYROBUST_DEVICE void finish_sums(const ProductWork<Source>& work,
+                                 const Block<Source, kTiles>& block, const uint8_t* shared) {
+  constexpr int kOfHalf = kProductThreads / kHalves;
+  constexpr int kItems = kOfHalf * Source::kRowTiles * kTiles;
+  for (int item = block.part * kProductThreads + static_cast<int>(threadIdx.x); item < kItems;
+       item += kProductThreads * work.parts) {
+    const int thread = item % kOfHalf, pair = item / kOfHalf, lane = thread % 32;
+    const int r = pair / kTiles, tile = pair % kTiles;
+    const int64_t input = block.first + tile * kColumns + lane % 4 * 2;
+    if (input >= work.batch) continue;
+    float centre[4] = {}, radius[4] = {};
+    add_parts(shared, work.parts, thread, 2 * pair, centre);
+    add_parts(shared, work.parts, thread, 2 * pair + 1, radius);
+    const int64_t row = block.row + (thread / 32 * Source::kRowTiles + r) * 16 + lane / 4;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      finish_output(work, row + j / 2 * 8, input + j % 2, centre[j], radius[j]);
     }
-    const int lane = index % 32, at = index / 32, j = at % 4;
-    const int64_t n = row + at / 4 * 16 + lane / 4 + j / 2 * 8;
-    finish_output(work, n, first + lane % 4 * 2 + j % 2, centre, radius);
   }
 }
 
-// Of one multiprocessor: two where the registers of a thread suffice. bfloat16 is faster with one,
-// which has registers for more loads under way.
-template <class Source>
-constexpr int kBlocks = Source::kSecond || Source::kBits != 0 ? 2 : 1;
-
-template <class Source>
-PYROBUST_KERNEL_OF(kProductThreads, kBlocks<Source>)
+// Weights are under way before the inputs are prepared.
+template <class Source, int kTiles>
+PYROBUST_KERNEL_OF(kProductThreads, 1)
 product_kernel(const __grid_constant__ ProductWork<Source> work) {
-  auto* shared = reinterpret_cast<float*>(cuda::shared_memory());
-  const Shape shape = operand_shape(work.batch, work.terms);
-  const BlockPlace place = block_place(blockIdx.x, shape.batch / kColumns);
-  const int64_t row = place.rows * 16 * kRowTiles, first = place.inputs * kColumns;
-  const int64_t steps = shape.terms / kStep;
-  Sums totals = {};
-  for (int64_t step = static_cast<int>(threadIdx.x) / 32; step < steps; step += kWarps) {
-    add_step(work, shape, row, first, step, &totals);
+  using Shape_ = ProductShape<Source, kTiles>;
+  constexpr int kStages = Shape_::kStages;
+  uint8_t* shared = cuda::shared_memory();
+  const cuda::SharedPlace ring = cuda::shared_place(shared);
+  const auto block = Block<Source, kTiles>::of(work);
+  const int64_t steps = padded(work.terms, kStep) / kStep;
+  const int warp_row = static_cast<int>(threadIdx.x) / 32 % kRowWarps * 16 * Source::kRowTiles;
+  for (int i = 0; i < kStages - 1; ++i) {
+    const int64_t step = block.part + i * work.parts;
+    if (step < steps) block.copy_weights(work, step, ring + i * Shape_::kStageBytes);
   }
-  store_totals(totals, shared);
+  Factors<Source> factors, next;
+  factors.load(work, block.row + warp_row, block.part);
+  cuda::await_grid();
+  for (int i = 0; i < kStages - 1; ++i) {
+    const int64_t step = block.part + i * work.parts;
+    if (step < steps) block.copy_inputs(work, steps, step, ring + i * Shape_::kStageBytes);
+    cuda::commit_copies();
+  }
+  Sums<Source::kRowTiles, kTiles> totals = {};
+  int stage = 0, free = kStages - 1;
+#pragma unroll 1
+  for (int64_t step = block.part; step < steps; step += work.parts) {
+    cuda::wait_copies<kStages - 2>();
+    cuda::sync_threads();
+    const int64_t ahead = step + (kStages - 1) * work.parts;
+    if (ahead < steps) {
+      const cuda::SharedPlace to = ring + free * Shape_::kStageBytes;
+      block.copy_weights(work, ahead, to);
+      block.copy_inputs(work, steps, ahead, to);
+    }
+    cuda::commit_copies();
+    next = factors;
+    if (step + work.parts < steps) next.load(work, block.row + warp_row, step + work.parts);
+    multiply_step<Source, kTiles>(ring + stage * Shape_::kStageBytes, block.present, factors,
+                                  &totals);
+    factors = next;
+    free = stage;
+    stage = stage == kStages - 1 ? 0 : stage + 1;
+  }
+  cuda::wait_copies<0>();
   cuda::sync_threads();
-  finish_outputs(work, row, first, shared);
+  store_sums(totals, shared);
+  cuda::sync_threads();
+  if (work.parts > 1) cuda::sync_cluster();
+  finish_sums(work, block, shared);
+  if (work.parts > 1) cuda::sync_cluster();  // others read this block's sums
 }
 
 }  // namespace gpu

@@ -16,14 +16,6 @@ PYROBUST_HD int64_t segments_of(int64_t count) {
   return (count + kTermsOfSegment - 1) / kTermsOfSegment;
 }
 
-constexpr uint16_t kInfiniteHalf = 0x7f80;
-
-// Of value >= 0; infinity where there is none above, or of a NaN.
-PYROBUST_HD uint16_t bfloat16_up(float value) {
-  if (!(value < rounding::infinity())) return kInfiniteHalf;
-  return static_cast<uint16_t>((bits_of_float(value) + 0xffffu) >> 16);
-}
-
 PYROBUST_DEVICE uint16_t radius_half(float radius, float extra, bool outward) {
   return outward ? bfloat16_up(cuda::add_up(radius, extra)) : bfloat16_from_float(radius + extra);
 }

@@ -14,6 +14,14 @@ constexpr int kPrepareThreads = 256;
 // Half a step of the dynamic 8-bit rounding over 1, rounded up (panels.h: half_step).
 constexpr float kHalfStep = 0.5f / 127.0f * (1.0f + 4.0f / 1048576.0f);
 
+constexpr uint16_t kInfiniteHalf = 0x7f80;
+
+// Of value >= 0; infinity where there is none above, or of a NaN.
+PYROBUST_HD uint16_t bfloat16_up(float value) {
+  if (!(value < rounding::infinity())) return kInfiniteHalf;
+  return static_cast<uint16_t>((bits_of_float(value) + 0xffffu) >> 16);
+}
+
 struct Prepared {
   float centre;
   float radius;  // r', before the rounding of activations

@@ -1,6 +1,8 @@
-// Weights as fragments: eight terms of one row at a time, as four pairs of bfloat16.
+// Weights as fragments: eight terms of one row at a time, as four pairs of bfloat16, from a stage
+// in shared memory that holds a step of a block's rows.
 #pragma once
 
+#include "core/bit_layout.h"
 #include "cuda/primitives.h"
 #include "interval/cuda_layout.h"
 
@@ -14,56 +16,72 @@ struct Eight {
   uint32_t second[4];
 };
 
-// Each source: kSecond (whether `second` is used), kBits (0: dense), kOrder (of the terms),
-// begin(row, step, lane) to fetch a lane's 32 terms, eight(i) for i in 0 .. 3, scale(). What begin
-// leaves in memory load(i) brings as a Part, of which convert(i) makes the same as eight(i); where
-// `whole`(step), load_whole(i) does so without looking for the end of a row.
+// What a group of codes shares; 1 and nothing of dense weights.
+struct Factor {
+  float scale = 1.0f;
+  uint32_t minus_zero = 0u;  // twice, as bfloat16; of codes of 2 to 4 bits, less 128
+};
 
-struct Float32Source {
-  static constexpr bool kSecond = true;
-  static constexpr int kBits = 0;
-  static constexpr int kOrder = kFloat32Order;
-  const float* weight;
+// Each source: kSecond (whether `second` is used), kBits (0: dense), kOrder (of the terms),
+// kChunks (16-byte chunks of a row and step), kRowTiles (of 16 rows, of a warp).
+//   copy(place, n, step, chunk)  brings a chunk of row n to shared memory; n < 0: zeros
+//   factor(n, step)
+//   Lane(stage, row, lane, factor).eight(i, out)  terms 8 i .. 8 i + 7 of the lane's
+
+// Chunks of rows of dense weights. Rows that do not begin on vector borders, and what goes past
+// their end, are read a value at a time.
+template <typename T>
+struct DenseRows {
+  static constexpr int kOfChunk = 16 / static_cast<int>(sizeof(T));
+  const T* weight;
   int64_t terms;
   bool vectors;  // rows begin on vector borders
 
+  __device__ __forceinline__ void copy(cuda::SharedPlace place, int64_t n, int64_t step,
+                                       int chunk) const {
+    const int64_t at = step * kStep + chunk * kOfChunk;
+    const T* from = weight + n * terms + at;
+    const bool valid = n >= 0 && at < terms;
+    if (vectors || !valid) {
+      cuda::copy16_async_or_zero(place, valid ? from : weight, valid);
+      return;
+    }
+    cuda::Words4 words = {};
+#pragma unroll
+    for (int i = 0; i < kOfChunk; ++i) {
+      if (at + i < terms) {
+        words.word[i * 4 / kOfChunk] |= bits_of(from[i]) << (i * 32 / (kOfChunk / 4) % 32);
+      }
+    }
+    cuda::store16_shared(place, words);
+  }
+  static __device__ __forceinline__ uint32_t bits_of(uint16_t value) { return value; }
+  static __device__ __forceinline__ uint32_t bits_of(float value) { return bits_of_float(value); }
+
+  __device__ __forceinline__ Factor factor(int64_t, int64_t) const { return {}; }
+};
+
+struct Float32Source : DenseRows<float> {
+  static constexpr bool kSecond = true;
+  static constexpr int kBits = 0;
+  static constexpr int kOrder = kFloat32Order;
+  static constexpr int kChunks = 32;
+  static constexpr int kRowTiles = 1;
+
   struct Lane {
-    const float* row;
-    int64_t first;
-    int64_t terms;
-    bool vectors;
+    cuda::SharedPlace row;
+    int flip;  // of weight_vector
+    int lane;
 
-    struct Part {
+    __device__ __forceinline__ void eight(int i, Eight* out) const {
       float w[8];
-    };
-
-    __device__ __forceinline__ void load(int i, Part* out) const {
-      float (&w)[8] = out->w;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int64_t at = first + 32 * i + 16 * half;
-        if (vectors && at < terms) {
-          const cuda::Words4 four = cuda::load16_once(row + at);
+        const cuda::Words4 four =
+            cuda::load16_shared(row + (((8 * i + 4 * half) ^ flip) + lane) * 16, 0);
 #pragma unroll
-          for (int k = 0; k < 4; ++k) w[4 * half + k] = float_from_bits(four.word[k]);
-        } else {
-#pragma unroll
-          for (int k = 0; k < 4; ++k) {
-            w[4 * half + k] = at + k < terms ? row[at + k] : 0.0f;
-          }
-        }
+        for (int k = 0; k < 4; ++k) w[4 * half + k] = float_from_bits(four.word[k]);
       }
-    }
-    __device__ __forceinline__ void load_whole(int i, Part* out) const {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const cuda::Words4 four = cuda::load16_once(row + first + 32 * i + 16 * half);
-#pragma unroll
-        for (int k = 0; k < 4; ++k) out->w[4 * half + k] = float_from_bits(four.word[k]);
-      }
-    }
-    __device__ __forceinline__ void convert(int, const Part& part, Eight* out) const {
-      const float (&w)[8] = part.w;
 #pragma unroll
       for (int p = 0; p < 4; ++p) {
         const uint32_t pair = cuda::pack_bf16x2(w[2 * p], w[2 * p + 1]);
@@ -72,77 +90,34 @@ struct Float32Source {
                                            w[2 * p + 1] - cuda::high_bf16(pair));
       }
     }
-    __device__ __forceinline__ void eight(int i, Eight* out) const {
-      Part part;
-      load(i, &part);
-      convert(i, part, out);
-    }
-    __device__ __forceinline__ float scale() const { return 1.0f; }
   };
-
-  __device__ __forceinline__ Lane begin(int64_t row, int64_t step, int lane) const {
-    return {weight + row * terms, step * kStep + lane * 4, terms, vectors};
-  }
-  __device__ __forceinline__ bool whole(int64_t step) const {
-    return vectors && (step + 1) * kStep <= terms;
+  static __device__ __forceinline__ Lane lane(cuda::SharedPlace stage, int row, int lane,
+                                              const Factor&) {
+    return {stage + row * kChunks * 16, row % 2 * 4, lane};
   }
 };
 
-struct BFloat16Source {
+struct BFloat16Source : DenseRows<uint16_t> {
   static constexpr bool kSecond = false;
   static constexpr int kBits = 0;
   static constexpr int kOrder = kBFloat16Order;
-  const uint16_t* weight;
-  int64_t terms;
-  bool vectors;
+  static constexpr int kChunks = 16;
+  static constexpr int kRowTiles = 2;
 
   struct Lane {
-    const uint16_t* row;
-    int64_t first;
-    int64_t terms;
-    bool vectors;
+    cuda::SharedPlace row;
+    int flip;
+    int lane;
 
-    struct Part {
-      uint32_t word[4];
-    };
-
-    __device__ __forceinline__ void load(int i, Part* out) const {
-      const int64_t at = first + 8 * i;
-      if (vectors && at < terms) {
-        const cuda::Words4 words = cuda::load16_once(row + at);
-#pragma unroll
-        for (int p = 0; p < 4; ++p) out->word[p] = words.word[p];
-        return;
-      }
-#pragma unroll
-      for (int p = 0; p < 4; ++p) {
-        const uint32_t low = at + 2 * p < terms ? row[at + 2 * p] : 0u;
-        const uint32_t high = at + 2 * p + 1 < terms ? row[at + 2 * p + 1] : 0u;
-        out->word[p] = low | high << 16;
-      }
-    }
-    __device__ __forceinline__ void load_whole(int i, Part* out) const {
-      const cuda::Words4 words = cuda::load16_once(row + first + 8 * i);
-#pragma unroll
-      for (int p = 0; p < 4; ++p) out->word[p] = words.word[p];
-    }
-    __device__ __forceinline__ void convert(int, const Part& part, Eight* out) const {
-#pragma unroll
-      for (int p = 0; p < 4; ++p) out->first[p] = part.word[p];
-    }
     __device__ __forceinline__ void eight(int i, Eight* out) const {
-      Part part;
-      load(i, &part);
-      convert(i, part, out);
+      const cuda::Words4 words = cuda::load16_shared(row + (((4 * i) ^ flip) + lane) * 16, 0);
+#pragma unroll
+      for (int p = 0; p < 4; ++p) out->first[p] = words.word[p];
     }
-    __device__ __forceinline__ float scale() const { return 1.0f; }
   };
-
-  __device__ __forceinline__ Lane begin(int64_t row, int64_t step, int lane) const {
-    return {weight + row * terms, step * kStep + lane * kTermsOfLane, terms, vectors};
-  }
-  __device__ __forceinline__ bool whole(int64_t step) const {
-    return vectors && (step + 1) * kStep <= terms;
+  static __device__ __forceinline__ Lane lane(cuda::SharedPlace stage, int row, int lane,
+                                              const Factor&) {
+    return {stage + row * kChunks * 16, row % 2 * 4, lane};
   }
 };
 
@@ -152,6 +127,8 @@ struct PackedSource {
   static constexpr bool kSecond = false;
   static constexpr int kBits = kBits_;
   static constexpr int kOrder = kBits_;
+  static constexpr int kChunks = kBits_;
+  static constexpr int kRowTiles = 2;
   const uint8_t* codes;
   int64_t row_bytes;
   const void* scales;
@@ -162,15 +139,9 @@ struct PackedSource {
 
   struct Lane {
     uint32_t word[kBits_];
-    uint32_t minus_zero;  // twice, as bfloat16
-    float scale_of_group;
+    uint32_t minus_zero;
 
-    struct Part {};
-    __device__ __forceinline__ void load(int, Part*) const {}
-    __device__ __forceinline__ void load_whole(int, Part*) const {}
-    __device__ __forceinline__ void convert(int i, const Part&, Eight* out) const { eight(i, out); }
-
-    // word[first + i] for i in 0 .. 3, by selection, so that a loop over i need not be unrolled.
+    // word[first + i] for i in 0 .. 3, by selection, so that i need not be known.
     template <int kStride>
     __device__ __forceinline__ uint32_t pick(int first, int i) const {
       const uint32_t low = i == 0 ? word[first] : word[(first + kStride) % kBits_];
@@ -203,7 +174,7 @@ struct PackedSource {
       return bits.word[0] >> (q * kBits_) & kMask;
     }
     __device__ __forceinline__ void eight(int i, Eight* out) const {
-      constexpr uint32_t kOnes = 0x3f803f80u, kMinus128 = 0xc300c300u, k128 = 0x43004300u;
+      constexpr uint32_t kOnes = 0x3f803f80u, k128 = 0x43004300u;
       const Bits bits = bits_of_eight(i);
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
@@ -214,41 +185,91 @@ struct PackedSource {
           const uint32_t floats =
               cuda::pack_bf16x2(static_cast<float>(pair & 0xffffu), static_cast<float>(pair >> 16));
           out->first[q] = cuda::fma_bf16x2(floats, kOnes, minus_zero);
-        } else {  // a code below 128 in the low bits of 128.0 is 128 + code; all sums are exact
-          const uint32_t code = cuda::fma_bf16x2(pair | k128, kOnes, kMinus128);
-          out->first[q] = cuda::fma_bf16x2(code, kOnes, minus_zero);
+        } else {  // a code in the low bits of 128.0 is 128 + code; the sum is exact
+          out->first[q] = cuda::fma_bf16x2(pair | k128, kOnes, minus_zero);
         }
       }
     }
-    __device__ __forceinline__ float scale() const { return scale_of_group; }
   };
 
-  __device__ __forceinline__ bool whole(int64_t) const { return true; }
+  __device__ __forceinline__ void copy(cuda::SharedPlace place, int64_t n, int64_t step,
+                                       int chunk) const {
+    const uint8_t* from = codes + n * row_bytes + (step * kBits_ + chunk) * 16;
+    cuda::copy16_async_or_zero(place, n >= 0 ? from : codes, n >= 0);
+  }
 
-  __device__ __forceinline__ Lane begin(int64_t row, int64_t step, int lane) const {
+  __device__ __forceinline__ Factor factor(int64_t n, int64_t step) const {
+    // 32 bits are enough for steps: a division of 64 costs about 70 instructions.
+    const auto past = static_cast<uint32_t>(step) / static_cast<uint32_t>(steps_a_group);
+    const int64_t group = n * groups + past;
+    const int zero = zeros != nullptr ? zeros[group] : 1 << (kBits_ - 1);
+    const int less = kBits_ == 8 ? zero : zero + 128;  // at most 143 below 8 bits
+    return {load_float(scales, group, scale_type),
+            bfloat16_from_float(static_cast<float>(-less)) * 0x10001u};
+  }
+
+  static __device__ __forceinline__ Lane lane(cuda::SharedPlace stage, int row, int lane,
+                                              const Factor& factor) {
     Lane out;
-    const auto* from = reinterpret_cast<const uint32_t*>(codes + row * row_bytes) +
-                       (step * kStep / kTermsOfLane + lane) * kBits_;
+    const cuda::SharedPlace from = stage + (row * 4 + lane) * kBits_ * 4;
     if (kBits_ % 4 == 0) {
 #pragma unroll
       for (int v = 0; v < kBits_ / 4; ++v) {
-        const cuda::Words4 four = cuda::load16_once(from + 4 * v);
+        const cuda::Words4 four = cuda::load16_shared(from, 16 * v);
 #pragma unroll
         for (int k = 0; k < 4; ++k) out.word[(4 * v + k) % kBits_] = four.word[k];
       }
+    } else if (kBits_ == 2) {
+      const cuda::Words2 two = cuda::load8_shared(from, 0);
+      out.word[0] = two.word[0];
+      out.word[1 % kBits_] = two.word[1];
     } else {
 #pragma unroll
-      for (int k = 0; k < kBits_; ++k) out.word[k] = from[k];
+      for (int k = 0; k < kBits_; ++k) out.word[k] = cuda::load4_shared(from + 4 * k);
     }
-    // 32 bits are enough for steps: a division of 64 costs about 70 instructions.
-    const auto past = static_cast<uint32_t>(step) / static_cast<uint32_t>(steps_a_group);
-    const int64_t group = row * groups + past;
-    const int zero = zeros != nullptr ? zeros[group] : 1 << (kBits_ - 1);
-    out.minus_zero = bfloat16_from_float(static_cast<float>(-zero)) * 0x10001u;
-    out.scale_of_group = load_float(scales, group, scale_type);
+    out.minus_zero = factor.minus_zero;
     return out;
   }
 };
+
+// --- of a call ----------------------------------------------------------------------------------
+
+inline bool aligned(const void* pointer, int64_t row_bytes) {
+  return (reinterpret_cast<uintptr_t>(pointer) | static_cast<uintptr_t>(row_bytes)) % 16 == 0;
+}
+
+template <int kBits>
+PackedSource<kBits> packed_source(const matmul::PackedMatrix& weight) {
+  const bool whole_rows = weight.group_size >= weight.cols;
+  return {weight.codes,
+          packed_row_bytes(weight.cols, weight.levels),
+          weight.scale,
+          weight.scale_type,
+          weight.zero,
+          whole_rows ? 1 : weight.cols / weight.group_size + (weight.cols % weight.group_size != 0),
+          whole_rows ? weight.cols / kStep : weight.group_size / kStep};
+}
+
+// function(source) of a weight that bfloat16 holds exactly.
+template <class Function>
+cuda::Status with_exact_source(const LinearCall& call, const Function& function) {
+  if (call.kind == WeightKind::kBFloat16) {
+    return function(BFloat16Source{{static_cast<const uint16_t*>(call.dense), call.terms,
+                                    aligned(call.dense, call.terms * 2)}});
+  }
+  switch (code_bits(call.packed.levels)) {
+    case 1:
+      return function(packed_source<1>(call.packed));
+    case 2:
+      return function(packed_source<2>(call.packed));
+    case 3:
+      return function(packed_source<3>(call.packed));
+    case 4:
+      return function(packed_source<4>(call.packed));
+    default:
+      return function(packed_source<8>(call.packed));
+  }
+}
 
 }  // namespace gpu
 }  // namespace interval

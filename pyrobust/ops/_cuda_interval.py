@@ -26,10 +26,6 @@ __all__ = [
     "packed_linear",
 ]
 
-# Inputs from which on 64 rows share them in shared memory. For fewer the kernel that was measured
-# on an H200 serves, 32 rows that read them each for itself; `bench/gpu.py` times both.
-LEAST_SHARED_INPUTS = 9
-
 
 def linear(
     lower: Tensor,
@@ -54,14 +50,15 @@ def linear(
     """
     module = cuda_module("interval_linear")
     rows, terms = weight.shape
-    if library.serves_linear(lower, rows, terms):
+    exact = weight.dtype == torch.bfloat16
+    if library.serves_linear(lower, rows, terms, exact=exact):
         mode = library.Mode(rounding, int8, packed)
         return library.linear(lower, upper, weight, bias, mode, keep=not packed)
-    pointers, ends, _scratch = _outputs(module, lower, upper, rows, bias)
+    pointers, ends, _scratch = _outputs(module, lower, upper, rows, bias, 1 if exact else 0)
     module.interval_linear(
         pointers,
         weight.data_ptr(),
-        weight.dtype == torch.bfloat16,
+        exact,
         int8,
         packed,
         _sizes(lower, rows),
@@ -71,9 +68,9 @@ def linear(
     return ends
 
 
-def _sizes(lower: Tensor, rows: int) -> tuple[int, int, int, bool]:
-    """Inputs, rows and terms, and whether the rows of a thread block share inputs."""
-    return lower.shape[0], rows, lower.shape[1], lower.shape[0] >= LEAST_SHARED_INPUTS
+def _sizes(lower: Tensor, rows: int) -> tuple[int, int, int]:
+    """Inputs, rows and terms."""
+    return lower.shape[0], rows, lower.shape[1]
 
 
 def packed_fits(
@@ -103,7 +100,7 @@ def packed_linear(
     """The same under packed codes in the canonical layout, where :func:`packed_fits` holds."""
     module = cuda_module("interval_packed_linear")
     rows = codes.shape[0]
-    pointers, ends, _scratch = _outputs(module, lower, upper, rows, bias)
+    pointers, ends, _scratch = _outputs(module, lower, upper, rows, bias, 2)
     module.interval_packed_linear(
         pointers,
         codes.data_ptr(),
@@ -119,9 +116,12 @@ def packed_linear(
     return ends
 
 
-def decodes_in_blocks(lower: Tensor, codes: Tensor, terms: int) -> bool:
-    """Whether inputs are so many that :func:`decoded_linear` is the faster way."""
-    return library.serves_linear(lower, codes.shape[0], terms, packed=True)
+def decodes_in_blocks(lower: Tensor, codes: Tensor, terms: int, *, fits: bool) -> bool:
+    """Whether inputs are so many that :func:`decoded_linear` is the faster way.
+
+    ``fits``: what :func:`packed_fits` says of the weight.
+    """
+    return library.serves_linear(lower, codes.shape[0], terms, exact=fits, packed=True)
 
 
 def decoded_linear(
@@ -138,13 +138,17 @@ def decoded_linear(
 
 
 def _outputs(
-    module: object, lower: Tensor, upper: Tensor, rows: int, bias: Tensor | None
+    module: object, lower: Tensor, upper: Tensor, rows: int, bias: Tensor | None, kind: int
 ) -> tuple[tuple[int, ...], tuple[Tensor, Tensor], Tensor]:
-    """Pointers of a launch, its outputs, and its scratch, which must outlive the launch."""
-    batch, terms = lower.shape
+    """Pointers of a launch, its outputs, and its scratch, which must outlive the launch.
+
+    ``kind``: of the weight, 0 float32, 1 bfloat16, 2 packed.
+    """
+    batch = lower.shape[0]
     out_lower = lower.new_empty((batch, rows))
     out_upper = torch.empty_like(out_lower)
-    size = module.interval_scratch_bytes(batch, terms)  # type: ignore[attr-defined]
+    sizes = _sizes(lower, rows)
+    size = module.interval_scratch_bytes(kind, sizes, where(lower))  # type: ignore[attr-defined]
     scratch = lower.new_empty((size,), dtype=torch.uint8)
     shift = 0 if bias is None else bias.data_ptr()
     tensors = (lower, upper, out_lower, out_upper, scratch)

@@ -31,6 +31,12 @@ LEAST_INPUTS = 32
 LEAST_PRODUCTS = 1 << 27  # 32 inputs of 2048 x 2048: below, launches of the library's path count
 LEAST_PACKED_INPUTS = 256
 
+# Up to so many inputs the fused product of warpgroups is taken before the library's, where the card
+# has it and the weight is bfloat16, or packed in a format that it reads. Counted, not timed: it
+# reads W once where the library reads W twice and |W| once, or decodes W to memory.
+MOST_FUSED_INPUTS = 64
+MOST_FUSED_PACKED_INPUTS = 1023
+
 _SUM_BYTES = 1 << 28  # of a block of inputs
 _WEIGHT_BYTES = 24 << 20  # of a decoded block of packed weights
 _IMAGE_BYTES = 48 << 20  # of operands and sums of a block of images
@@ -51,9 +57,17 @@ def _available(example: Tensor) -> bool:
     return not example.is_cuda or "dtype" in torch.ops.aten.mm.overloads()
 
 
-def serves_linear(lower: Tensor, rows: int, terms: int, *, packed: bool = False) -> bool:
-    """Whether :func:`linear`, or :func:`packed_linear`, is the faster way, and possible."""
+def serves_linear(
+    lower: Tensor, rows: int, terms: int, *, exact: bool, packed: bool = False
+) -> bool:
+    """Whether :func:`linear`, or :func:`packed_linear`, is the faster way, and possible.
+
+    ``exact``: a fused kernel takes the weight's values as bfloat16.
+    """
     batch = lower.shape[0]
+    most = MOST_FUSED_PACKED_INPUTS if packed else MOST_FUSED_INPUTS
+    if exact and batch <= most and cuda_module("interval_linear").warpgroups(where(lower)[0]):
+        return False
     many = (
         batch >= (LEAST_PACKED_INPUTS if packed else LEAST_INPUTS)
         and batch * rows * terms >= LEAST_PRODUCTS

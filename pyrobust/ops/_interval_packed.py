@@ -360,11 +360,12 @@ def _packed_product(
 ) -> Ends:
     has_extras = any(part is not None for part in extras)
     codes, shift = dense(codes), _optional(bias)
-    if _cuda_interval.decodes_in_blocks(low, codes, terms):
+    fits = _cuda_interval.packed_fits(codes, terms, bits, group_size, group_dim, has_extras)
+    if _cuda_interval.decodes_in_blocks(low, codes, terms, fits=fits):
         weight = gpu_weight(codes, scale, zero, terms, bits, group_size, group_dim, *extras)
         int8 = activations == "int8"
         return _cuda_interval.decoded_linear(low, high, weight, shift, rounding, int8)
-    if _cuda_interval.packed_fits(codes, terms, bits, group_size, group_dim, has_extras):
+    if fits:
         parts = (codes, dense(scale), _optional(zero), shift, terms, bits, group_size)
         return _cuda_interval.packed_linear(low, high, *parts, activations == "int8", rounding)
     matrix = _weight(codes, scale, zero, terms, bits, group_size, group_dim, extras)

@@ -17,22 +17,27 @@ def boxes(batch, terms, width=0.1):
     return centre - radius, centre + radius
 
 
-@pytest.fixture(params=[1, 1 << 60], ids=["shared-inputs", "own-inputs"])
-def kernel(request, monkeypatch):
-    """Either of the two fused kernels, whatever the number of inputs."""
-    monkeypatch.setattr(_cuda_interval, "LEAST_SHARED_INPUTS", request.param)
-
-
 @pytest.mark.parametrize("rounding", ["real", "deployed"])
 @pytest.mark.parametrize(
     ("batch", "rows", "terms"),
-    [(1, 512, 784), (9, 300, 4096), (16, 8192, 8192), (40, 1000, 131), (300, 64, 20_000)],
+    [
+        (1, 512, 784),
+        (9, 300, 4096),
+        (16, 8192, 8192),
+        (23, 700, 1000),
+        (40, 1000, 131),
+        (64, 4096, 4096),
+        (100, 500, 2048),
+        (300, 64, 20_000),
+    ],
 )
-def test_dense_bounds_contain_the_exact_image(kernel, batch, rows, terms, rounding):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dense_bounds_contain_the_exact_image(batch, rows, terms, rounding, dtype):
     lower, upper = boxes(batch, terms)
-    weight, bias = torch.randn(rows, terms), torch.randn(rows)
+    weight, bias = torch.randn(rows, terms).to(dtype).float(), torch.randn(rows)
     on_gpu = [t.cuda() for t in (lower, upper, weight, bias)]
-    low, high = ops.interval_linear(*on_gpu, rounding=rounding)
+    kept = on_gpu[2].to(dtype)
+    low, high = _cuda_interval.linear(*on_gpu[:2], kept, on_gpu[3], rounding)
     wide = [t.double() for t in on_gpu]
     exact = ops.interval_linear(*wide, rounding="nearest")
     assert (low <= exact[0]).all()
@@ -45,27 +50,30 @@ def test_dense_bounds_contain_the_exact_image(kernel, batch, rows, terms, roundi
         assert ((low <= y) & (y <= high)).all()
 
 
-def test_the_bound_of_truncating_sums_holds_on_this_card(kernel):
+@pytest.mark.parametrize("batch", [1, 9, 20, 50])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bound_of_truncating_sums_holds_on_this_card(batch, dtype):
     """One huge term and many just under what an aligned sum keeps of it, at every distance."""
     terms = 4096
-    weight = torch.ones(1, terms, device="cuda")
+    weight = torch.ones(1, terms, device="cuda", dtype=dtype)
     for shift in range(8, 28):
-        point = torch.full((1, terms), 2.0**-shift * (1 - 2.0**-8))
-        point[0, 0] = 1.0
+        point = torch.full((batch, terms), 2.0**-shift * (1 - 2.0**-8))
+        point[:, 0] = 1.0
         for sign in (1.0, -1.0):
             x = (point * sign).cuda()
             low, high = _cuda_interval.linear(x, x, weight, None, "real")
             exact = sum(Fraction(v) for v in x[0].tolist())
-            assert Fraction(low.item()) <= exact <= Fraction(high.item())
+            assert Fraction(low.max().item()) <= exact <= Fraction(high.min().item())
 
 
 @pytest.mark.parametrize("bits", [1, 1.58, 2, 3, 4, 8])
 @pytest.mark.parametrize("activations", [None, "int8"])
-def test_packed_layers_are_bounded(kernel, bits, activations):
+@pytest.mark.parametrize("batch", [1, 12, 20, 64, 130])
+def test_packed_layers_are_bounded(bits, activations, batch):
     layer = pyrobust.nn.PackedLinear.from_linear(
         nn.Linear(512, 96), bits=bits, group_size=128, activations=activations
     ).cuda()
-    lower, upper = (end.cuda() for end in boxes(20, 512))
+    lower, upper = (end.cuda() for end in boxes(batch, 512))
     bounds = layer(Interval(lower, upper))
     for _ in range(20):
         y = layer(lower + torch.rand_like(lower) * (upper - lower))
@@ -125,7 +133,8 @@ def always(monkeypatch):
     assert "dtype" in torch.ops.aten.mm.overloads(), "torch 2.8 or later is needed"
     for name in ("LEAST_INPUTS", "LEAST_PACKED_INPUTS"):
         monkeypatch.setattr(library, name, 1)
-    monkeypatch.setattr(library, "LEAST_PRODUCTS", 0)
+    for name in ("MOST_FUSED_INPUTS", "MOST_FUSED_PACKED_INPUTS", "LEAST_PRODUCTS"):
+        monkeypatch.setattr(library, name, 0)
     made = []
     original = library._product
     monkeypatch.setattr(library, "_product", lambda a, b: made.append(a.shape) or original(a, b))

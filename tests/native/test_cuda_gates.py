@@ -30,6 +30,12 @@ def interval(request, tmp_path_factory):
     return gates.compile_kernels("interval/cuda.cu", request.param, tmp_path_factory.mktemp("i"))
 
 
+@pytest.fixture(scope="module")
+def interval_warpgroups(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("w")
+    return gates.compile_kernels("interval/cuda_wide.cu", "90a", folder)
+
+
 @pytest.fixture(scope="module", params=ARCHITECTURES, ids=["sm_90", "sm_80"])
 def around_library(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("l")
@@ -105,14 +111,12 @@ def test_sampling_kernels_keep_their_registers(sampling):
 
 
 def test_interval_kernels_do_not_spill(interval):
-    """128 registers leave room for two blocks of 256 threads; bfloat16 weights have one, and so has
-    every kernel whose rows share inputs."""
+    """A product has a multiprocessor for itself, for its ring of shared memory."""
+    assert len(matching(interval, "prepare_kernel")) == 7
+    assert len(matching(interval, "product_kernel")) == 14
     for kernel in interval.values():
         assert kernel.spills == 0
         assert not kernel.has(gates.ODD_DESCRIPTOR)
-    for name, kernel in interval.items():
-        if "product_kernel" in name:
-            assert kernel.registers <= (208 if "BFloat16" in name else 128)
 
 
 def test_kernels_around_a_library_leave_room_for_many_threads(around_library):
@@ -161,62 +165,77 @@ def test_noise_stores_vectors_and_stays_within_its_instructions(sampling):
 
 
 @needs_code
+@pytest.mark.parametrize("tiles", [1, 2])
 @pytest.mark.parametrize(
-    ("source", "most"),
+    ("source", "copies", "most"),
     [
-        ("PackedSource<8>", 6.2),
-        ("PackedSource<4>", 5.8),
-        ("PackedSource<3>", 7.4),
-        ("PackedSource<2>", 5.9),
-        ("PackedSource<1>", 3.9),
-        ("BFloat16Source", 10.4),
-        ("Float32Source", 13.4),
+        ("PackedSource<8>", 4, (10.7, 12.1)),
+        ("PackedSource<4>", 2, (8.9, 10.1)),
+        ("PackedSource<3>", 2, (10.8, 12.0)),
+        ("PackedSource<2>", 1, (8.4, 9.7)),
+        ("PackedSource<1>", 1, (6.6, 7.9)),
+        ("BFloat16Source", 8, (12.7, 14.3)),
+        ("Float32Source", 8, (18.5, 20.3)),
     ],
 )
-def test_interval_products_stay_within_their_instructions(interval, source, most):
-    """Instructions a weight beside the tensor cores'. A step of a lane is 128 weights: four rows of
-    32; dense weights count both of their paths, vectors and tails."""
-    (kernel,) = matching(interval, f"product_kernel<.*{source} *>")
-    assert kernel.has(r"HMMA.16816.F32.BF16")
-    assert kernel.has("LDG.E.*128")
+def test_interval_products_stay_within_their_instructions(interval, source, copies, most, tiles):
+    """Instructions a weight beside the tensor cores', for eight inputs and for sixteen. Half a step
+    of a lane is 64 weights, four rows of 16 (of float32 32, two rows); weights and inputs come by
+    16-byte copies and leave shared memory 16 bytes at a time. Dense weights count the path of odd
+    rows too."""
+    (kernel,) = matching(interval, rf"product_kernel<.*{source} *, {tiles}>")
     assert not kernel.has("LDL|STL")
-    assert not kernel.has(gates.ODD_DESCRIPTOR)
-    counts = kernel.counts(*kernel.loops()[0])
-    assert (sum(counts.values()) - counts["HMMA"]) / 128 <= most
+    # |W| of 1 bit is the same for all rows, which the compiler sees for compute capability 9.0.
+    products = (24 if source in ("Float32Source", "PackedSource<1>") else 32) * tiles
+    loop = min(
+        (loop for loop in kernel.loops() if kernel.counts(*loop)["HMMA"] >= products),
+        key=lambda loop: loop[1] - loop[0],
+    )
+    counts = kernel.counts(*loop)
+    assert counts["HMMA"] in (products, 32 * tiles)
+    assert counts["LDGSTS"] == copies + 2 * tiles
+    wide = sum(loop[0] <= at <= loop[1] and "LDS.128" in text for at, text in kernel.code)
+    assert wide >= 8 * tiles
+    weights = 32 if source == "Float32Source" else 64
+    assert (sum(counts.values()) - counts["HMMA"]) / weights <= most[tiles - 1]
+
+
+def test_interval_products_of_warpgroups_do_not_spill(interval_warpgroups):
+    kernels = matching(interval_warpgroups, "wide_kernel")
+    assert len(kernels) == 24
+    for kernel in kernels:
+        assert kernel.spills == 0
+        assert not kernel.has(gates.ODD_DESCRIPTOR)
 
 
 @needs_code
 @pytest.mark.parametrize(
     ("source", "most"),
     [
-        ("PackedSource<8>", 9.8),
-        ("PackedSource<4>", 9.3),
-        ("PackedSource<3>", 10.8),
-        ("PackedSource<2>", 9.3),
-        ("PackedSource<1>", 7.3),
-        ("BFloat16Source", 13.7),
-        ("Float32Source", 17.7),
+        ("PackedSource<8>", (8.7, 12.6)),
+        ("PackedSource<4>", (7.1, 11.2)),
+        ("PackedSource<3>", (8.9, 13.2)),
+        ("PackedSource<2>", (6.8, 11.1)),
+        ("PackedSource<1>", (5.8, 10.0)),
+        ("BFloat16Source", (13.8, 16.1)),
     ],
 )
-def test_interval_products_with_shared_inputs_stay_within_their_instructions(
-    interval, source, most
+def test_interval_products_of_warpgroups_stay_within_their_instructions(
+    interval_warpgroups, source, most
 ):
-    """Instructions a weight for sixteen inputs, beside the tensor cores'. A step of a lane is 64
-    weights: two rows of 32; dense weights count both of their paths. Inputs come by eight copies a
-    thread and step, and leave shared memory 16 bytes at a time."""
-    (kernel,) = matching(interval, f"shared_kernel<.*{source} *>")
-    assert not kernel.has("LDL|STL")
-    assert not kernel.has(gates.ODD_DESCRIPTOR)
-    loop = min(
-        (loop for loop in kernel.loops() if kernel.counts(*loop)["HMMA"] >= 64),
-        key=lambda loop: loop[1] - loop[0],
-    )
-    counts = kernel.counts(*loop)
-    assert counts["HMMA"] == (96 if source == "Float32Source" else 64)
-    assert counts["LDGSTS"] == 8
-    wide = sum(loop[0] <= at <= loop[1] and "LDS.128" in text for at, text in kernel.code)
-    assert wide == 32
-    assert (sum(counts.values()) - counts["HMMA"]) / 64 <= most
+    """Instructions a weight beside products, for 8 and for 64 inputs: a stage of a lane is two rows
+    of 32 packed weights, or of 16 dense ones, which count the path of odd rows too."""
+    for eights, least in ((1, most[0]), (8, most[1])):
+        (kernel,) = matching(interval_warpgroups, rf"wide_kernel<.*{source} *, {eights}>")
+        loop = min(
+            (loop for loop in kernel.loops() if kernel.counts(*loop)["HGMMA"]),
+            key=lambda loop: loop[1] - loop[0],
+        )
+        counts = kernel.counts(*loop)
+        dense = source == "BFloat16Source"
+        assert counts["HGMMA"] == (12 if dense else 24)
+        assert counts["LDL"] == counts["STL"] == 0
+        assert (sum(counts.values()) - counts["HGMMA"]) / (32 if dense else 64) <= least
 
 
 @needs_code

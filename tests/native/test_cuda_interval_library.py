@@ -43,11 +43,16 @@ def split_sums(a, b):
     return truncating(a[..., half:], b[..., half:, :]) + truncating(a[..., :half], b[..., :half, :])
 
 
+def never_fused(monkeypatch):
+    for name in ("MOST_FUSED_INPUTS", "MOST_FUSED_PACKED_INPUTS", "LEAST_PRODUCTS"):
+        monkeypatch.setattr(library, name, 0)
+    monkeypatch.setattr(library, "LEAST_INPUTS", 1)
+
+
 @pytest.fixture(params=[None, truncating, split_sums], ids=["floats", "truncating", "split"])
 def product(request, emulated_cuda, monkeypatch):
     """Every product by the library's path, in chunks of 64 terms."""
-    monkeypatch.setattr(library, "LEAST_INPUTS", 1)
-    monkeypatch.setattr(library, "LEAST_PRODUCTS", 0)
+    never_fused(monkeypatch)
     monkeypatch.setattr(library, "CHUNK_TERMS", 64)
     if request.param is not None:
         monkeypatch.setattr(library, "_product", request.param)
@@ -57,8 +62,7 @@ def product(request, emulated_cuda, monkeypatch):
 @pytest.fixture
 def always(emulated_cuda, monkeypatch):
     """The library's path whatever the sizes."""
-    monkeypatch.setattr(library, "LEAST_INPUTS", 1)
-    monkeypatch.setattr(library, "LEAST_PRODUCTS", 0)
+    never_fused(monkeypatch)
 
 
 @pytest.fixture
@@ -237,6 +241,23 @@ def test_few_inputs_stay_with_the_fused_kernel(emulated_cuda, calls, monkeypatch
     assert not calls
     _cuda_interval.linear(*boxes(64, 16), weight, None, "real")
     assert calls
+
+
+def test_products_of_warpgroups_come_first_where_they_exist(emulated_cuda, calls, monkeypatch):
+    monkeypatch.setattr(library, "LEAST_PRODUCTS", 64 * 16 * 16)
+    weight, ends = torch.randn(16, 128), boxes(64, 128)
+    codes = round_to_nearest(weight, bits=4, group_size=128).codes
+    assert library.serves_linear(ends[0], 16, 128, exact=False)
+    assert not library.serves_linear(ends[0], 16, 128, exact=True)
+    assert library.serves_linear(boxes(65, 128)[0], 16, 128, exact=True)
+    many = boxes(1023, 128)[0]
+    assert not _cuda_interval.decodes_in_blocks(many, codes, 128, fits=True)
+    assert _cuda_interval.decodes_in_blocks(many, codes, 128, fits=False)
+    _cuda_interval.linear(*ends, weight.bfloat16(), None, "real")
+    assert not calls
+    for device in (2, 3):
+        monkeypatch.setattr(library, "where", lambda _, device=device: (device, 0))
+        assert library.serves_linear(ends[0], 16, 128, exact=True)
 
 
 def test_parts_of_a_weight_are_kept_for_its_version(always, emulated_cuda, monkeypatch):

@@ -8,8 +8,12 @@ std::string status_text(Status status) { return "emulated status " + std::to_str
 
 int device_count(std::string*) { return 1; }
 
-// Device 0 has three multiprocessors, so that grids loop; device 1 is too old.
-DeviceFacts device_facts(int device) { return {"fibres", device == 0 ? 90 : 70, 3}; }
+// Three multiprocessors, so that grids loop. Device 0 has clusters and products of warpgroups,
+// device 1 is too old, device 2 has neither, device 3 clusters alone.
+DeviceFacts device_facts(int device) {
+  constexpr int kCapabilities[] = {90, 70, 80, 100};
+  return {"fibres", kCapabilities[device % 4], 3};
+}
 
 DeviceGuard::DeviceGuard(int) {}
 DeviceGuard::~DeviceGuard() = default;

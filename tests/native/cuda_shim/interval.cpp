@@ -29,7 +29,7 @@ std::vector<std::array<int, 2>> shared_places(int inputs) {
   std::vector<std::array<int, 2>> places;
   for (int input = 0; input < inputs; ++input) {
     for (int index = 0; index < kStepVectors; ++index) {
-      const int64_t term = index / 16 * kEight + index / 4 % 4 * kTermsOfLane;
+      const int64_t term = index / 16 * 4 * kEight + index / 4 % 4 * kEight;
       const int plane = index % 4;
       const int64_t place = operand_index({1, kStep}, plane, 0, term, kBFloat16Order);
       if (place != index * kEight) fail("vectors do not follow one another");
@@ -49,6 +49,46 @@ std::vector<int> banks_together(int eighth, int plane, int first_lane) {
   return banks;
 }
 
+// The same of weights: lanes of rows of `chunks` vectors that read vector `first` + lane % 4.
+std::vector<int> weight_banks_together(int chunks, int first, int first_lane) {
+  std::vector<int> banks;
+  for (int lane = first_lane; lane < first_lane + 8; ++lane) {
+    banks.push_back(interval::gpu::weight_vector(chunks, lane / 4, first + lane % 4) % 8);
+  }
+  return banks;
+}
+
+std::array<int64_t, 2> place_in_step(int order, int64_t term) {
+  const interval::gpu::TermPlace at = interval::gpu::place_in_step(order, term);
+  return {at.lane, at.place};
+}
+
+// Index of column 0 .. 127 of a step of an input's image, and the term that stands there.
+std::array<int64_t, 2> image_place(int64_t terms, int inputs, int plane, int64_t input,
+                                   int64_t step, int column, int order) {
+  using namespace interval::gpu;
+  const int64_t at = image_index(padded(terms, kStep), inputs, plane, input,
+                                 step * kStep / kEight + column / kEight);
+  return {at + column % kEight, step * kStep + term_of_column(order, column)};
+}
+
+std::array<int64_t, 3> wide_plan(int kind, int64_t batch, int64_t rows, int64_t terms,
+                                 int multiprocessors) {
+  using namespace interval::gpu;
+  LinearCall call{};
+  call.kind = static_cast<WeightKind>(kind);
+  call.batch = batch, call.rows = rows, call.terms = terms;
+  const WidePlan plan = interval::gpu::wide_plan(call, multiprocessors);
+  return {plan.outputs, plan.parts, wide_partial_bytes(call, plan)};
+}
+
+std::vector<int> rotation(int64_t count, int64_t rows) {
+  interval::gpu::Rotation now = interval::gpu::rotation_of(count, rows);
+  std::vector<int> steps;
+  for (int i = 0; i < now.count; ++i, interval::gpu::advance(&now)) steps.push_back(now.at);
+  return steps;
+}
+
 }  // namespace
 
 void bind_interval_layout(pybind11::module_& m) {
@@ -56,6 +96,12 @@ void bind_interval_layout(pybind11::module_& m) {
   m.def("operand_sizes", &operand_sizes);
   m.def("shared_places", &shared_places);
   m.def("banks_together", &banks_together);
+  m.def("weight_banks_together", &weight_banks_together);
+  m.def("place_in_step", &place_in_step);
+  m.def("term_of_place", &interval::gpu::term_of_place);
+  m.def("image_place", &image_place);
+  m.def("wide_plan", &wide_plan);
+  m.def("rotation", &rotation);
   m.def("shared_parts", &interval::gpu::shared_parts);
   m.def("gpu_depth", &interval::gpu::gpu_depth);
 }
