@@ -15,8 +15,10 @@
 namespace pyrobust::matmul {
 namespace {
 
-// Columns of a panel that all rows of x meet before the next: 16 KiB at 8 bits stay in L1.
-constexpr int64_t kPanelColumns = 512;
+// Bytes of a panel that all rows of x meet before the next. They come from the second cache, ahead
+// of the products: as little as stays in the first cache would be left sooner, and each tile of x
+// begins and ends with what no product hides.
+constexpr int64_t kPanelBytes = 384 << 10;
 
 // Totals; the last tile has up to two rows more than x.
 int64_t double_totals_bytes(int64_t rows) {
@@ -70,7 +72,7 @@ void multiply_panel_order(const PackedMatrix& w, Mode mode, const Block& block, 
   const bool narrow = is_narrow(w, kShift);
   auto* total = static_cast<double*>(scratch);
   auto* own = static_cast<char*>(scratch) + double_totals_bytes(x.rows);
-  const int64_t some = layout.group_columns > 0 ? kPanelColumns / layout.group_columns : 1;
+  const int64_t some = kPanelBytes / layout.group_bytes;
   const int64_t chunk = x.rows <= x.x_rows() ? layout.groups : some > 0 ? some : 1;
   for (int64_t p = begin / kPanelRows; p * kPanelRows < end; ++p) {
     __builtin_memset(total, 0, static_cast<size_t>(double_totals_bytes(x.rows)));
