@@ -23,13 +23,6 @@ constexpr uintptr_t kAlignment = 1024;  // of shared memory
 constexpr int64_t kResidentThreads = 8192;
 constexpr int64_t kIdlePasses = 64;  // over fibres that only spin, before that counts as a deadlock
 
-struct Copy {
-  void* to;
-  const void* from;
-  size_t bytes;
-  size_t zero_bytes;
-};
-
 struct Block;
 
 // One warp-wide operation in progress.
@@ -50,6 +43,7 @@ struct Barrier {
 struct Cluster {
   std::vector<Block*> blocks;
   Barrier barrier;
+  Barrier halves;  // of which threads arrive and wait apart
 };
 
 struct Block {
@@ -73,6 +67,7 @@ struct Fibre {
   bool spinning = false;
   const uint64_t* waits_on = nullptr;  // runnable once *waits_on differs from `seen`
   uint64_t seen = 0;
+  uint64_t half_seen = 0;  // generation of the cluster's barrier in halves
   const char* waits_for = "";
   std::vector<Copy> open;
   std::deque<std::vector<Copy>> committed;
@@ -92,6 +87,7 @@ struct Scheduler {
 Scheduler scheduler;
 Options chosen;
 Counters counted;
+uint64_t grids = 0;
 std::vector<std::unique_ptr<uint8_t[]>> spare_stacks;
 
 // --- switching stacks ---------------------------------------------------------------------------
@@ -276,18 +272,19 @@ void run_blocks(const Grid& grid, int64_t first, int64_t last) {
   for (Fibre& fibre : fibres) spare_stacks.push_back(std::move(fibre.stack));
 }
 
+}  // namespace
+
+void set_options(const Options& options) { chosen = options; }
+const Options& options() { return chosen; }
+Counters& counters() { return counted; }
+uint64_t grid_number() { return grids; }
+
 void land(const std::vector<Copy>& group) {
   for (const Copy& copy : group) {
     std::memcpy(copy.to, copy.from, copy.bytes);
     std::memset(static_cast<uint8_t*>(copy.to) + copy.bytes, 0, copy.zero_bytes);
   }
 }
-
-}  // namespace
-
-void set_options(const Options& options) { chosen = options; }
-const Options& options() { return chosen; }
-Counters& counters() { return counted; }
 
 void fault(const char* what) {
   throw std::logic_error("cuda fibres: block " + std::to_string(blockIdx.x) + " thread " +
@@ -303,6 +300,7 @@ void run_grid(const Grid& grid, const std::function<void()>& thread) {
     throw std::logic_error("cuda fibres: a cluster must be 1 to 8 blocks that divide the grid");
   }
   scheduler = Scheduler();
+  ++grids;
   scheduler.body = &thread;
   scheduler.shared_bytes = grid.shared_bytes;
   scheduler.cluster = grid.cluster;
@@ -355,6 +353,23 @@ void cluster_barrier() {
                   "a cluster's barrier");
 }
 
+void begin_cluster_barrier() {
+  Barrier& barrier = scheduler.current->block->cluster->halves;
+  Fibre& fibre = *scheduler.current;
+  fibre.half_seen = barrier.generation;
+  scheduler.progress = true;
+  if (++barrier.arrived < blockDim.x * scheduler.cluster) return;
+  barrier.arrived = 0;
+  ++barrier.generation;
+}
+
+void end_cluster_barrier() {
+  const Barrier& barrier = scheduler.current->block->cluster->halves;
+  if (barrier.generation == scheduler.current->half_seen) {
+    wait_for(&barrier.generation, "a cluster's barrier");
+  }
+}
+
 void yield_while_spinning() {
   scheduler.current->spinning = true;
   leave_fibre();
@@ -399,6 +414,16 @@ void commit_copies() {
   Fibre& fibre = *scheduler.current;
   fibre.committed.push_back(std::move(fibre.open));
   fibre.open.clear();
+}
+
+std::vector<Copy> take_copies() {
+  Fibre& fibre = *scheduler.current;
+  std::vector<Copy> taken;
+  for (const auto& group : fibre.committed) taken.insert(taken.end(), group.begin(), group.end());
+  taken.insert(taken.end(), fibre.open.begin(), fibre.open.end());
+  fibre.committed.clear();
+  fibre.open.clear();
+  return taken;
 }
 
 void wait_copies(int groups_left) {

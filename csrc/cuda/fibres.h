@@ -14,6 +14,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <vector>
 
 namespace pyrobust {
 namespace cuda {
@@ -76,6 +77,8 @@ int lane_index();
 void block_barrier();
 void group_barrier(int group, unsigned threads);  // consecutive threads, `group`-th such run
 void cluster_barrier();
+void begin_cluster_barrier();  // every thread once, and not again before it has ended
+void end_cluster_barrier();
 void yield_while_spinning();
 
 // All 32 lanes hand in `input`; the last to arrive runs `operation` over the 32 inputs and outputs;
@@ -87,6 +90,17 @@ void rendezvous(const char* name, const void* input, size_t input_bytes, void* o
 void start_copy(void* shared, const void* global, size_t bytes, size_t zero_bytes);
 void commit_copies();
 void wait_copies(int groups_left);
+
+// Copies under way, for signals (cuda/signals_emulated.cpp).
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+  size_t zero_bytes;
+};
+std::vector<Copy> take_copies();  // of this thread: whoever takes them lets them land
+void land(const std::vector<Copy>& copies);
+uint64_t grid_number();  // another one for every grid
 
 }  // namespace fibres
 }  // namespace cuda

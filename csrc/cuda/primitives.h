@@ -29,6 +29,9 @@
 //   blocks and grids      sync_threads, sync_group, begin_next_grid, await_grid, lock_acquire,
 //                         lock_release, arrive, atomic_add, atomic_min
 //   clusters              clusters_exist, sync_cluster, load16_of_cluster (compute capability 9.0)
+//   signals               make_signal, show_signals, arrive_at, arrive_expecting,
+//                         arrive_with_copies, await_signal, copy_bulk, send16,
+//                         begin_cluster_barrier, end_cluster_barrier (compute capability 9.0)
 //   memory                shared_memory, shared_place, load16_shared, load8_shared, load4_shared,
 //                         load16_of_table, load8_of_table, store16_shared, load16, load16_once,
 //                         store16, store8, Words4, Words2
@@ -71,8 +74,10 @@ constexpr uint32_t kLopA = 0xf0, kLopB = 0xcc, kLopC = 0xaa;
 
 #if defined(__CUDACC__)
 #include "cuda/primitives_device.h"
+#include "cuda/signals_device.h"
 #else
 #include "cuda/primitives_emulated.h"
+#include "cuda/signals_emulated.h"
 #endif
 
 namespace pyrobust {

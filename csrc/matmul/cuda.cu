@@ -223,10 +223,14 @@ int8_kernel(PackedMatrix w, const int8_t* q, const double* steps, int64_t count,
   store_result(out, 0, n, total, steps[m]);
 }
 
-// Groups along input features of codes without a codebook, on a device with warpgroups.
-bool for_warpgroups(Format format, const LinearArguments& p) {
+// Groups along input features of codes without a codebook, on a device with clusters.
+bool for_clusters(Format format, const LinearArguments& p) {
   const bool coded = format == Format::kCodebook || format == Format::kComplex;
-  return p.clusters && p.warpgroups && p.group_dim == 1 && !coded;
+  return p.clusters && p.group_dim == 1 && !coded;
+}
+
+bool for_warpgroups(Format format, const LinearArguments& p) {
+  return for_clusters(format, p) && p.warpgroups;
 }
 
 // Products of warpgroups scale every 128 columns. They take 64 rows whatever the count: on an H200
@@ -236,7 +240,9 @@ Path path_of(Format format, const LinearArguments& p) {
     return Path::kBroad;
   }
   const bool pairs = p.groups == 1 || p.group_span % 2 == 0;
-  return for_warpgroups(format, p) && p.count > 32 && pairs ? Path::kWide : Path::kWarps;
+  if (pairs && p.count > 32 && for_warpgroups(format, p)) return Path::kWide;
+  const bool few = pairs && p.count <= kFewRows && for_clusters(format, p);
+  return few ? Path::kFew : Path::kWarps;
 }
 
 unsigned blocks_for(int64_t work, int64_t of_each) {
@@ -268,6 +274,10 @@ void plan_rows(Format format, int64_t count, int multiprocessors, LinearArgument
     p->schedule = make_broad_schedule(count, p->rows, p->cols, multiprocessors);
     return;
   }
+  if (p->path == Path::kFew) {
+    p->schedule = make_few_schedule(p->rows, p->cols, multiprocessors);
+    return;
+  }
   if (p->path == Path::kWide) {
     p->schedule = make_wide_schedule(p->rows, p->cols, multiprocessors);
     return;
@@ -280,7 +290,7 @@ int64_t partial_floats(Format format, const LinearArguments& p) {
   if (p.clusters || p.schedule.parts == 1) return 0;
   const int rows = instance_rows(format, p.group_dim, p.count);
   const int64_t sums = format == Format::kComplex ? 2 : 1;
-  return thread_blocks_of(p.schedule) * teams_of(rows) * kTileStrips * sums * kStrip * rows;
+  return thread_blocks_of(p.schedule) * teams_of(rows) * tile_strips(rows) * sums * kStrip * rows;
 }
 
 int64_t arrival_words(const LinearArguments& p) { return p.schedule.tiles; }
@@ -292,6 +302,7 @@ cuda::Status linear(Format format, const LinearArguments& p, cuda::Stream stream
                                               : kMostColumnwiseRows;
   if (p.count > most) return kInvalidValue;
   if (p.path == Path::kBroad) return linear_broad(format, p, stream);
+  if (p.path == Path::kFew) return linear_few(format, p, stream);
   if (p.path == Path::kWide) return linear_wide(format, p, stream);
   switch (format) {
     case Format::k1:

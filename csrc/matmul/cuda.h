@@ -30,9 +30,9 @@ namespace pyrobust::matmul::gpu {
 constexpr int64_t kMaxFusedRows = 64;
 constexpr int64_t kMostBroadRows = 65535 * kBroadRows;
 
-// By warps (cuda_linear.cuh), by warpgroups (cuda_wide.cuh), by warpgroups with weights that are
-// rounded to the type of x (cuda_broad.cuh).
-enum class Path : int { kWarps, kWide, kBroad };
+// By warps (cuda_linear.cuh), by warps with signals (cuda_few.cuh), by warpgroups (cuda_wide.cuh),
+// by warpgroups with weights that are rounded to the type of x (cuda_broad.cuh).
+enum class Path : int { kWarps, kFew, kWide, kBroad };
 
 // A product of at most kMaxFusedRows rows of x with a repacked weight; of kMostColumnwiseRows where
 // groups run along output features, of kMostBroadRows on that path.
@@ -94,6 +94,7 @@ cuda::Status linear_3(const LinearArguments& p, cuda::Stream stream);
 cuda::Status linear_4(const LinearArguments& p, cuda::Stream stream);
 cuda::Status linear_8(const LinearArguments& p, cuda::Stream stream);
 cuda::Status linear_codebook(const LinearArguments& p, cuda::Stream stream);
+cuda::Status linear_few(Format format, const LinearArguments& p, cuda::Stream stream);
 cuda::Status linear_wide(Format format, const LinearArguments& p, cuda::Stream stream);
 cuda::Status linear_broad(Format format, const LinearArguments& p, cuda::Stream stream);
 cuda::Status linear_complex(const LinearArguments& p, cuda::Stream stream);

@@ -234,15 +234,19 @@ PYROBUST_HD constexpr int activation_offset(int m, int chunk) {
 constexpr int kEightBytes = 8 * 128;  // eight rows of a stage
 
 // --- schedule -----------------------------------------------------------------------------------
-// A tile is two strips, which share the rows of x, times all columns. It goes to `parts` thread
-// blocks of eight warps. Teams of warps work side by side, each on a run of `per` consecutive
-// blocks of columns; the sums of all runs of a tile are added in their order. It depends on the
-// sizes of W and the number of multiprocessors, never on chance.
+// A tile is one strip, or two that share the rows of x where these are more than 16, times all
+// columns. It goes to `parts` thread blocks of eight warps. Teams of warps work side by side, each
+// on a run of `per` consecutive blocks of columns; the sums of all runs of a tile are added in
+// their order. It depends on the sizes of W and the number of multiprocessors, never on chance.
 constexpr int kWarps = 8;
-constexpr int kTileStrips = 2;
 
+PYROBUST_HD constexpr int tile_strips(int rows) { return rows <= 16 ? 1 : 2; }
 PYROBUST_HD constexpr int row_halves(int rows) { return rows <= 32 ? 1 : 2; }
-PYROBUST_HD constexpr int teams_of(int rows) { return kWarps / (kTileStrips * row_halves(rows)); }
+PYROBUST_HD constexpr int teams_of(int rows) {
+  return kWarps / (tile_strips(rows) * row_halves(rows));
+}
+// Thread blocks that a multiprocessor holds.
+PYROBUST_HD constexpr int resident_blocks(int rows) { return rows <= 16 ? 2 : 1; }
 
 struct Schedule {
   int tiles = 0;
@@ -250,31 +254,51 @@ struct Schedule {
   int parts_log2 = 0;  // a cluster of thread blocks where those exist
   int parts = 1;
   int per = 1;
+  // Whether thread blocks leave few places free. Where they leave many, those of the next launch
+  // come beside them unevenly: 128 on an H200, with room for 264, took 15.3 us and not 12.9.
+  bool fills = true;
 };
 
-// For the instance that takes `rows` rows of x: the number of parts with the least time, in blocks
-// of columns. Adding up costs as much as about two. A cluster of up to twice the thread blocks
-// that a multiprocessor holds always finds room: multiprocessors come in pairs.
-PYROBUST_HD Schedule make_schedule(int rows, int64_t rows_of_w, int64_t cols, int multiprocessors) {
+// The number of parts with the least time, in blocks of columns: `tiles` tiles, `teams` teams a
+// thread block whose runs are multiples of `multiple`, `places` thread blocks at once. Adding up
+// costs as much as about two. At most two parts: clusters of two find room wherever two thread
+// blocks do, since multiprocessors come in pairs, while of four that came to 256 of the 264 places
+// of an H200 62 found room and two waited, which took the product twice as long.
+PYROBUST_HD Schedule divide_tiles(int64_t tiles, int64_t cols, int teams, int multiple,
+                                  int64_t places) {
   constexpr int64_t kAdding = 2;
-  const int resident = rows <= 16 ? 2 : 1;
   Schedule best;
   int64_t least = 0;
-  for (int log2 = 0; log2 <= resident; ++log2) {
-    const int parts = 1 << log2;
+  for (int log2 = 0; log2 <= 1; ++log2) {
     Schedule s;
-    s.tiles = static_cast<int>(divide_up(strips_of(rows_of_w), kTileStrips));
+    s.tiles = static_cast<int>(tiles);
     s.blocks = static_cast<int>(blocks_of(cols));
     s.parts_log2 = log2;
-    s.parts = parts;
-    s.per = static_cast<int>(divide_up(s.blocks, int64_t{parts} * teams_of(rows)));
-    const int64_t waves = divide_up(int64_t{s.tiles} * parts, int64_t{resident} * multiprocessors);
-    const int64_t time = waves * (s.per + (parts == 1 ? 0 : kAdding));
-    if (parts > 1 && time >= least) continue;
+    s.parts = 1 << log2;
+    const int64_t runs = int64_t{s.parts} * teams;
+    s.per = multiple * static_cast<int>(divide_up(s.blocks, multiple * runs));
+    s.fills = 4 * tiles * s.parts >= 3 * places;
+    const int64_t time = divide_up(tiles * s.parts, places) * (s.per + (log2 == 0 ? 0 : kAdding));
+    if (log2 > 0 && time >= least) continue;
     best = s;
     least = time;
   }
   return best;
+}
+
+// For the instance that takes `rows` rows of x.
+PYROBUST_HD Schedule make_schedule(int rows, int64_t rows_of_w, int64_t cols, int multiprocessors) {
+  const int64_t tiles = divide_up(strips_of(rows_of_w), tile_strips(rows));
+  const int64_t places = int64_t{resident_blocks(rows)} * multiprocessors;
+  return divide_tiles(tiles, cols, teams_of(rows), 1, places);
+}
+
+// The product of few rows (cuda_few.cuh): a tile is a strip, a warp takes an even number of blocks.
+constexpr int kFewTeams = 8;
+constexpr int kFewRows = 16;
+
+PYROBUST_HD Schedule make_few_schedule(int64_t rows_of_w, int64_t cols, int multiprocessors) {
+  return divide_tiles(strips_of(rows_of_w), cols, kFewTeams, 2, int64_t{2} * multiprocessors);
 }
 
 // The product of warpgroups: a tile is two strips, a team takes an even number of blocks, and a

@@ -24,7 +24,7 @@ namespace pyrobust::matmul::gpu {
 template <Format kFormat, class Act, int kRows, int kGroupDim, int kLate = 0>
 struct Linear {
   using S = Shape<kFormat, kRows>;
-  using M = Multiplier<kFormat, Act, kRows, kGroupDim>;
+  using M = Multiplier<kFormat, Act, S, kGroupDim>;
   using R = Results<kFormat, Act, S>;
 
   PYROBUST_DEVICE WarpPlace place() {
@@ -70,7 +70,11 @@ struct Linear {
     uint32_t stage = 0, free = (S::kStages - 1) * S::kStageBytes;  // bytes from `stages`
     for (int i = 0; i < count; ++i) {
       cuda::wait_copies<S::kStages - 2 + kLate>();
-      cuda::sync_group<S::kTeam>(team);
+      if constexpr (S::kTeam == kLanes) {
+        cuda::sync_warp();
+      } else {
+        cuda::sync_group<S::kTeam>(team);
+      }
       if (i + S::kStages - 1 < count) loader.load(p, at, stages + free);
       loader.advance(p);
       cuda::commit_copies();
@@ -105,7 +109,7 @@ cuda::Status start(const LinearArguments& p, cuda::Stream stream) {
   shape.threads = S::kThreads;
   shape.shared_bytes = S::kSharedBytes;
   if (p.clusters) shape.cluster = static_cast<unsigned>(p.schedule.parts);
-  shape.overlaps = p.clusters && p.settled;
+  shape.overlaps = p.clusters && p.settled && p.schedule.fills;
   return cuda::launch(packed_linear_kernel<kFormat, Act, kRows, kGroupDim>, shape, stream, p);
 }
 

@@ -19,9 +19,9 @@ template <Format kFormat, class Act, int kGroupDim>
 constexpr bool kDenormal = kGroupDim == 1 && Act::kBase == 1024.0f &&
                            kFormat != Format::kCodebook && kFormat != Format::kComplex;
 
-template <Format kFormat, class Act, int kRows, int kGroupDim>
+// S: sizes of an instance and the places of its stages, as Shape (cuda_stage.cuh) has them.
+template <Format kFormat, class Act, class S, int kGroupDim>
 struct Multiplier {
-  using S = Shape<kFormat, kRows>;
   static constexpr bool kUnits = kDenormal<kFormat, Act, kGroupDim>;
   using Coded = std::conditional_t<kUnits, Denormal16, Act>;
   static constexpr int kEights = S::kEights;
@@ -87,7 +87,18 @@ struct Multiplier {
                             int which, Part& part, Sums& sum) {
     float scale[8];
     load_row_scales(p, stage, at, which, scale);
-    if constexpr (kUnits) subtract_zeros(p, stage, at, which, scale, part, sum);
+    if constexpr (kUnits) {
+      if (p.zero == nullptr) {
+        float zero[8];
+#pragma unroll
+        for (int r = 0; r < 8; ++r) zero[r] = kFormat == Format::k1 ? -1.0f : p.symmetric_zero;
+        subtract_zeros(at, zero, part);
+      } else {
+        float zero[8];
+        load_zeros(stage, at, which, zero);
+        subtract_zeros(at, zero, part);
+      }
+    }
 #pragma unroll
     for (int tile = 0; tile < 4; ++tile) {
 #pragma unroll
@@ -102,31 +113,22 @@ struct Multiplier {
     clear(part);
   }
 
-  // The zeros' part of a group onto `sum`; scales become those of the fields. A stored code of one
-  // bit is 1 - code, and stands for 1 - 2 (1 - code).
-  PYROBUST_DEVICE void subtract_zeros(const LinearArguments& p, cuda::SharedPlace stage,
-                                      const WarpPlace& at, int which, float (&scale)[8],
-                                      const Part& part, Sums& sum) {
+  // Products with fields less zeros times the sums of x. A stored code of one bit is 1 - code, and
+  // stands for 1 - 2 (1 - code).
+  PYROBUST_DEVICE void subtract_zeros(const WarpPlace& at, const float (&zero)[8], Part& part) {
     constexpr float kUnit = 1.0f / 16777216.0f, kOfCode = kFormat == Format::k1 ? -2.0f : 1.0f;
-    float off[8];
-#pragma unroll
-    for (int r = 0; r < 8; ++r) off[r] = kFormat == Format::k1 ? -1.0f : p.symmetric_zero;
-    if (p.zero != nullptr) load_zeros(stage, at, which, off);
-#pragma unroll
-    for (int r = 0; r < 8; ++r) {
-      off[r] = scale[r] * (-kUnit * off[r]);
-      scale[r] *= kOfCode / field_weight<kFormat, Coded>(r);
-    }
 #pragma unroll
     for (int m = 0; m < kEights; ++m) {
-      const float own = part.x[m][0] + part.x[m][2];
+      const float own = -kUnit * (part.x[m][0] + part.x[m][2]);
       const float x[2] = {cuda::shuffle(own, at.lane % 4 * 8),
                           cuda::shuffle(own, at.lane % 4 * 8 + 4)};
 #pragma unroll
       for (int tile = 0; tile < 4; ++tile) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          sum[0][tile][m][i] = fmaf(off[2 * tile + i / 2], x[i % 2], sum[0][tile][m][i]);
+          const int r = 2 * tile + i / 2;
+          float& product = part.sum[0][tile][m][i];
+          product = fmaf(kOfCode / field_weight<kFormat, Coded>(r), product, zero[r] * x[i % 2]);
         }
       }
     }
@@ -199,14 +201,14 @@ struct Multiplier {
     }
   }
 
-  // Columns [32 half, 32 half + 32) of the stage onto the group's sums.
-  PYROBUST_DEVICE void multiply_half(const LinearArguments& p, cuda::SharedPlace stage,
-                                     const WarpPlace& at, int half,
+  // Columns [32 half, 32 half + 32) of the stage onto the group's sums; `rows` are those of x.
+  PYROBUST_DEVICE void multiply_half(const LinearArguments& p, cuda::SharedPlace rows,
+                                     cuda::SharedPlace stage, const WarpPlace& at, int half,
                                      uint32_t (&words)[kSteps * S::kBits],
                                      const uint32_t (&offset)[8], const uint32_t* table,
                                      Part& part) {
     uint32_t x[kEights][4];
-    load_operands(stage, at, half, x);
+    load_operands(rows, at, half, x);
     if constexpr (kUnits) add_activations(x, part.x);
 #pragma unroll
     for (int step = 2 * half; step < 2 * half + 2; ++step) {
@@ -253,10 +255,10 @@ struct Multiplier {
         if (!kUnits && p.zero != nullptr && (p.two_groups || (half == 0 && begins))) {
           load_offsets(stage, at, which, offset);
         }
-        multiply_half(p, stage, at, half, words, offset, table, part);
+        multiply_half(p, stage, stage, at, half, words, offset, table, part);
         if (p.two_groups || (half == 1 && ends)) fold(p, stage, at, which, part, sum);
       } else {
-        multiply_half(p, stage, at, half, words, offset, table, part);
+        multiply_half(p, stage, stage, at, half, words, offset, table, part);
       }
     }
   }

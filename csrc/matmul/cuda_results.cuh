@@ -107,20 +107,31 @@ struct Results {
     }
   }
 
+  // The first of two rows of x that vector i is of.
+  PYROBUST_DEVICE int64_t row_of_vector(const WarpPlace& at, int i) {
+    return (at.half * S::kEights + i % S::kEights) * 8 + 2 * (at.lane % 4);
+  }
+
   // Of vector i: rows 16 r + g and 16 r + 8 + g of the strip, two rows of x.
-  PYROBUST_DEVICE void finish_vector(const LinearArguments& p, const Share& share,
-                                     const WarpPlace& at, int i) {
-    const int side = i / (S::kTiles * S::kEights), m = i % S::kEights;
+  PYROBUST_DEVICE void store_vector(const LinearArguments& p, int64_t tile, const WarpPlace& at,
+                                    int i, const float (&sum)[4]) {
+    const int side = i / (S::kTiles * S::kEights);
     const int pair = 2 * (at.tile + i / S::kEights % S::kTiles);
-    const int64_t row = (at.half * S::kEights + m) * 8 + 2 * (at.lane % 4);
+    const int64_t row = row_of_vector(at, i);
     if (row >= p.count) return;
-    float sum[4] = {};
-    add_runs(p, share, i, sum);
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      const int64_t n = (share.tile * S::kStrips + at.strip) * kStrip + pair_row(at.lane, pair + k);
+      const int64_t n = (tile * S::kStrips + at.strip) * kStrip + pair_row(at.lane, pair + k);
       if (n < p.rows) store_row(p, n, row, side, sum[2 * k], sum[2 * k + 1]);
     }
+  }
+
+  PYROBUST_DEVICE void finish_vector(const LinearArguments& p, const Share& share,
+                                     const WarpPlace& at, int i) {
+    if (row_of_vector(at, i) >= p.count) return;
+    float sum[4] = {};
+    add_runs(p, share, i, sum);
+    store_vector(p, share.tile, at, i, sum);
   }
 
   // All copies have landed and all teams are past their stages. `sum`: of this team's run.

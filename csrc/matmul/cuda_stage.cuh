@@ -13,14 +13,14 @@ template <Format kFormat, int kRows>
 struct Shape {
   static constexpr int kBits = stored_bits(kFormat);
   static constexpr int kSums = kFormat == Format::kComplex ? 2 : 1;
-  static constexpr int kStrips = kTileStrips;
+  static constexpr int kStrips = tile_strips(kRows);
   static constexpr int kHalves = row_halves(kRows);    // warps that share a strip, by rows of x
   static constexpr int kEights = kRows / kHalves / 8;  // rows of x of a warp, by eights
   static constexpr int kTiles = 4;                     // of 16 rows of W of a warp
   static constexpr int kTeams = teams_of(kRows);
   static constexpr int kTeam = kStrips * kHalves * kLanes;  // threads, a row of x for every eight
   static constexpr int kThreads = kWarps * kLanes;
-  static constexpr int kBlocksPerSm = kRows <= 16 ? 2 : 1;
+  static constexpr int kBlocksPerSm = resident_blocks(kRows);
   // What registers are for: shared memory of compute capability 8.0 has room for one block.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
   static constexpr int kRegistersFor = 1;
@@ -85,6 +85,7 @@ struct Loader {
   using S = Shape<kFormat, kRows>;
   static constexpr int kCopies = (kRows * 8 + S::kTeam - 1) / S::kTeam;
   static constexpr int kRowStep = S::kTeam / 8;  // rows of x between a thread's copies
+  static_assert(kRowStep % 4 == 0, "the order of chunks would differ by more than one bit");
   static constexpr int kBlockVectors = static_cast<int>(block_words(kFormat)) / 4;
 
   Unit unit;
@@ -152,13 +153,13 @@ struct Loader {
     if (kFormat != Format::kComplex && at.half == 0 && scaled) load_scales(p, at, stage);
   }
 
-  // Rows of x are apart by a multiple of eight, which all have the same order of chunks.
+  // Rows of x are apart by a multiple of eight, which have the same order of chunks, or by four.
   __device__ __forceinline__ void load_activations(const LinearArguments& p,
                                                    cuda::SharedPlace stage) const {
     const auto* from = static_cast<const uint16_t*>(p.x) + x;
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
-      cuda::copy16_async_or_zero(stage + x_to + i * (kRowStep / 8 * kEightBytes),
+      cuda::copy16_async_or_zero(stage + (x_to ^ i * kRowStep % 8 * 16) + i * kRowStep * 128,
                                  from + int64_t{i} * kRowStep * p.cols, unit.block < filled[i]);
     }
   }

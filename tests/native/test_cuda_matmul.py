@@ -140,7 +140,7 @@ def test_thread_blocks_share_a_tile_with_and_without_clusters(
     shim.set_options(descending=descending)
     emulated(16)
     monkeypatch.setattr(gpu, "warpgroups", lambda _: False)  # they need clusters
-    drawn, x = draw(300, 3136, bits, 128), torch.randn(count, 3136).half()
+    drawn, x = draw(300, 3136, bits, 64), torch.randn(count, 3136).half()
     assert drawn.device.fused_for(torch.float16) is not None
     in_clusters = check(drawn, x, torch.randn(300).fill_(0.5))
     monkeypatch.setattr(gpu, "clusters", lambda _: False)
@@ -259,7 +259,7 @@ def test_sizes_that_do_not_divide(shape):
 
 @pytest.mark.parametrize("multiprocessors", [1, 2, 5, 40])
 def test_split_sums_meet_again(multiprocessors, emulated):
-    """Tiles are shared by up to 10 thread blocks, and one thread block has parts of two tiles."""
+    """One or two thread blocks a tile."""
     emulated(multiprocessors)
     drawn = draw(300, 577, 2, 64, 1)
     check(drawn, torch.randn(3, 577).half())
@@ -455,7 +455,7 @@ def test_rows_of_the_weight(int8):
 
 def test_a_missing_wait_shows():
     """The same kernel, planted with one group of copies too many under way."""
-    drawn = draw(64, 1024, 4, 128)
+    drawn = draw(64, 1024, 4, 64)
     x = torch.randn(4, 1024).half()
     expected = check(drawn, x)
     native = drawn.device.fused_for(torch.float16).native

@@ -51,35 +51,46 @@ def compile_one(folder, format_, act, rows=16, group_dim=1):
 
 # Issue slots and those of the integer pipe, which has half as many, of a block of columns and a
 # warp where groups have 128 columns, scales are float16 and nothing else is there: the case that
-# docs/guide/cuda.md has times for. 8 and 16 rows of x.
+# docs/guide/cuda.md has times for. 8 and 16 rows of x; by cuda_linear.cuh and by cuda_few.cuh.
 PLAIN = {
-    ("1", 8): (212, 98),
-    ("2", 8): (218, 102),
-    ("3", 8): (240, 123),
-    ("4", 8): (229, 111),
-    ("8", 8): (227, 97),
-    ("1", 16): (272, 104),
-    ("2", 16): (281, 110),
-    ("3", 16): (322, 140),
-    ("4", 16): (296, 118),
-    ("8", 16): (290, 103),
+    ("1", 8): (203, 98),
+    ("2", 8): (210, 102),
+    ("3", 8): (234, 123),
+    ("4", 8): (224, 111),
+    ("8", 8): (224, 97),
+    ("1", 16): (268, 109),
+    ("2", 16): (276, 112),
+    ("3", 16): (306, 135),
+    ("4", 16): (300, 121),
+    ("8", 16): (287, 106),
+}
+FEW = {
+    ("1", 8): (168, 87),
+    ("2", 8): (174, 91),
+    ("3", 8): (193, 109),
+    ("4", 8): (182, 97),
+    ("8", 8): (206, 99),
+    ("1", 16): (206, 89),
+    ("2", 16): (214, 93),
+    ("3", 16): (275, 118),
+    ("4", 16): (263, 117),
+    ("8", 16): (262, 96),
 }
 INTEGER = ("LOP3", "SHF", "PRMT", "ISETP", "SEL", "IADD3", "LEA", "VIADD", "VIMNMX", "PLOP3")
 
 
-def plain_loop(folder, bits, rows, act="float16"):
-    """Counts of one block, groups of two: what only the second does counts half."""
-    shape = f"Shape<Format::k{bits}, {rows}>"
+def plain_kernel(folder, header, shape, run, fixed=""):
+    """The kernel ``run``, of that ``shape``, for the case of PLAIN, and its loop."""
     source = folder / "plain.cu"
     source.write_text(
-        '#include "matmul/cuda_linear.cuh"\n'
+        f'#include "matmul/{header}"\n'
         "namespace pyrobust::matmul::gpu {\n"
         f"PYROBUST_KERNEL_OF(({shape}::kThreads), ({shape}::kBlocksPerSm))\n"
         "plain_kernel(const __grid_constant__ LinearArguments p) {\n"
         "  LinearArguments q = p;\n"
         "  q.zero = nullptr;\n  q.alpha = q.row_scale = nullptr;\n  q.remainder = {};\n"
         "  q.two_groups = 0;\n  q.scale_type = q.out_type = FloatType::kFloat16;\n"
-        f"  Linear<Format::k{bits}, {CLASSES[act]}, {rows}, 1>::run(q);\n"
+        f"{fixed}  {run}::run(q);\n"
         "}\n"
         "cuda::Status plain(const LinearArguments& p, cuda::Stream stream) {\n"
         "  return cuda::launch(plain_kernel, {}, stream, p);\n"
@@ -88,7 +99,14 @@ def plain_loop(folder, bits, rows, act="float16"):
     (kernel,) = gates.compile_kernels(str(source), 90, folder).values()
     products = [at for at, text in kernel.code if "HMMA" in text]
     around = [at for at in kernel.loops() if at[0] <= products[0] and at[1] >= products[-1]]
-    first, last = min(around, key=lambda loop: loop[1] - loop[0])
+    return kernel, products, min(around, key=lambda loop: loop[1] - loop[0])
+
+
+def plain_loop(folder, bits, rows, act="float16"):
+    """Counts of one block, groups of two: what only the second does counts half."""
+    shape = f"Shape<Format::k{bits}, {rows}>"
+    run = f"Linear<Format::k{bits}, {CLASSES[act]}, {rows}, 1>"
+    kernel, products, (first, last) = plain_kernel(folder, "cuda_linear.cuh", shape, run)
     counts = kernel.counts(first, last)
     sums = [at for at, text in kernel.code if first <= at <= last and "FFMA" in text]
     for at, text in kernel.code:
@@ -111,6 +129,39 @@ def test_the_plain_path_stays_within_its_slots(bits, rows, tmp_path):
     assert counts["LDSM"] == (2 if rows == 8 else 4)
     assert sum(counts.values()) <= issued
     assert sum(counts[name] for name in INTEGER) <= integer
+
+
+@pytest.mark.slow
+@needs_code
+@pytest.mark.parametrize(("bits", "rows"), FEW)
+def test_few_rows_stay_within_their_slots(bits, rows, tmp_path):
+    """Of a warp and two blocks; a loop that copies the last, short stage counts as if it ran."""
+    shape = f"FewShape<Format::k{bits}, {rows}>"
+    run = f"Few<Format::k{bits}, Float16, {rows}>"
+    fixed = f"  q.count = {rows};\n"
+    kernel, _, loop = plain_kernel(tmp_path, "cuda_few.cuh", shape, run, fixed)
+    counts = kernel.counts(*loop)
+    issued, integer = FEW[bits, rows]
+    assert kernel.spills == 0
+    assert counts["HMMA"] == (36 if rows == 8 else 72)
+    assert counts["LDSM"] == (4 if rows == 8 else 8)
+    assert sum(counts.values()) / 2 <= issued
+    assert sum(counts[name] for name in INTEGER) / 2 <= integer
+
+
+@pytest.mark.slow
+def test_every_instance_of_few_rows(tmp_path):
+    kernels = gates.compile_kernels("matmul/cuda_few.cu", 90, tmp_path)
+    assert len(kernels) == 20
+    for kernel in kernels.values():
+        assert kernel.spills <= 16
+        assert kernel.registers <= 128
+        if not kernel.code:
+            continue
+        for required in ("UBLKCP", r"LDGSTS\.E\.BYPASS\.128", "SYNCS", r"LDSM\.16", r"LDS\.128"):
+            assert kernel.has(required), required
+        assert not kernel.has(gates.ODD_DESCRIPTOR)
+        assert not kernel.has("MEMBAR.*GPU")
 
 
 def check_instance(folder, bits, act):

@@ -41,6 +41,51 @@ def test_a_missing_wait_is_caught(descending):
     assert ring_sum(left=2)  # what an emulation with synchronous copies would have said
 
 
+def signalled_sum(fault):
+    tiles = torch.arange(7 * 128, dtype=torch.int32).view(7, 128)
+    out = torch.zeros(128, dtype=torch.int32)
+    shim.signalled_sum(tiles, out, fault)
+    return torch.equal(out, tiles.sum(0, dtype=torch.int32))
+
+
+@ORDERS
+@pytest.mark.parametrize("at_once", [False, True])
+def test_signals_tell_when_copies_have_landed(descending, at_once):
+    shim.set_options(descending=descending, copies_land_at_once=at_once)
+    assert signalled_sum(0)
+
+
+@ORDERS
+def test_copies_that_no_signal_was_awaited_for_are_caught(descending):
+    shim.set_options(descending=descending)
+    with pytest.raises(RuntimeError, match="a phase of a signal ended that nobody waited for"):
+        signalled_sum(1)
+
+
+def test_a_tile_that_is_filled_while_others_read_it_is_caught():
+    """Where copies land at once, as they may; in one of the two orders of lanes."""
+    found = []
+    for descending in (False, True):
+        shim.set_options(descending=descending, copies_land_at_once=True)
+        found.append(signalled_sum(2))
+    assert not all(found)
+
+
+@ORDERS
+def test_blocks_of_a_cluster_give_each_other_values(descending):
+    shim.set_options(descending=descending)
+    values, out = torch.randn(2, 128), torch.zeros(2, 128)
+    shim.exchanged(values, out, False)
+    assert torch.equal(out, values.flip(0))
+    shim.exchanged(values, out, True)
+    assert out.isnan().any()
+
+
+def test_a_signal_that_expects_too_much_is_a_deadlock():
+    with pytest.raises(RuntimeError, match="deadlock"):
+        shim.never_signalled(torch.zeros(8, dtype=torch.int32))
+
+
 def test_a_missing_barrier_is_caught():
     numbers = torch.arange(128, dtype=torch.int32)
     expected = numbers.view(2, 64).flip(1).flatten()

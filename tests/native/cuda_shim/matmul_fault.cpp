@@ -1,6 +1,8 @@
-// The fused product with a planted fault: a stage is read while its copies may be under way.
+// The fused products with planted faults: a stage is read while its copies may be under way, and
+// those of cuda_few.cuh.
 #include "bindings/cuda_matmul.h"
 #include "matmul/cuda_broad.cuh"
+#include "matmul/cuda_few.cuh"
 #include "matmul/cuda_linear.cuh"
 #include "shim.h"
 
@@ -52,11 +54,26 @@ void broad_4_late(const cuda_matmul::Linear& weight, uintptr_t x, int64_t count,
   late == 0 ? run_broad<0>(p) : run_broad<1>(p);
 }
 
+// At most 16 rows of bfloat16 x, 4 bits, groups of a multiple of 128.
+void few_4_faulty(const cuda_matmul::Linear& weight, uintptr_t x, int64_t count, uintptr_t out,
+                  int fault) {
+  LinearArguments p = weight.for_rows(count, static_cast<int>(FloatType::kBFloat16), false);
+  p.x = device_pointer<const void>(x);
+  p.out_type = FloatType::kBFloat16;
+  p.out = device_pointer<void>(out);
+  const auto start = fault == 0   ? start_few<Format::k4, BFloat16, 16>
+                     : fault == 1 ? start_few<Format::k4, BFloat16, 16, 1>
+                     : fault == 2 ? start_few<Format::k4, BFloat16, 16, 2>
+                                  : start_few<Format::k4, BFloat16, 16, 3>;
+  start(p, 0);
+}
+
 }  // namespace
 
 void bind_matmul_fault(pybind11::module_& m) {
   m.def("linear_4_late", &linear_4_late);
   m.def("broad_4_late", &broad_4_late);
+  m.def("few_4_faulty", &few_4_faulty);
 }
 
 }  // namespace pyrobust

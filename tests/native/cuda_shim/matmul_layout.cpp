@@ -73,6 +73,7 @@ py::dict schedule(int count, int64_t rows, int64_t cols, int multiprocessors) {
   result["blocks"] = s.blocks;
   result["parts"] = s.parts;
   result["per"] = s.per;
+  result["fills"] = s.fills;
   return result;
 }
 

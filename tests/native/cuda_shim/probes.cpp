@@ -19,6 +19,26 @@ void ring_sum_of(py::handle in, py::handle out, int left) {
          static_cast<int>(from.shape[0]), to.as<int32_t>());
 }
 
+void signalled_sum_of(py::handle in, py::handle out, int fault) {
+  const TensorView from = view(in, "in"), to = view(out, "out");
+  const auto kernel = fault == 0   ? signalled_sum<0>
+                      : fault == 1 ? signalled_sum<1>
+                                   : signalled_sum<2>;
+  launch(kernel, {1, 1, 32, 2 * 512 + 16}, 0, from.as<int32_t>(), static_cast<int>(from.shape[0]),
+         to.as<int32_t>());
+}
+
+void exchanged_of(py::handle in, py::handle out, bool fault) {
+  cuda::LaunchShape shape = {2, 1, 32, 512 + 16};
+  shape.cluster = 2;
+  launch(fault ? exchanged<1> : exchanged<0>, shape, 0, view(in, "in").as<float>(),
+         view(out, "out").as<float>());
+}
+
+void never_signalled_of(py::handle in) {
+  launch(never_signalled, {1, 1, 32, 128}, 0, view(in, "in").as<int32_t>());
+}
+
 void reversed_of(py::handle in, py::handle out, bool barrier) {
   const TensorView from = view(in, "in"), to = view(out, "out");
   launch(barrier ? reversed<true> : reversed<false>,
@@ -79,6 +99,9 @@ void copied_of(py::handle in, int shift, py::handle out) {
 
 void bind_probes(py::module_& m) {
   m.def("ring_sum", &ring_sum_of);
+  m.def("signalled_sum", &signalled_sum_of);
+  m.def("exchanged", &exchanged_of);
+  m.def("never_signalled", &never_signalled_of);
   m.def("reversed", &reversed_of);
   m.def("diverged_barrier", &diverged_barrier);
   m.def("read_shared_rows", &read_shared_rows);

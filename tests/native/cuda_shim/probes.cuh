@@ -38,6 +38,80 @@ ring_sum(const int32_t* in, int tiles, int32_t* out) {
   for (int i = 0; i < 4; ++i) out[(at + 4) % kTile + i] = sum[i];
 }
 
+// out[i] = sum over tiles of in[tile][i], 4 int32 a thread of one warp, through a ring of two
+// shared tiles: the first half of each comes by one bulk copy, the second by copies of all lanes,
+// and a signal tells when both have landed. kFault 1: nobody waits for it; 2: tiles are filled
+// before all lanes have read them.
+template <int kFault>
+PYROBUST_KERNEL(32)
+signalled_sum(const int32_t* in, int tiles, int32_t* out) {
+  constexpr int kStages = 2, kTile = 4 * 32;
+  auto* ring = reinterpret_cast<int32_t*>(cuda::shared_memory());
+  const cuda::SharedPlace first = cuda::shared_place(ring), signals = first + kStages * kTile * 4;
+  const int lane = static_cast<int>(threadIdx.x), at = lane * 4;
+  if (lane < kStages) cuda::make_signal(signals + lane * 8, 1 + 32);
+  cuda::show_signals();
+  cuda::sync_warp();
+  const auto start = [&](int tile) {
+    if (tile >= tiles) return;
+    const int slot = tile % kStages;
+    const int32_t* from = in + tile * kTile;
+    if (lane == 0) {
+      cuda::arrive_expecting(signals + slot * 8, kTile * 2);
+      cuda::copy_bulk(first + slot * kTile * 4, from, kTile * 2, signals + slot * 8);
+    }
+    if (at >= kTile / 2) cuda::copy16_async(ring + slot * kTile + at, from + at);
+    cuda::arrive_with_copies(signals + slot * 8);
+  };
+  start(0);
+  int32_t sum[4] = {};
+  for (int tile = 0; tile < tiles; ++tile) {
+    if (kFault != 2) cuda::sync_warp();
+    start(tile + 1);
+    if (kFault != 1) {
+      cuda::await_signal(signals + tile % kStages * 8, static_cast<uint32_t>(tile / kStages));
+    }
+    const int from = (at + 4) % kTile;  // the next lane's
+    for (int i = 0; i < 4; ++i) sum[i] += ring[tile % kStages * kTile + from + i];
+  }
+  for (int i = 0; i < 4; ++i) out[(at + 4) % kTile + i] = sum[i];
+}
+
+// Two blocks give each other four floats a thread: out[block] = in[1 - block]. kFault 1: nobody
+// waits until they have come.
+template <int kFault>
+PYROBUST_KERNEL(32)
+exchanged(const float* in, float* out) {
+  auto* received = reinterpret_cast<float*>(cuda::shared_memory());
+  const cuda::SharedPlace first = cuda::shared_place(received), signal = first + 512;
+  const int at = static_cast<int>(threadIdx.x) * 4;
+  if (threadIdx.x == 0) {
+    cuda::make_signal(signal, 1);
+    cuda::arrive_expecting(signal, 512);
+  }
+  cuda::show_signals();
+  cuda::begin_cluster_barrier();
+  float own[4];
+  for (int i = 0; i < 4; ++i) own[i] = in[blockIdx.x * 128 + at + i];
+  cuda::end_cluster_barrier();
+  cuda::send16(first + static_cast<uint32_t>(at) * 4, own, 1 - blockIdx.x, signal);
+  if (kFault != 1) cuda::await_signal(signal, 0);
+  for (int i = 0; i < 4; ++i) out[blockIdx.x * 128 + at + i] = received[at + i];
+  if (kFault == 1) cuda::await_signal(signal, 0);
+}
+
+// A signal that expects more bytes than are copied.
+PYROBUST_KERNEL(32) never_signalled(const int32_t* in) {
+  const cuda::SharedPlace first = cuda::shared_place(cuda::shared_memory());
+  if (threadIdx.x == 0) {
+    cuda::make_signal(first + 64, 1);
+    cuda::arrive_expecting(first + 64, 64);
+    cuda::copy_bulk(first, in, 32, first + 64);
+  }
+  cuda::sync_warp();
+  cuda::await_signal(first + 64, 0);
+}
+
 // out = in reversed within a block of kThreads, by way of shared memory.
 template <bool Barrier>
 PYROBUST_KERNEL(kThreads)
