@@ -73,13 +73,17 @@ def assert_within_bound(result, x, packed: QTensor, bias=None):
 
 
 def _takes_parts(packed: QTensor) -> bool:
-    whole = packed.group_size % 32 == 0 or packed.group_size >= packed.shape[1]
+    size = packed.group_size
+    whole = size % 32 == 0 or size >= packed.shape[1] or 16 <= size <= 640
     return packed.group_dim == 1 and whole and _native.isa() in ("avx512", "amx")
 
 
 def step_columns(group_size):
-    """Columns of x with one step: those of a group, or of two that are no whole blocks of 64."""
-    return group_size if group_size % 64 == 0 else 2 * group_size
+    """Columns of x with one step: those of a group, or of two that are no whole blocks of 64.
+
+    Groups that are no whole 32 columns count as if they were filled up.
+    """
+    return group_size if -(-group_size // 32) % 2 == 0 else 2 * group_size
 
 
 def _rounding_to_16_bits(x, weight, group_size):

@@ -7,6 +7,7 @@
 
 #include "interval/integer_memory.h"
 #include "interval/plan.h"
+#include "matmul/panels.h"
 #include "runtime/team.h"
 
 namespace pyrobust {
@@ -48,7 +49,7 @@ struct IntegerLayer {
 
   IntegerLayer(const Call& call, const IntegerKernels& table, int num_threads)
       : call(call), weight(*call.weight.packed), source(CodeSource::kRows), panel_bytes(0) {
-    if (table.panels != nullptr) {
+    if (table.panels != nullptr && !matmul::pads_groups(weight)) {
       if (weight.panels != nullptr) {
         source = CodeSource::kPanels;
       } else {

@@ -12,7 +12,7 @@ namespace {
 bool is_tiled(const PackedMatrix& w, Mode mode, int64_t rows) {
   if (mode == Mode::kExact || w.group_dim != 1 || w.cols == 0 || rows < kLeastTileRows)
     return false;
-  if (mode != Mode::kInt8) return !has_half_blocks(w);
+  if (mode != Mode::kInt8) return !has_panels_alone(w);
   const bool whole = w.group_size % (kBlock / 2) == 0 || w.group_size >= w.cols;
   return whole && (w.group_size <= kMaxIntegerRun || w.cols <= kMaxIntegerRun);
 }

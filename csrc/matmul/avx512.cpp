@@ -13,10 +13,10 @@ namespace pyrobust::matmul {
 namespace {
 
 bool takes_parts(const PackedMatrix& w) {
-  return path_of(w, Mode::kInt8) == Path::kIntegerBlocks || has_half_blocks(w);
+  return path_of(w, Mode::kInt8) == Path::kIntegerBlocks || has_panels_alone(w);
 }
 
-bool reads_panels(const PackedMatrix& w) { return w.panels != nullptr || has_half_blocks(w); }
+bool reads_panels(const PackedMatrix& w) { return w.panels != nullptr || has_panels_alone(w); }
 
 bool is_wide(const PackedMatrix& w, Mode mode) { return mode != Mode::kExact && takes_parts(w); }
 
@@ -30,7 +30,10 @@ int64_t wide_prepared_bytes(const PackedMatrix& w, Mode mode, int64_t rows) {
 int64_t wide_scratch_bytes(const PackedMatrix& w, Mode mode, int64_t rows) {
   if (by_columns(w, mode)) return ColumnScratch(nullptr, w).used;
   if (!is_wide(w, mode)) return scratch_bytes(w, mode, rows);
-  if (reads_panels(w)) return panel_scratch_bytes(w, mode, rows);
+  if (reads_panels(w)) {
+    const int64_t padded = padded_rows_bytes(w), products = panel_scratch_bytes(w, mode, rows);
+    return padded > products ? padded : products;
+  }
   return WideScratch(nullptr, w, rows).used;
 }
 
@@ -52,7 +55,9 @@ void wide_prepare(const PackedMatrix& w, Mode mode, const Activations& x, int64_
                   int64_t rows, RowRange part, void* prepared, double* step, void* scratch) {
   if (by_columns(w, mode)) return prepare_column_rows(w, x, first, part, prepared, step);
   if (!is_wide(w, mode)) return prepare(w, mode, x, first, rows, part, prepared, step, scratch);
-  if (reads_panels(w)) return prepare_panel_rows(w, mode, x, first, rows, part, prepared, step);
+  if (reads_panels(w)) {
+    return prepare_panel_rows(w, mode, x, first, rows, part, prepared, step, scratch);
+  }
   const WideRows out(prepared, w, rows, mode);
   const int64_t row_bytes = w.cols * float_type_bytes(x.type);
   for (int64_t m = part.begin; m < part.end; ++m) {

@@ -8,16 +8,38 @@
 namespace pyrobust::matmul {
 namespace {
 
-// Scales and zeros of group g of `count` rows from `first` on.
-void write_panel_head(const PackedMatrix& w, const PanelLayout& layout, int64_t first,
-                      int64_t count, int64_t g, uint8_t* head) {
-  __builtin_memset(head, 0, static_cast<size_t>(layout.head_bytes));
-  const auto* scale = static_cast<const uint8_t*>(w.scale);
-  const auto size = static_cast<size_t>(layout.scale_bytes);
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t at = (first + i) * layout.groups + g;
-    __builtin_memcpy(head + i * layout.scale_bytes, scale + at * layout.scale_bytes, size);
-    if (w.zero != nullptr) head[kPanelRows * layout.scale_bytes + i] = w.zero[at];
+// Scales and zeros of all groups of `count` rows from `first` on. Of a constant size, as calls of
+// memcpy took a third of the time of a panel.
+template <typename Scale>
+void write_panel_heads(const PackedMatrix& w, const PanelLayout& layout, int64_t first,
+                       int64_t count, uint8_t* panel) {
+  const auto* scale = static_cast<const Scale*>(w.scale) + first * layout.groups;
+  const uint8_t* zero = w.zero != nullptr ? w.zero + first * layout.groups : nullptr;
+  for (int64_t g = 0; g < layout.groups; ++g) {
+    uint8_t* head = panel + g * layout.group_bytes;
+    if (count < kPanelRows) __builtin_memset(head, 0, static_cast<size_t>(layout.head_bytes));
+    auto* scales = reinterpret_cast<Scale*>(head);
+    uint8_t* zeros = head + kPanelRows * layout.scale_bytes;
+    for (int64_t i = 0; i < count; ++i) scales[i] = scale[i * layout.groups + g];
+    int64_t written = zeros - head;
+    if (zero != nullptr) {
+      for (int64_t i = 0; i < count; ++i) zeros[i] = zero[i * layout.groups + g];
+      written += kPanelRows;
+    }
+    __builtin_memset(head + written, 0, static_cast<size_t>(layout.head_bytes - written));
+  }
+}
+
+void write_heads(const PackedMatrix& w, const PanelLayout& layout, int64_t first, int64_t count,
+                 uint8_t* panel) {
+  if (layout.head_bytes == 0) return;
+  switch (layout.scale_bytes) {
+    case 1:
+      return write_panel_heads<uint8_t>(w, layout, first, count, panel);
+    case 2:
+      return write_panel_heads<uint16_t>(w, layout, first, count, panel);
+    default:
+      return write_panel_heads<float>(w, layout, first, count, panel);
   }
 }
 
@@ -81,26 +103,118 @@ void write_panel_block(const PanelLayout& layout, const uint8_t* codes, int64_t 
   }
 }
 
+// 32 rows of 64 codes of 4 bits, `pitch` bytes apart, without expanding them: rows i and i + 16
+// share a register, so that one transposition brings eight columns of both to the same lanes.
+inline void write_nibbles(const PanelLayout& layout, const uint8_t* codes, int64_t pitch, int64_t k,
+                          uint8_t* panel) {
+  const auto row = [&](int64_t n) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + n * pitch));
+  };
+  __m512i v[kPanelRows / 2];
+#pragma GCC unroll 16
+  for (int i = 0; i < kPanelRows / 2; ++i) {
+    v[i] = _mm512_inserti64x4(_mm512_castsi256_si512(row(i)), row(i + kPanelRows / 2), 1);
+  }
+  transpose_16(v);
+  const __m512i low = _mm512_set1_epi8(15);
+  constexpr int kChoose = 0xca;  // of the second where the first has ones, else of the third
+#pragma GCC unroll 8
+  for (int j = 0; j < 8; ++j) {  // two steps
+    const __m512i a = v[j], b = v[8 + j];
+    const __m512i even = _mm512_ternarylogic_epi32(low, a, _mm512_slli_epi32(b, 4), kChoose);
+    const __m512i odd = _mm512_ternarylogic_epi32(low, _mm512_srli_epi32(a, 4), b, kChoose);
+    const __m512 first = _mm512_castsi512_ps(_mm512_unpacklo_epi8(even, odd));
+    const __m512 last = _mm512_castsi512_ps(_mm512_unpackhi_epi8(even, odd));
+    uint8_t* out = quad_at(layout, panel, k + kQuadColumns * (j / 2)) + 2 * kLineBytes * (j % 2);
+    _mm512_storeu_ps(out, _mm512_shuffle_ps(first, last, 0x88));
+    _mm512_storeu_ps(out + kLineBytes, _mm512_shuffle_ps(first, last, 0xdd));
+  }
+}
+
+constexpr int64_t kPanelPitch = kSpan + kSpanSlack;
+
+// The codes of columns [begin, end), at most kSpan, of row n to `own`, with zeros up to the pitch.
+inline void write_span(const PackedMatrix& w, int64_t n, int64_t begin, int64_t end, uint8_t* own) {
+  const uint8_t* from = span_codes<Avx512Codes>(w, n, begin, end, own);
+  if (from != own) __builtin_memcpy(own, from, static_cast<size_t>(end - begin));
+  __builtin_memset(own + (end - begin), 0, kSpanSlack);
+}
+
+// The same of the groups that columns [begin, end) of a padded panel hold.
+inline void write_padded_span(const PackedMatrix& w, int64_t n, int64_t begin, int64_t end,
+                              uint8_t* own) {
+  constexpr int64_t kWholeBytes = 40;  // columns, after which codes of every width begin a byte
+  alignas(64) uint8_t plain[kPanelPitch + kWholeBytes];
+  const int64_t group = panel_group(w), first = begin / group * w.group_size;
+  const int64_t wanted = first + (end - begin) / group * w.group_size;
+  const int64_t last = wanted < w.cols ? wanted : w.cols;
+  const int64_t from = first / kWholeBytes * kWholeBytes;
+  const uint8_t* codes = span_codes<Avx512Codes>(w, n, from, last, plain);
+  __builtin_memset(own, 0, static_cast<size_t>(kPanelPitch));
+  for (int64_t k = first; k < last; k += w.group_size, own += group) {
+    const int64_t count = last - k < w.group_size ? last - k : w.group_size;
+    __builtin_memcpy(own, codes + (k - from), static_cast<size_t>(count));
+  }
+}
+
+// The same of 8 bits.
+inline void write_bytes(const PanelLayout& layout, const uint8_t* codes, int64_t pitch, int64_t k,
+                        uint8_t* panel) {
+#pragma GCC unroll 2
+  for (int t = 0; t < 2; ++t) {  // rows of a, rows of b
+    __m512i v[kPanelRows / 2];
+#pragma GCC unroll 16
+    for (int i = 0; i < kPanelRows / 2; ++i) {
+      v[i] = _mm512_loadu_si512(codes + (t * kPanelRows / 2 + i) * pitch);
+    }
+    transpose_16(v);
+#pragma GCC unroll 16
+    for (int s = 0; s < kPanelRows / 2; ++s) {
+      uint8_t* out = quad_at(layout, panel, k + kQuadColumns * (s / 4));
+      _mm512_storeu_si512(out + kLineBytes * (2 * (s % 4) + t), v[s]);
+    }
+  }
+}
+
+// Columns [0, result) of a whole panel from rows of W as they lie: whole blocks of 4 and 8 bits.
+// Stores past the caches gained nothing into fresh memory.
+int64_t write_blocks(const PackedMatrix& w, const PanelLayout& layout, int64_t first,
+                     uint8_t* panel) {
+  if ((w.levels != 16 && w.levels != 256) || pads_groups(w)) return 0;
+  const int64_t pitch = packed_row_bytes(w.cols, w.levels);
+  const uint8_t* codes = code_row(w, first);
+  int64_t k = 0;
+  for (; k + kLineBytes <= w.cols; k += kLineBytes) {
+    if (w.levels == 16) {
+      write_nibbles(layout, codes + k / 2, pitch, k, panel);
+    } else {
+      write_bytes(layout, codes + k, pitch, k, panel);
+    }
+  }
+  return k;
+}
+
 // Panel p to `panel`.
 void write_panel(const PackedMatrix& w, const PanelLayout& layout, int64_t p, uint8_t* panel) {
-  constexpr int64_t kPitch = kSpan + kSpanSlack;
-  alignas(64) uint8_t codes[kPanelRows * kPitch];
+  alignas(64) uint8_t codes[kPanelRows * kPanelPitch];
   const int64_t first = p * kPanelRows, left = w.rows - first;
   const int64_t count = left < kPanelRows ? left : kPanelRows;
-  for (int64_t g = 0; layout.head_bytes > 0 && g < layout.groups; ++g) {
-    write_panel_head(w, layout, first, count, g, panel + g * layout.group_bytes);
-  }
+  write_heads(w, layout, first, count, panel);
   if (count < kPanelRows) __builtin_memset(codes, 0, sizeof(codes));
-  for (int64_t k = 0; k < w.cols; k += kSpan) {
-    const int64_t stop = w.cols - k < kSpan ? w.cols : k + kSpan;
+  const bool padded = pads_groups(w);
+  // Whole blocks and, padded, whole groups.
+  const int64_t unit = step_blocks(w) * kLineBytes;
+  const int64_t span = padded ? kSpan / unit * unit : kSpan, columns = panel_columns(w);
+  int64_t k = count == kPanelRows ? write_blocks(w, layout, first, panel) : 0;
+  for (; k < columns; k += span) {
+    const int64_t stop = columns - k < span ? columns : k + span;
     for (int64_t i = 0; i < count; ++i) {
-      uint8_t* own = codes + i * kPitch;
-      const uint8_t* from = span_codes<Avx512Codes>(w, first + i, k, stop, own);
-      if (from != own) __builtin_memcpy(own, from, static_cast<size_t>(stop - k));
-      __builtin_memset(own + (stop - k), 0, kSpanSlack);
+      uint8_t* own = codes + i * kPanelPitch;
+      padded ? write_padded_span(w, first + i, k, stop, own)
+             : write_span(w, first + i, k, stop, own);
     }
     for (int64_t at = k; at < stop; at += kLineBytes) {
-      write_panel_block(layout, codes + (at - k), kPitch, at, panel);
+      write_panel_block(layout, codes + (at - k), kPanelPitch, at, panel);
     }
   }
 }

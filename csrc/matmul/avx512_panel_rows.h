@@ -39,7 +39,7 @@ struct PanelRows {
   int64_t used;
 
   PanelRows(void* data, const PackedMatrix& w, int64_t count, Mode mode)
-      : stride(blocks_of(w) * kBlock), rows(count), groups(groups_of(w)), parts(parts_of(mode)) {
+      : stride(panel_blocks(w) * kBlock), rows(count), groups(groups_of(w)), parts(parts_of(mode)) {
     Arena arena{static_cast<char*>(data)};
     q = arena.take<int8_t>(round_up(rows, x_rows()) * parts * stride);
     const int64_t tiles = round_up(rows, x_rows()) / x_rows();
@@ -184,7 +184,7 @@ void prepare_half_groups(const PackedMatrix& w, int64_t m, int64_t g, int64_t be
   for (int64_t b = begin; b < end; ++b) {
     for (int64_t i = 0; i < count; ++i) convert(i, b, v + i);
     for (int64_t half = 0; half < 2; ++half) {
-      const int64_t own = ((b - begin) * kBlock + half * kHalf) / w.group_size;
+      const int64_t own = ((b - begin) * kBlock + half * kHalf) / panel_group(w);
       for (int64_t i = 0; i < count * out.parts; ++i) {
         sum[own][i] = _mm512_dpbusd_epi32(sum[own][i], ones[half], v[i]);
       }
@@ -199,7 +199,7 @@ void prepare_half_groups(const PackedMatrix& w, int64_t m, int64_t g, int64_t be
 // their blocks.
 template <typename Body>
 void for_step_groups(const PackedMatrix& w, int64_t groups, const Body& body) {
-  const int64_t blocks = blocks_of(w), some = step_blocks(w);
+  const int64_t blocks = panel_blocks(w), some = step_blocks(w);
   for (int64_t g = 0, b = 0; g < groups; g += has_half_blocks(w) ? 2 : 1, b += some) {
     body(g, b, blocks - b < some ? blocks : b + some);
   }
@@ -212,17 +212,44 @@ void prepare_step_groups(const PackedMatrix& w, int64_t m, int64_t g, int64_t be
   prepare_panel_group(w, m, g, begin, end, out, convert);
 }
 
-// The rows [m, m + rows_at(m)) of the block; `x` holds the first one's elements.
-void prepare_panel_int8(const PackedMatrix& w, const char* x, FloatType type, int64_t m,
-                        const PanelRows& out, double* step) {
-  const int64_t row_bytes = w.cols * float_type_bytes(type);
+// Rows of x in the order of the columns of panels.
+struct TileX {
+  const char* data;
+  FloatType type;
+  int64_t cols;
+
+  const char* row(int64_t i) const { return data + i * cols * float_type_bytes(type); }
+};
+
+// `count` rows with zeros behind each group, written to `memory`.
+TileX padded_rows(const PackedMatrix& w, const TileX& x, int64_t count, void* memory) {
+  const int64_t size = float_type_bytes(x.type), group = w.group_size * size;
+  const TileX out{static_cast<const char*>(memory), x.type, panel_columns(w)};
+  __builtin_memset(memory, 0, static_cast<size_t>(count * out.cols * size));
+  for (int64_t i = 0; i < count; ++i) {
+    auto* to = static_cast<char*>(memory) + i * out.cols * size;
+    for (int64_t at = 0; at < x.cols * size; at += group, to += panel_group(w) * size) {
+      const int64_t left = x.cols * size - at;
+      __builtin_memcpy(to, x.row(i) + at, static_cast<size_t>(left < group ? left : group));
+    }
+  }
+  return out;
+}
+
+int64_t padded_rows_bytes(const PackedMatrix& w) {
+  return pads_groups(w) ? kTileRows * panel_columns(w) * static_cast<int64_t>(sizeof(float)) : 0;
+}
+
+// The rows [m, m + rows_at(m)) of the block, which `x` holds.
+void prepare_panel_int8(const PackedMatrix& w, const TileX& x, int64_t m, const PanelRows& out,
+                        double* step) {
   Divisor by[kTileRows];
   for (int64_t i = 0; i < out.rows_at(m); ++i) {
-    step[i] = step_of(x + i * row_bytes, type, 0, w.cols, 127.0);
+    step[i] = step_of(x.row(i), x.type, 0, x.cols, 127.0);
     by[i] = Divisor(step[i]);
   }
   const auto convert = [&](int64_t i, int64_t b, __m512i* v) {
-    *v = step[i] > 0.0 ? quantize_64(x + i * row_bytes, type, b * kBlock, w.cols, by[i])
+    *v = step[i] > 0.0 ? quantize_64(x.row(i), x.type, b * kBlock, x.cols, by[i])
                        : _mm512_setzero_si512();
   };
   for_step_groups(w, out.groups, [&](int64_t g, int64_t begin, int64_t end) {
@@ -231,22 +258,21 @@ void prepare_panel_int8(const PackedMatrix& w, const char* x, FloatType type, in
 }
 
 template <int kParts>
-void prepare_panel_parts(const PackedMatrix& w, const char* x, FloatType type, int64_t m,
-                         const PanelRows& out) {
-  const int64_t row_bytes = w.cols * float_type_bytes(type), count = out.rows_at(m);
+void prepare_panel_parts(const PackedMatrix& w, const TileX& x, int64_t m, const PanelRows& out) {
+  const int64_t count = out.rows_at(m);
   for_step_groups(w, out.groups, [&](int64_t g, int64_t begin, int64_t stop) {
-    const int64_t end = stop * kBlock < w.cols ? stop * kBlock : w.cols;
+    const int64_t end = stop * kBlock < x.cols ? stop * kBlock : x.cols;
     double inverse[kTileRows];
     for (int64_t i = 0; i < count; ++i) {
       const double step =
-          power_of_two(step_of(x + i * row_bytes, type, begin * kBlock, end, largest_of<kParts>()));
+          power_of_two(step_of(x.row(i), x.type, begin * kBlock, end, largest_of<kParts>()));
       out.steps(m)[g * kTileRows + i] = step;
       if (has_half_blocks(w) && g + 1 < out.groups) out.steps(m)[(g + 1) * kTileRows + i] = step;
       inverse[i] = step > 0.0 ? 1.0 / step : 0.0;
     }
     const auto convert = [&](int64_t i, int64_t block, __m512i* v) {
       __m512i part[kParts];
-      parts_64<kParts>(x + i * row_bytes, type, block * kBlock, w.cols, inverse[i], part);
+      parts_64<kParts>(x.row(i), x.type, block * kBlock, x.cols, inverse[i], part);
 #pragma GCC unroll 4
       for (int p = 0; p < kParts; ++p) v[p * count] = part[p];
     };
@@ -254,25 +280,27 @@ void prepare_panel_parts(const PackedMatrix& w, const char* x, FloatType type, i
   });
 }
 
-// Rows `part` of the block [first, first + rows) of x; `part` begins with a tile.
+// Rows `part` of the block [first, first + rows) of x; `part` begins with a tile. `scratch` has
+// padded_rows_bytes().
 void prepare_panel_rows(const PackedMatrix& w, Mode mode, const Activations& x, int64_t first,
-                        int64_t rows, RowRange part, void* prepared, double* step) {
+                        int64_t rows, RowRange part, void* prepared, double* step, void* scratch) {
   const PanelRows out(prepared, w, rows, mode);
-  const int64_t row_bytes = w.cols * float_type_bytes(x.type);
+  const TileX all{static_cast<const char*>(x.data), x.type, w.cols};
   for (int64_t m = part.begin; m < part.end; m += out.x_rows()) {
-    const auto* row = static_cast<const char*>(x.data) + (first + m) * row_bytes;
+    TileX own{all.row(first + m), x.type, w.cols};
+    if (pads_groups(w)) own = padded_rows(w, own, out.rows_at(m), scratch);
     switch (mode) {
       case Mode::kTwoParts:
-        prepare_panel_parts<2>(w, row, x.type, m, out);
+        prepare_panel_parts<2>(w, own, m, out);
         break;
       case Mode::kThreeParts:
-        prepare_panel_parts<3>(w, row, x.type, m, out);
+        prepare_panel_parts<3>(w, own, m, out);
         break;
       case Mode::kFourParts:
-        prepare_panel_parts<4>(w, row, x.type, m, out);
+        prepare_panel_parts<4>(w, own, m, out);
         break;
       default:
-        prepare_panel_int8(w, row, x.type, m, out, step + m);
+        prepare_panel_int8(w, own, m, out, step + m);
     }
   }
 }

@@ -42,9 +42,10 @@
 //           plus, for float16 and bfloat16, the final rounding to that type. (Overflow and
 //           underflow of intermediate products excepted: |x scale| within 2^-126 .. 2^127
 //           suffices.) On AVX-512, float16 and bfloat16 with group_dim 1 and groups of a multiple
-//           of 32 columns, or whole rows: x is first rounded to 16 bits, one step a row and group
-//           g (two groups that meet within 64 columns have one step and are one g;
-//           avx512_parts.h), and sums are integers, which adds
+//           of 32 columns, of 16 to 640, or whole rows: x is first rounded to 16 bits, one step a
+//           row and group g (two groups that meet within 64 columns, where groups are filled up to
+//           whole 32, have one step and are one g; avx512_parts.h), and sums are integers, which
+//           adds
 //             sum over groups g of max_{k in g} |x| / 32512 sum_{k in g, x small} |W|
 //           where x is small below 1/63 of that maximum in bfloat16 and below 1/7 in float16.
 //           There, a row of float32 of 64 columns or more is rounded to 24 or 32 bits where its

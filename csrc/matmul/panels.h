@@ -19,7 +19,8 @@
 //   1 bit    [ b3 a3 b2 a2 b1 a1 b0 a0 ]
 //
 // Ternary codes take two bits here. Rows past the last have codes and scales of 0, columns past the
-// last codes of 0. Entries of a codebook, row scales and the remainder are not part of it.
+// last, and past a group's last where it is padded, codes of 0. Entries of a codebook, row scales
+// and the remainder are not part of it.
 #pragma once
 
 #include "matmul/kernels.h"
@@ -34,21 +35,45 @@ constexpr int64_t kPanelRows = 32;
 constexpr int64_t kQuadColumns = 16;
 constexpr int64_t kLineBytes = 64;
 
-// Whether groups are whole 32 columns but not whole blocks of 64. Products then read the panel
-// order alone: panels that nobody has made are made on the way, one at a time.
+constexpr int64_t kHalfBlock = kLineBytes / 2;
+
+// Whether groups are no whole 32 columns. In the panel order each then has columns of zeros behind,
+// up to whole 32, and so has x. Shorter groups would take more than twice the memory; of longer
+// ones two would be too many to decode at once.
+inline bool pads_groups(const PackedMatrix& w) {
+  return w.group_dim == 1 && w.group_size < w.cols && w.group_size % kHalfBlock != 0 &&
+         w.group_size >= 16 && w.group_size <= kSpan / 2;
+}
+
+// Columns of a group, and of all, in the panel order.
+inline int64_t panel_group(const PackedMatrix& w) {
+  return pads_groups(w) ? ceil_div(w.group_size, kHalfBlock) * kHalfBlock : w.group_size;
+}
+inline int64_t panel_columns(const PackedMatrix& w) {
+  return pads_groups(w) ? scale_cols(w) * panel_group(w) : w.cols;
+}
+inline int64_t panel_blocks(const PackedMatrix& w) {
+  return ceil_div(panel_columns(w), kLineBytes);
+}
+
+// Whether groups there are whole 32 columns but not whole blocks of 64.
 inline bool has_half_blocks(const PackedMatrix& w) {
-  return w.group_dim == 1 && w.group_size < w.cols && w.group_size % kLineBytes == kLineBytes / 2 &&
+  return w.group_dim == 1 && w.group_size < w.cols && panel_group(w) % kLineBytes == kHalfBlock &&
          w.group_size <= kMaxIntegerRun;
 }
+
+// Whether products read the panel order alone: panels that nobody has made are made on the way, one
+// at a time.
+inline bool has_panels_alone(const PackedMatrix& w) { return pads_groups(w) || has_half_blocks(w); }
 
 // Blocks of 64 columns of x with one step, where it is rounded to parts: those of a group, or of
 // two.
 inline int64_t step_blocks(const PackedMatrix& w) {
   if (w.group_size >= w.cols) return ceil_div(w.cols, kLineBytes);
-  return has_half_blocks(w) ? 2 * w.group_size / kLineBytes : w.group_size / kLineBytes;
+  return (has_half_blocks(w) ? 2 : 1) * panel_group(w) / kLineBytes;
 }
 
-// For groups along a row of whole 32 columns, or whole rows; and for groups along the rows of W
+// For groups along a row, of whole 32 columns or padded, or whole rows; and along the rows of W
 // (group_dim 0), where a panel is one group without scales and zeros.
 struct PanelLayout {
   int bits;
@@ -66,9 +91,9 @@ struct PanelLayout {
         scale_bytes(w.row_scale != nullptr ? 1 : float_type_bytes(w.scale_type)),
         groups(w.group_dim == 1 ? scale_cols(w) : 1),
         panels(ceil_div(w.rows, kPanelRows)) {
-    const int64_t unit = has_half_blocks(w) ? kLineBytes / 2 : kLineBytes;
-    columns = ceil_div(w.cols, unit) * unit;
-    group_columns = w.group_dim == 1 && w.group_size < w.cols ? w.group_size : columns;
+    const int64_t unit = has_half_blocks(w) ? kHalfBlock : kLineBytes;
+    columns = ceil_div(panel_columns(w), unit) * unit;
+    group_columns = w.group_dim == 1 && w.group_size < w.cols ? panel_group(w) : columns;
     const int64_t heads =
         w.group_dim == 1 ? kPanelRows * (scale_bytes + (w.zero != nullptr ? 1 : 0)) : 0;
     head_bytes = ceil_div(heads, kLineBytes) * kLineBytes;

@@ -24,6 +24,8 @@ FORMATS += [(bits, False) for bits in (2, 3, 4, 8)]
 # Groups that end within a block of 64, in an odd number too.
 SHAPES = [(37, 200, 64), (5, 64, 64), (70, 384, 128), (33, 320, 1000), (100, 1300, 1300)]
 SHAPES += [(37, 200, 32), (40, 161, 32), (33, 1344, 96)]
+# Groups that are filled up with zeros, to one half block and more, the longest too.
+SHAPES += [(37, 200, 48), (40, 161, 16), (33, 1344, 100), (5, 1700, 640 - 1)]
 ACTIVATIONS = [
     ("int8", torch.float32),
     ("int8", torch.bfloat16),

@@ -18,6 +18,7 @@ from ..packed_products import (
 # rows, cols, group_size: usual groups, tails of columns and rows, one group, a last group of one
 SHAPES = [(70, 512, 128), (9, 200, 64), (7, 150, 150), (5, 129, 128), (40, 1300, 640)]
 SHAPES += [(37, 200, 32), (5, 97, 32), (33, 1344, 96)]
+SHAPES += [(37, 200, 48), (5, 97, 17), (33, 1344, 100)]  # groups that are filled up
 DTYPES = [torch.bfloat16, torch.float16]
 
 
@@ -124,7 +125,7 @@ def test_threads_change_no_bit(isa):
 def test_random_shapes_and_formats(data):
     rows, cols = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 700))
     bits, dtype = data.draw(st.sampled_from(BITS)), data.draw(st.sampled_from(DTYPES))
-    group_size = data.draw(st.sampled_from([64, 128, 192, 1000]))
+    group_size = data.draw(st.sampled_from([16, 50, 64, 100, 128, 192, 639, 1000]))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
     symmetric = data.draw(st.booleans())
     packed = random_weight(rows, cols, bits, group_size, symmetric=symmetric, generator=generator)
