@@ -14,6 +14,8 @@ from pyrobust import Interval, _native, pack
 from pyrobust.interval.finite import infinite_ends
 from pyrobust.ops import _late_products, radius_precision
 
+pytestmark = pytest.mark.emulated_tiles
+
 ROUNDINGS = ["real", "deployed", "nearest"]
 
 
