@@ -32,6 +32,11 @@ from .peers import dense_peers, packed_peers, prepacked_peers
 COMMAND = "python -m pytest bench/test_matmul.py --benchmark-only -q -s"
 GROUP = 128
 LEVELS = {1: 2, 1.58: 3, 2: 4, 3: 8, 4: 16, 8: 256}
+OTHER_GROUPS = {
+    "groups of 32": (32, 1),
+    "groups of 48": (48, 1),
+    "groups along outputs": (GROUP, 0),
+}
 ALL_ROWS = (1, 2, 4, 16, 64, 256, 1024)
 CHECKED_ROWS = 16  # of a result that must be near the product of its weight
 COLD_ROWS = 16  # from there on arithmetic counts, not memory
@@ -52,14 +57,16 @@ THREADS = [int(t) for t in chosen("THREADS", f"1,{min(2, os.cpu_count() or 1)}")
 WIDTHS = [bits for bits in BITS if str(bits) in chosen("BITS", ",".join(map(str, BITS)))]
 
 
-def packed_weight(bits: float, rows: int, cols: int) -> QTensor:
+def packed_weight(
+    bits: float, rows: int, cols: int, group: int = GROUP, group_dim: int = 1
+) -> QTensor:
     codes = torch.randint(0, LEVELS[bits], (rows, cols), dtype=torch.uint8)
-    shape = (rows, -(-cols // GROUP))
+    shape = (rows, -(-cols // group)) if group_dim == 1 else (-(-rows // group), cols)
     zero = None
     if bits not in (1, 1.58):
         zero = torch.randint(0, LEVELS[bits], shape, dtype=torch.uint8)
     scale = (torch.rand(shape) + 0.5).half() / 64
-    return QTensor.from_codes(codes, scale, zero, bits=bits, group_size=GROUP)
+    return QTensor.from_codes(codes, scale, zero, bits=bits, group_size=group, group_dim=group_dim)
 
 
 def ours(name: str, packed: QTensor, mode: str) -> Peer:
@@ -67,6 +74,7 @@ def ours(name: str, packed: QTensor, mode: str) -> Peer:
         "in_features": packed.shape[1],
         "bits": packed.bits,
         "group_size": packed.group_size,
+        "group_dim": packed.group_dim,
         "activations": "int8" if mode == "int8" else None,
         "extras": packed.extras,
     }
@@ -91,6 +99,8 @@ def all_kinds(rows: int, cols: int) -> list[Peer]:
         two_level = round_to_two_level(weight, bits=4, group_size=GROUP)
         every.append(ours("4 bits, two-level", two_level, "int8"))
         every.append(ours("NF4", round_to_codebook(weight, group_size=GROUP), "int8"))
+        for name, form in OTHER_GROUPS.items():
+            every.append(ours(f"4 bits, {name}", packed_weight(4, rows, cols, *form), "int8"))
     return every
 
 
