@@ -165,7 +165,9 @@ def test_in_bfloat16_the_whole_model_computes_what_was_quantized(kind):
         assert exact.dtype == torch.bfloat16
         assert run(packed, batch).dtype == torch.bfloat16
         gap = (run(packed, batch).float() - exact.float()).norm()
-        assert gap <= 1e-3 * exact.float().norm()
+        # Inputs rounded to 16 bits a group move a layer's result to a neighbour in bfloat16 now
+        # and then: through a few layers that is what the type's own rounding costs either model.
+        assert gap <= 2.0**-7 * exact.float().norm()
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
