@@ -1,31 +1,14 @@
 // The fused product of more than 64 rows of x at every width without a codebook. Compiled for
 // sm_90a.
 #include "matmul/cuda_broad.cuh"
+#include "matmul/cuda_formats.h"
 
 namespace pyrobust::matmul::gpu {
-namespace {
-
-template <Format kFormat>
-cuda::Status start_type(const LinearArguments& p, cuda::Stream stream) {
-  return p.x_type == FloatType::kFloat16 ? start_broad<kFormat, Float16>(p, stream)
-                                         : start_broad<kFormat, BFloat16>(p, stream);
-}
-
-}  // namespace
 
 cuda::Status linear_broad(Format format, const LinearArguments& p, cuda::Stream stream) {
-  switch (format) {
-    case Format::k1:
-      return start_type<Format::k1>(p, stream);
-    case Format::k2:
-      return start_type<Format::k2>(p, stream);
-    case Format::k3:
-      return start_type<Format::k3>(p, stream);
-    case Format::k4:
-      return start_type<Format::k4>(p, stream);
-    default:
-      return start_type<Format::k8>(p, stream);
-  }
+  return with_width(format, p.x_type, [&](auto width, auto type) {
+    return start_broad<decltype(width)::kValue, decltype(type)>(p, stream);
+  });
 }
 
 }  // namespace pyrobust::matmul::gpu
