@@ -193,16 +193,23 @@ def test_every_width(bits, act, tmp_path):
     check_instance(tmp_path, bits, act)
 
 
-@pytest.mark.slow
-def test_products_of_warpgroups(tmp_path):
-    """No spills, and no wait for every single product, which a branch among them would bring."""
-    kernels = gates.compile_kernels("matmul/cuda_wide.cu", "90a", tmp_path)
+def products_of_warpgroups(unit, folder):
+    """Each kernel with machine code, and the counts of its loop of products; none spills."""
+    kernels = gates.compile_kernels(f"matmul/cuda_{unit}.cu", "90a", folder)
     assert len(kernels) == 10
     for kernel in kernels.values():
         assert kernel.spills == 0
-        if not kernel.code:
-            continue
-        counts = next(c for c in (kernel.counts(*at) for at in kernel.loops()) if c["HGMMA"])
+        if kernel.code:
+            yield (
+                kernel,
+                next(c for c in (kernel.counts(*at) for at in kernel.loops()) if c["HGMMA"]),
+            )
+
+
+@pytest.mark.slow
+def test_products_of_warpgroups(tmp_path):
+    """No spills, and no wait for every single product, which a branch among them would bring."""
+    for kernel, counts in products_of_warpgroups("wide", tmp_path):
         assert counts["HGMMA"] == 16
         assert counts["WARPGROUP"] <= 8
         assert kernel.has(r"LDGSTS\.E\.BYPASS\.128")
@@ -211,13 +218,7 @@ def test_products_of_warpgroups(tmp_path):
 @pytest.mark.slow
 def test_products_of_warpgroups_with_many_rows(tmp_path):
     """Products of a step are under way while the next is decoded: ptxas has not parted them."""
-    kernels = gates.compile_kernels("matmul/cuda_broad.cu", "90a", tmp_path)
-    assert len(kernels) == 10
-    for kernel in kernels.values():
-        assert kernel.spills == 0
-        if not kernel.code:
-            continue
-        counts = next(c for c in (kernel.counts(*at) for at in kernel.loops()) if c["HGMMA"])
+    for kernel, counts in products_of_warpgroups("broad", tmp_path):
         assert counts["HGMMA"] == 8
         assert counts["WARPGROUP"] == 8  # before and after the two products of a step
         assert not kernel.has(gates.ODD_DESCRIPTOR)
