@@ -17,7 +17,18 @@ from pyrobust.nn.packed_module import PackedModule
 from pyrobust.nn.twins import TWINS
 from pyrobust.ops.formats import check_bits
 
-__all__ = ["BitsFor", "LayerPlan", "check_plans", "fits", "identity", "plan_layers"]
+__all__ = [
+    "BitsFor",
+    "LayerPlan",
+    "check_choosers",
+    "check_plans",
+    "fits",
+    "identity",
+    "plan_layers",
+]
+
+# By name: importing torch.distributed takes long, and builds without it exist.
+_PARALLEL = ("DistributedDataParallel", "FullyShardedDataParallel")
 
 BitsFor = Callable[[str, nn.Module], "float | None"] | Mapping[str, "float | None"]
 
@@ -55,7 +66,7 @@ def plan_layers(
     plans: dict[str, LayerPlan] = {}
     rows: dict[str, LayerReport] = {}
     for module, own in names.items():
-        _check_not_compiled(own[0], module)
+        _check_unwrapped(own[0], module)
         size = None if module in settled else _weight_bytes(module)
         if size is None:
             continue
@@ -71,17 +82,37 @@ def plan_layers(
     return plans, rows
 
 
+def check_choosers(skip: tuple[Any, ...], bits_for: Any) -> None:
+    """Raise TypeError unless both options that choose layers are of a type they can have."""
+    for pattern in skip:
+        if not isinstance(pattern, str):
+            raise TypeError(
+                f"pack: skip must hold names or patterns; got {type(pattern).__name__} {pattern!r}."
+            )
+    if not (bits_for is None or callable(bits_for) or isinstance(bits_for, Mapping)):
+        raise TypeError(
+            "pack: bits_for must be a function of name and module, or a mapping from names to "
+            f"bits; got {type(bits_for).__name__}."
+        )
+
+
 def _check_patterns(option: str, patterns: tuple[str, ...], names: list[str]) -> None:
     for pattern in patterns:
         if not any(fits(name, pattern) for name in names):
             raise ValueError(f"pack: {option} must name modules of the model; got {pattern!r}.")
 
 
-def _check_not_compiled(name: str, module: nn.Module) -> None:
+def _check_unwrapped(name: str, module: nn.Module) -> None:
+    """Refuse wrappers that keep the weights elsewhere, or reckon with those they were made for."""
     if "_orig_mod" in module._modules or isinstance(module, torch.jit.ScriptModule):
         where = f"its module '{name}' is" if name else "it is"
         raise ValueError(
             f"pack: model must not be compiled or scripted, but {where}; pack first, then compile."
+        )
+    if type(module).__name__ in _PARALLEL:
+        raise ValueError(
+            f"pack: model must not be wrapped in {type(module).__name__}; pack the module inside, "
+            "then wrap."
         )
 
 
@@ -164,6 +195,8 @@ def check_plans(
                 f"pack: the weight of '{name}' must hold data; it is on the meta device."
             )
         check_finite("pack", f"the weight of '{name}'", plan.weight)
+        if plan.weight.dtype == torch.float64:
+            check_finite("pack", f"the weight of '{name}', in float32,", plan.weight.float())
         other, width = widths.setdefault(identity(plan.weight), (name, plan.bits))
         if width != plan.bits:
             raise ValueError(

@@ -20,7 +20,14 @@ from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
 from pyrobust._checks import check_choice, check_instance, check_integer
-from pyrobust._pack_plan import BitsFor, LayerPlan, check_plans, identity, plan_layers
+from pyrobust._pack_plan import (
+    BitsFor,
+    LayerPlan,
+    check_choosers,
+    check_plans,
+    identity,
+    plan_layers,
+)
 from pyrobust._pack_report import LayerReport, PackReport, attach, pack_report
 from pyrobust._pack_simulated import pack_simulated
 from pyrobust.nn.packed_module import PackedModule
@@ -119,10 +126,11 @@ def pack(
         The packed model, with its report (:func:`pyrobust.pack_report`).
 
     Raises:
-        TypeError: ``model`` is not a module.
+        TypeError: ``model`` is not a module, or an option is of another type.
         ValueError: an option is out of range, a name in ``skip`` or ``bits_for`` fits no module, a
-            weight holds NaN or infinite values, layers that share a weight ask for different bits,
-            or no layer can be packed; calibration data are missing, empty, not finite or do not fit
+            weight holds NaN or infinite values, or such as float32 cannot hold, layers that share a
+            weight ask for different bits, ``model`` is compiled or wrapped for data parallelism, or
+            no layer can be packed; calibration data are missing, empty, not finite or do not fit
             the model, which must be in evaluation mode; a layer never runs on them; ``resume``
             holds another conversion.
 
@@ -132,9 +140,10 @@ def pack(
         PackedLinear(in_features=64, out_features=32, bias=True, bits=2, group_size=16)
     """
     check_instance("pack", "model", model, nn.Module)
-    _check_options(bits, group_size, group_dim, activations)
+    _check_options(bits, group_size, group_dim, symmetric, activations)
     quantize = _resolve(quantizer, calibration, blocks, resume)
     skipped = (skip,) if isinstance(skip, str) else tuple(skip)
+    check_choosers(skipped, bits_for)
     with as_linear(model) as transposed:
         twins, trained_rows, settled = pack_simulated(model, skipped)
         plans, rows = plan_layers(model, bits, skipped, bits_for, settled)
@@ -162,10 +171,13 @@ def pack(
 # -- checks ------------------------------------------------------------------------------------
 
 
-def _check_options(bits: float, group_size: int, group_dim: int, activations: str | None) -> None:
+def _check_options(
+    bits: float, group_size: int, group_dim: int, symmetric: bool, activations: str | None
+) -> None:
     check_bits("pack", bits)
     check_integer("pack", "group_size", group_size, 1)
     check_choice("pack", "group_dim", group_dim, (0, 1))
+    check_choice("pack", "symmetric", symmetric, (False, True))
     check_choice("pack", "activations", activations, (None, "int8"))
 
 

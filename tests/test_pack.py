@@ -251,6 +251,9 @@ def test_a_calibrated_quantizer_sees_all_layers_at_once():
         ({"bits": 5}, ValueError, "pack: bits must be one of 1, 1.58, 2, 3, 4, 8; got 5"),
         ({"group_size": 0}, ValueError, "pack: group_size must be at least 1; got 0"),
         ({"group_dim": 2}, ValueError, "pack: group_dim must be one of 0, 1; got 2"),
+        ({"symmetric": "yes"}, ValueError, "pack: symmetric must be one of False, True; got 'yes'"),
+        ({"skip": [0]}, TypeError, "pack: skip must hold names or patterns; got int 0"),
+        ({"bits_for": ["0"]}, TypeError, "bits_for must be a function .* or a mapping.*; got list"),
         ({"activations": "int4"}, ValueError, "pack: activations must be one of None, int8"),
         ({"skip": ["heda"]}, ValueError, "pack: skip must name modules of the model; got 'heda'"),
         ({"bits_for": {"x": 2}}, ValueError, "pack: bits_for must name modules"),
@@ -289,6 +292,34 @@ def test_models_that_cannot_be_packed_are_refused():
         pyrobust.pack(torch.compile(convolutional()))
     with pytest.raises(ValueError, match="the weight of '0' must hold data"):
         pyrobust.pack(convolutional().to("meta"))
+
+
+def test_float64_models_stay_float64_and_compute():
+    model, x = convolutional().double(), torch.randn(3, 1, 8, 8, dtype=torch.float64)
+    packed = pyrobust.pack(model, bits=8)
+    reference = copy.deepcopy(model)
+    for i in (0, 4):
+        reference[i].weight.data = packed[i].dequantize().double()
+    torch.testing.assert_close(packed(x), reference(x), rtol=1e-12, atol=1e-12)
+    model[4].weight.data[3, 5] = 1e39
+    with pytest.raises(ValueError, match="the weight of '4', in float32, must be finite"):
+        pyrobust.pack(model, inplace=True)
+    assert isinstance(model[0], nn.Conv2d)
+
+
+def test_models_wrapped_for_data_parallelism_are_refused(tmp_path):
+    distributed = pytest.importorskip("torch.distributed")
+    where = f"file://{tmp_path}/store"
+    distributed.init_process_group("gloo", init_method=where, rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(convolutional())
+        with pytest.raises(ValueError, match="wrapped in DistributedDataParallel; pack the module"):
+            pyrobust.pack(wrapped)
+        x = torch.randn(2, 1, 8, 8)
+        packed = pyrobust.pack(wrapped.module)
+        assert torch.equal(nn.parallel.DistributedDataParallel(packed)(x), packed(x))
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_layers_that_share_a_weight_cannot_have_different_bits():

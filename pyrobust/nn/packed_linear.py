@@ -34,7 +34,8 @@ class PackedLinear(PackedModule):
         device: where the buffers live; ``"meta"`` makes a layer without data.
 
     Shape:
-        Input ``(*, in_features)``, float32, bfloat16 or float16; output ``(*, out_features)``.
+        Input ``(*, in_features)``, float32, bfloat16 or float16 (float64 by torch, on the decoded
+        weight); output ``(*, out_features)``.
 
     Raises:
         ValueError: an argument is outside what is listed above.

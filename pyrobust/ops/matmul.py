@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, get_num_threads, is_grad_enabled
 from torch.overrides import has_torch_function
 
@@ -70,7 +71,8 @@ def packed_linear(
     raises.
 
     Args:
-        x: ``(..., in_features)`` float32, bfloat16 or float16.
+        x: ``(..., in_features)`` float32, bfloat16 or float16. float64, which no kernel takes, is
+            multiplied by torch with the decoded weight (for ``"int8"``: rounded to float32 first).
         codes: ``(out_features, row_bytes)`` uint8, the canonical layout of
             :class:`~pyrobust.quantize.QTensor`.
         scale: ``(out_features, ceil(in_features / group_size))`` for ``group_dim=1``, else
@@ -124,6 +126,8 @@ def packed_linear(
         result: Tensor = call_override(packed_linear, relevant, options)
         return result
     _check_product(x, codes, scale, zero, bias, **options)
+    if x.dtype == torch.float64:
+        return _double_product(x, codes, scale, zero, bias, options)
     refuse_forward_mode("packed_linear", x, scale, bias)
     needed = dispatcher_needed(x, codes, scale, zero, bias)
     run = torch.ops.pyrobust.packed_linear if needed else linear_kernel
@@ -244,7 +248,7 @@ def _check_product(
     extras: WeightExtras | None,
 ) -> None:
     subject = "packed_linear"
-    check_float(subject, "x", x)
+    check_float(subject, "x", x, wide=True)
     check_choice(subject, "activations", activations, _INT8)
     if x.ndim == 0 or x.shape[-1] != in_features:
         raise ValueError(
@@ -254,8 +258,24 @@ def _check_product(
     extras = extras or NO_EXTRAS
     check_weight(subject, codes, scale, zero, in_features, bits, group_size, group_dim, extras)
     if bias is not None:
-        check_float(subject, "bias", bias)
+        check_float(subject, "bias", bias, wide=x.dtype == torch.float64)
         check_shape(subject, "bias", bias, (codes.shape[0],))
+
+
+def _double_product(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    options: dict[str, Any],
+) -> Tensor:
+    if options["activations"] == "int8":
+        shift = None if bias is None else bias.float()
+        return packed_linear(x.float(), codes, scale, zero, shift, **options).double()
+    form = {name: value for name, value in options.items() if name != "activations"}
+    weight = dequantize_codes(codes, scale, zero, **form).double()
+    return F.linear(x, weight, None if bias is None else bias.double())
 
 
 # --- operators --------------------------------------------------------------------------------

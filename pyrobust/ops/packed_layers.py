@@ -19,7 +19,7 @@ from pyrobust._checks import check_choice, check_float_tensor, check_integer
 from pyrobust.ops import _cuda_matmul
 from pyrobust.ops._library import define, dispatcher_needed, refuse_forward_mode
 from pyrobust.ops.formats import levels_of
-from pyrobust.ops.matmul import linear_kernel, transpose_kernel
+from pyrobust.ops.matmul import dequantize_codes, linear_kernel, transpose_kernel
 from pyrobust.ops.packed_weight import (
     EXTRAS_SCHEMA,
     NO_EXTRAS,
@@ -34,7 +34,7 @@ COLUMN_BYTES = (
     1 << 20
 )  # unfolded input held at a time; 1.8 times faster than 16 MiB (3 x 3, 32 channels)
 
-_FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+_FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _Pair = int | Sequence[int]
 
 
@@ -64,6 +64,8 @@ def packed_conv2d(
 
     Args:
         x: ``(B, in_channels, H, W)`` or ``(in_channels, H, W)``; float32, bfloat16 or float16.
+            float64, which no kernel takes, meets the decoded weight in torch's own convolution
+            (for ``"int8"``: rounded to float32 first).
         codes: packed codes, uint8 ``(O, row_bytes)``.
         scale: scales of the groups.
         zero: zero-points, or None where symmetric.
@@ -117,16 +119,30 @@ def packed_conv2d(
     check_integer("packed_conv2d", "groups", groups, 1)
     pad = _four_sides(padding, *window)
     _check_input(x, in_channels, groups, codes.shape[0], window, pad)
-    refuse_forward_mode("packed_conv2d", x, bias)
     check_choice("packed_conv2d", "activations", activations, (None, "int8"))
     extras = extras or NO_EXTRAS
     terms = in_channels // groups * window[0][0] * window[0][1]
     check_weight("packed_conv2d", codes, scale, zero, terms, bits, group_size, group_dim, extras)
     images = x if x.ndim == 4 else x.unsqueeze(0)
-    weight_format = (float(bits), group_size, group_dim)
-    tensors = (images, codes, scale, zero, bias)
-    run = torch.ops.pyrobust.packed_conv2d if dispatcher_needed(*tensors) else _conv_kernel
-    out: Tensor = run(*tensors, *window, pad, groups, *weight_format, activations, *extras)
+    if x.dtype == torch.float64 and activations is None:
+        weight = dequantize_codes(
+            codes,
+            scale,
+            zero,
+            in_features=terms,
+            bits=bits,
+            group_size=group_size,
+            group_dim=group_dim,
+            extras=extras,
+        )
+        out = _double_convolution(images, weight, bias, window, pad, groups)
+    else:
+        refuse_forward_mode("packed_conv2d", x, bias)
+        kernel_type = torch.float32 if x.dtype == torch.float64 else x.dtype
+        weight_format = (float(bits), group_size, group_dim)
+        tensors = (images.to(kernel_type), codes, scale, zero, bias)
+        run = torch.ops.pyrobust.packed_conv2d if dispatcher_needed(*tensors) else _conv_kernel
+        out = run(*tensors, *window, pad, groups, *weight_format, activations, *extras).to(x.dtype)
     return out if x.ndim == 4 else out.squeeze(0)
 
 
@@ -255,6 +271,21 @@ def _check_input(
 
 
 # -- kernels -----------------------------------------------------------------------------------
+
+
+def _double_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    window: _Window,
+    pad: tuple[int, int, int, int],
+    groups: int,
+) -> Tensor:
+    """The convolution of float64 images with a decoded weight ``(O, columns)``, by torch."""
+    kernel, stride, dilation = window
+    filters = weight.double().reshape(-1, x.shape[1] // groups, *kernel)
+    shift = None if bias is None else bias.double()
+    return F.conv2d(F.pad(x, pad), filters, shift, stride, 0, dilation, groups)
 
 
 def _output_size(

@@ -67,13 +67,14 @@ def check_bytes(subject: str, name: str, value: Tensor) -> None:
         raise TypeError(f"{subject}: {name} must have dtype torch.uint8; got {value.dtype}.")
 
 
-def check_float(subject: str, name: str, value: Tensor) -> None:
-    """Raise TypeError unless ``value`` has one of the three float types of the kernels."""
+def check_float(subject: str, name: str, value: Tensor, *, wide: bool = False) -> None:
+    """Raise TypeError unless ``value`` has a float type of the kernels (or, ``wide``, float64)."""
     check_float_tensor(subject, name, value)
-    if value.dtype not in _FLOAT_TYPES:
-        raise TypeError(
-            f"{subject}: {name} must be float32, float16 or bfloat16; got {value.dtype}."
+    if value.dtype not in _FLOAT_TYPES and not (wide and value.dtype == torch.float64):
+        accepted = (
+            "float32, float16, bfloat16 or float64" if wide else "float32, float16 or bfloat16"
         )
+        raise TypeError(f"{subject}: {name} must be {accepted}; got {value.dtype}.")
 
 
 def check_weight(

@@ -306,8 +306,11 @@ class _Units:
             for call in self._calls:
 
                 def run(call: Call = call) -> Tensor:
-                    output: Tensor = first_output(call.on(module))
-                    return output
+                    output = call.on(module)
+                    if isinstance(output, Mapping):  # as Hugging Face models return
+                        output = tuple(output.values())
+                    compared: Tensor = first_output(output)
+                    return compared
 
                 yield run().float(), run
 

@@ -43,7 +43,7 @@ class ConversionFolder:
         description: of the conversion, plain JSON values.
 
     Raises:
-        ValueError: the folder holds another conversion.
+        ValueError: the folder is none, or holds another conversion.
     """
 
     def __init__(
@@ -51,6 +51,8 @@ class ConversionFolder:
     ) -> None:
         self.subject = subject
         self.path = Path(path)
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"{subject}: resume must be a folder; '{self.path}' is a file.")
         self.path.mkdir(parents=True, exist_ok=True)
         described = self.path / "conversion.json"
         wanted = json.loads(json.dumps({"version": _VERSION, **description}))

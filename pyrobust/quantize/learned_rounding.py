@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from pyrobust._checks import (
@@ -174,6 +175,11 @@ class LearnedRounding:
 
     def quantize_block(self, block: CalibrationBlock) -> None:
         """Learn the rounding of one block's layers and install their codes."""
+        if self.iterations and torch.is_inference_mode_enabled():
+            raise ValueError(
+                "LearnedRounding: gradients must be allowed; it runs in torch.inference_mode "
+                "(torch.no_grad may stay)."
+            )
         for name, each in block.formats.items():
             accepted = GRID_BITS if self.scheme is None else GRID_BITS[:3]
             check_choice(f"LearnedRounding: '{name}'", "bits", each["bits"], accepted)

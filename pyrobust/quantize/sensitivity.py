@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from pyrobust._checks import check_choice, check_eval_mode, check_instance, check_integer
-from pyrobust.quantize.calibration import named_errors
+from pyrobust.quantize.calibration import CalibrationError, named_errors
 
 __all__ = ["SENSITIVITY_KINDS", "prediction_loss", "sensitivity"]
 
@@ -43,25 +43,53 @@ def prediction_loss(model: nn.Module, batch: Any) -> Tensor:
     Args:
         model: gives logits ``(..., classes)``, or an object with the attribute ``logits``.
         batch: token numbers ``(B, T)``, each position predicting the next; or a pair ``(inputs,
-            targets)``; or a mapping of keyword arguments with ``input_ids``, each position
-            predicting the next of ``labels`` (default: of ``input_ids``). Targets of -100 do not
-            count.
+            targets)``; or a mapping of keyword arguments. Labels ``(B,)`` in a mapping are the
+            classes of its rows; labels ``(B, T)`` (default: ``input_ids``) are tokens, each
+            predicted by the position before. Targets of -100 do not count.
 
     Returns:
         A scalar in nats.
+
+    Raises:
+        ValueError: the batch or what the model returns is none of these: give a loss of your own.
     """
     if isinstance(batch, Mapping):
-        targets = batch.get("labels", batch["input_ids"])[..., 1:]
+        targets = _targets_of(batch)
+        if targets.ndim > 1:
+            targets = targets[..., 1:]
         output = model(**{name: value for name, value in batch.items() if name != "labels"})
     elif isinstance(batch, Tensor):
+        if batch.is_floating_point():
+            raise _needs_own_loss(f"a tensor of {batch.dtype}, which is no token numbers")
         targets, output = batch[..., 1:], model(batch[..., :-1])
     else:
         inputs, targets = batch
         output = model(inputs)
     logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor) or logits.ndim == 0:
+        raise _needs_own_loss(f"a model that returns {type(output).__name__} instead of logits")
     if logits.shape[:-1] != targets.shape:  # the last position predicts nothing that is known
         logits = logits[..., :-1, :]
+    if logits.shape[:-1] != targets.shape or targets.is_floating_point():
+        raise _needs_own_loss(
+            f"targets of {targets.dtype} and shape {tuple(targets.shape)} for logits of shape "
+            f"{tuple(logits.shape)}"
+        )
     return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1).long())
+
+
+def _targets_of(batch: Mapping[str, Any]) -> Tensor:
+    found: Tensor | None = batch.get("labels", batch.get("input_ids"))
+    if found is None:
+        raise _needs_own_loss(f"a batch of {', '.join(batch)}, without labels or input_ids")
+    return found
+
+
+def _needs_own_loss(seen: str) -> CalibrationError:
+    return CalibrationError(
+        "prediction_loss: batches must be token numbers, pairs of inputs and targets, or mappings "
+        f"with labels or input_ids; got {seen} (for others give loss=)."
+    )
 
 
 def sensitivity(

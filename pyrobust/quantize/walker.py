@@ -126,10 +126,11 @@ class _Walk:
 
     def survey(self) -> None:
         """Run the float model on all data: everything that can be refused is refused here."""
-        runs: dict[str, list[int]] = {name: [0] * len(self.data) for name in self.layers}
+        watched = {n: m for n, m in self.layers.items() if not isinstance(m, nn.Embedding)}
+        runs: dict[str, list[int]] = {name: [0] * len(self.data) for name in watched}
         handles = [
             layer.register_forward_pre_hook(self._counter(name, runs[name]), with_kwargs=True)
-            for name, layer in self.layers.items()
+            for name, layer in watched.items()
         ]
         with _hooks(handles), self._block_hooks():
             for batch, call in enumerate(self.data):

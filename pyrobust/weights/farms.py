@@ -85,7 +85,7 @@ def esd(matrix: Tensor) -> Tensor:
         matrix: ``(R, C)`` float, or ``(..., R, C)`` in one batched call.
 
     Returns:
-        ``(..., min(R, C))``.
+        ``(..., min(R, C))``; float32 for the half types.
 
     Raises:
         TypeError: not floating point.
@@ -95,7 +95,8 @@ def esd(matrix: Tensor) -> Tensor:
     if matrix.ndim < 2:
         raise ValueError(f"esd: matrix must have two axes or more; got {tuple(matrix.shape)}.")
     check_finite("esd", "matrix", matrix)
-    values: Tensor = torch.linalg.svdvals(matrix.detach())
+    wide = matrix.detach() if matrix.dtype == torch.float64 else matrix.detach().float()
+    values: Tensor = torch.linalg.svdvals(wide)
     return values.square().flip(-1)
 
 

@@ -9,6 +9,7 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
+from pyrobust._checks import check_instance
 from pyrobust.ops.add_packed import SavedCopy, saved_copies
 from pyrobust.weights.named_vector import Change, find_targets
 from pyrobust.weights.packed_delta import PackedDelta
@@ -42,6 +43,7 @@ class Patcher:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        check_instance("Patcher", "model", model, nn.Module)
         self.model = model
         self._patches: dict[str, tuple[Delta, float]] = {}
         self._originals: dict[str, SavedCopy] = {}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrobust._checks import check_choice, check_finite
+from pyrobust.weights._state import shorten
 
 __all__ = ["layer_sparsity", "prune_"]
 
@@ -121,8 +122,13 @@ def prune_(
     check_choice("prune_", "method", method, ["magnitude", "wanda", "sparsegpt"])
     state = model.state_dict(keep_vars=True)
     for name, ratio in ratios.items():
-        if name not in state or not 0 <= ratio < 1:
-            raise ValueError(f"prune_: '{name}' at ratio {ratio} is unknown or not in [0, 1).")
+        if name not in state:
+            raise ValueError(
+                f"prune_: ratios must be for weights of the model, such as {shorten(list(state))}; "
+                f"got '{name}'."
+            )
+        if not 0 <= ratio < 1:
+            raise ValueError(f"prune_: the ratio of '{name}' must lie in [0, 1); got {ratio}.")
         if method != "magnitude":
             _check_inputs(name, state[name], inputs)
     for name, ratio in ratios.items():

@@ -91,9 +91,19 @@ class TaskVector(NamedVector):
         return cls(*states, include_buffers=True)
 
     @classmethod
-    def between(cls, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> TaskVector:
-        """``b - a``: the step that leads from ``a`` to ``b``."""
-        return cls(a, b)
+    def between(
+        cls, a: nn.Module | Mapping[str, Tensor], b: nn.Module | Mapping[str, Tensor]
+    ) -> TaskVector:
+        """``b - a``: the step that leads from ``a`` to ``b``, two modules or two state dicts."""
+        if isinstance(a, nn.Module) and isinstance(b, nn.Module):
+            return cls.from_modules(a, b)
+        for name, value in (("a", a), ("b", b)):
+            if not isinstance(value, Mapping):
+                raise TypeError(
+                    f"TaskVector.between: {name} must be a state dict, or both must be modules; "
+                    f"got {type(value).__name__}."
+                )
+        return cls(a, b)  # type: ignore[arg-type]
 
     @classmethod
     def from_deltas(

@@ -52,7 +52,7 @@ def _linear(**options: object) -> ModuleCase:
         bad=(
             (lambda: torch.zeros(2, 20), ValueError, "in_features = 21"),
             (lambda: torch.zeros(2, 21, dtype=torch.int64), TypeError, "x must be"),
-            (lambda: torch.zeros(2, 21, dtype=torch.float64), TypeError, "float64"),
+            (lambda: torch.zeros(2, 21, dtype=torch.float8_e5m2), TypeError, "float8_e5m2"),
         ),
         other=lambda: rnn.PackedLinear(21, 11, group_size=8, **{**options, "bits": 2}),
     )

@@ -94,14 +94,31 @@ def test_change_of_dtype_keeps_the_packed_weight_and_comes_back(case, dtype):
     module.to(torch.float32)(case.batch(3))  # computes again
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_activations_of_each_dtype_agree_with_float32(case, dtype):
     x = case.batch(4)
     expected = run(case.make(), x.to(dtype).float() if case.takes_floats else x)
     out = run(case.make().to(dtype), x.to(dtype) if case.takes_floats else x)
     assert out.dtype == dtype
-    tolerance = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    tolerance = {torch.bfloat16: 2e-2, torch.float16: 3e-3}.get(dtype, 1e-6)
     assert torch.allclose(out.float(), expected, atol=tolerance, rtol=tolerance)
+
+
+def test_float64_activations_are_multiplied_in_float64_forwards_and_backwards(float_case):
+    module, twin = float_case.make().double(), float_twin(float_case.make())
+    x, y = (float_case.batch(3).double().requires_grad_() for _ in range(2))
+    out, expected = module(x), twin(y)
+    rounded = getattr(module, "activations", None) is not None  # to 8 bits, then
+    assert out.dtype == torch.float64
+    assert rounded or torch.allclose(out, expected, rtol=1e-13, atol=1e-13)
+    out.square().sum().backward()
+    assert x.grad.dtype == torch.float64
+    if not rounded:
+        expected.square().sum().backward()
+        assert torch.allclose(x.grad, y.grad, rtol=1e-12, atol=1e-12)
+        push = torch.ones_like(x)
+        change = torch.func.jvp(module, (x.detach(),), (push,))[1]
+        assert torch.allclose(change, torch.func.jvp(twin, (y.detach(),), (push,))[1])
 
 
 def test_meta_device_keeps_shapes_and_can_be_filled(case):

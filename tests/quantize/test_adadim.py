@@ -316,3 +316,30 @@ def test_outliers_in_columns_of_large_weights_do_not_imply_groups_per_input():
     found = errors_of(weight, x)
     assert found["rtn", "oc"] < found["rtn", "ic"]
     assert found["rtn", "ada"] == found["rtn", "oc"]
+
+
+def test_units_may_return_mappings():
+    class Body(nn.Module):
+        """Two layers, one after the other, in a module that returns what Hugging Face's do."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return {"last_hidden_state": self.second(torch.relu(self.first(x))), "more": None}
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = Body()
+
+        def forward(self, x):
+            return self.body(x)["last_hidden_state"]
+
+    torch.manual_seed(0)
+    quantizer = AdaDim("rtn")
+    pyrobust.pack(Net().eval(), quantizer=quantizer, calibration=[torch.randn(16, 8)], group_size=4)
+    first = quantizer.choices["body.first"]
+    assert first.unit == "body"
+    assert first.loss_oc > 0 < first.loss_ic

@@ -533,3 +533,15 @@ def test_two_bit_digits_recover_most_of_the_accuracy():
     assert plain[1] < results["float inputs"][1]
     assert results["half of the weights"][0] >= plain[0] - 0.01
     assert half[0] >= plain[0] - 0.01
+
+
+def test_inference_mode_is_refused_and_no_grad_is_not():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2)).eval(), torch.randn(8, 6)
+    quantizer = LearnedRounding(iterations=3, batch_size=4)
+    options = {"bits": 2, "group_size": 6, "quantizer": quantizer, "calibration": [x]}
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"runs in torch\.inference_mode"):
+        pyrobust.pack(model, **options)
+    with torch.no_grad():
+        inside = pyrobust.pack(model, **options)
+    assert torch.equal(inside[0].codes, pyrobust.pack(model, **options)[0].codes)

@@ -190,6 +190,42 @@ def test_losses_of_the_usual_batches(model, tokens):
     assert mapping["tokens"] is tokens
 
 
+class ByName(nn.Module):
+    """Returns an object with logits for keyword arguments, as Hugging Face models do."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.head = head
+
+    def forward(self, x=None, input_ids=None):
+        return type("Output", (), {"logits": self.head(x if input_ids is None else input_ids)})()
+
+
+def test_labels_of_whole_rows_are_their_classes():
+    torch.manual_seed(0)
+    head = nn.Linear(4, 3)
+    x, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    expected = F.cross_entropy(head(x), y)
+    torch.testing.assert_close(prediction_loss(ByName(head), {"x": x, "labels": y}), expected)
+    answer = prediction_loss(ByName(head), {"input_ids": x, "labels": y})
+    torch.testing.assert_close(answer, expected)
+
+
+@pytest.mark.parametrize(
+    ("batch", "seen"),
+    [
+        ({"x": torch.randn(2, 4)}, "a batch of x, without labels or input_ids"),
+        (torch.randn(2, 4), "a tensor of torch.float32"),
+        ((torch.randn(2, 4), torch.rand(2)), r"targets of torch\.float32 and shape \(2,\)"),
+        ((torch.randn(2, 4), torch.ones(3).long()), r"shape \(3,\) for logits of shape \(1, 3\)"),
+    ],
+)
+def test_batches_without_targets_ask_for_a_loss(batch, seen):
+    model = ByName(nn.Linear(4, 3)).eval()
+    with pytest.raises(ValueError, match=rf"prediction_loss: .*got .*{seen}.*give loss="):
+        sensitivity(model, [batch])
+
+
 def test_refusals(model, tokens):
     with pytest.raises(ValueError, match="kind must be one of"):
         sensitivity(model, tokens, "hessian")

@@ -280,3 +280,18 @@ def test_transposed_layers_that_stay_in_float_stay_what_they_are(tmp_path):
     assert same is model
     assert torch.equal(run(same, data[0]), run(packed, data[0]))
     assert type(model.transformer.h[0].mlp.c_fc).__name__ == "Conv1D"
+
+
+def test_models_with_encoder_and_decoder_convert_though_a_shared_table_never_runs():
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=64, d_model=32, d_ff=48, d_kv=8, num_layers=2, num_heads=4,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    tokens = torch.randint(1, 64, (3, 9))
+    batch = {"input_ids": tokens, "decoder_input_ids": tokens[:, :5]}
+    packed = pyrobust.pack(model, bits=8, group_size=16, quantizer="gptq", calibration=[batch])
+    assert not pyrobust.pack_report(packed).skipped
+    expected = run(model, batch)
+    assert (run(packed, batch) - expected).norm() <= 0.02 * expected.norm()

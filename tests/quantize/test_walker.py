@@ -356,6 +356,28 @@ def test_a_quantizer_that_leaves_a_layer_out_is_refused():
         pyrobust.pack(BlockNet().eval(), quantizer=Lazy(), calibration=[torch.zeros(2, 6)])
 
 
+def test_resume_must_be_a_folder(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("mine")
+    with pytest.raises(ValueError, match=r"resume must be a folder; '.*file' is a file"):
+        pyrobust.pack(
+            BlockNet().eval(), quantizer=Recorder(), calibration=[torch.zeros(2, 6)], resume=path
+        )
+    assert path.read_text() == "mine"
+
+
+def test_embeddings_need_not_run():
+    class Unread(BlockNet):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(5, 8)
+
+    packed = pyrobust.pack(
+        Unread().eval(), quantizer=Recorder(), calibration=[torch.zeros(2, 6)], group_size=8
+    )
+    assert type(packed.table).__name__ == "PackedEmbedding"
+
+
 def test_options_of_the_walk_need_a_quantizer_that_walks(tmp_path):
     with pytest.raises(ValueError, match="resume must be None; round_to_nearest does not go"):
         pyrobust.pack(BlockNet(), resume=tmp_path)

@@ -165,7 +165,7 @@ def test_pruning_removes_the_least():
     score = before.abs() * x.square().mean(0).sqrt()
     for row, kept in zip(score, model.weight != 0, strict=True):
         assert float(row[~kept].max()) <= float(row[kept].min())
-    with pytest.raises(ValueError, match="unknown"):
+    with pytest.raises(ValueError, match="such as weight; got 'bias'"):
         prune_(model, {"bias": 0.5})
 
 
@@ -212,3 +212,10 @@ def test_refusals():
         assert math.isnan(hill_alpha(torch.zeros(50)).alpha)
     with pytest.warns(UserWarning, match="no tail exponent"):
         assert math.isnan(spectral_report({"w": torch.zeros(8, 8)})[0].alpha)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_types_have_the_spectrum_of_their_float32_values(dtype):
+    weight = torch.randn(24, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert torch.equal(farms_esd(weight), farms_esd(weight.float()))
+    assert esd(weight.double()).dtype == torch.float64

@@ -77,6 +77,10 @@ def test_refusals(method):
     ):
         with pytest.raises(ValueError, match=message):
             prune_(layer, {"weight": 0.5}, method, inputs)
+    with pytest.raises(ValueError, match="weights of the model, such as weight, bias; got '0'"):
+        prune_(layer, {"0": 0.5})
+    with pytest.raises(ValueError, match=r"the ratio of 'weight' must lie in \[0, 1\); got 1\.0"):
+        prune_(layer, {"weight": 1.0})
 
 
 def test_layers_of_a_block_share_a_ratio():

@@ -439,3 +439,18 @@ def test_refusals():
         patcher.remove("two")
     with pytest.raises(ValueError, match="scheme must be one of"):
         quantize_delta(vector, 8, "cubic")
+
+
+def test_between_takes_two_modules_or_two_states():
+    torch.manual_seed(0)
+    a, b = nn.Sequential(nn.Linear(3, 2)), nn.Sequential(nn.Linear(3, 2))
+    of_modules = TaskVector.between(a, b)
+    of_states = TaskVector.between(a.state_dict(), b.state_dict())
+    assert list(of_modules) == list(of_states) == ["0.weight", "0.bias"]
+    for name, value in of_states.items():
+        assert torch.equal(of_modules[name], value)
+        assert torch.equal(value, b.state_dict()[name] - a.state_dict()[name])
+    with pytest.raises(TypeError, match=r"between: b must be a state dict.*; got Sequential"):
+        TaskVector.between(a.state_dict(), b)
+    with pytest.raises(TypeError, match=r"Patcher: model must be a torch\.nn\.Module; got dict"):
+        Patcher({})
