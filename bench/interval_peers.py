@@ -82,12 +82,12 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Sequential], tuple[int, ...]]] = {
 
 
 def ours(
-    model: nn.Module, rounding: str = "real", radius: str = "float32"
+    model: nn.Module, rounding: str = "real", radius: str = "float32", gradients: str = "float32"
 ) -> Callable[[Tensor], Ends]:
     """Our interval pass, by calling the model on a box."""
 
     def run(x: Tensor) -> Ends:
-        with radius_precision(radius):
+        with radius_precision(radius, gradients=gradients):
             box = model(Interval(x - EPS, x + EPS, rounding=rounding))
         return box.lower, box.upper
 

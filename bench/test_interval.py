@@ -59,6 +59,7 @@ def training_steps(model: Any, x: torch.Tensor) -> dict[str, Callable[[torch.Ten
         "pyrobust, nearest (unsound)": step(peers.ours(model, "nearest")),
         "pyrobust, real": step(peers.ours(model, "real")),
         "pyrobust, real, bfloat16 radii": step(peers.ours(model, "real", "bfloat16")),
+        "the same, gradients too": step(peers.ours(model, "real", "bfloat16", "bfloat16")),
         "torch, centre and radius": step(peers.centre_radius(model)),
         "auto_LiRPA, IBP": step(peers.auto_lirpa(model, x)),
     }

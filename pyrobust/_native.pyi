@@ -39,6 +39,7 @@ def interval_join_gradients(
     to_upper: Tensor,
     num_threads: int,
 ) -> None: ...
+def interval_size_of_weight(weight: Tensor, size: Tensor, num_threads: int) -> None: ...
 def interval_channel_affine(
     lower: Tensor,
     upper: Tensor,

@@ -214,37 +214,58 @@ std::array<float*, kCount> alike(const std::array<py::handle, kCount>& tensors, 
   return out;
 }
 
+// Radii beside `count` float32 numbers, in float32 or bfloat16.
+interval::Radii radii(py::handle tensor, int64_t count) {
+  const TensorView value = view(tensor, "radius");
+  if (value.dtype != DType::kBFloat16) value.require_dtype(DType::kFloat32);
+  check(value.numel() == count, "interval: radii must have ", count, " elements; got ",
+        value.numel(), ".");
+  return {value.data, value.dtype == DType::kBFloat16};
+}
+
 void interval_split_ends(py::handle lower, py::handle upper, bool rectified, py::handle centre,
                          py::handle radius, int num_threads) {
   int64_t count;
-  const auto t = alike<4>({lower, upper, centre, radius}, &count);
+  const auto t = alike<3>({lower, upper, centre}, &count);
+  const interval::Radii r = radii(radius, count);
   const py::gil_scoped_release release;
-  interval::split_ends({t[0], t[1], count, rectified, t[2], t[3]}, num_threads);
+  interval::split_ends({t[0], t[1], count, rectified, t[2], r}, num_threads);
 }
 
 void interval_split_gradients(py::handle to_lower, py::handle to_upper, py::handle to_centre,
                               py::handle to_radius, int num_threads) {
   int64_t count;
-  const auto t = alike<4>({to_lower, to_upper, to_centre, to_radius}, &count);
+  const auto t = alike<3>({to_lower, to_upper, to_centre}, &count);
+  const interval::Radii r = radii(to_radius, count);
   const py::gil_scoped_release release;
-  interval::split_gradients({t[0], t[1], count, t[2], t[3]}, num_threads);
+  interval::split_gradients({t[0], t[1], count, t[2], r}, num_threads);
 }
 
 void interval_join_gradients(py::handle to_centre, py::handle to_radius, py::handle lower,
                              py::handle upper, py::handle to_lower, py::handle to_upper,
                              int num_threads) {
   int64_t count;
-  const auto t = alike<6>({to_centre, to_radius, lower, upper, to_lower, to_upper}, &count);
+  const auto t = alike<5>({to_centre, lower, upper, to_lower, to_upper}, &count);
+  const interval::Radii r = radii(to_radius, count);
   const py::gil_scoped_release release;
-  interval::join_gradients({t[0], t[1], t[2], t[3], count, t[4], t[5]}, num_threads);
+  interval::join_gradients({t[0], r, t[1], t[2], count, t[3], t[4]}, num_threads);
+}
+
+void interval_size_of_weight(py::handle weight, py::handle size, int num_threads) {
+  int64_t count;
+  const auto t = alike<1>({weight}, &count);
+  const interval::Radii r = radii(size, count);
+  const py::gil_scoped_release release;
+  interval::size_of_weight({t[0], count, r}, num_threads);
 }
 
 void interval_add_weight_gradient(py::handle from_centre, py::handle from_radius, py::handle weight,
                                   int num_threads) {
   int64_t count;
-  const auto t = alike<3>({from_centre, from_radius, weight}, &count);
+  const auto t = alike<2>({from_centre, weight}, &count);
+  const interval::Radii r = radii(from_radius, count);
   const py::gil_scoped_release release;
-  interval::add_weight_gradient({t[0], t[1], t[2], count}, num_threads);
+  interval::add_weight_gradient({t[0], r, t[1], count}, num_threads);
 }
 
 bool interval_channel_affine(py::handle lower, py::handle upper, bool rectified, py::handle mean,
@@ -309,6 +330,7 @@ void bind_interval(py::module_& m) {
   m.def("interval_split_ends", &interval_split_ends);
   m.def("interval_split_gradients", &interval_split_gradients);
   m.def("interval_join_gradients", &interval_join_gradients);
+  m.def("interval_size_of_weight", &interval_size_of_weight);
   m.def("interval_add_weight_gradient", &interval_add_weight_gradient);
   m.def("interval_channel_affine", &interval_channel_affine);
   m.def("interval_add", &interval_add);

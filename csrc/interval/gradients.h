@@ -7,6 +7,12 @@
 namespace pyrobust {
 namespace interval {
 
+// What belongs to radii, in float32 or, where their products take it, in bfloat16.
+struct Radii {
+  void* values;
+  bool bfloat16;
+};
+
 // c = (u + l) / 2 and r = (u - l) / 2 of the ends; `rectified` takes max(0, .) of the ends first.
 struct SplitEnds {
   const float* lower;
@@ -14,7 +20,7 @@ struct SplitEnds {
   int64_t count;
   bool rectified;
   float* centre;
-  float* radius;
+  Radii radius;
 };
 void split_ends(const SplitEnds& work, int num_threads);
 
@@ -24,7 +30,7 @@ struct SplitGradients {
   const float* to_upper;
   int64_t count;
   float* to_centre;
-  float* to_radius;
+  Radii to_radius;
 };
 void split_gradients(const SplitGradients& work, int num_threads);
 
@@ -33,7 +39,7 @@ void split_gradients(const SplitGradients& work, int num_threads);
 // same.
 struct JoinGradients {
   const float* to_centre;
-  const float* to_radius;
+  Radii to_radius;
   const float* lower;
   const float* upper;
   int64_t count;
@@ -42,10 +48,18 @@ struct JoinGradients {
 };
 void join_gradients(const JoinGradients& work, int num_threads);
 
+// |W|, which radii meet.
+struct SizeOfWeight {
+  const float* weight;
+  int64_t count;
+  Radii size;
+};
+void size_of_weight(const SizeOfWeight& work, int num_threads);
+
 // from_centre += sign(weight) * from_radius
 struct WeightGradient {
   float* from_centre;
-  const float* from_radius;
+  Radii from_radius;
   const float* weight;
   int64_t count;
 };

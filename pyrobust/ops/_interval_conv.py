@@ -12,7 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from pyrobust import _native
 from pyrobust._checks import check_choice, check_integer
-from pyrobust.ops import _cuda_interval
+from pyrobust.ops import _cuda_interval, _interval_precision
 from pyrobust.ops._cuda_module import has_cuda_module
 from pyrobust.ops._interval_checks import (
     Ends,
@@ -31,8 +31,10 @@ from pyrobust.ops._interval_checks import (
 )
 from pyrobust.ops._interval_fallback import outward_image
 from pyrobust.ops._interval_gradients import (
+    coarse_serves,
     join_gradients,
     native_serves,
+    size_of_weight,
     split_ends,
     split_gradients,
     weight_gradient,
@@ -344,16 +346,20 @@ def _conv_context(ctx: Any, inputs: tuple[Any, ...], output: Ends) -> None:
     lower, upper, weight, bias, *window, _, rectified = inputs
     ctx.save_for_backward(lower, upper, weight)
     ctx.has_bias, ctx.window, ctx.rectified = bias is not None, window, rectified
+    ctx.coarse = _interval_precision.coarse_gradients
 
 
 def _conv_backward(ctx: Any, grad_lower: Tensor, grad_upper: Tensor) -> tuple[Any, ...]:
     """Gradients of the ends, weight and bias, by blocks of images that stay in the cache."""
     lower, upper, weight = ctx.saved_tensors
     wanted = (ctx.needs_input_grad[0] or ctx.needs_input_grad[1], ctx.needs_input_grad[2])
-    size = weight.abs()
     to_ends: Ends | None = None
     step = lower.shape[0]
-    if native_serves(lower, upper, weight, grad_lower, grad_upper):
+    tensors = (lower, upper, weight, grad_lower, grad_upper)
+    products = grad_lower.numel() * (weight[0].numel() if weight.shape[0] else 0)
+    coarse = ctx.coarse and coarse_serves(products, *tensors)
+    size = size_of_weight(weight, coarse=coarse)
+    if native_serves(*tensors):
         step = max(1, _BLOCK // max(lower[0].numel(), grad_lower[0].numel()))
         if wanted[0] and step < lower.shape[0]:
             to_ends = torch.empty_like(lower), torch.empty_like(upper)
@@ -361,11 +367,15 @@ def _conv_backward(ctx: Any, grad_lower: Tensor, grad_upper: Tensor) -> tuple[An
     for block in _blocks(step, lower, upper, grad_lower, grad_upper, *(to_ends or ())):
         low, high = block[:2]
         out = (block[4], block[5]) if len(block) > 4 else None
-        to_centre, to_radius = split_gradients(block[2], block[3])
+        to_centre, to_radius = split_gradients(block[2], block[3], coarse=coarse)
         parts = []
         if any(wanted):
             # the images' values matter to the weight only
-            centre, radius = split_ends(low, high, ctx.rectified) if wanted[1] else (low, high)
+            centre, radius = low, high
+            if wanted[1]:
+                centre, radius = split_ends(low, high, ctx.rectified, coarse=coarse)
+            elif coarse:
+                radius = _unread(high)
             from_centre = _gradients(to_centre, centre, weight, ctx.window, wanted)
             from_radius = _gradients(to_radius, radius, size, ctx.window, wanted)
             if wanted[0]:
@@ -373,7 +383,8 @@ def _conv_backward(ctx: Any, grad_lower: Tensor, grad_upper: Tensor) -> tuple[An
                 joined = join_gradients(from_centre[0], from_radius[0], before_relu, out)
                 to_ends = to_ends or joined
             if wanted[1]:
-                parts += [from_centre[1], from_radius[1]]
+                # sums over blocks are float32
+                parts += [from_centre[1], from_radius[1].to(weight.dtype)]
         if ctx.has_bias and ctx.needs_input_grad[3]:
             parts.append(to_centre.sum((0, 2, 3)))
         sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
@@ -424,11 +435,18 @@ def grad_of_ends(
     """Gradients of the input's ends from those of the output's centre and radius.
 
     ``images`` gives the shape; ``window`` is stride, padding on four sides, dilation and groups.
+    The radius's gradient may be bfloat16, and is multiplied as such then.
     """
-    wanted = (True, False)
+    wanted, coarse = (True, False), to_radius.dtype == torch.bfloat16
     centre, _ = _gradients(to_centre, images, weight, window, wanted)
-    radius, _ = _gradients(to_radius, images, weight.abs(), window, wanted)
+    size, shape = size_of_weight(weight, coarse=coarse), _unread(images) if coarse else images
+    radius, _ = _gradients(to_radius, shape, size, window, wanted)
     return join_gradients(centre, radius)
+
+
+def _unread(images: Tensor) -> Tensor:
+    """Shape and dtype of images whose values do not matter to a gradient in bfloat16."""
+    return torch.empty_like(images, dtype=torch.bfloat16)
 
 
 def map_images(operator: Any, info: Any, in_dims: tuple[Any, ...], args: Any) -> Any:

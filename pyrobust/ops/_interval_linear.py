@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from pyrobust import _native
-from pyrobust.ops import _cuda_interval
+from pyrobust.ops import _cuda_interval, _interval_precision
 from pyrobust.ops._cuda_module import has_cuda_module
 from pyrobust.ops._dense_product import product
 from pyrobust.ops._interval_checks import (
@@ -29,7 +29,9 @@ from pyrobust.ops._interval_checks import (
 )
 from pyrobust.ops._interval_fallback import outward_image
 from pyrobust.ops._interval_gradients import (
+    coarse_serves,
     join_gradients,
+    size_of_weight,
     split_ends,
     split_gradients,
     weight_gradient,
@@ -239,20 +241,23 @@ def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: Ends) -> None:
     lower, upper, weight, bias, _, rectified = inputs
     ctx.save_for_backward(lower, upper, weight)
     ctx.has_bias, ctx.rectified = bias is not None, rectified
+    ctx.coarse = _interval_precision.coarse_gradients
 
 
 def _linear_backward(ctx: Any, grad_lower: Tensor, grad_upper: Tensor) -> tuple[Any, ...]:
     """Derivative of ``c W' -+ r |W|'`` at ``c = (u + l) / 2``, ``r = (u - l) / 2``."""
     lower, upper, weight = ctx.saved_tensors
-    to_centre, to_radius = split_gradients(grad_lower, grad_upper)
+    rows, terms = weight.shape
+    products = grad_lower.numel() * terms
+    coarse = ctx.coarse and coarse_serves(products, lower, upper, weight, grad_lower, grad_upper)
+    to_centre, to_radius = split_gradients(grad_lower, grad_upper, coarse=coarse)
     grads: list[Tensor | None] = [None, None, None, None]
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
         before_relu = (lower, upper) if ctx.rectified else None
         grads[0], grads[1] = grad_of_ends(to_centre, to_radius, weight, before_relu)
-    rows, terms = weight.shape
     flat_centre = to_centre.reshape(-1, rows)
     if ctx.needs_input_grad[2]:
-        centre, radius = split_ends(lower, upper, ctx.rectified)
+        centre, radius = split_ends(lower, upper, ctx.rectified, coarse=coarse)
         from_centre = product(flat_centre.T, centre.reshape(-1, terms))
         from_radius = product(to_radius.reshape(-1, rows).T, radius.reshape(-1, terms))
         grads[2] = weight_gradient(from_centre, from_radius, weight)
@@ -264,11 +269,15 @@ def _linear_backward(ctx: Any, grad_lower: Tensor, grad_upper: Tensor) -> tuple[
 def grad_of_ends(
     to_centre: Tensor, to_radius: Tensor, weight: Tensor, before_relu: Ends | None = None
 ) -> Ends:
-    """Gradients of the input's ends from those of the output's centre and radius."""
+    """Gradients of the input's ends from those of the output's centre and radius.
+
+    The radius's may be bfloat16, and is multiplied as such then.
+    """
     rows = weight.shape[0]
     shape = (*to_centre.shape[:-1], weight.shape[1])
     centre = product(to_centre.reshape(-1, rows), weight).reshape(shape)
-    radius = product(to_radius.reshape(-1, rows), weight.abs()).reshape(shape)
+    size = size_of_weight(weight, coarse=to_radius.dtype == torch.bfloat16)
+    radius = product(to_radius.reshape(-1, rows), size).reshape(shape)
     return join_gradients(centre, radius, before_relu)
 
 

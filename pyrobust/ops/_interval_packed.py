@@ -16,7 +16,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from pyrobust import _native
 from pyrobust._checks import check_choice, check_integer
-from pyrobust.ops import _cuda_interval
+from pyrobust.ops import _cuda_interval, _interval_precision
 from pyrobust.ops import _interval_conv as conv
 from pyrobust.ops import _interval_linear as linear
 from pyrobust.ops._cuda_matmul import gpu_weight
@@ -34,6 +34,7 @@ from pyrobust.ops._interval_checks import (
     settled,
 )
 from pyrobust.ops._interval_fallback import half_step_of_int8, outward_image
+from pyrobust.ops._interval_gradients import coarse_serves, split_gradients
 from pyrobust.ops._late_products import Product, hand_over
 from pyrobust.ops._library import define, dispatcher_needed, refuse_forward_mode
 from pyrobust.ops.formats import levels_of
@@ -440,11 +441,19 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: Ends) -> None:
     lower, _, codes, scale, zero, bias, *options = inputs
     ctx.save_for_backward(lower, codes, scale, zero, *options[-5:])
     ctx.has_bias, ctx.options = bias is not None, options
+    ctx.coarse = _interval_precision.coarse_gradients
+
+
+def _split(ctx: Any, lower: Tensor, grad_lower: Tensor, grad_upper: Tensor) -> Ends:
+    """Gradients of centre and radius, the radius's in bfloat16 where its products may be."""
+    products = grad_lower.numel() * ctx.options[0]
+    coarse = ctx.coarse and coarse_serves(products, lower, grad_lower, grad_upper)
+    return split_gradients(grad_lower, grad_upper, coarse=coarse)
 
 
 def _linear_backward(ctx: Any, grad_lower: Tensor, grad_upper: Tensor) -> tuple[Any, ...]:
     lower, codes, scale, zero, *extras = ctx.saved_tensors
-    to_centre, to_radius = grad_lower + grad_upper, grad_upper - grad_lower
+    to_centre, to_radius = _split(ctx, lower, grad_lower, grad_upper)
     grads: list[Tensor | None] = [None] * 17
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
         packed: tuple[int, float, int, int] = tuple(ctx.options[:4])
@@ -536,7 +545,7 @@ def _conv_fake(lower: Tensor, upper: Tensor, codes: Tensor, *rest: Any) -> Ends:
 def _conv_backward(ctx: Any, grad_lower: Tensor, grad_upper: Tensor) -> tuple[Any, ...]:
     lower, codes, scale, zero, *extras = ctx.saved_tensors
     kernel, stride, pad, dilation, groups = ctx.options[5:10]
-    to_centre, to_radius = grad_lower + grad_upper, grad_upper - grad_lower
+    to_centre, to_radius = _split(ctx, lower, grad_lower, grad_upper)
     grads: list[Tensor | None] = [None] * 22
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
         packed: tuple[int, float, int, int] = tuple(ctx.options[:4])
