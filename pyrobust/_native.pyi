@@ -44,14 +44,32 @@ def interval_channel_affine(
     lower: Tensor,
     upper: Tensor,
     rectified: bool,
-    mean: Tensor,
-    scale: Tensor,
-    shift: Tensor,
+    map: Tensor,
     rounding: str,
     out_lower: Tensor,
     out_upper: Tensor,
     num_threads: int,
 ) -> bool: ...
+def interval_channel_affine_backward(
+    of_lower: Tensor,
+    of_upper: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    rectified: bool,
+    map: Tensor,
+    to_lower: Tensor | None,
+    to_upper: Tensor | None,
+    to_map: Tensor | None,
+    num_threads: int,
+) -> None: ...
+def interval_batch_norm_map(
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    map: Tensor,
+) -> None: ...
 def interval_add(
     low_x: Tensor,
     high_x: Tensor,

@@ -77,10 +77,11 @@ bool linear(const Ends& ends, const interval::Weight& weight, const TensorView& 
 
 using Pair = std::array<int64_t, 2>;
 
-const double* channel_values(py::handle tensor, const char* name, int64_t channels) {
-  const TensorView value = view(tensor, name);
-  value.require_dtype(DType::kFloat64).require_ndim(1).require_size(0, channels);
-  return value.as<double>();
+// (3, channels): mean, scale and shift, one row after another.
+const double* channel_map(py::handle tensor, int64_t channels) {
+  const TensorView value = view(tensor, "map");
+  value.require_dtype(DType::kFloat64).require_ndim(2).require_size(0, 3);
+  return value.require_size(1, channels).as<double>();
 }
 
 const float* like_outputs(py::handle tensor, const char* name, const TensorView& out) {
@@ -91,7 +92,7 @@ const float* like_outputs(py::handle tensor, const char* name, const TensorView&
 }
 
 // What follows a convolution: None, or (norm, sum) with a None for what is absent,
-// norm = (mean, scale, shift, rectified), sum = (lower, upper, rectified, other_rectified).
+// norm = (map, rectified), sum = (lower, upper, rectified, other_rectified).
 struct Following {
   interval::Epilogue epilogue;
   bool any = false;
@@ -101,11 +102,12 @@ struct Following {
     any = true;
     const auto [norm, sum] = py::cast<std::array<py::object, 2>>(given);
     if (!norm.is_none()) {
-      const auto parts = py::cast<std::array<py::object, 4>>(norm);
-      epilogue.mean = channel_values(parts[0], "mean", out.shape[1]);
-      epilogue.scale = channel_values(parts[1], "scale", out.shape[1]);
-      epilogue.shift = channel_values(parts[2], "shift", out.shape[1]);
-      epilogue.rectified_norm = py::cast<bool>(parts[3]);
+      const auto parts = py::cast<std::array<py::object, 2>>(norm);
+      const int64_t channels = out.shape[1];
+      epilogue.mean = channel_map(parts[0], channels);
+      epilogue.scale = epilogue.mean + channels;
+      epilogue.shift = epilogue.scale + channels;
+      epilogue.rectified_norm = py::cast<bool>(parts[1]);
     }
     if (!sum.is_none()) {
       const auto parts = py::cast<std::array<py::object, 4>>(sum);
@@ -268,28 +270,97 @@ void interval_add_weight_gradient(py::handle from_centre, py::handle from_radius
   interval::add_weight_gradient({t[0], r, t[1], count}, num_threads);
 }
 
-bool interval_channel_affine(py::handle lower, py::handle upper, bool rectified, py::handle mean,
-                             py::handle scale, py::handle shift, const std::string& rounding,
-                             py::handle out_lower, py::handle out_upper, int num_threads) {
+struct ChannelShape {
+  int64_t images, channels, pixels;
+
+  ChannelShape(py::handle lower, int64_t count) {
+    const TensorView box = view(lower, "lower");
+    check(box.ndim >= 2, "interval_channel_affine: lower must have channels; got ", box.ndim,
+          " dimensions.");
+    images = box.shape[0];
+    channels = box.shape[1];
+    pixels = count / std::max<int64_t>(1, images * channels);
+  }
+};
+
+bool interval_channel_affine(py::handle lower, py::handle upper, bool rectified, py::handle map,
+                             const std::string& rounding, py::handle out_lower,
+                             py::handle out_upper, int num_threads) {
   int64_t count;
   const auto t = alike<4>({lower, upper, out_lower, out_upper}, &count);
-  const TensorView box = view(lower, "lower");
-  check(box.ndim >= 2, "interval_channel_affine: lower must have channels; got ", box.ndim,
-        " dimensions.");
-  const int64_t images = box.shape[0], channels = box.shape[1];
+  const ChannelShape shape(lower, count);
+  const double* const mean = channel_map(map, shape.channels);
   if (count == 0) return true;
   const interval::ChannelAffine work{{t[0], t[1], rectified},
-                                     images,
-                                     channels,
-                                     count / (images * channels),
-                                     channel_values(mean, "mean", channels),
-                                     channel_values(scale, "scale", channels),
-                                     channel_values(shift, "shift", channels),
+                                     shape.images,
+                                     shape.channels,
+                                     shape.pixels,
+                                     mean,
+                                     mean + shape.channels,
+                                     mean + 2 * shape.channels,
                                      parse_rounding(rounding).rounding,
                                      t[2],
                                      t[3]};
   const py::gil_scoped_release release;
   return interval::channel_affine(work, num_threads);
+}
+
+// Gradients of the box's ends, unless None, and of scale and shift, (2, channels), unless None.
+void interval_channel_affine_backward(py::handle of_lower, py::handle of_upper, py::handle lower,
+                                      py::handle upper, bool rectified, py::handle map,
+                                      py::handle to_lower, py::handle to_upper, py::handle to_map,
+                                      int num_threads) {
+  int64_t count;
+  const auto t = alike<6>({lower, upper, of_lower, of_upper, to_lower, to_upper}, &count);
+  const ChannelShape shape(lower, count);
+  const double* const mean = channel_map(map, shape.channels);
+  double* sums = nullptr;
+  if (!to_map.is_none()) {
+    const TensorView value = view(to_map, "to_map");
+    value.require_dtype(DType::kFloat64).require_ndim(2).require_size(0, 2);
+    sums = value.require_size(1, shape.channels).as<double>();
+    std::fill(sums, sums + 2 * shape.channels, 0.0);
+  }
+  if (count == 0) return;
+  const interval::ChannelAffineBackward work{t[2],
+                                             t[3],
+                                             {t[0], t[1], rectified},
+                                             shape.images,
+                                             shape.channels,
+                                             shape.pixels,
+                                             mean,
+                                             mean + shape.channels,
+                                             t[4],
+                                             t[5],
+                                             sums,
+                                             sums != nullptr ? sums + shape.channels : nullptr};
+  const py::gil_scoped_release release;
+  interval::channel_affine_backward(work, num_threads);
+}
+
+template <typename T>
+void write_map(const std::array<TensorView, 4>& parts, double eps, const TensorView& map) {
+  const auto at = [&](size_t i) {
+    return parts[i].ndim != 0 ? parts[i].template as<const T>() : nullptr;
+  };
+  interval::normalizing_map(at(0), at(1), at(2), at(3), eps, map.shape[1], map.as<double>());
+}
+
+// Batch norm with running statistics as a map of channels; `weight` and `bias` may be None.
+void interval_batch_norm_map(py::handle mean, py::handle variance, py::handle weight,
+                             py::handle bias, double eps, py::handle map_) {
+  const TensorView map = view(map_, "map");
+  map.require_dtype(DType::kFloat64).require_ndim(2).require_size(0, 3);
+  const std::array<TensorView, 4> parts{view(mean, "mean"), view(variance, "variance"),
+                                        view_optional(weight, "weight"),
+                                        view_optional(bias, "bias")};
+  for (const TensorView& part : parts) {
+    if (part.ndim == 0) continue;
+    part.require_dtype(parts[0].dtype).require_ndim(1).require_size(0, map.shape[1]);
+  }
+  if (parts[0].dtype == DType::kFloat64) return write_map<double>(parts, eps, map);
+  parts[0].require_dtype(DType::kFloat32);
+  write_map<float>(parts, eps, map);
 }
 
 bool interval_add(py::handle low_x, py::handle high_x, bool rectified_x, py::handle low_y,
@@ -333,6 +404,8 @@ void bind_interval(py::module_& m) {
   m.def("interval_size_of_weight", &interval_size_of_weight);
   m.def("interval_add_weight_gradient", &interval_add_weight_gradient);
   m.def("interval_channel_affine", &interval_channel_affine);
+  m.def("interval_channel_affine_backward", &interval_channel_affine_backward);
+  m.def("interval_batch_norm_map", &interval_batch_norm_map);
   m.def("interval_add", &interval_add);
   m.def("interval_linear", &interval_linear);
   m.def("interval_conv2d", &interval_conv2d);

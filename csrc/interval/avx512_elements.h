@@ -70,6 +70,23 @@ struct AffineLanes {
         input_error(_mm512_set1_pd(work.input_error)),
         error(_mm512_set1_pd(work.error)),
         limit(_mm512_set1_pd(work.limit)) {}
+
+  // of the eight channels from `i` on
+  AffineLanes(const AffineColumns& work, int64_t i)
+      : mean(_mm512_loadu_pd(work.mean + i)),
+        scale(_mm512_loadu_pd(work.scale + i)),
+        shift(_mm512_loadu_pd(work.shift + i)),
+        value_error(_mm512_set1_pd(work.value_error)),
+        input_error(eight_or_zero(work.input_error, i)),
+        error(_mm512_loadu_pd(work.error + i)),
+        limit(eight_or_zero(work.limit, i)) {}
+
+  __mmask8 falls() const { return _mm512_cmp_pd_mask(scale, _mm512_setzero_pd(), _CMP_LT_OQ); }
+
+ private:
+  static __m512d eight_or_zero(const double* values, int64_t i) {
+    return values != nullptr ? _mm512_loadu_pd(values + i) : _mm512_setzero_pd();
+  }
 };
 
 struct EightEnds {
@@ -94,6 +111,23 @@ inline EightEnds affine_eight(const AffineLanes& of, __m256 first, __m256 last) 
   return {_mm512_cvt_roundpd_ps(low, kDown), _mm512_cvt_roundpd_ps(high, kUp), beyond};
 }
 
+// `first` and `last` are the ends that give the lower and the upper ones.
+template <bool kOfInputs>
+inline SixteenEnds affine_ends(const AffineLanes& of_left, const AffineLanes& of_right,
+                               __m512 first, __m512 last, float least, __mmask16 lanes,
+                               __mmask16* unbounded) {
+  const EightEnds left =
+      affine_eight<kOfInputs>(of_left, _mm512_castps512_ps256(first), _mm512_castps512_ps256(last));
+  const EightEnds right = affine_eight<kOfInputs>(of_right, _mm512_extractf32x8_ps(first, 1),
+                                                  _mm512_extractf32x8_ps(last, 1));
+  SixteenEnds ends{_mm512_insertf32x8(_mm512_castps256_ps512(left.lower), right.lower, 1),
+                   _mm512_insertf32x8(_mm512_castps256_ps512(left.upper), right.upper, 1)};
+  if (least > 0.0f) ends = flushed_ends(ends, least);
+  const auto beyond = static_cast<__mmask16>(left.beyond | right.beyond << 8);
+  *unbounded |= lanes & (odd_lanes(ends.lower) | odd_lanes(ends.upper) | beyond);
+  return ends;
+}
+
 template <bool kOfInputs>
 bool affine_sixteen(const AffineLoop& work) {
   const AffineLanes of(work);
@@ -104,15 +138,8 @@ bool affine_sixteen(const AffineLoop& work) {
     // in this order a NaN stays
     const __m512 first = _mm512_max_ps(floor, load_lanes(work.first + i, rest));
     const __m512 last = _mm512_max_ps(floor, load_lanes(work.last + i, rest));
-    const EightEnds left =
-        affine_eight<kOfInputs>(of, _mm512_castps512_ps256(first), _mm512_castps512_ps256(last));
-    const EightEnds right = affine_eight<kOfInputs>(of, _mm512_extractf32x8_ps(first, 1),
-                                                    _mm512_extractf32x8_ps(last, 1));
-    SixteenEnds ends{_mm512_insertf32x8(_mm512_castps256_ps512(left.lower), right.lower, 1),
-                     _mm512_insertf32x8(_mm512_castps256_ps512(left.upper), right.upper, 1)};
-    if (work.least > 0.0f) ends = flushed_ends(ends, work.least);
-    const auto beyond = static_cast<__mmask16>(left.beyond | right.beyond << 8);
-    unbounded |= lanes_mask(rest) & (odd_lanes(ends.lower) | odd_lanes(ends.upper) | beyond);
+    const SixteenEnds ends =
+        affine_ends<kOfInputs>(of, of, first, last, work.least, lanes_mask(rest), &unbounded);
     store_end(work.out_lower + i, rest, ends.lower, work.past_cache);
     store_end(work.out_upper + i, rest, ends.upper, work.past_cache);
   }
@@ -125,8 +152,34 @@ bool affine_by_registers(const AffineLoop& work) {
   return work.input_error > 0.0 ? affine_sixteen<true>(work) : affine_sixteen<false>(work);
 }
 
-constexpr ElementLoops kRegisterLoops = {sum_by_registers, affine_by_registers,
-                                         nearest_affine_loop};
+template <bool kOfInputs>
+bool columns_sixteen(const AffineColumns& work) {
+  const __m512 floor = _mm512_set1_ps(work.floor);
+  __mmask16 unbounded = 0;
+  for (int64_t i = 0; i < work.count; i += 16) {
+    const int64_t rest = work.count - i;
+    const AffineLanes left(work, i), right(work, i + 8);
+    const auto falls = static_cast<__mmask16>(left.falls() | right.falls() << 8);
+    // in this order a NaN stays
+    const __m512 low = _mm512_max_ps(floor, load_lanes(work.lower + i, rest));
+    const __m512 high = _mm512_max_ps(floor, load_lanes(work.upper + i, rest));
+    const SixteenEnds ends = affine_ends<kOfInputs>(
+        left, right, _mm512_mask_mov_ps(low, falls, high), _mm512_mask_mov_ps(high, falls, low),
+        work.least, lanes_mask(rest), &unbounded);
+    store_end(work.out_lower + i, rest, ends.lower, false);
+    store_end(work.out_upper + i, rest, ends.upper, false);
+  }
+  if (unbounded != 0) open_ends(work.count, work.out_lower, work.out_upper);
+  return unbounded == 0;
+}
+
+bool columns_by_registers(const AffineColumns& work) {
+  return work.input_error != nullptr ? columns_sixteen<true>(work) : columns_sixteen<false>(work);
+}
+
+constexpr ElementLoops kRegisterLoops = {
+    sum_by_registers,     affine_by_registers, nearest_affine_loop,  columns_by_registers,
+    nearest_columns_loop, gradients_loop,      column_gradients_loop};
 
 }  // namespace
 }  // namespace interval

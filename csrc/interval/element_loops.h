@@ -71,27 +71,41 @@ inline float float_down(double value) {
   return moved_down(nearest, static_cast<double>(nearest) > value ? 1.0f : 0.0f);
 }
 
+struct OneEnds {
+  float lower, upper;
+  int32_t unbounded;
+};
+
+// Of one channel: mean, scale, shift, and errors times |(x - mean) scale|, times |x|, and the rest.
+struct AffineOf {
+  double mean, scale, shift, of_value, of_input, rest, limit;
+};
+
+inline OneEnds affine_one(const AffineOf& of, double x, double y, float least) {
+  constexpr double kStep = 1.0 / 4503599627370496.0;  // 2^-52: the roundings of the last sums
+  const double a = (x - of.mean) * of.scale, b = (y - of.mean) * of.scale;
+  const double value = std::fabs(a) > std::fabs(b) ? std::fabs(a) : std::fabs(b);
+  const double input = std::fabs(x) > std::fabs(y) ? std::fabs(x) : std::fabs(y);
+  const double error = of.of_value * value + of.of_input * input + of.rest;
+  const double low = (a + of.shift) - error, high = -(b + of.shift) - error;
+  const float down = flushed(float_down(low - kStep * std::fabs(low)), least);
+  const float up = flushed(float_down(high - kStep * std::fabs(high)), least);
+  return {down, -up, odd(down) | odd(up) | (input <= of.limit ? 0 : 1)};
+}
+
 bool affine_loop(const AffineLoop& work) {
   const float *first = work.first, *last = work.last;
   float* __restrict lower = work.out_lower, * __restrict upper = work.out_upper;
   const float floor = work.floor, least = work.least;
-  const double mean = work.mean, scale = work.scale, shift = work.shift;
-  const double of_value = work.value_error, of_input = work.input_error, rest = work.error;
-  const double limit = work.limit;
-  constexpr double kStep = 1.0 / 4503599627370496.0;  // 2^-52: the roundings of the last sums
+  const AffineOf of{work.mean,        work.scale, work.shift, work.value_error,
+                    work.input_error, work.error, work.limit};
   int32_t unbounded = 0;
   for (int64_t i = 0; i < work.count; ++i) {
     const double x = first[i] < floor ? floor : first[i], y = last[i] < floor ? floor : last[i];
-    const double a = (x - mean) * scale, b = (y - mean) * scale;
-    const double value = std::fabs(a) > std::fabs(b) ? std::fabs(a) : std::fabs(b);
-    const double input = std::fabs(x) > std::fabs(y) ? std::fabs(x) : std::fabs(y);
-    const double error = of_value * value + of_input * input + rest;
-    const double low = (a + shift) - error, high = -(b + shift) - error;
-    const float down = flushed(float_down(low - kStep * std::fabs(low)), least);
-    const float up = flushed(float_down(high - kStep * std::fabs(high)), least);
-    unbounded |= odd(down) | odd(up) | (input <= limit ? 0 : 1);
-    lower[i] = down;
-    upper[i] = -up;
+    const OneEnds ends = affine_one(of, x, y, least);
+    unbounded |= ends.unbounded;
+    lower[i] = ends.lower;
+    upper[i] = ends.upper;
   }
   if (unbounded != 0) open_ends(work.count, lower, upper);
   return unbounded == 0;
@@ -115,7 +129,116 @@ bool nearest_affine_loop(const AffineLoop& work) {
   return unbounded == 0;
 }
 
-constexpr ElementLoops kElementLoops = {sum_loop, affine_loop, nearest_affine_loop};
+template <bool kOfInputs>
+bool columns_of(const AffineColumns& work) {
+  const float *below = work.lower, *above = work.upper;
+  float* __restrict lower = work.out_lower, * __restrict upper = work.out_upper;
+  const double *mean = work.mean, *scale = work.scale, *shift = work.shift;
+  const double *of_input = work.input_error, *rest = work.error, *limit = work.limit;
+  const float floor = work.floor, least = work.least;
+  const double of_value = work.value_error;
+  int32_t unbounded = 0;
+  for (int64_t i = 0; i < work.count; ++i) {
+    const double low = below[i] < floor ? floor : below[i];
+    const double high = above[i] < floor ? floor : above[i];
+    const double of = scale[i], x = of < 0.0 ? high : low, y = of < 0.0 ? low : high;
+    const OneEnds ends =
+        affine_one({mean[i], of, shift[i], of_value, kOfInputs ? of_input[i] : 0.0, rest[i],
+                    kOfInputs ? limit[i] : static_cast<double>(rounding::infinity())},
+                   x, y, least);
+    unbounded |= ends.unbounded;
+    lower[i] = ends.lower;
+    upper[i] = ends.upper;
+  }
+  if (unbounded != 0) open_ends(work.count, lower, upper);
+  return unbounded == 0;
+}
+
+bool columns_loop(const AffineColumns& work) {
+  return work.input_error != nullptr ? columns_of<true>(work) : columns_of<false>(work);
+}
+
+bool nearest_columns_loop(const AffineColumns& work) {
+  const float *below = work.lower, *above = work.upper;
+  float* __restrict lower = work.out_lower, * __restrict upper = work.out_upper;
+  const double *mean = work.mean, *scale = work.scale, *shift = work.shift;
+  const float floor = work.floor;
+  int32_t unbounded = 0;
+  for (int64_t i = 0; i < work.count; ++i) {
+    const double least = below[i] < floor ? floor : below[i];
+    const double most = above[i] < floor ? floor : above[i];
+    const double of = scale[i], x = of < 0.0 ? most : least, y = of < 0.0 ? least : most;
+    const auto low = static_cast<float>((x - mean[i]) * of + shift[i]);
+    const auto high = static_cast<float>((y - mean[i]) * of + shift[i]);
+    unbounded |= odd(low) | odd(high);
+    lower[i] = low;
+    upper[i] = high;
+  }
+  if (unbounded != 0) open_ends(work.count, lower, upper);
+  return unbounded == 0;
+}
+
+// Gradients promise nothing: plain floating point, sums in float64 by eight partial ones.
+void gradients_loop(const AffineGradients& work) {
+  constexpr int64_t kParts = 8;
+  const float *of_lower = work.of_lower, *of_upper = work.of_upper;
+  const float *lower = work.lower, *upper = work.upper;
+  const float floor = work.floor;
+  if (work.to_lower != nullptr) {
+    float* __restrict to_lower = work.to_lower, * __restrict to_upper = work.to_upper;
+    const auto scale = static_cast<float>(work.scale);
+    for (int64_t i = 0; i < work.count; ++i) {
+      to_lower[i] = lower[i] > floor ? of_lower[i] * scale : 0.0f;
+      to_upper[i] = upper[i] > floor ? of_upper[i] * scale : 0.0f;
+    }
+  }
+  if (work.to_scale == nullptr) return;
+  double of_scale[kParts] = {}, of_shift[kParts] = {};
+  for (int64_t i = 0; i < work.count; i += kParts) {
+    const int64_t count = work.count - i < kParts ? work.count - i : kParts;
+    for (int64_t j = 0; j < count; ++j) {
+      const double low = of_lower[i + j], high = of_upper[i + j];
+      const double x = lower[i + j] < floor ? floor : lower[i + j];
+      const double y = upper[i + j] < floor ? floor : upper[i + j];
+      of_scale[j] += low * (x - work.mean) + high * (y - work.mean);
+      of_shift[j] += low + high;
+    }
+  }
+  for (int64_t j = 0; j < kParts; ++j) {
+    *work.to_scale += of_scale[j];
+    *work.to_shift += of_shift[j];
+  }
+}
+
+void column_gradients_loop(const AffineColumnGradients& work) {
+  const float *of_lower = work.of_lower, *of_upper = work.of_upper;
+  const float *lower = work.lower, *upper = work.upper;
+  const double *mean = work.mean, *scale = work.scale;
+  const float floor = work.floor;
+  if (work.to_lower != nullptr) {
+    float* __restrict to_lower = work.to_lower, * __restrict to_upper = work.to_upper;
+    for (int64_t i = 0; i < work.count; ++i) {
+      const auto of = static_cast<float>(scale[i]);
+      const float low = of < 0.0f ? of_upper[i] : of_lower[i];
+      const float high = of < 0.0f ? of_lower[i] : of_upper[i];
+      to_lower[i] = lower[i] > floor ? low * of : 0.0f;
+      to_upper[i] = upper[i] > floor ? high * of : 0.0f;
+    }
+  }
+  if (work.to_scale == nullptr) return;
+  double* __restrict to_scale = work.to_scale, * __restrict to_shift = work.to_shift;
+  for (int64_t i = 0; i < work.count; ++i) {
+    const double first = of_lower[i], last = of_upper[i];
+    const double low = scale[i] < 0.0 ? last : first, high = scale[i] < 0.0 ? first : last;
+    const double x = lower[i] < floor ? floor : lower[i], y = upper[i] < floor ? floor : upper[i];
+    to_scale[i] += low * (x - mean[i]) + high * (y - mean[i]);
+    to_shift[i] += first + last;
+  }
+}
+
+constexpr ElementLoops kElementLoops = {
+    sum_loop,       affine_loop,          nearest_affine_loop, columns_loop, nearest_columns_loop,
+    gradients_loop, column_gradients_loop};
 
 }  // namespace
 }  // namespace interval

@@ -80,10 +80,71 @@ SumLoop sum_loop(bool rectified_x, bool rectified_y, Rounding rounding) {
   return loop;
 }
 
-bool channel_affine(const ChannelAffine& work, int num_threads) {
-  const IntervalKernels table = pick_kernels();
+ColumnLoops::ColumnLoops(const double* mean, const double* scale, const double* shift,
+                         int64_t channels, bool rectified, Rounding rounding)
+    : stride_(channels + kLanes),
+      numbers_(static_cast<size_t>(6 * stride_)),
+      floor_(floor_of(rectified)),
+      least_(least_of(rounding)),
+      rounding_(rounding) {
+  double* const numbers = numbers_.data();
+  for (int64_t n = 0; n < channels; ++n) {
+    const AffineLoop loop = channel_loop(mean[n], scale[n], shift[n], rectified, rounding);
+    const double values[6] = {loop.mean,        loop.scale, loop.shift,
+                              loop.input_error, loop.error, loop.limit};
+    for (int64_t i = 0; i < 6; ++i) numbers[i * stride_ + n] = values[i];
+    value_error_ = loop.value_error;
+  }
+}
+
+bool ColumnLoops::run(const ElementLoops& loops, const float* lower, const float* upper,
+                      int64_t first, int64_t count, float* out_lower, float* out_upper) const {
+  const double* const numbers = numbers_.data() + first;
+  const bool deployed = rounding_ == Rounding::kDeployed;
+  const AffineColumns work{lower,
+                           upper,
+                           floor_,
+                           count,
+                           numbers,
+                           numbers + stride_,
+                           numbers + 2 * stride_,
+                           value_error_,
+                           deployed ? numbers + 3 * stride_ : nullptr,
+                           numbers + 4 * stride_,
+                           deployed ? numbers + 5 * stride_ : nullptr,
+                           least_,
+                           out_lower,
+                           out_upper};
+  return rounding_ == Rounding::kNearest ? loops.nearest_columns(work) : loops.columns(work);
+}
+
+namespace {
+
+// Channels whose numbers stay in a first-level cache while rows of ends pass.
+constexpr int64_t kColumnsAtOnce = 256;
+
+bool affine_columns(const ChannelAffine& work, const IntervalKernels& table, int num_threads) {
+  const ColumnLoops loops(work.mean, work.scale, work.shift, work.channels, work.box.rectified,
+                          work.rounding);
+  std::atomic<bool> finite{true};
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work.channels));
+  parallel_for(work.images, grain, 1, num_threads, [&](int64_t begin, int64_t end) {
+    const DefaultFloatEnvironment environment;
+    for (int64_t first = 0; first < work.channels; first += kColumnsAtOnce) {
+      const int64_t count = std::min(kColumnsAtOnce, work.channels - first);
+      for (int64_t image = begin; image < end; ++image) {
+        const int64_t at = image * work.channels + first;
+        const bool bounded = loops.run(table.elements, work.box.lower + at, work.box.upper + at,
+                                       first, count, work.out_lower + at, work.out_upper + at);
+        if (!bounded) finite.store(false, std::memory_order_relaxed);
+      }
+    }
+  });
+  return finite;
+}
+
+bool affine_channels(const ChannelAffine& work, const IntervalKernels& table, int num_threads) {
   const int64_t lines = work.images * work.channels;
-  ask_for_large_pages(work.out_lower, work.out_upper, lines * work.pixels);
   std::atomic<bool> finite{true};
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work.pixels));
   parallel_for(lines, grain, 1, num_threads, [&](int64_t begin, int64_t end) {
@@ -99,6 +160,68 @@ bool channel_affine(const ChannelAffine& work, int num_threads) {
     }
   });
   return finite;
+}
+
+inline float* moved(float* values, int64_t by) { return values != nullptr ? values + by : values; }
+
+inline double* moved(double* values, int64_t by) {
+  return values != nullptr ? values + by : values;
+}
+
+// Every channel is one thread's, whose sums run over the images in order.
+void column_gradients(const ChannelAffineBackward& work, const IntervalKernels& table,
+                      int num_threads) {
+  const int64_t grain = std::max<int64_t>(16, kGrain / std::max<int64_t>(1, work.images));
+  parallel_for(work.channels, grain, 16, num_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t image = 0; image < work.images; ++image) {
+      const int64_t at = image * work.channels + begin;
+      table.elements.column_gradients({work.of_lower + at, work.of_upper + at, work.box.lower + at,
+                                       work.box.upper + at, floor_of(work.box.rectified),
+                                       end - begin, work.mean + begin, work.scale + begin,
+                                       moved(work.to_lower, at), moved(work.to_upper, at),
+                                       moved(work.to_scale, begin), moved(work.to_shift, begin)});
+    }
+  });
+}
+
+void channel_gradients(const ChannelAffineBackward& work, const IntervalKernels& table,
+                       int num_threads) {
+  const int64_t elements = std::max<int64_t>(1, work.images * work.pixels);
+  const int64_t grain = std::max<int64_t>(1, kGrain / elements);
+  parallel_for(work.channels, grain, 1, num_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t line = 0; line < work.images * (end - begin); ++line) {
+      const int64_t channel = begin + line % (end - begin), image = line / (end - begin);
+      const int64_t at = (image * work.channels + channel) * work.pixels;
+      const bool falls = work.scale[channel] < 0.0;
+      table.elements.gradients({(falls ? work.of_upper : work.of_lower) + at,
+                                (falls ? work.of_lower : work.of_upper) + at, work.box.lower + at,
+                                work.box.upper + at, floor_of(work.box.rectified), work.pixels,
+                                work.mean[channel], work.scale[channel], moved(work.to_lower, at),
+                                moved(work.to_upper, at), moved(work.to_scale, channel),
+                                moved(work.to_shift, channel)});
+    }
+  });
+}
+
+}  // namespace
+
+bool channel_affine(const ChannelAffine& work, int num_threads) {
+  const IntervalKernels table = pick_kernels();
+  ask_for_large_pages(work.out_lower, work.out_upper, work.images * work.channels * work.pixels);
+  return work.pixels == 1 ? affine_columns(work, table, num_threads)
+                          : affine_channels(work, table, num_threads);
+}
+
+void channel_affine_backward(const ChannelAffineBackward& work, int num_threads) {
+  const IntervalKernels table = pick_kernels();
+  if (work.to_lower != nullptr) {
+    ask_for_large_pages(work.to_lower, work.to_upper, work.images * work.channels * work.pixels);
+  }
+  if (work.pixels == 1) {
+    column_gradients(work, table, num_threads);
+  } else {
+    channel_gradients(work, table, num_threads);
+  }
 }
 
 bool add_boxes(const BoxSum& work, int num_threads) {

@@ -2,7 +2,9 @@
 // outward; a ReLU before them is carried out on the way.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
+#include <vector>
 
 #include "interval/interval.h"
 #include "interval/kernels.h"
@@ -45,14 +47,60 @@ AffineLoop channel_loop(double mean, double scale, double shift, bool rectified,
 // Gives it `count` elements and runs it; tells whether all ends are finite.
 bool run_channel(AffineLoop loop, Rounding rounding, const ElementLoops& loops, const float* lower,
                  const float* upper, int64_t count, float* out_lower, float* out_upper);
+// Batch norm with running statistics as (3, channels) numbers: mean, weight / sqrt(variance + eps)
+// with an error of 4 units at most, and bias. `weight` and `bias` may be null, for ones and zeros.
+template <typename T>
+void normalizing_map(const T* mean, const T* variance, const T* weight, const T* bias, double eps,
+                     int64_t channels, double* numbers) {
+  for (int64_t n = 0; n < channels; ++n) {
+    const double scale = 1.0 / std::sqrt(static_cast<double>(variance[n]) + eps);
+    numbers[n] = mean[n];
+    numbers[channels + n] = weight != nullptr ? scale * weight[n] : scale;
+    numbers[2 * channels + n] = bias != nullptr ? bias[n] : 0.0;
+  }
+}
+
 // The loop of a sum but for its elements.
 SumLoop sum_loop(bool rectified_x, bool rectified_y, Rounding rounding);
+
+// Channels that are neighbours in memory, one end of each: the numbers of AffineLoop for all.
+class ColumnLoops {
+ public:
+  ColumnLoops(const double* mean, const double* scale, const double* shift, int64_t channels,
+              bool rectified, Rounding rounding);
+  // The affine map of channels [first, first + count); tells whether all ends are finite.
+  bool run(const ElementLoops& loops, const float* lower, const float* upper, int64_t first,
+           int64_t count, float* out_lower, float* out_upper) const;
+
+ private:
+  int64_t stride_;
+  std::vector<double> numbers_;  // (6, stride): mean, scale, shift, errors of |x| and else, limit
+  double value_error_ = 0.0;
+  float floor_, least_;
+  Rounding rounding_;
+};
+
+// What the backward pass of ChannelAffine gives: gradients of the box's ends, unless null, and of
+// scale and shift, unless null, from those of the outputs' ends.
+struct ChannelAffineBackward {
+  const float* of_lower;
+  const float* of_upper;
+  Box box;
+  int64_t images, channels, pixels;
+  const double* mean;
+  const double* scale;
+  float* to_lower;
+  float* to_upper;
+  double* to_scale;  // (channels), zeros at first
+  double* to_shift;
+};
 
 // Both tell whether all ends are finite; where an evaluation in float32 might overflow on its way,
 // the affine map in kDeployed says that they are not. An end that overflows, or is not a number, is
 // infinite on its outer side.
 bool channel_affine(const ChannelAffine& work, int num_threads);
 bool add_boxes(const BoxSum& work, int num_threads);
+void channel_affine_backward(const ChannelAffineBackward& work, int num_threads);
 
 }  // namespace interval
 }  // namespace pyrobust

@@ -308,11 +308,51 @@ struct AffineLoop {
   bool past_cache = false;
 };
 
-// Each tells whether all ends are finite.
+// The same where every end is of another channel, and the numbers of end i's stand at i; they may
+// be read up to kLanes further than `count`. No `input_error` and no `limit`: zero and none.
+struct AffineColumns {
+  const float *lower, *upper;
+  float floor;
+  int64_t count;
+  const double *mean, *scale, *shift;
+  double value_error;
+  const double *input_error, *error, *limit;
+  float least;
+  float *out_lower, *out_upper;
+};
+
+// Gradients of the affine map for the ends of a channel: of the input's ends, unless null, and what
+// is added to those of the scale and the shift.
+struct AffineGradients {
+  const float *of_lower, *of_upper;  // gradients of what `lower` and `upper` give
+  const float *lower, *upper;
+  float floor;  // ends that are not above give no gradient
+  int64_t count;
+  double mean, scale;
+  float *to_lower, *to_upper;
+  double *to_scale, *to_shift;
+};
+
+// The same where every end is of another channel.
+struct AffineColumnGradients {
+  const float *of_lower, *of_upper;  // gradients of the outputs' ends
+  const float *lower, *upper;
+  float floor;
+  int64_t count;
+  const double *mean, *scale;
+  float *to_lower, *to_upper;
+  double *to_scale, *to_shift;
+};
+
+// Those that make ends tell whether all are finite.
 struct ElementLoops {
   bool (*sum)(const SumLoop& work) = nullptr;
   bool (*affine)(const AffineLoop& work) = nullptr;
   bool (*nearest_affine)(const AffineLoop& work) = nullptr;
+  bool (*columns)(const AffineColumns& work) = nullptr;
+  bool (*nearest_columns)(const AffineColumns& work) = nullptr;
+  void (*gradients)(const AffineGradients& work) = nullptr;
+  void (*column_gradients)(const AffineColumnGradients& work) = nullptr;
 };
 
 struct RadiusLoops {

@@ -2,7 +2,7 @@
 
 Where a box is that of a convolution which waits (:mod:`pyrobust.interval.deferred`), they become
 part of its epilogue instead. Asked before the rules, which go their general way on None:
-gradients, other dtypes and layouts, ends that are not finite (which the general way reports).
+transforms, other dtypes and layouts, ends that are not finite (which the general way reports).
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from torch import Tensor
 from pyrobust import _native
 from pyrobust.interval import arithmetic, normalization
 from pyrobust.interval.finite import check_result
+from pyrobust.interval.pass_gradients import affine_pass, sum_pass
 from pyrobust.interval.type import Interval, adopt, rectify, unclipped, weakest
+from pyrobust.ops._interval_checks import dense
 
 __all__ = ["add", "batch_norm"]
 
-_LEAST_PIXELS = 8  # of a channel: shorter loops are not worth their calls
 _MOST_DIMENSIONS = 8  # of the binding
 
 
 def _served(*tensors: Any) -> bool:
-    """Whether the passes take these: dense float32 on the CPU, and nothing to differentiate."""
-    graded = torch.is_grad_enabled()
+    """Whether the passes take these: dense float32 on the CPU."""
     return all(
         type(tensor) is Tensor
         and tensor.dtype is torch.float32
@@ -33,8 +33,14 @@ def _served(*tensors: Any) -> bool:
         and tensor.is_contiguous()
         and not tensor.is_neg()
         and tensor.ndim <= _MOST_DIMENSIONS
-        and not (graded and tensor.requires_grad)
         for tensor in tensors
+    )
+
+
+def _graded(*tensors: Tensor | None) -> bool:
+    """Whether gradients of one of these are recorded."""
+    return torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in tensors
     )
 
 
@@ -52,15 +58,11 @@ def add(x: Any, y: Any, *, alpha: float = 1, out: None = None) -> Interval | Non
 
 
 def _sum(x: Interval, y: Interval) -> Interval | None:
-    (low_x, high_x, clip_x), (low_y, high_y, clip_y) = unclipped(x), unclipped(y)
-    if not _served(low_x, high_x, low_y, high_y):
+    ends_x, ends_y = unclipped(x), unclipped(y)
+    if not _served(*ends_x[:2], *ends_y[:2]):
         return None
     rounding = weakest(x, y)
-    lower, upper = torch.empty_like(low_x), torch.empty_like(low_x)
-    finite = _native.interval_add(
-        low_x, high_x, clip_x, low_y, high_y, clip_y, rounding, lower, upper,
-        torch.get_num_threads(),
-    )  # fmt: skip
+    lower, upper, finite = sum_pass(ends_x, ends_y, rounding)
     return adopt(lower, upper, rounding) if finite else None
 
 
@@ -77,7 +79,7 @@ def _joined_sum(host: Interval, other: Interval) -> Interval | None:
         return None
     low, high, clip = unclipped(other)  # which may be ends of the host
     waiting = host._deferred
-    if waiting is None or not waiting.takes_sum or not _served(low, high):
+    if waiting is None or not waiting.takes_sum or not _served(low, high) or _graded(low, high):
         return None
     term = adopt(low, high, other.rounding)
     term._rectified, term._graded = clip, torch.is_grad_enabled()
@@ -94,60 +96,68 @@ def _joined_sum(host: Interval, other: Interval) -> Interval | None:
     return waiting.followed(step, total=(low, high, rectified, clip))  # type: ignore[no-any-return]
 
 
-def _parameters(
-    mean: Any, variance: Any, weight: Any, bias: Any, eps: float
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Mean, scale and shift of each channel in float64; the scale errs by 4 units at most."""
-    graded = torch.is_grad_enabled()
-    for value in (mean, variance, weight, bias):
+def _channel_map(mean: Tensor, variance: Any, weight: Any, bias: Any, eps: float) -> Tensor | None:
+    """``(3, C)`` mean, scale and shift in float64, or None; the scale errs by 4 units at most.
+
+    Never the layer's own memory, which may change before they are used.
+    """
+    given = (mean, variance, weight, bias)
+    for value in given:
         if value is None:
             continue
         if not isinstance(value, Tensor) or not value.is_cpu or value.shape != mean.shape:
             return None
-        if graded and value.requires_grad:
-            return None
-    # never the layer's own memory, which may change before they are used
-    mean, variance, weight, bias = (
-        None if value is None else value.detach().to(torch.float64, copy=True)
-        for value in (mean, variance, weight, bias)
-    )
-    scale = (variance + eps).rsqrt()
-    scale = scale if weight is None else scale * weight
-    shift = torch.zeros_like(scale) if bias is None else bias
-    return mean.contiguous(), scale.contiguous(), shift.contiguous()
+    if _graded(*given):
+        return _recorded_map(mean, variance, weight, bias, eps)
+    types = {value.dtype for value in given if value is not None}
+    alike = types in ({torch.float32}, {torch.float64})
+
+    def plain(value: Tensor) -> Tensor:
+        return dense(value.detach() if alike else value.detach().double())
+
+    numbers = torch.empty((3, mean.shape[0]), dtype=torch.float64)
+    slope = None if weight is None else plain(weight)
+    shift = None if bias is None else plain(bias)
+    _native.interval_batch_norm_map(plain(mean), plain(variance), slope, shift, eps, numbers)
+    return numbers
 
 
-@torch.no_grad()
+def _recorded_map(
+    mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """The same for autograd."""
+    scale = (variance.double() + eps).rsqrt()
+    scale = scale if weight is None else scale * weight.double()
+    shift = torch.zeros_like(scale) if bias is None else bias.double()
+    return torch.stack([mean.double(), scale, shift])
+
+
 def _normalized(
-    box: Interval, ends: tuple[Tensor, Tensor, bool], parameters: tuple[Tensor, Tensor, Tensor]
+    box: Interval, ends: tuple[Tensor, Tensor, bool], channel_map: Tensor
 ) -> Interval | None:
-    low, high, clip = ends
-    lower, upper = torch.empty_like(low), torch.empty_like(low)
-    finite = _native.interval_channel_affine(
-        low, high, clip, *parameters, box.rounding, lower, upper, torch.get_num_threads()
-    )
+    lower, upper, finite = affine_pass(*ends, channel_map, box.rounding)
     return adopt(lower, upper, box.rounding) if finite else None
 
 
-def _joined_norm(host: Interval, parameters: tuple[Tensor, Tensor, Tensor]) -> Interval | None:
+def _joined_norm(host: Interval, channel_map: Tensor) -> Interval | None:
     """The norm as part of the convolution that ``host`` waits for, or None."""
     waiting = host._deferred
-    if not _waits(host) or not waiting.takes_norm:
+    if not _waits(host) or not waiting.takes_norm or _graded(channel_map):
         return None
     rectified = host._rectified
 
     def step(box: Interval) -> Interval:
         box = rectify(box) if rectified else box
-        normed = _normalized(box, unclipped(box), parameters)
+        normed = _normalized(box, unclipped(box), channel_map)
         if normed is None:
             shape = [1, -1] + [1] * (box.ndim - 2)
-            mean, scale, shift = (value.reshape(shape) for value in parameters)
+            mean, scale, shift = (row.reshape(shape) for row in channel_map)
             normed = normalization.shifted_and_scaled(box, mean, scale, shift)
             name = "torch.nn.functional.batch_norm"
             check_result(name, normed.lower, normed.upper, (box,), takes_infinity=False)
         return normed
 
-    return waiting.followed(step, norm=(*parameters, rectified))  # type: ignore[no-any-return]
+    return waiting.followed(step, norm=(channel_map, rectified))  # type: ignore[no-any-return]
 
 
 def batch_norm(
@@ -164,16 +174,15 @@ def batch_norm(
     """Batch norm with running statistics, or None."""
     if type(input) is not Interval or training or not isinstance(running_mean, Tensor):
         return None
-    if not isinstance(running_var, Tensor) or input.ndim < 3:
+    if not isinstance(running_var, Tensor) or input.ndim < 2:
         return None
-    shape = input.shape
-    if running_mean.shape != shape[1:2] or shape[2:].numel() < _LEAST_PIXELS:
+    if running_mean.shape != input.shape[1:2]:
         return None
-    parameters = _parameters(running_mean, running_var, weight, bias, eps)
-    if parameters is None:
+    channel_map = _channel_map(running_mean, running_var, weight, bias, eps)
+    if channel_map is None:
         return None
-    joined = _joined_norm(input, parameters)
+    joined = _joined_norm(input, channel_map)
     if joined is not None:
         return joined
     ends = unclipped(input)
-    return _normalized(input, ends, parameters) if _served(*ends[:2]) else None
+    return _normalized(input, ends, channel_map) if _served(*ends[:2]) else None

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from pyrobust import Interval, _native
 from pyrobust.interval.finite import infinite_ends
+from pyrobust.interval.table import RULES
 
 pytestmark = pytest.mark.emulated_tiles
 
@@ -87,9 +88,7 @@ def test_a_sum_is_that_of_the_rule(isa, rounding, passes):
     wide = Interval(b.lower.transpose(1, 2).contiguous().transpose(1, 2), b.upper)
     wide.rounding = rounding
     for left, right in ((a, b), (F.relu(a), b), (a, F.relu(b)), (F.relu(a), F.relu(a))):
-        fast = left + right
-        lower = left.lower.clone().requires_grad_()
-        slow = Interval(lower, left.upper, rounding=rounding) + right
+        fast, slow = left + right, RULES[torch.add](left, right)
         assert torch.equal(fast.lower, slow.lower)
         assert torch.equal(fast.upper, slow.upper)
     assert passes == ["interval_add"] * 4
@@ -123,8 +122,9 @@ def test_overflow_of_a_pass_is_one_error_with_its_name():
     assert not normed.lower.isnan().any()
 
 
-def test_a_deployed_batch_norm_refuses_what_overflows_on_the_way(isa):
-    x = torch.full((1, 1, 3, 4), 3e38)
+@pytest.mark.parametrize("shape", [(1, 1, 3, 4), (2, 1)])
+def test_a_deployed_batch_norm_refuses_what_overflows_on_the_way(isa, shape):
+    x = torch.full(shape, 3e38)
     statistics = torch.full((1,), -3e38), torch.full((1,), 1e38)
     real = F.batch_norm(Interval(x, x), *statistics)
     assert bool(torch.isfinite(real.upper).all())
@@ -144,10 +144,12 @@ def channels(pixels):
 @pytest.mark.parametrize("rounding", SOUND)
 @pytest.mark.parametrize("width", [0.0, 1e-40, 1e-3])
 @pytest.mark.parametrize("clip", [False, True])
-def test_attained_corners_of_a_batch_norm_lie_inside(isa, clip, width, rounding, passes):
+@pytest.mark.parametrize("pixels", [1, 19])
+def test_attained_corners_of_a_batch_norm_lie_inside(isa, pixels, clip, width, rounding, passes):
     mpmath = pytest.importorskip("mpmath")
-    eps, pixels = 1e-12, 19
+    eps = 1e-12
     x, *parameters = channels(pixels)
+    x = x if pixels > 1 else x[:, :, 0, 0]
     box = Interval(x - width, x + width, rounding=rounding)
     box = F.relu(box) if clip else box
     with torch.no_grad():
@@ -157,27 +159,127 @@ def test_attained_corners_of_a_batch_norm_lie_inside(isa, clip, width, rounding,
         for i in range(42):
             mean, variance, weight, bias = (mpmath.mpf(float(t[i])) for t in parameters)
             slope = weight / mpmath.sqrt(variance + mpmath.mpf(eps))
-            for corner in (box.lower[0, i, 0], box.upper[0, i, 0]):
+            lower, upper = result.lower[0, i].flatten(), result.upper[0, i].flatten()
+            for corner in (box.lower[0, i].flatten(), box.upper[0, i].flatten()):
                 for p in range(0, pixels, 3):
                     exact = (mpmath.mpf(float(corner[p])) - mean) * slope + bias
-                    assert mpmath.mpf(float(result.lower[0, i, 0, p])) <= exact
-                    assert exact <= mpmath.mpf(float(result.upper[0, i, 0, p]))
+                    assert mpmath.mpf(float(lower[p])) <= exact
+                    assert exact <= mpmath.mpf(float(upper[p]))
 
 
-@pytest.mark.parametrize("rounding", SOUND)
-def test_a_batch_norm_is_as_tight_as_its_rule(isa, rounding, passes):
-    x = torch.randn(3, 4, 5, 6)
-    parameters = torch.randn(4), torch.rand(4) + 0.1, torch.randn(4), torch.randn(4)
+SHAPES = [(3, 4, 5, 6), (5, 4), (2, 4, 3), (19, 37), (4, 300)]
+
+
+def statistics_of(channels):
+    """Mean, variance, weight of both signs and one zero, bias."""
+    weight = torch.randn(channels)
+    weight[0] = 0.0
+    return torch.randn(channels), torch.rand(channels) + 0.1, weight, torch.randn(channels)
+
+
+@pytest.mark.parametrize("rounding", [*SOUND, "nearest"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("clip", [False, True])
+def test_a_batch_norm_is_as_tight_as_its_rule(isa, clip, shape, rounding, passes):
+    x, parameters = torch.randn(shape), statistics_of(shape[1])
     box = Interval(x - 0.01, x + 0.01, rounding=rounding)
+    box = F.relu(box) if clip else box
     fast = F.batch_norm(box, *parameters)
-    graded = [p.clone().requires_grad_(i > 1) for i, p in enumerate(parameters)]
-    slow = F.batch_norm(box, *graded)
+    slow = RULES[F.batch_norm](box, *parameters)
     assert passes == ["interval_channel_affine"]
     for a, b in ((fast.lower, slow.lower), (fast.upper, slow.upper)):
-        torch.testing.assert_close(a, b, rtol=2.0**-22, atol=2.0**-24)
-    assert slow.lower.requires_grad
-    assert torch.equal(F.batch_norm(box, *parameters[:2]).lower.sign(), F.batch_norm(
-        box, *parameters[:2], torch.ones(4), torch.zeros(4)).lower.sign())  # fmt: skip
+        torch.testing.assert_close(a, b, rtol=2.0**-22, atol=2.0**-20)  # "nearest": in float32
+    assert torch.equal(F.batch_norm(box, *parameters[:2]).lower, F.batch_norm(
+        box, *parameters[:2], torch.ones(shape[1]), torch.zeros(shape[1])).lower)  # fmt: skip
+
+
+def test_statistics_of_any_type_and_layout_give_one_map(isa):
+    x, parameters = torch.randn(6, 8), [t.bfloat16() for t in statistics_of(8)]
+    box = Interval(x - 0.01, x + 0.01)
+    expected = F.batch_norm(box, *(t.float() for t in parameters))
+    strided = [torch.stack([t, t], 1)[:, 1] for t in parameters]
+    for given in (parameters, [t.double() for t in parameters], strided, [
+        parameters[0].float(), *parameters[1:]
+    ]):  # fmt: skip
+        result = F.batch_norm(box, *given)
+        assert torch.equal(result.lower, expected.lower)
+        assert torch.equal(result.upper, expected.upper)
+
+
+def leaves(*tensors):
+    return [tensor.clone().requires_grad_() for tensor in tensors]
+
+
+@pytest.mark.parametrize("rounding", ["real", "nearest"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("clip", [False, True])
+def test_gradients_of_a_batch_norm_are_those_of_its_rule(isa, clip, shape, rounding, passes):
+    x, parameters = torch.randn(shape), statistics_of(shape[1])
+    parameters[2][0] = 1.0  # at a scale of zero there is a choice
+    grads, second = [], []
+    for rule in (F.batch_norm, RULES[F.batch_norm]):
+        inputs = leaves(x - 0.1, x + 0.1, *parameters)
+        box = Interval(*inputs[:2], rounding=rounding)
+        result = rule(F.relu(box) if clip else box, *inputs[2:])
+        assert result.rounding == rounding
+        loss = (result.lower * torch.arange(x.numel()).reshape(shape)).sum() + result.upper.sum()
+        grads.append(torch.autograd.grad(loss, inputs, retain_graph=True))
+        again = torch.autograd.grad(loss, inputs, create_graph=True)
+        torch.testing.assert_close(again, grads[-1], rtol=1e-5, atol=1e-3)
+        squares = sum((g * g).sum() for g in again)
+        second.append(torch.autograd.grad(squares, inputs, materialize_grads=True))
+    assert passes == ["interval_channel_affine"]
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(*second, rtol=1e-4, atol=1e-1)
+
+
+def test_gradients_of_ends_or_parameters_alone(isa):
+    x, parameters = torch.randn(3, 4, 9), statistics_of(4)
+    inputs = leaves(x - 0.1, x + 0.1, *parameters)
+    whole = F.batch_norm(Interval(*inputs[:2]), *inputs[2:])
+    expected = torch.autograd.grad(whole.upper.sum(), inputs)
+    for of in range(6):
+        given = [t.detach() if i != of else t for i, t in enumerate(inputs)]
+        result = F.batch_norm(Interval(*given[:2]), *given[2:])
+        assert torch.equal(result.lower, whole.lower)
+        (gradient,) = torch.autograd.grad(result.upper.sum(), inputs[of])
+        assert torch.equal(gradient, expected[of])
+
+
+@pytest.mark.parametrize("clips", [(False, False), (True, False), (False, True), (True, True)])
+def test_gradients_of_a_sum_are_those_of_its_rule(isa, clips, passes):
+    x, y = torch.randn(3, 7), torch.randn(3, 7)
+    grads = []
+    for rule in (torch.add, RULES[torch.add]):
+        inputs = leaves(x - 0.1, x + 0.1, y - 0.2, y + 0.3)
+        boxes = Interval(*inputs[:2]), Interval(*inputs[2:])
+        total = rule(*(F.relu(b) if clip else b for b, clip in zip(boxes, clips, strict=True)))
+        loss = (total.lower * torch.arange(7)).sum() + total.upper.square().sum()
+        grads.append(torch.autograd.grad(loss, inputs))
+        if rule is torch.add:
+            assert torch.equal(torch.autograd.grad((rule(boxes[0], boxes[1].lower)).upper.sum(),
+                                                   inputs[1])[0], torch.ones(3, 7))  # fmt: skip
+    assert passes == ["interval_add"]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_sums_of_a_box_with_itself_and_of_constants_have_gradients():
+    low, high, constant = *leaves(torch.zeros(2, 3), torch.ones(2, 3)), torch.ones(2, 3)
+    box = Interval(low, high)
+    (gradient,) = torch.autograd.grad((box + box).upper.sum(), high)
+    assert torch.equal(gradient, torch.full((2, 3), 2.0))
+    (gradient,) = torch.autograd.grad((box + Interval(constant, constant)).upper.sum(), high)
+    assert torch.equal(gradient, torch.ones(2, 3))
+
+
+def test_ends_that_the_backward_pass_needs_may_not_change_in_place():
+    low, high = leaves(torch.zeros(2, 3), torch.ones(2, 3))
+    inner = low * 1, high * 1
+    result = F.batch_norm(Interval(*inner), torch.zeros(3), torch.ones(3))
+    inner[1].mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        result.upper.sum().backward()
 
 
 def test_deployed_batch_norm_holds_torch_and_its_folded_form(isa):
