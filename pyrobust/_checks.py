@@ -17,6 +17,7 @@ __all__ = [
     "check_float_tensor",
     "check_instance",
     "check_integer",
+    "check_labels",
     "check_open_unit",
     "check_positive",
     "check_shape",
@@ -98,6 +99,19 @@ def check_shape(subject: str, name: str, value: Tensor, expected: tuple[int | No
     if not agrees:
         wanted = "(" + ", ".join("*" if size is None else str(size) for size in expected) + ")"
         raise ValueError(f"{subject}: {name} must have shape {wanted}; got {tuple(value.shape)}.")
+
+
+def check_labels(
+    subject: str, name: str, labels: Tensor, count: int, classes: int | None = None
+) -> None:
+    """Raise unless ``labels`` are ``count`` integers in ``[0, classes)``; None sets no limit."""
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise TypeError(f"{subject}: {name} must be an integer tensor; got {labels.dtype}.")
+    check_shape(subject, name, labels, (count,))
+    limit = math.inf if classes is None else classes
+    wrong = labels[(labels < 0) | (labels >= limit)]
+    if wrong.numel():
+        raise ValueError(f"{subject}: {name} must lie in [0, {limit}); got {int(wrong[0])}.")
 
 
 def check_eval_mode(subject: str, model: torch.nn.Module) -> None:

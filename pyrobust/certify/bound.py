@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pyrobust._checks import (
     check_choice,
+    check_finite,
     check_float_tensor,
     check_integer,
     check_shape,
@@ -29,6 +30,7 @@ from pyrobust.interval import Interval
 from pyrobust.interval.attention import matmul
 from pyrobust.interval.outward import UNIT, bound_of_roundings, enclose, error_of_products
 from pyrobust.interval.type import wrap
+from pyrobust.nn._hooks import is_customised
 from pyrobust.nn.packed_linear import PackedLinear
 from pyrobust.ops._interval_checks import is_deployed
 
@@ -109,6 +111,8 @@ def bound(
         )
     if spec is not None:
         check_float_tensor("bound", "spec", spec)
+        if spec.is_cpu and not torch.compiler.is_compiling():  # looking would stop a GPU
+            check_finite("bound", "spec", spec)
     if method == "ibp":
         return _in_parts(model, x, spec, max_memory)
     return crown_bound(
@@ -169,10 +173,10 @@ def _of_output(
     if spec is None:
         return output
     _check_spec(spec, output)
-    linear = type(layer) in (nn.Linear, PackedLinear) and not _customised(layer)
+    linear = type(layer) in (nn.Linear, PackedLinear)
     if isinstance(layer, PackedLinear) and layer.activations is not None:
         linear = False
-    if not linear or entering is None:
+    if not linear or entering is None or (layer is not None and is_customised(layer)):
         column = matmul(spec.to(output.device, torch.float64), output.unsqueeze(-1))
         kind: Interval = column.squeeze(-1).to(output.dtype)
         return kind
@@ -189,7 +193,11 @@ def margin_specification(labels: Tensor, num_classes: int) -> Tensor:
 
     Returns:
         ``(B, K - 1, K)`` float32; row ``j`` takes the ``j``-th other class from the label.
+
+    Raises:
+        ValueError: ``num_classes`` below 2.
     """
+    check_integer("margin_specification", "num_classes", num_classes, 2)
     identity = torch.eye(num_classes, device=labels.device)
     place = torch.arange(num_classes - 1, device=labels.device)
     mine = labels.unsqueeze(1)
@@ -208,29 +216,30 @@ Linear = nn.Linear | PackedLinear
 
 def _run(model: nn.Module, x: Interval) -> tuple[Interval, tuple[Linear, Interval] | None]:
     """The output box, and the linear layer that made it with its input, where one did."""
-    calls: list[tuple[Linear, Interval, Any]] = []
+    calls: list[tuple[Linear, Interval, int, Any]] = []
+
+    def record(layer: Any, inputs: tuple[Any, ...], named: dict[str, Any], made: Any) -> None:
+        entering = next(iter((*inputs, *named.values())))
+        if isinstance(entering, Interval):
+            calls.append((layer, entering, entering._memory[0], made))
+
     handles = [
-        module.register_forward_hook(lambda m, inputs, out: calls.append((m, inputs[0], out)))
+        module.register_forward_hook(record, with_kwargs=True)
         for module in model.modules()
-        if type(module) in (nn.Linear, PackedLinear) and not _customised(module)
+        if type(module) in (nn.Linear, PackedLinear) and not is_customised(module)
     ]
     try:
         output: Interval = model(x)
     finally:
         for handle in handles:
             handle.remove()
-    for layer, entering, made in calls:
-        # the same object, not changed in place since
+    for layer, entering, changes, made in calls:
+        # the same objects, not changed in place since
         plain = isinstance(layer, nn.Linear) or layer.activations is None
-        if made is output and output._memory[0] == 0 and plain:
+        same = made is output and output._memory[0] == 0 and entering._memory[0] == changes
+        if same and plain:
             return output, (layer, entering)
     return output, None
-
-
-def _customised(module: nn.Module | None) -> bool:
-    """Whether calling the module may do more than its class says."""
-    assert module is not None
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _check_spec(spec: Tensor, output: Interval) -> None:

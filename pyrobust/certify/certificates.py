@@ -50,16 +50,21 @@ class Certificate:
         """Share of inputs that are classified right and certified at each radius.
 
         Args:
-            labels: ``(B,)`` int64 true classes.
-            radii: one radius or a sequence of them, in the units of ``radius``.
+            labels: ``(B,)`` int64 true classes; an abstention is never right.
+            radii: one radius ``>= 0`` or a sequence of them, in the units of ``radius``.
 
         Returns:
             float64 tensor of the shape of ``radii``. At radius 0 a right, certified prediction
             counts; at ``r > 0`` its radius must be at least ``r``.
+
+        Raises:
+            ValueError: labels of another shape, or a radius that is negative or NaN.
         """
         check_shape(type(self).__name__, "labels", labels, (len(self),))
-        correct = self.prediction == labels.to(self.prediction.device)
+        correct = ~self.abstained & (self.prediction == labels.to(self.prediction.device))
         wanted = torch.as_tensor(radii, dtype=torch.float64, device=self.radius.device)
+        if not bool((wanted >= 0).all()):
+            raise ValueError(f"{type(self).__name__}: radii must be at least 0; got {radii}.")
         enough = self.radius >= wanted[..., None]
         return (enough & correct).double().mean(-1)
 

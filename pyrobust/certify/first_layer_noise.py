@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyrobust._checks import check_float_tensor, check_positive
+from pyrobust.nn._hooks import is_customised
 from pyrobust.ops.sampling import gaussian_samples
 
 __all__ = ["after_linear_samples", "noise_factor", "split_first_linear"]
@@ -123,7 +124,8 @@ def split_first_linear(base: nn.Module) -> tuple[nn.Linear, nn.Module]:
         The layer, and an ``nn.Sequential`` that shares the other layers, in the mode of ``base``.
 
     Raises:
-        ValueError: the network does not begin so, or its first layer does not narrow.
+        ValueError: the network does not begin so, its first layer does not narrow, or hooks may
+            change what the layers before the rest compute.
 
     Example:
         >>> base = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
@@ -133,13 +135,19 @@ def split_first_linear(base: nn.Module) -> tuple[nn.Linear, nn.Module]:
     """
     subject = "split_first_linear"
     layers = list(base) if type(base) is nn.Sequential else []
+    bypassed = [base]
     if layers and type(layers[0]) is nn.Flatten and layers[0].start_dim == 1:
-        layers = layers[1:]
+        bypassed.append(layers.pop(0))
     if not layers or type(layers[0]) is not nn.Linear:
         raise ValueError(
             f"{subject}: base must be a Sequential of an optional Flatten, a Linear and further "
             f"layers; got {type(base).__name__}"
             + (f" that starts with {type(layers[0]).__name__}." if layers else ".")
+        )
+    if any(is_customised(module) for module in (*bypassed, layers[0])):
+        raise ValueError(
+            f"{subject}: base must have no hooks and no forward of its own up to its first layer, "
+            "which would not be called."
         )
     linear, rest = layers[0], nn.Sequential(*layers[1:])
     if linear.out_features >= linear.in_features:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrobust._checks import check_integer
-from pyrobust.certify.certificates import Certificate
+from pyrobust.certify.certificates import ABSTAIN, Certificate
 from pyrobust.certify.job_data import ImageData, JobData
 from pyrobust.certify.job_methods import METHODS, IntervalJob, JobMethod
 from pyrobust.certify.log import LogRow, job_path, read_log
@@ -160,7 +160,8 @@ def certificate_of_log(path: str | Path) -> tuple[Certificate, Tensor]:
         path: a log with its description beside it.
 
     Returns:
-        Certificate of all rows, ``(N,)`` int64 labels.
+        Certificate of all rows, ``(N,)`` int64 labels. Where the method says that a class is not
+        certain and gives it no radius, the certificate abstains.
 
     Raises:
         ValueError: the log is damaged or has no description.
@@ -174,13 +175,21 @@ def certificate_of_log(path: str | Path) -> tuple[Certificate, Tensor]:
     kind = METHODS[head["method"]]
     rows = read_log(path, kind.columns)
     certificate = Certificate(
-        prediction=torch.tensor([row.predict for row in rows], dtype=torch.int64),
+        prediction=torch.tensor([_certain_class(kind, row) for row in rows], dtype=torch.int64),
         radius=torch.tensor([row.radius for row in rows], dtype=torch.float64),
         alpha=float(head.get("alpha", 0.0)),
         assumption=f"log of {path.name}",
         norm=head.get("norm", kind.norm),
     )
     return certificate, torch.tensor([row.label for row in rows], dtype=torch.int64)
+
+
+def _certain_class(kind: type[Any], row: LogRow) -> int:
+    """The class of a row that is certain at radius 0; a ranking's is where it is given at all."""
+    if "certified" not in kind.columns or kind is RankingJob or row.radius > 0:
+        return row.predict
+    certain = row.extra[kind.columns.index("certified")] == "1"
+    return row.predict if certain else ABSTAIN
 
 
 def _file_digest(path: str) -> str:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from pyrobust.nn._hooks import is_customised
 from pyrobust.nn.packed_conv import PackedConv2d
 from pyrobust.nn.packed_linear import PackedLinear
 
@@ -42,7 +43,7 @@ def lipschitz_bound(module: nn.Module) -> float:
         The bound, for the real function of the stored weights.
 
     Raises:
-        NotImplementedError: a layer without a rule, named.
+        NotImplementedError: a layer without a rule, or with hooks, named.
         ValueError: the module is in training mode.
 
     Example:
@@ -53,6 +54,11 @@ def lipschitz_bound(module: nn.Module) -> float:
     """
     if module.training:
         raise ValueError("lipschitz_bound: the module must be in evaluation mode; call .eval().")
+    if is_customised(module):
+        raise NotImplementedError(
+            f"lipschitz_bound: {type(module).__name__} has hooks or a forward of its own, of which "
+            "nothing is known."
+        )
     if type(module) is nn.Sequential:  # a subclass may do more
         return math.prod(lipschitz_bound(layer) for layer in module)
     for kinds, rule in _RULES:
@@ -135,6 +141,10 @@ def _pool(module: nn.Module) -> float:
     """A window's mean or maximum is at most its norm; windows that overlap count inputs again."""
     assert isinstance(module, _POOLS)
     axes = int(type(module).__name__[-2])
+    if getattr(module, "divisor_override", None) is not None:
+        raise NotImplementedError(
+            f"lipschitz_bound: no rule for divisor_override={module.divisor_override}."
+        )
     sizes, steps = _per_axis(module.kernel_size, axes), _per_axis(module.stride, axes)
     if isinstance(module, nn.MaxPool1d | nn.MaxPool2d | nn.MaxPool3d):
         widen = _per_axis(module.dilation, axes)
@@ -155,6 +165,17 @@ def _overlap(sizes: Sequence[int], steps: Sequence[int]) -> float:
     return float(math.prod(math.ceil(k / s) for k, s in zip(sizes, steps, strict=True)))
 
 
+def _softplus(module: nn.Module) -> float:
+    """The smooth function; torch's steps by less than 2.1e-9 / beta at its threshold of 20."""
+    assert isinstance(module, nn.Softplus)
+    if module.threshold < 20 or module.beta <= 0:
+        raise NotImplementedError(
+            "lipschitz_bound: Softplus needs beta > 0 and a threshold of at least 20; got "
+            f"{module.beta:g} and {module.threshold:g}."
+        )
+    return 1.0
+
+
 def _leaky(module: nn.Module) -> float:
     assert isinstance(module, nn.LeakyReLU)
     return max(1.0, abs(module.negative_slope))
@@ -171,7 +192,6 @@ _ONE = (
     nn.ReLU6,
     nn.Hardtanh,
     nn.Tanh,
-    nn.Softplus,
     nn.Softsign,
 )
 _RULES: list[tuple[tuple[type[nn.Module], ...], Callable[[nn.Module], float]]] = [
@@ -181,6 +201,7 @@ _RULES: list[tuple[tuple[type[nn.Module], ...], Callable[[nn.Module], float]]] =
     (_NORMS, _batch_norm),
     (_POOLS, _pool),
     ((nn.LeakyReLU,), _leaky),
+    ((nn.Softplus,), _softplus),
     ((nn.Sigmoid,), lambda module: 0.25),
     (_ONE, lambda module: 1.0),
 ]

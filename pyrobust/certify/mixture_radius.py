@@ -107,7 +107,8 @@ def lipschitz_radius(
             f"got {lipschitz}."
         )
     slopes = slopes.expand(h.shape[1])
-    margin = weight * (h.gather(1, y[:, None]) - h) + weight - 1
+    # 1e-15: more than the roundings of numbers below 1
+    margin = weight * (h.gather(1, y[:, None]) - h) + weight - 1 - 1e-15
     radius = margin / (weight * (slopes[y][:, None] + slopes))
     # A margin of nothing over a constant of nothing, and the class against itself.
     radius = torch.where(margin > 0, radius, 0.0).scatter(1, y[:, None], math.inf).amin(1)
@@ -152,7 +153,9 @@ def smoothed_mixture_radius(
     check_choice(subject, "bound", bound, ("tight", "scaled"))
     check_positive(subject, "sigma", sigma)
     top = torch.as_tensor(p_lower_top, dtype=torch.float64)
-    other = 1 - top if p_upper_second is None else torch.as_tensor(p_upper_second).double()
+    other = 1 - top
+    if p_upper_second is not None:
+        other = torch.as_tensor(p_upper_second, dtype=torch.float64)
     for name, value in (("p_lower_top", top), ("p_upper_second", other)):
         if not bool(((value >= 0) & (value <= 1)).all()):
             raise ValueError(f"{subject}: {name} must lie in [0, 1]; got {value}.")
@@ -161,8 +164,9 @@ def smoothed_mixture_radius(
     possible = weight >= 0.5
     weight = torch.where(possible, weight, 1.0)
     if bound == "scaled":
-        scaled = (weight * top, (weight * other + 1 - weight).clamp(max=1.0))
-        radius = gaussian_radius(scaled[0], sigma, p_upper=scaled[1])
+        # outward by more than the roundings of numbers below 1
+        own, rival = weight * top * (1 - 1e-15), weight * other + 1 - weight + 1e-15
+        radius = gaussian_radius(own, sigma, p_upper=rival.clamp(max=1.0))
     else:
         radius = _shift(top, other, (1 - weight) / weight) * sigma
     radius = radius * (1 - 1e-12)

@@ -20,7 +20,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pyrobust._checks import check_choice, check_eval_mode, check_integer, check_shape
+from pyrobust._checks import (
+    check_choice,
+    check_eval_mode,
+    check_finite,
+    check_integer,
+    check_shape,
+)
 from pyrobust.certify.certificates import ABSTAIN, Certificate
 from pyrobust.certify.lipschitz import lipschitz_bound
 from pyrobust.nn.orthogonal_fusion import LateFusion, OrthogonalFusion
@@ -200,12 +206,13 @@ def certify_multimodal(
         The certificate; an estimate where the constants are.
 
     Raises:
-        ValueError: the model is in training mode, or sizes disagree.
+        ValueError: the model is in training mode, sizes disagree, or an output is not finite.
         NotImplementedError: an encoder has a layer without a rule.
     """
     check_eval_mode("certify_multimodal", model)
     constants = modality_lipschitz(model, method="spectral") if lipschitz is None else lipschitz
     output = model(*inputs)
+    check_finite("certify_multimodal", "the model's logits", output.logits)
     top = output.logits.double().argmax(-1)
     radius = multimodal_radius(
         model.head, output.modality_logits, constants, top, attacked=attacked

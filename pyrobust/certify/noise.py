@@ -138,7 +138,7 @@ class AfterLinearNoise(GaussianNoise):
     """
 
     linear: nn.Linear = field(default_factory=lambda: nn.Linear(2, 1))
-    _factor: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    _factor: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def shape(self, inputs: tuple[int, ...]) -> tuple[int, ...]:
         """The outputs of the layer."""
@@ -147,13 +147,13 @@ class AfterLinearNoise(GaussianNoise):
     def samples(
         self, x: Tensor, n: int, *, seed: int, first_sample: int = 0, first_index: int = 0
     ) -> Tensor:
-        """float32 outputs of the layer on copies of float inputs."""
+        """Outputs of the layer on copies of float inputs, in their dtype."""
         weight, bias = self.linear.weight.detach().cpu().float(), self.linear.bias
-        version = self.linear.weight._version
-        if version not in self._factor:
-            self._factor.clear()
-            self._factor[version] = noise_factor(weight)
-        return after_linear_samples(
+        # Compared by value: a weight may be replaced by means that count no change.
+        known = self._factor.get("weight")
+        if known is None or not torch.equal(known, weight):
+            self._factor.update(weight=weight.clone(), factor=noise_factor(weight))
+        drawn = after_linear_samples(
             x.float().flatten(1),
             weight,
             None if bias is None else bias.detach().cpu().float(),
@@ -162,8 +162,9 @@ class AfterLinearNoise(GaussianNoise):
             seed=seed,
             first_sample=first_sample,
             first_index=first_index,
-            factor=self._factor[version],
+            factor=self._factor["factor"],
         )
+        return drawn.to(x.dtype)
 
     def fill(
         self, x: Tensor, out: Tensor, *, seed: int, first_sample: int, first_index: int

@@ -29,6 +29,7 @@ from pyrobust._checks import (
     check_eval_mode,
     check_float_tensor,
     check_integer,
+    check_labels,
     check_shape,
     require_extra,
 )
@@ -100,7 +101,7 @@ def certified_margin(
     _check_inputs(subject, model, x, eps)
     with torch.no_grad():
         classes = _classes(subject, model(x[:1]))
-    _check_labels(subject, y, len(x), classes)
+    check_labels(subject, "y", y, len(x), classes)
     box = Interval.ball(x, eps, clamp=clamp)
     return bound(model, box, margin_specification(y, classes)).lower
 
@@ -156,7 +157,7 @@ def propagation_tightness(
     classes = _classes(subject, output)
     spec = torch.eye(classes, dtype=x.dtype, device=x.device).expand(len(x), -1, -1)
     if y is not None:
-        _check_labels(subject, y, len(x), classes)
+        check_labels(subject, "y", y, len(x), classes)
         spec = -margin_specification(y, classes).to(x)
         if not isinstance(steps[-1].layer, (nn.Linear, PackedLinear)):
             raise NotImplementedError(
@@ -305,7 +306,7 @@ def _graph_tightness(
     fold: Tensor | None = None
     spec = torch.eye(classes, dtype=x.dtype, device=x.device).expand(len(x), -1, -1)
     if y is not None:
-        _check_labels(subject, y, len(x), classes)
+        check_labels(subject, "y", y, len(x), classes)
         fold = spec = -margin_specification(y, classes).to(x)
     point, radius = linearisation_point(x, eps, relu, clamp)
     whole = graph_ranges(subject, model, point, radius, relu, fold)[-1]
@@ -348,9 +349,3 @@ def _classes(subject: str, output: Tensor) -> int:
             f"{subject}: the model must return shape (N, K); got {tuple(output.shape)}."
         )
     return int(output.shape[1])
-
-
-def _check_labels(subject: str, y: Tensor, count: int, classes: int) -> None:
-    check_shape(subject, "y", y, (count,))
-    if bool(((y < 0) | (y >= classes)).any()):
-        raise ValueError(f"{subject}: y must lie in [0, {classes}); got {y.tolist()}.")

@@ -32,7 +32,7 @@ __all__ = [
 # (tests/certify/test_statistics.py); three orders more are given away.
 _BETA_MARGIN = 1e-10
 _QUANTILE_MARGIN = 1e-13
-_LEAST_SHARE = 0.05  # of randomised_lower: below alpha the bound would be 1 where all succeed
+_LEAST_SHARE = 0.05  # of randomised_lower
 
 
 def clopper_pearson_lower(k: Any, n: Any, alpha: float) -> Tensor:
@@ -101,7 +101,8 @@ def randomised_lower(k: Any, n: Any, alpha: float, uniform: Any) -> Tensor:
         alpha: probability of error, in the open interval (0, 1).
         uniform: numbers in ``[0, 1]``, broadcastable, uniform and independent of the votes; they
             must be fixed before the votes are seen. 1 gives the bound of Clopper and Pearson;
-            below 0.05 they count as 0.05 (which errs less), or ``n`` successes could prove p = 1.
+            below 0.05 they count as 0.05, and where all succeed below ``2 alpha`` as that, which
+            errs less (up to alpha ``n`` successes would prove p = 1).
 
     Returns:
         float64 tensor of the broadcast shape, values in ``[0, 1)``.
@@ -119,6 +120,7 @@ def randomised_lower(k: Any, n: Any, alpha: float, uniform: Any) -> Tensor:
     share = np.maximum(share, _LEAST_SHARE)
     successes, trials, share = np.broadcast_arrays(successes, trials, share)
     more, failures = successes + 1, trials - successes
+    share = np.where(failures == 0, np.maximum(share, min(2 * alpha, 1.0)), share)
     low = _array(clopper_pearson_lower(successes, trials, alpha))
     high = _array(clopper_pearson_lower(np.minimum(more, trials), trials, alpha))
     high = np.where(failures == 0, 1.0, high)
@@ -296,25 +298,27 @@ def gaussian_radius(p_lower: Any, sigma: Any, *, p_upper: Any = None) -> Tensor:
     with np.errstate(invalid="ignore"):  # inf - inf: settled below
         if p_upper is None:
             radius = scale * special.ndtri(top)
+            size = np.abs(radius)
         else:
             other = _probabilities("gaussian_radius", "p_upper", p_upper)
-            radius = scale / 2 * (special.ndtri(top) - special.ndtri(other))
+            first, second = special.ndtri(top), special.ndtri(other)
+            radius = scale / 2 * (first - second)
             radius = np.where(np.isnan(radius), -np.inf, radius)
-    return _tensor(_round_down(radius), device)
+            size = scale / 2 * (np.abs(first) + np.abs(second))
+    return _tensor(_round_down(radius, size), device)
 
 
-def _round_down(value: Any) -> Any:
-    """Lower by more than the error of the operations before; 0 becomes the least negative."""
+def _round_down(value: Any, size: Any) -> Any:
+    """Lower by more than the error of operations on numbers of a size; 0 becomes negative."""
     with np.errstate(invalid="ignore"):
-        lowered = np.nextafter(value - _QUANTILE_MARGIN * np.abs(value), -np.inf)
+        lowered = np.nextafter(value - _QUANTILE_MARGIN * size, -np.inf)
     return np.where(np.isfinite(value), lowered, value)
 
 
 def _counts(subject: str, k: Any, n: Any, alpha: float) -> tuple[Any, Any, torch.device]:
     check_open_unit(subject, "alpha", alpha)
     successes, trials = _array(k), _array(n)
-    if trials.size and not (trials >= 1).all():
-        raise ValueError(f"{subject}: n must be at least 1; got {trials.min():g}.")
+    _check_trials(subject, trials)
     successes, trials = np.broadcast_arrays(successes, trials)
     wrong = ~((successes >= 0) & (successes <= trials) & (successes == np.floor(successes)))
     if wrong.any():
@@ -323,14 +327,20 @@ def _counts(subject: str, k: Any, n: Any, alpha: float) -> tuple[Any, Any, torch
     return successes, trials, _device(k, n)
 
 
+def _check_trials(subject: str, trials: Any) -> None:
+    with np.errstate(invalid="ignore"):
+        wrong = ~((trials >= 1) & np.isfinite(trials) & (trials == np.floor(trials)))
+    if wrong.any():
+        raise ValueError(f"{subject}: n must be at least 1, an integer; got {trials[wrong][0]:g}.")
+
+
 def _hoeffding(
     subject: str, mean: Any, n: Any, alpha: float, span: float
 ) -> tuple[Any, Any, torch.device]:
     check_open_unit(subject, "alpha", alpha)
     check_positive(subject, "span", span)
     trials = _array(n)
-    if not (trials >= 1).all():
-        raise ValueError(f"{subject}: n must be at least 1; got {trials.min():g}.")
+    _check_trials(subject, trials)
     margin = span * np.sqrt(-np.log(alpha) / (2 * trials)) * (1 + 1e-14)
     return _array(mean), margin, _device(mean, n)
 

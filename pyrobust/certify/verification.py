@@ -11,6 +11,7 @@ Departures: none known.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,9 +25,10 @@ from pyrobust._checks import (
     check_at_least,
     check_choice,
     check_eval_mode,
+    check_finite,
     check_float_tensor,
     check_integer,
-    check_shape,
+    check_labels,
 )
 from pyrobust.certify.bound import MEMORY, METHODS, bound, margin_specification
 from pyrobust.certify.certificates import ABSTAIN, Certificate
@@ -67,7 +69,7 @@ def verified(
     Args:
         model: classifier in evaluation mode, ``(B, ...)`` to ``(B, K)`` logits.
         images: ``(B, ...)`` float32 or float64.
-        labels: ``(B,)`` int64.
+        labels: ``(B,)`` integers in ``[0, K)``.
         eps: radius in the units of the images, ``>= 0``.
         clamp: lowest and highest value that an input can take; None for any.
         method: as in :func:`~pyrobust.certify.bound`.
@@ -96,12 +98,18 @@ def verified(
         OSError: the file cannot be written.
     """
     _check(model, images, labels, eps, method, batch_size)
+    targets = labels.long()
+
+    @functools.cache  # not before there is work: a finished file needs no model
+    def classes() -> int:
+        found = int(model(images[:1]).shape[-1])
+        check_labels("verified", "labels", labels, len(images), found)
+        return found
 
     def proven(block: range) -> Tensor:
         part = slice(block.start, block.stop)
         box = Interval.ball(images[part], eps, clamp=clamp, rounding=rounding)
-        classes = int(model(images[:1]).shape[-1])
-        spec = margin_specification(labels[part], classes)
+        spec = margin_specification(targets[part], classes())
         margins = bound(model, box, spec, method, max_memory=max_memory, lower_only=True)
         return (margins.lower > 0).all(-1).to(labels.device)
 
@@ -120,7 +128,7 @@ def verified(
         holds = _logged(Path(resume), head, proven, labels, batch_size, shard, progress)
     inputs = "" if clamp is None else f"; inputs in [{clamp[0]:g}, {clamp[1]:g}]"
     return Certificate(
-        prediction=torch.where(holds, labels.long(), ABSTAIN),
+        prediction=torch.where(holds, targets, ABSTAIN),
         radius=holds.double() * eps,
         alpha=0.0,
         assumption=_ASSUMPTION[rounding] + inputs,
@@ -135,9 +143,8 @@ def _check(
     subject = "verified"
     check_choice(subject, "method", method, METHODS)
     check_float_tensor(subject, "images", images)
-    if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise TypeError(f"{subject}: labels must be an integer tensor; got {labels.dtype}.")
-    check_shape(subject, "labels", labels, (images.shape[0],))
+    check_finite(subject, "images", images)
+    check_labels(subject, "labels", labels, images.shape[0])
     check_at_least(subject, "eps", eps, 0.0)
     check_integer(subject, "batch_size", batch_size, 1)
     check_eval_mode(subject, model)

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from pyrobust import _native
 from pyrobust._checks import check_eval_mode, check_float_tensor, check_integer
 from pyrobust.certify.noise import GridGaussianNoise, Noise
+from pyrobust.ops._sampling_checks import FLOATS
 from pyrobust.ops.sampling import uniform_samples
 
 _TILE = 4 << 20  # bytes of copies in a forward pass on the CPU; see forward_rows
@@ -47,6 +48,11 @@ def check_voting(
         )
     else:
         check_float_tensor(subject, "x", x)
+    if noise is not None and x.is_floating_point() and x.dtype not in FLOATS:
+        raise TypeError(
+            f"{subject}: x must have dtype float32, bfloat16 or float16, as the noise has; got "
+            f"{x.dtype}."
+        )
     if x.ndim < 2:
         raise ValueError(f"{subject}: x must be a batch (B, ...); got shape {tuple(x.shape)}.")
     if x.is_floating_point() and not bool(torch.isfinite(x).all()):

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pyrobust import _checks
 from pyrobust._checks import check_choice, check_positive
 
 __all__ = ["GREAT_SCORE_MAX", "SQUASHINGS", "check_labels", "confidence_margin", "squash"]
@@ -69,14 +70,6 @@ def confidence_margin(scores: Tensor, labels: Tensor) -> Tensor:
 
 def check_labels(subject: str, labels: Tensor, count: int, num_classes: int) -> None:
     """Raise unless ``labels`` are ``count >= 1`` integers in ``[0, num_classes)``."""
-    if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise TypeError(f"{subject}: labels must be an integer tensor; got {labels.dtype}.")
-    if labels.shape != (count,) or count == 0:
-        raise ValueError(
-            f"{subject}: labels must have shape ({count},) with at least one sample; got "
-            f"{tuple(labels.shape)}."
-        )
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= num_classes:
-        seen = low if low < 0 else high
-        raise ValueError(f"{subject}: labels must lie in [0, {num_classes}); got {seen}.")
+    if count == 0:
+        raise ValueError(f"{subject}: there must be at least one sample; got none.")
+    _checks.check_labels(subject, "labels", labels, count, num_classes)

@@ -38,6 +38,7 @@ from pyrobust.certify.voting import (
     forward_rows,
     uniform_shares,
 )
+from pyrobust.ops._sampling_checks import check_counters
 
 __all__ = ["SmoothedClassifier"]
 
@@ -155,7 +156,7 @@ class SmoothedClassifier(nn.Module):
             ValueError: an argument out of range, the base in training mode, or NaN logits.
         """
         subject = "SmoothedClassifier.predict"
-        rows = self._check(subject, x, alpha, batch_size, n=n)
+        rows = self._check(subject, x, alpha, batch_size, (seed, first_index), n=n)
         counts = self._count(subject, x, [(0, n)], seed, first_index, rows, progress)[0]
         best = counts.topk(2, dim=-1).values.numpy()
         # Two-sided binomial test of the two best counts against a fair coin.
@@ -213,7 +214,7 @@ class SmoothedClassifier(nn.Module):
                 classes, or NaN logits.
         """
         subject = "SmoothedClassifier.certify"
-        rows = self._check(subject, x, alpha, batch_size, n0=n0, n=n)
+        rows = self._check(subject, x, alpha, batch_size, (seed, first_index), n0=n0, n=n)
         check_positive(subject, "price", price)
         if randomised and runner_up:
             raise ValueError(f"{subject}: randomised must be False with runner_up=True.")
@@ -292,7 +293,7 @@ class SmoothedClassifier(nn.Module):
             ValueError: an argument out of range, the base in training mode, or NaN logits.
         """
         subject = "SmoothedClassifier.certify_at"
-        rows = self._check(subject, x, alpha, batch_size, n0=n0, budget=budget)
+        rows = self._check(subject, x, alpha, batch_size, (seed, first_index), n0=n0, budget=budget)
         radii = _radii(subject, radius)
         nulls = [self.noise.needs(r) for r in radii]
         if nulls[-1] >= 1:
@@ -344,13 +345,26 @@ class SmoothedClassifier(nn.Module):
         return self.base
 
     def _check(
-        self, subject: str, x: Tensor, alpha: float, batch_size: int | None, **sizes: int
+        self,
+        subject: str,
+        x: Tensor,
+        alpha: float,
+        batch_size: int | None,
+        place: tuple[int, int],
+        **sizes: int,
     ) -> int:
         """Raise for bad arguments, then the copies per forward pass."""
         for name, value in sizes.items():
             check_integer(subject, name, value, 1)
         check_open_unit(subject, "alpha", alpha)
         check_voting(subject, self.base, x, batch_size, self.noise)
+        # planning takes its pilot from the first 5 n0 copies
+        copies = 5 * sizes.get("n0", 0) + sum(sizes.values())
+        check_counters(subject, len(x), copies, place[0], 0, place[1])
+        if isinstance(self.noise, AfterLinearNoise):
+            first = split_first_linear(self.base)[0]
+            if first is not self.noise.linear:  # the layer was replaced
+                self.noise = AfterLinearNoise(self.sigma, first)
         return forward_rows(batch_size, self.base, self.noise.shape(tuple(x.shape[1:])))
 
     def _count(
@@ -408,7 +422,8 @@ class SmoothedClassifier(nn.Module):
 
 def _radii(subject: str, radius: float | Sequence[float]) -> list[float]:
     """The radii as an increasing list."""
-    radii = [float(radius)] if isinstance(radius, (int, float)) else [float(r) for r in radius]
+    given = torch.as_tensor(radius, dtype=torch.float64)
+    radii = given.flatten().tolist() if given.ndim < 2 else []
     increasing = all(low < high for low, high in itertools.pairwise(radii))
     if not radii or radii[0] < 0 or not increasing or not math.isfinite(radii[-1]):
         raise ValueError(

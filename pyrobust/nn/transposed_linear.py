@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from pyrobust.nn._hooks import is_customised
 from pyrobust.nn.twins import replace_layers
 
 __all__ = ["as_linear"]
@@ -36,7 +37,7 @@ def as_linear(
     linear: dict[nn.Module, nn.Module] = {}
     for name, module in model.named_modules():
         wanted = names is None or name in names
-        if wanted and name and _is_transposed(module) and not _has_hooks(module):
+        if wanted and name and _is_transposed(module) and not is_customised(module):
             linear[module] = _view(module)
     originals = {new: old for old, new in linear.items()}
     replace_layers(model, linear)
@@ -49,10 +50,6 @@ def as_linear(
 def _is_transposed(module: nn.Module) -> bool:
     kind = type(module)
     return kind.__name__ == "Conv1D" and kind.__module__ in _HOMES
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _view(layer: nn.Module) -> nn.Linear:

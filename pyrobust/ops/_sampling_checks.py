@@ -8,7 +8,7 @@ from torch import Tensor
 from pyrobust._checks import check_integer, check_positive
 from pyrobust.ops._cuda_module import cuda_module
 
-__all__ = ["FLOATS", "check_place", "check_positions", "per_input", "rows_of"]
+__all__ = ["FLOATS", "check_counters", "check_place", "check_positions", "per_input", "rows_of"]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -34,11 +34,18 @@ def check_positions(
     check_place(subject, "x", x)
     if x.ndim < 1:
         raise ValueError(f"{subject}: x must have a batch axis, (B, ...); got a single number.")
+    check_counters(subject, x.shape[0], n, seed, first_sample, first_index)
+
+
+def check_counters(
+    subject: str, inputs: int, n: int, seed: int, first_sample: int, first_index: int
+) -> None:
+    """Raise unless the positions of ``n`` samples of some inputs lie within the counter."""
     for name, value in (("n", n), ("first_sample", first_sample), ("first_index", first_index)):
         check_integer(subject, name, value, 0)
     check_integer(subject, "seed", seed, 0)
     limits = (("seed", seed, 63), ("first_sample + n", first_sample + n, 40))
-    for name, value, bits in (*limits, ("first_index + B", first_index + x.shape[0], 48)):
+    for name, value, bits in (*limits, ("first_index + B", first_index + inputs, 48)):
         if value > 2**bits - (name == "seed"):
             raise ValueError(f"{subject}: {name} must not exceed 2**{bits}; got {value}.")
 

@@ -145,3 +145,35 @@ def test_bad_arguments_of_bound():
         bound(model, box, torch.ones(1, 3))
     with pytest.raises(ValueError, match="method must be one of ibp"):
         bound(model, box, method="magic")
+
+
+class Ending(nn.Module):
+    """A network whose last layer's input changes after it was read, or is named."""
+
+    def __init__(self, named):
+        super().__init__()
+        self.first, self.last, self.named = nn.Linear(6, 5), nn.Linear(5, 4), named
+
+    def forward(self, x):
+        entering = self.first(x)
+        made = self.last(input=entering) if self.named else self.last(entering)
+        if not self.named:
+            entering += 100.0
+        return made
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_layer_whose_input_changed_afterwards_is_not_folded_with_it(named):
+    model, x = Ending(named).eval(), torch.rand(3, 6)
+    with torch.no_grad():
+        result = bound(model, Interval.ball(x, 0.0), torch.eye(4))
+        assert bool(result.contains(model(x)).all())
+
+
+def test_specifications_must_be_finite_and_margins_need_two_classes():
+    box = Interval.ball(torch.rand(2, 6), 0.1)
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="spec must be finite"):
+            bound(network(), box, torch.full((1, 4), value))
+    with pytest.raises(ValueError, match="num_classes must be at least 2; got 1"):
+        margin_specification(torch.tensor([0]), 1)

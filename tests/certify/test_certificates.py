@@ -58,3 +58,11 @@ def test_plot_draws_the_share_of_certified_inputs(certificate):
     axes = certificate.plot(labels=torch.tensor([3, 0, 1, 2]))
     assert axes.lines[0].get_xdata().tolist() == [0.0, 0.25, 0.5]
     assert axes.lines[0].get_ydata().tolist() == [0.5, 0.5, 0.25]
+
+
+def test_an_abstention_is_never_right_and_radii_are_checked(certificate):
+    labels = torch.tensor([-1, -1, -1, -1])
+    assert certificate.certified_accuracy(labels).item() == 0.0
+    for radii in (-0.1, [0.0, float("nan")]):
+        with pytest.raises(ValueError, match="radii must be at least 0; got"):
+            certificate.certified_accuracy(labels, radii)

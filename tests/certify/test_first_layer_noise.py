@@ -1,5 +1,7 @@
 """Noise after a linear layer has the law of noise before it."""
 
+import copy
+
 import pytest
 import torch
 from scipy import stats
@@ -130,6 +132,36 @@ def test_noise_follows_a_changed_layer_and_forward_keeps_its_gradient():
     assert torch.equal(gradient, base[1].weight.grad)
     with pytest.raises(ValueError, match="split_first_linear: base must be a Sequential"):
         SmoothedClassifier(nn.Linear(4, 2), 0.5, 2, noise="after_first_layer")
+
+
+def test_noise_follows_a_layer_whose_weight_or_place_was_replaced():
+    base, x = narrow_network(), torch.rand(2, 1, 8, 8)
+    after = SmoothedClassifier(base, 0.5, 3, noise="after_first_layer")
+    before = after.noise.samples(x, 5, seed=1)
+    base[1].weight.data = 2 * base[1].weight.data  # counted as no change of the weight
+    base[1].bias.data = 2 * base[1].bias.data
+    torch.testing.assert_close(after.noise.samples(x, 5, seed=1), 2 * before)
+    base[1] = nn.Linear(64, 8).eval()
+    fresh = SmoothedClassifier(base, 0.5, 3, noise="after_first_layer")
+    assert torch.equal(after.certify(x, n=50).counts, fresh.certify(x, n=50).counts)
+    copied = copy.deepcopy(after)
+    assert copied.noise.linear is copied.base[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_networks_see_outputs_in_their_type(dtype):
+    base, x = narrow_network().to(dtype), torch.rand(2, 1, 8, 8).to(dtype)
+    after = SmoothedClassifier(base, 0.5, 3, noise="after_first_layer")
+    assert after.noise.samples(x, 3, seed=0).dtype == dtype
+    assert after.certify(x, n=50).counts.sum(1).tolist() == [50, 50]
+
+
+def test_hooks_that_would_not_run_are_refused():
+    for place in (lambda base: base, lambda base: base[0], lambda base: base[1]):
+        base = narrow_network()
+        place(base).register_forward_hook(lambda module, inputs, made: 2 * made)
+        with pytest.raises(ValueError, match="must have no hooks and no forward of its own"):
+            SmoothedClassifier(base, 0.5, 3, noise="after_first_layer")
 
 
 def test_bad_arguments_are_refused():

@@ -126,3 +126,21 @@ def test_refusals():
 
     with pytest.raises(NotImplementedError, match="no rule for Twice"):
         lipschitz_bound(Twice(2, 2).eval())
+
+
+def test_what_a_call_may_change_is_refused():
+    hooked = nn.Linear(2, 2).eval()
+    hooked.register_forward_hook(lambda module, inputs, made: 100 * made)
+    replaced = nn.Sequential(nn.ReLU()).eval()
+    replaced.forward = lambda x: 100 * x
+    for module in (hooked, nn.Sequential(hooked).eval(), replaced):
+        with pytest.raises(NotImplementedError, match="has hooks or a forward of its own"):
+            lipschitz_bound(module)
+
+
+def test_pools_with_another_divisor_and_steep_softplus_are_refused():
+    with pytest.raises(NotImplementedError, match="no rule for divisor_override=1"):
+        lipschitz_bound(nn.AvgPool2d(2, divisor_override=1).eval())
+    assert lipschitz_bound(nn.Softplus(beta=3.0).eval()) == 1.0
+    with pytest.raises(NotImplementedError, match=r"threshold of at least 20; got 1 and 0\.1"):
+        lipschitz_bound(nn.Softplus(threshold=0.1).eval())

@@ -1,6 +1,7 @@
 """Mixture radii against exact flip distances; an estimated Lipschitz constant overclaims."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -129,3 +130,26 @@ def test_bad_input_is_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_no_radius_comes_from_rounding():
+    weight, own = torch.rand(2, 4000, dtype=torch.float64, generator=seeded(2)) / 2 + 0.5
+    other = own - (1 - weight) / weight
+    exact = [
+        Fraction(a) * (Fraction(y) - Fraction(i)) + Fraction(a) - 1
+        for a, y, i in zip(weight.tolist(), own.tolist(), other.tolist(), strict=True)
+    ]
+    lost = (other >= 0) & (torch.tensor([margin <= 0 for margin in exact]))
+    weight, own, other = weight[lost], own[lost], other[lost]
+    assert len(own) > 500
+    h, label = torch.stack([own, other], 1), torch.zeros(len(own), dtype=torch.int64)
+    assert not bool((lipschitz_radius(h, weight, 0.0, label) > 0).any())
+    for bound in ("tight", "scaled"):
+        assert not bool((smoothed_mixture_radius(own, other, weight, 1.0, bound=bound) > 0).any())
+    # numbers that are no tensors are not rounded to float32 either
+    number = smoothed_mixture_radius(0.7, other[0].item(), 0.9, 1.0)
+    assert number == smoothed_mixture_radius(0.7, other[0], 0.9, 1.0)
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)

@@ -244,3 +244,10 @@ def test_refusals():
     rounding = PackedLinear(24, 4, group_size=8, activations="int8")
     with pytest.raises(NotImplementedError, match="rounds its activations"):
         fused_radius(rounding, [torch.zeros(1, 12)] * 2, torch.ones(2))
+
+
+def test_outputs_that_are_not_finite_are_refused():
+    model, inputs = model_of(5), inputs_of(3)
+    inputs[0][1] = torch.nan
+    with pytest.raises(ValueError, match="the model's logits must be finite"):
+        certify_multimodal(model, inputs)

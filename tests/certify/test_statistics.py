@@ -10,8 +10,10 @@ import torch
 from scipy import stats
 
 from pyrobust.certify import (
+    class_bounds,
     clopper_pearson_lower,
     clopper_pearson_upper,
+    empirical_bernstein_margin,
     gaussian_radius,
     hoeffding_lower,
     hoeffding_upper,
@@ -137,8 +139,9 @@ def test_alpha_outside_the_open_unit_interval_is_refused(alpha):
 def test_bad_counts_and_probabilities_are_refused():
     with pytest.raises(ValueError, match=r"k must be an integer in \[0, n\]; got 3 of 2"):
         clopper_pearson_lower(3, 2, 0.1)
-    with pytest.raises(ValueError, match="n must be at least 1; got 0"):
-        clopper_pearson_upper(0, 0, 0.1)
+    for n in (0, 10.5, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"n must be at least 1, an integer; got {n:g}"):
+            clopper_pearson_upper(0, n, 0.1)
     with pytest.raises(ValueError, match=r"p_lower must lie in \[0, 1\]"):
         gaussian_radius(torch.tensor([float("nan")]), 1.0)
     with pytest.raises(ValueError, match="sigma must be finite and positive; got 0"):
@@ -180,3 +183,50 @@ def test_randomised_bound_lies_between_those_of_neighbouring_counts():
     assert randomised_lower(0, 5, 0.1, 0.0) > 0
     with pytest.raises(ValueError, match="uniform must lie in"):
         randomised_lower(1, 2, 0.1, 1.5)
+
+
+def test_randomised_bound_proves_no_certainty_at_any_level():
+    shares = np.linspace(0, 1, 101)
+    for alpha in (0.04, 0.1, 0.4, 0.7, 0.99):
+        counts = np.array([[1], [50]])
+        bounds = randomised_lower(counts, counts, alpha, shares)
+        assert float(bounds.max()) < 1
+        assert bool((bounds >= clopper_pearson_lower(counts, counts, alpha) - 1e-9).all())
+
+
+def test_a_radius_between_two_probabilities_is_never_positive_by_rounding():
+    low = np.random.default_rng(0).uniform(1e-9, 1 - 1e-9, 200_000)
+    radius = gaussian_radius(low, 1.0, p_upper=np.nextafter(low, 1))
+    assert not bool((radius > 0).any())
+
+
+def test_class_bounds_are_clopper_and_pearson_at_shared_levels():
+    counts, top = torch.tensor([[700, 200, 90, 10], [3, 500, 400, 97]]), torch.tensor([0, 1])
+    lower, upper = class_bounds(counts, top, 0.06)
+    assert torch.equal(lower, clopper_pearson_lower([700, 500], 1000, 0.03))
+    # half of alpha for the top class, a third of the other half for each other one
+    assert torch.equal(upper, clopper_pearson_upper([200, 400], 1000, np.nextafter(0.03 / 3, 0)))
+    none = class_bounds(torch.zeros(1, 3, dtype=torch.int64), torch.tensor([2]), 0.1)
+    assert [float(bound) for bound in none] == [0.0, 1.0]
+
+
+def test_class_bounds_hold_together():
+    probabilities, alpha, runs = np.array([0.4, 0.35, 0.25]), 0.2, 4000
+    drawn = np.random.default_rng(1).multinomial(60, probabilities, runs)
+    lower, upper = class_bounds(torch.from_numpy(drawn), torch.zeros(runs).long(), alpha)
+    wrong = (lower > 0.4) | (upper < 0.35)
+    # binomial: four deviations above alpha
+    assert float(wrong.double().mean()) < alpha + 4 * (alpha * (1 - alpha) / runs) ** 0.5
+
+
+@pytest.mark.parametrize(("values", "span"), [([0.0, 1.0, 0.5, 0.25], 1.0), ([0.3] * 9, 2.0)])
+def test_bernstein_margin_is_the_formula_of_the_theorem(values, span):
+    mpmath.mp.dps = 30
+    n, alpha = len(values), 0.4
+    mean = mpmath.fsum(values) / n
+    variance = mpmath.fsum((mpmath.mpf(v) - mean) ** 2 for v in values) / (n - 1)
+    log = mpmath.log(2 / mpmath.mpf(alpha))
+    exact = mpmath.sqrt(2 * variance * log / n) + 7 * span * log / (3 * (n - 1))
+    margin = empirical_bernstein_margin(torch.tensor(values).double(), alpha, span=span, dim=0)
+    assert float(exact) <= float(margin) <= span or float(margin) == span < float(exact)
+    assert float(margin) == pytest.approx(min(float(exact), span), rel=1e-9)

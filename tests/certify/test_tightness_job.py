@@ -58,6 +58,17 @@ def test_the_log_holds_the_direct_tightness_of_a_packed_network(place, relu):
     assert certificate.plot(labels=labels).get_xlabel() == "linf radius"
 
 
+def test_the_certificate_of_a_log_abstains_where_nothing_is_proven(place):
+    out = place / "log.tsv"
+    result = certify_to_log(job_of(place, eps=0.04), DATA, out)
+    certificate, labels = certificate_of_log(out)
+    proven = [row.extra[0] == "1" for row in read_log(out, TightnessJob.columns)]
+    assert (~certificate.abstained).tolist() == proven
+    assert sum(proven) == result["certified"] < len(proven)
+    share = certificate.certified_accuracy(labels).item()
+    assert share == pytest.approx(result["certified_accuracy"])
+
+
 def test_a_cut_log_is_completed_to_the_same_bytes(place):
     whole, cut = place / "whole.tsv", place / "cut.tsv"
     certify_to_log(job_of(place), DATA, whole)

@@ -51,6 +51,8 @@ def test_verified_images_resist_corner_search_and_batches_do_not_matter():
     assert float(accuracy) == pytest.approx(float(holds.double().mean()))
     assert not verified(model, x[:2], labels[:2], 0.02, rounding="nearest").certified
     assert len(verified(model, x[:0], labels[:0], 0.02)) == 0
+    small = verified(model, x, labels.to(torch.uint8), 0.02)
+    assert torch.equal(small.prediction, certificate.prediction)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +62,10 @@ def test_verified_images_resist_corner_search_and_batches_do_not_matter():
         ({"images": torch.zeros(2, 6).long()}, TypeError, "images must be a floating-point"),
         ({"labels": torch.zeros(2)}, TypeError, "labels must be an integer tensor"),
         ({"labels": torch.zeros(3).long()}, ValueError, r"labels must have shape \(2\)"),
+        ({"labels": torch.tensor([0, 4])}, ValueError, r"labels must lie in \[0, 4\); got 4"),
+        ({"labels": torch.tensor([-4, 0])}, ValueError, r"labels must lie in \[0, inf\); got -4"),
+        ({"images": torch.full((2, 6), torch.nan)}, ValueError, "images must be finite"),
+        ({"model": network(1), "labels": torch.zeros(2).long()}, ValueError, "num_classes must be"),
         ({"method": "magic"}, ValueError, "method must be one of ibp"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
         ({"model": network().train()}, ValueError, "evaluation mode"),

@@ -131,3 +131,14 @@ def test_float64_tails_do_not_vanish(name):
             points.tolist(), result.lower.tolist(), result.upper.tolist(), strict=True
         ):
             assert mpmath.mpf(low) <= CURVES[name](mpmath.mpf(x)) <= mpmath.mpf(high), x
+
+
+def test_numbers_beside_float64_boxes_are_not_rounded_to_float32():
+    x, chosen = torch.rand(4, dtype=torch.float64), torch.tensor([True, False, True, False])
+    box = Interval.ball(x, 0.1)
+    for rule in (
+        lambda v: torch.where(chosen, v, 0.1),
+        lambda v: torch.where(chosen, 0.1, v),
+        lambda v: v.masked_fill(chosen, 0.1),
+    ):
+        assert bool(rule(box).contains(rule(x)).all())

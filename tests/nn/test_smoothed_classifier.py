@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from scipy import special, stats
@@ -244,6 +245,37 @@ def test_bad_arguments_are_refused(options, error, message):
     x = options.pop("x", torch.zeros(1, 1, 8, 8))
     with pytest.raises(error, match=message):
         smoothed.certify(x, **{"n": 5, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"seed": -1}, ValueError, "seed must be at least 0; got -1"),
+        ({"seed": 2**63}, ValueError, r"seed must not exceed 2\*\*63"),
+        ({"seed": 0.5}, TypeError, "seed must be an integer; got float"),
+        ({"first_index": 2**48}, ValueError, r"first_index \+ B must not exceed 2\*\*48"),
+        ({"x": torch.zeros(1, 4).double()}, TypeError, "x must have dtype float32, bfloat16 or"),
+    ],
+)
+@pytest.mark.parametrize("call", ["certify", "certify_at", "predict"])
+def test_all_calls_refuse_alike_before_the_base_is_called(call, options, error, message):
+    base = nn.Sequential(nn.Linear(4, 2)).eval()
+    base.register_forward_hook(lambda *_: pytest.fail("the base was called"))
+    smoothed = SmoothedClassifier(base, 0.25, 2)
+    x = options.get("x", torch.zeros(1, 4))
+    rest = {name: value for name, value in options.items() if name != "x"}
+    given = (x, 0.1) if call == "certify_at" else (x,)
+    with pytest.raises(error, match=f"SmoothedClassifier.{call}: {message}"):
+        getattr(smoothed, call)(*given, **rest)
+
+
+def test_radii_may_be_numbers_of_any_kind():
+    smoothed, x = SmoothedClassifier(convolutional(), 0.5, 10), torch.rand(1, 1, 8, 8)
+    for radius in (0.25, np.float32(0.25), torch.tensor(0.25), [0.25], np.array([0.25])):
+        assert smoothed.certify_at(x, radius, budget=50).radii.tolist() == [0.25]
+    for radius in ([0.2, 0.1], [], float("nan"), torch.ones(1, 1)):
+        with pytest.raises(ValueError, match="radius must be a number >= 0 or increasing numbers"):
+            smoothed.certify_at(x, radius, budget=50)
 
 
 def test_training_mode_is_refused():

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from pyrobust.certify.relaxation.compositions.site import Site
 from pyrobust.certify.relaxation.compositions.table import FUNCTIONS, MODULES
+from pyrobust.nn._hooks import is_customised
 
 __all__ = ["decomposed", "function_name"]
 
@@ -56,8 +57,7 @@ def decomposed(graph: fx.Graph, root: nn.Module, point: Tensor) -> fx.Graph:
 def _rule(node: fx.Node, root: nn.Module) -> Callable[..., Any] | None:
     if node.op == "call_module":
         module = root.get_submodule(str(node.target))
-        hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-        return None if hooked else MODULES.get(type(module))
+        return None if is_customised(module) else MODULES.get(type(module))
     if node.op in ("call_function", "call_method"):
         return FUNCTIONS.get(function_name(node))
     return None
