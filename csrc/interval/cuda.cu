@@ -1,10 +1,9 @@
 // Launches of the interval kernels, and the constants of their proof.
 #include "core/bit_layout.h"
-#include "cuda/launch.h"
 #include "interval/cuda.h"
 #include "interval/cuda_constants.h"
-#include "interval/cuda_prepare.cuh"
-#include "interval/cuda_product.cuh"
+#include "interval/cuda_prepare.h"
+#include "interval/cuda_product_launch.cuh"
 #include "interval/cuda_wide.h"
 
 namespace pyrobust {
@@ -42,55 +41,16 @@ Constants wide_constants(const LinearCall& call, int parts) {
                         (1.0 + of_radius) * (1.0 + gamma) - 1.0);
 }
 
-// Inputs of a block: tiles of eight, one or two.
-int tiles_for(int64_t batch) { return batch <= kColumns ? 1 : 2; }
-
-int64_t product_blocks(const LinearCall& call) {
-  const int64_t rows = 16 * kRowWarps * (call.kind == WeightKind::kFloat32 ? 1 : 2);
-  const int64_t inputs = kColumns * tiles_for(call.batch);
-  return (call.rows + rows - 1) / rows * ((call.batch + inputs - 1) / inputs);
-}
-
-template <class Source, int kTiles>
-cuda::Status launch_tiles(const ProductWork<Source>& work, int64_t blocks, bool overlaps,
-                          const cuda::Queue& queue) {
-  using Shape_ = ProductShape<Source, kTiles>;
-  const cuda::LaunchShape shape = {
-      static_cast<unsigned>(blocks * work.parts), 1,       kProductThreads, Shape_::kShared,
-      static_cast<unsigned>(work.parts),          overlaps};
-  return cuda::launch(product_kernel<Source, kTiles>, shape, queue.stream, work);
-}
-
-// What both launches of a call share.
-struct Plan {
-  Constants constants;
-  uint16_t* operands;
-  float* offsets;
-  int parts;
-};
-
-template <class Source>
-cuda::Status launch_both(const Source& source, const LinearCall& call, const Plan& plan,
-                         const cuda::Queue& queue) {
-  const PrepareTo to = {plan.operands, plan.offsets, nullptr, 0};
-  const cuda::Status status =
-      launch_prepare<Source::kOrder, false>(call, plan.constants, to, queue);
-  if (status != 0) return status;
-  const ProductWork<Source> work = {source,         plan.operands,  plan.offsets, call.bias,
-                                    call.batch,     call.rows,      call.terms,   plan.constants,
-                                    call.out_lower, call.out_upper, plan.parts};
-  const int64_t blocks = product_blocks(call);
-  return tiles_for(call.batch) == 1 ? launch_tiles<Source, 1>(work, blocks, call.clusters, queue)
-                                    : launch_tiles<Source, 2>(work, blocks, call.clusters, queue);
-}
-
 cuda::Status launch_any(const LinearCall& call, const Plan& plan, const cuda::Queue& queue) {
-  const auto with = [&](const auto& source) { return launch_both(source, call, plan, queue); };
   if (call.kind == WeightKind::kFloat32) {
-    return with(Float32Source{
-        {static_cast<const float*>(call.dense), call.terms, aligned(call.dense, call.terms * 4)}});
+    const Float32Source source = float32_source(call);
+    return tiles_for(call.batch) == 1 ? launch_product<1>(source, call, plan, queue)
+                                      : launch_product<2>(source, call, plan, queue);
   }
-  return with_exact_source(call, with);
+  if (call.kind == WeightKind::kBFloat16 && tiles_for(call.batch) == 1) {
+    return launch_product<1>(bfloat16_source(call), call, plan, queue);
+  }
+  return launch_other_product(call, plan, queue);
 }
 
 }  // namespace
@@ -129,7 +89,12 @@ cuda::Status linear_of_warpgroups(const LinearCall& call, const cuda::Queue& que
   const WideScratch scratch = {
       reinterpret_cast<uint16_t*>(bytes), reinterpret_cast<float*>(offsets),
       reinterpret_cast<int32_t*>(partials + sizes.partials), reinterpret_cast<float*>(partials)};
-  return wide_linear(call, wide_constants(call, plan.parts), scratch, plan, queue);
+  const Constants constants = wide_constants(call, plan.parts);
+  const int counters = plan.parts > 1 ? static_cast<int>(plan.outputs) : 0;
+  const cuda::Status status =
+      launch_prepare(call, order_of(call), constants,
+                     {scratch.images, true, scratch.offsets, scratch.counters, counters}, queue);
+  return status != 0 ? status : wide_linear(call, constants, scratch, plan, queue);
 }
 
 }  // namespace
@@ -154,7 +119,10 @@ cuda::Status interval_linear(const LinearCall& call, const cuda::Queue& queue) {
   plan.constants = constants_for(call, plan.parts);
   plan.operands = static_cast<uint16_t*>(call.scratch);
   plan.offsets = reinterpret_cast<float*>(plan.operands + kPlanes * shape.batch * shape.terms);
-  return launch_any(call, plan, queue);
+  const cuda::Status status =
+      launch_prepare(call, order_of(call), plan.constants,
+                     {plan.operands, false, plan.offsets, nullptr, 0}, queue);
+  return status != 0 ? status : launch_any(call, plan, queue);
 }
 
 }  // namespace gpu

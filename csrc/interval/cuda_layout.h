@@ -68,6 +68,32 @@ PYROBUST_HD int64_t term_of_place(int order, int64_t lane, int64_t place) {
   return lane * kTermsOfLane + place / word * word + place % 2 * half + place % word / 2;
 }
 
+// The same as numbers: the term of a place is a sum over the bits of the place and of the lane, so
+// that one kernel serves all orders.
+constexpr int kPlaceBits = 5;
+struct TermStrides {
+  int32_t of_place[kPlaceBits];  // of a bit of the place
+  int32_t of_lane;               // of 1 of the lane
+};
+PYROBUST_HD TermStrides strides_of(int order) {
+  TermStrides strides = {};
+  for (int bit = 0; bit < kPlaceBits; ++bit) {
+    strides.of_place[bit] = static_cast<int32_t>(term_of_place(order, 0, int64_t{1} << bit));
+  }
+  strides.of_lane = static_cast<int32_t>(term_of_place(order, 1, 0));
+  return strides;
+}
+
+// Eight terms that follow one another in memory, chunk `chunk` (0 .. 15) of a step: the first
+// one's, and strides of the bits of the others' places among the eight.
+struct TermRun {
+  int32_t first;
+  int32_t stride[3];
+};
+PYROBUST_HD int32_t term_of_run(const TermRun& run, int i) {
+  return run.first + i % 2 * run.stride[0] + i / 2 % 2 * run.stride[1] + i / 4 * run.stride[2];
+}
+
 struct Shape {
   int64_t batch;
   int64_t terms;  // padded to whole steps
@@ -113,10 +139,9 @@ PYROBUST_HD int shared_parts(int64_t blocks, int multiprocessors, int64_t terms)
   return parts;
 }
 
-// --- images
-// --------------------------------------------------------------------------------------- What
-// warpgroups multiply with lies in memory as in shared memory (cuda_wide.cuh): of 8, 16, 32 or 64
-// inputs and 64 terms three planes, c_hi, c_lo and r rounded up, of a row of 128 bytes an input,
+// --- images -------------------------------------------------------------------------------------
+// What warpgroups multiply with lies in memory as in shared memory (cuda_wide.cuh): of 8, 16, 32 or
+// 64 inputs and 64 terms three planes, c_hi, c_lo and r rounded up, of a row of 128 bytes an input,
 // whose chunk c of 16 bytes lies where c ^ (row % 8) is.
 //
 //   (run of inputs, 64 terms, plane, input, term)
@@ -135,6 +160,17 @@ PYROBUST_HD int64_t term_of_column(int order, int64_t column) {
   const int64_t block = column / 16, pair = column % 16 / 8;
   return term_of_place(order, column % 8 / 2,
                        block / 2 * 8 + block % 2 * 4 + pair * 2 + column % 2);
+}
+
+// Chunks of operands, and of images.
+PYROBUST_HD TermRun run_of_operands(const TermStrides& by, int chunk) {
+  return {chunk % 4 * by.of_lane + chunk / 4 % 2 * by.of_place[3] + chunk / 8 * by.of_place[4],
+          {by.of_place[0], by.of_place[1], by.of_place[2]}};
+}
+PYROBUST_HD TermRun run_of_images(const TermStrides& by, int chunk) {
+  return {chunk % 2 * by.of_place[1] + chunk / 2 % 2 * by.of_place[2] +
+              chunk / 4 % 2 * by.of_place[3] + chunk / 8 * by.of_place[4],
+          {by.of_place[0], by.of_lane, 2 * by.of_lane}};
 }
 
 // Index of eight terms on end among bfloat16 images of `inputs` inputs; chunk: of the input's

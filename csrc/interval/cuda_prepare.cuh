@@ -1,10 +1,9 @@
 // Centres and radii as bfloat16, and the absolute term of every input.
 #pragma once
 
-#include "cuda/launch.h"
 #include "interval/cuda_layout.h"
+#include "interval/cuda_prepare.h"
 #include "interval/cuda_terms.cuh"
-#include "interval/ends.h"
 
 namespace pyrobust {
 namespace interval {
@@ -23,6 +22,7 @@ struct PrepareWork {
   int32_t* counters;  // that become zero
   int count;
   int image_inputs;
+  TermStrides strides;
 };
 
 constexpr size_t kPrepareShared = 128;
@@ -41,20 +41,20 @@ struct Maxima {
 };
 
 // Terms of chunk `chunk` of an input: eight that lie side by side, in images or in operands.
-template <int kOrder, bool kImages>
+template <bool kImages>
 PYROBUST_DEVICE void prepare_eight(const PrepareWork& work, int64_t input, int64_t chunk,
                                    Prepared (&out)[kEight]) {
-  const int64_t of_step = chunk % 16;
+  const int of_step = static_cast<int>(chunk % 16);
+  const TermRun run =
+      kImages ? run_of_images(work.strides, of_step) : run_of_operands(work.strides, of_step);
+  const int64_t step = chunk / 16 * kStep, left = work.terms - step;
+  const float* lower = work.lower + input * work.terms + step;
+  const float* upper = work.upper + input * work.terms + step;
 #pragma unroll
   for (int i = 0; i < kEight; ++i) {
-    const int64_t within = kImages ? term_of_column(kOrder, of_step * kEight + i)
-                                   : term_of_place(kOrder, of_step % 4, of_step / 4 * kEight + i);
-    const int64_t term = chunk / 16 * kStep + within;
+    const int term = term_of_run(run, i);
     out[i] = {0.0f, -1.0f, 0.0f, true};  // a radius that stays below 0: absent
-    if (term < work.terms) {
-      const int64_t at = input * work.terms + term;
-      out[i] = prepare_term(work.lower[at], work.upper[at], work.constants);
-    }
+    if (term < left) out[i] = prepare_term(lower[term], upper[term], work.constants);
   }
 }
 
@@ -131,7 +131,7 @@ PYROBUST_DEVICE Maxima maxima_of_input(const PrepareWork& work, Maxima own) {
   return own;
 }
 
-template <int kOrder, bool kImages>
+template <bool kImages>
 PYROBUST_KERNEL_OF(kPrepareThreads, 3)
 prepare_kernel(const __grid_constant__ PrepareWork work) {
   cuda::begin_next_grid();
@@ -145,7 +145,7 @@ prepare_kernel(const __grid_constant__ PrepareWork work) {
   Maxima maxima = {0.0f, 0.0f};
   for (int64_t chunk = first; chunk < chunks; chunk += apart) {
     Prepared terms[kEight];
-    prepare_eight<kOrder, kImages>(work, input, chunk, terms);
+    prepare_eight<kImages>(work, input, chunk, terms);
     join_maxima(terms, &maxima);
     if (!work.int8) store_eight<kImages>(work, terms, 0.0f, input, chunk);
   }
@@ -158,29 +158,9 @@ prepare_kernel(const __grid_constant__ PrepareWork work) {
       cuda::mul_up(cuda::mul_up(maxima.widest, kHalfStep), work.constants.radius_gain);
   for (int64_t chunk = first; chunk < chunks; chunk += apart) {
     Prepared terms[kEight];
-    prepare_eight<kOrder, kImages>(work, input, chunk, terms);
+    prepare_eight<kImages>(work, input, chunk, terms);
     store_eight<kImages>(work, terms, extra, input, chunk);
   }
-}
-
-// Where the launch writes to.
-struct PrepareTo {
-  uint16_t* operands;
-  float* offsets;
-  int32_t* counters;
-  int count;
-};
-
-template <int kOrder, bool kImages>
-cuda::Status launch_prepare(const LinearCall& call, const Constants& constants, const PrepareTo& to,
-                            const cuda::Queue& queue) {
-  const int parts = call.clusters ? prepare_parts(call.terms) : 1;
-  const PrepareWork work = {call.lower, call.upper,  call.batch,  call.terms,
-                            call.int8,  constants,   to.operands, to.offsets,
-                            parts,      to.counters, to.count,    image_inputs(call.batch)};
-  const cuda::LaunchShape shape = {static_cast<unsigned>(call.batch * parts), 1, kPrepareThreads,
-                                   kPrepareShared, static_cast<unsigned>(parts)};
-  return cuda::launch(prepare_kernel<kOrder, kImages>, shape, queue.stream, work);
 }
 
 }  // namespace gpu

@@ -16,6 +16,7 @@ namespace gpu {
 constexpr int kRowWarps = 4;
 constexpr int kProductThreads = 32 * kRowWarps * kHalves;
 
+// What a product is of; images of inputs stand for operands in that of warpgroups (cuda_wide.cuh).
 template <class Source>
 struct ProductWork {
   Source source;
@@ -28,7 +29,7 @@ struct ProductWork {
   Constants constants;
   float* out_lower;
   float* out_upper;
-  int parts;  // blocks of a cluster, which share rows and inputs
+  int parts;  // blocks that share rows and inputs
 };
 
 // kTiles: of eight inputs, of a block.
@@ -247,9 +248,9 @@ PYROBUST_DEVICE void add_parts(const uint8_t* shared, int parts, int thread, int
 }
 
 // Ends of output n of an input from its sums.
-template <class Work>
-PYROBUST_DEVICE void finish_output(const Work& work, int64_t n, int64_t input, float centre,
-                                   float radius) {
+template <class Source>
+PYROBUST_DEVICE void finish_output(const ProductWork<Source>& work, int64_t n, int64_t input,
+                                   float centre, float radius) {
   if (n >= work.rows || input >= work.batch) return;
   const float offset = work.offsets[input];
   const int64_t to = input * work.rows + n;

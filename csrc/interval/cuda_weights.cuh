@@ -28,8 +28,8 @@ struct Factor {
 //   factor(n, step)
 //   Lane(stage, row, lane, factor).eight(i, out)  terms 8 i .. 8 i + 7 of the lane's
 
-// Chunks of rows of dense weights. Rows that do not begin on vector borders, and what goes past
-// their end, are read a value at a time.
+// Chunks of rows of dense weights. Rows that do not begin on vector borders are read a value at a
+// time; an asynchronous copy wants an aligned address even where it only writes zeros.
 template <typename T>
 struct DenseRows {
   static constexpr int kOfChunk = 16 / static_cast<int>(sizeof(T));
@@ -41,15 +41,15 @@ struct DenseRows {
                                        int chunk) const {
     const int64_t at = step * kStep + chunk * kOfChunk;
     const T* from = weight + n * terms + at;
-    const bool valid = n >= 0 && at < terms;
-    if (vectors || !valid) {
-      cuda::copy16_async_or_zero(place, valid ? from : weight, valid);
+    const int64_t left = n < 0 ? 0 : terms - at;
+    if (vectors) {
+      cuda::copy16_async_or_zero(place, left > 0 ? from : weight, left > 0);
       return;
     }
     cuda::Words4 words = {};
 #pragma unroll
     for (int i = 0; i < kOfChunk; ++i) {
-      if (at + i < terms) {
+      if (i < left) {
         words.word[i * 4 / kOfChunk] |= bits_of(from[i]) << (i * 32 / (kOfChunk / 4) % 32);
       }
     }
@@ -250,13 +250,25 @@ PackedSource<kBits> packed_source(const matmul::PackedMatrix& weight) {
           whole_rows ? weight.cols / kStep : weight.group_size / kStep};
 }
 
-// function(source) of a weight that bfloat16 holds exactly.
+inline BFloat16Source bfloat16_source(const LinearCall& call) {
+  return {
+      {static_cast<const uint16_t*>(call.dense), call.terms, aligned(call.dense, call.terms * 2)}};
+}
+
+inline Float32Source float32_source(const LinearCall& call) {
+  return {{static_cast<const float*>(call.dense), call.terms, aligned(call.dense, call.terms * 4)}};
+}
+
+// PackedSource::kOrder and the others'.
+inline int order_of(const LinearCall& call) {
+  if (call.kind == WeightKind::kFloat32) return Float32Source::kOrder;
+  if (call.kind == WeightKind::kBFloat16) return BFloat16Source::kOrder;
+  return code_bits(call.packed.levels);
+}
+
+// function(source) of a packed weight.
 template <class Function>
-cuda::Status with_exact_source(const LinearCall& call, const Function& function) {
-  if (call.kind == WeightKind::kBFloat16) {
-    return function(BFloat16Source{{static_cast<const uint16_t*>(call.dense), call.terms,
-                                    aligned(call.dense, call.terms * 2)}});
-  }
+cuda::Status with_packed_source(const LinearCall& call, const Function& function) {
   switch (code_bits(call.packed.levels)) {
     case 1:
       return function(packed_source<1>(call.packed));

@@ -1,6 +1,7 @@
 // The product of warpgroups. Compiled for sm_90a.
-#include "cuda/launch.h"
-#include "interval/cuda_prepare.cuh"
+#include <type_traits>
+
+#include "interval/cuda_product_launch.cuh"
 #include "interval/cuda_wide.cuh"
 
 namespace pyrobust {
@@ -9,8 +10,7 @@ namespace gpu {
 namespace {
 
 template <int kEights, class Source>
-cuda::Status launch_product(const WideWork<Source>& work, int64_t blocks,
-                            const cuda::Queue& queue) {
+cuda::Status launch_wide(const WideWork<Source>& work, int64_t blocks, const cuda::Queue& queue) {
   using S = WideShape<Source, kEights>;
   cuda::LaunchShape shape;
   shape.blocks_x = static_cast<unsigned>(blocks);
@@ -21,28 +21,20 @@ cuda::Status launch_product(const WideWork<Source>& work, int64_t blocks,
 }
 
 template <class Source>
-cuda::Status launch_wide(const Source& source, const LinearCall& call, const Constants& constants,
-                         const WideScratch& scratch, const WidePlan& plan,
-                         const cuda::Queue& queue) {
-  const int count = plan.parts > 1 ? static_cast<int>(plan.outputs) : 0;
-  const PrepareTo prepared = {scratch.images, scratch.offsets, scratch.counters, count};
-  const cuda::Status status =
-      launch_prepare<Source::kOrder, true>(call, constants, prepared, queue);
-  if (status != 0) return status;
-  const WideWork<Source> work = {source,          scratch.images, scratch.offsets, call.bias,
-                                 call.batch,      call.rows,      call.terms,      constants,
-                                 call.out_lower,  call.out_upper, plan.parts,      scratch.partials,
-                                 scratch.counters};
-  const int64_t blocks = plan.outputs * plan.parts;
-  switch (image_inputs(call.batch)) {
+cuda::Status launch_inputs(const WideWork<Source>& work, int64_t blocks, const cuda::Queue& queue) {
+  switch (image_inputs(work.batch)) {
     case 8:
-      return launch_product<1>(work, blocks, queue);
+      if constexpr (Source::kBits == 0) {
+        return 1;  // cudaErrorInvalidValue: fewer than kLeastWide are not multiplied here
+      } else {
+        return launch_wide<1>(work, blocks, queue);
+      }
     case 16:
-      return launch_product<2>(work, blocks, queue);
+      return launch_wide<2>(work, blocks, queue);
     case 32:
-      return launch_product<4>(work, blocks, queue);
+      return launch_wide<4>(work, blocks, queue);
     default:
-      return launch_product<8>(work, blocks, queue);
+      return launch_wide<8>(work, blocks, queue);
   }
 }
 
@@ -51,9 +43,14 @@ cuda::Status launch_wide(const Source& source, const LinearCall& call, const Con
 cuda::Status wide_linear(const LinearCall& call, const Constants& constants,
                          const WideScratch& scratch, const WidePlan& plan,
                          const cuda::Queue& queue) {
-  return with_exact_source(call, [&](const auto& source) {
-    return launch_wide(source, call, constants, scratch, plan, queue);
-  });
+  const auto launch = [&](const auto& source) {
+    const Plan of_call = {constants, scratch.images, scratch.offsets, plan.parts};
+    const WideWork<std::decay_t<decltype(source)>> work = {product_work(source, call, of_call),
+                                                           scratch.partials, scratch.counters};
+    return launch_inputs(work, plan.outputs * plan.parts, queue);
+  };
+  if (call.kind == WeightKind::kBFloat16) return launch(bfloat16_source(call));
+  return with_packed_source(call, launch);
 }
 
 }  // namespace gpu

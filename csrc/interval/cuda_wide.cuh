@@ -32,19 +32,8 @@ struct WideShape {
 };
 
 template <class Source>
-struct WideWork {
-  Source source;
-  const uint16_t* images;
-  const float* offsets;
-  const float* bias;
-  int64_t batch;
-  int64_t rows;
-  int64_t terms;
-  Constants constants;
-  float* out_lower;
-  float* out_upper;
-  int parts;
-  float* partials;    // kWidePartial floats a thread
+struct WideWork : ProductWork<Source> {
+  float* partials;    // 8 kEights floats a thread
   int32_t* counters;  // of blocks that have come, one for each set of outputs
 };
 
@@ -92,14 +81,15 @@ struct WideBlock {
                                               cuda::SharedPlace stage) const {
     const int64_t images = padded(work.terms, kStep) / kImageTerms;
     const int64_t image = first / S::kInputs * images + unit * S::kImages;
-    const uint16_t* from = work.images + image * (S::kImageBytes / 2);
+    const uint16_t* from = work.operands + image * (S::kImageBytes / 2);
     constexpr int kAll = S::kInputBytes / 16;
 #pragma unroll
     for (int i = 0; i < (kAll + S::kThreads - 1) / S::kThreads; ++i) {
       const int index = i * S::kThreads + static_cast<int>(threadIdx.x);
       if (kAll % S::kThreads != 0 && index >= kAll) break;
       const bool valid = index / 8 % S::kInputs < present;
-      cuda::copy16_async_or_zero(stage + index * 16, valid ? from + index * 8 : work.images, valid);
+      cuda::copy16_async_or_zero(stage + index * 16, valid ? from + index * 8 : work.operands,
+                                 valid);
     }
   }
 };

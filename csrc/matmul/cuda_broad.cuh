@@ -8,7 +8,6 @@
 // Products of a step are under way while the next is decoded.
 #pragma once
 
-#include "cuda/launch.h"
 #include "matmul/cuda_two_tiles.cuh"
 #include "matmul/cuda_warpgroup_results.cuh"
 
@@ -272,14 +271,8 @@ broad_linear_kernel(const __grid_constant__ LinearArguments p) {
 
 template <Format kFormat, class Act>
 cuda::Status start_broad(const LinearArguments& p, cuda::Stream stream) {
-  using S = BroadShape<kFormat>;
-  cuda::LaunchShape shape;
-  shape.blocks_x = static_cast<unsigned>(thread_blocks_of(p.schedule));
+  cuda::LaunchShape shape = launch_shape<BroadShape<kFormat>>(p);
   shape.blocks_y = static_cast<unsigned>(divide_up(p.count, kBroadRows));
-  shape.threads = S::kThreads;
-  shape.shared_bytes = S::kSharedBytes;
-  shape.cluster = static_cast<unsigned>(p.schedule.parts);
-  shape.overlaps = p.settled;
   return cuda::launch(broad_linear_kernel<kFormat, Act>, shape, stream, p);
 }
 

@@ -10,7 +10,6 @@
 // on an H200.
 #pragma once
 
-#include "cuda/launch.h"
 #include "matmul/cuda_results.cuh"
 
 namespace pyrobust::matmul::gpu {
@@ -308,14 +307,8 @@ few_linear_kernel(const __grid_constant__ LinearArguments p) {
 
 template <Format kFormat, class Act, int kRows, int kFault = 0>
 cuda::Status start_few(const LinearArguments& p, cuda::Stream stream) {
-  using S = FewShape<kFormat, kRows>;
-  cuda::LaunchShape shape;
-  shape.blocks_x = static_cast<unsigned>(thread_blocks_of(p.schedule));
-  shape.threads = S::kThreads;
-  shape.shared_bytes = S::kSharedBytes;
-  shape.cluster = static_cast<unsigned>(p.schedule.parts);
-  shape.overlaps = p.settled && p.schedule.fills;
-  return cuda::launch(few_linear_kernel<kFormat, Act, kRows, kFault>, shape, stream, p);
+  return cuda::launch(few_linear_kernel<kFormat, Act, kRows, kFault>,
+                      launch_shape<FewShape<kFormat, kRows>>(p), stream, p);
 }
 
 }  // namespace pyrobust::matmul::gpu

@@ -15,7 +15,6 @@
 // sums meet: cuda_results.cuh.
 #pragma once
 
-#include "cuda/launch.h"
 #include "matmul/cuda_results.cuh"
 
 namespace pyrobust::matmul::gpu {
@@ -103,14 +102,8 @@ packed_linear_kernel(const __grid_constant__ LinearArguments p) {
 
 template <Format kFormat, class Act, int kRows, int kGroupDim>
 cuda::Status start(const LinearArguments& p, cuda::Stream stream) {
-  using S = Shape<kFormat, kRows>;
-  cuda::LaunchShape shape;
-  shape.blocks_x = static_cast<unsigned>(thread_blocks_of(p.schedule));
-  shape.threads = S::kThreads;
-  shape.shared_bytes = S::kSharedBytes;
-  if (p.clusters) shape.cluster = static_cast<unsigned>(p.schedule.parts);
-  shape.overlaps = p.clusters && p.settled && p.schedule.fills;
-  return cuda::launch(packed_linear_kernel<kFormat, Act, kRows, kGroupDim>, shape, stream, p);
+  return cuda::launch(packed_linear_kernel<kFormat, Act, kRows, kGroupDim>,
+                      launch_shape<Shape<kFormat, kRows>>(p), stream, p);
 }
 
 template <Format kFormat, class Act, int kGroupDim>

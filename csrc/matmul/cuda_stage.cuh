@@ -1,7 +1,9 @@
-// What a thread block of the fused product holds, and how a stage of its shared memory is filled.
+// What a thread block of the fused product holds, how it is launched, and how a stage of its shared
+// memory is filled.
 #pragma once
 
 #include "core/float_types.h"
+#include "cuda/launch.h"
 #include "cuda/primitives.h"
 #include "matmul/cuda.h"
 #include "matmul/cuda_layout.h"
@@ -55,6 +57,18 @@ struct Shape {
   static constexpr int kRunBytes = kVectors * kTeam * 16;
   static_assert(kTeams * kRunBytes <= kTableAt, "the sums lie over the stages");
 };
+
+// The launch of a kernel with these sizes.
+template <class S>
+cuda::LaunchShape launch_shape(const LinearArguments& p) {
+  cuda::LaunchShape shape;
+  shape.blocks_x = static_cast<unsigned>(thread_blocks_of(p.schedule));
+  shape.threads = S::kThreads;
+  shape.shared_bytes = S::kSharedBytes;
+  if (p.clusters) shape.cluster = static_cast<unsigned>(p.schedule.parts);
+  shape.overlaps = p.clusters && p.settled && p.schedule.fills;
+  return shape;
+}
 
 // Which warp of its team a thread is in.
 struct WarpPlace {

@@ -8,7 +8,6 @@
 // decode the other, or add its sums.
 #pragma once
 
-#include "cuda/launch.h"
 #include "matmul/cuda_two_tiles.cuh"
 #include "matmul/cuda_warpgroup_results.cuh"
 
@@ -262,14 +261,8 @@ wide_linear_kernel(const __grid_constant__ LinearArguments p) {
 
 template <Format kFormat, class Act>
 cuda::Status start_wide(const LinearArguments& p, cuda::Stream stream) {
-  using S = WideShape<kFormat>;
-  cuda::LaunchShape shape;
-  shape.blocks_x = static_cast<unsigned>(thread_blocks_of(p.schedule));
-  shape.threads = S::kThreads;
-  shape.shared_bytes = S::kSharedBytes;
-  shape.cluster = static_cast<unsigned>(p.schedule.parts);
-  shape.overlaps = p.settled;
-  return cuda::launch(wide_linear_kernel<kFormat, Act>, shape, stream, p);
+  return cuda::launch(wide_linear_kernel<kFormat, Act>, launch_shape<WideShape<kFormat>>(p), stream,
+                      p);
 }
 
 }  // namespace pyrobust::matmul::gpu

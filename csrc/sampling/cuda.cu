@@ -28,7 +28,7 @@ cuda::Status launch_rows(const Distribution& distribution, int64_t channels,
   const Positions& at = distribution.call.at;
   const int64_t items = at.images * at.samples * channels * tiles_of(at.elements) * kLanes;
   if (items == 0) return 0;
-  const size_t shared = Distribution::kPurpose == kPurposeNormal ? kNormalShared : 0;
+  const size_t shared = Distribution::kNormals ? kNormalShared : 0;
   return cuda::launch(rows_kernel<Distribution>, shape_for(items, kRowThreads, shared, queue),
                       queue.stream, distribution, channels, Tables{kNormalTable, kLaplaceTable});
 }
@@ -67,7 +67,9 @@ cuda::Status launch_part(const NoiseCall& call, int64_t begin, int64_t count,
 
 template <Noise kNoise>
 cuda::Status launch_noise(const NoiseCall& call, const cuda::Queue& queue) {
-  if (call.at.elements % 4 != 0) return launch_rows(OddNoise<kNoise>{call}, 1, queue);
+  // Vectors of x begin where its rows do, if x itself does: a tensor may be a view.
+  const bool vectors = call.at.elements % 4 == 0 && reinterpret_cast<uintptr_t>(call.x) % 16 == 0;
+  if (!vectors) return launch_rows(OddNoise{call}, 1, queue);
   if (call.at.images * call.at.elements == 0) return 0;
   for (int64_t begin = 0; begin < call.at.samples;) {
     const int64_t count = samples_together(call.at.first_sample + begin, call.at.samples - begin);

@@ -30,17 +30,20 @@ struct Variates {
   cuda::SharedPlace shared;
 };
 
-template <Noise kNoise>
+// Each distribution: kNormals (whether it looks normals up), purpose() of its random words.
 struct OddNoise {
-  static constexpr uint32_t kPurpose = kNoise == Noise::kGaussian  ? kPurposeNormal
-                                       : kNoise == Noise::kUniform ? kPurposeUniform
-                                                                   : kPurposeLaplace;
+  static constexpr bool kNormals = true;
   NoiseCall call;
+  __device__ __forceinline__ uint32_t purpose() const {
+    return call.noise == Noise::kGaussian  ? kPurposeNormal
+           : call.noise == Noise::kUniform ? kPurposeUniform
+                                           : kPurposeLaplace;
+  }
   __device__ __forceinline__ void operator()(const Variates& variates, const Element& e) const {
     float z;
-    if (kNoise == Noise::kGaussian) {
+    if (call.noise == Noise::kGaussian) {
       z = normal_here(variates.shared, variates.tables.normal, e.stream, e.place, e.bits);
-    } else if (kNoise == Noise::kUniform) {
+    } else if (call.noise == Noise::kUniform) {
       z = uniform_from_bits(e.bits);
     } else {
       z = laplace_at(variates.tables.laplace, e.stream, e.place, e.bits);
@@ -51,7 +54,8 @@ struct OddNoise {
 };
 
 struct Split {
-  static constexpr uint32_t kPurpose = kPurposeNormal;
+  static constexpr bool kNormals = true;
+  __device__ __forceinline__ static uint32_t purpose() { return kPurposeNormal; }
   SplitCall call;
   __device__ __forceinline__ void operator()(const Variates& variates, const Element& e) const {
     const float z = normal_here(variates.shared, variates.tables.normal, e.stream, e.place, e.bits);
@@ -63,7 +67,8 @@ struct Split {
 };
 
 struct Keep {
-  static constexpr uint32_t kPurpose = kPurposeKeep;
+  static constexpr bool kNormals = false;
+  __device__ __forceinline__ static uint32_t purpose() { return kPurposeKeep; }
   KeepCall call;
   __device__ __forceinline__ void operator()(const Variates&, const Element& e) const {
     const bool kept = keep_at(e.stream, e.place, call.keep, e.bits);
@@ -72,7 +77,8 @@ struct Keep {
 };
 
 struct Grid {
-  static constexpr uint32_t kPurpose = kPurposeNormal;
+  static constexpr bool kNormals = true;
+  __device__ __forceinline__ static uint32_t purpose() { return kPurposeNormal; }
   GridCall call;
   __device__ __forceinline__ void operator()(const Variates& variates, const Element& e) const {
     const int32_t n =
@@ -86,7 +92,8 @@ struct Grid {
 };
 
 struct Choice {
-  static constexpr uint32_t kPurpose = kPurposeChoice;
+  static constexpr bool kNormals = false;
+  __device__ __forceinline__ static uint32_t purpose() { return kPurposeChoice; }
   ChoiceCall call;
   int64_t candidates;
   __device__ __forceinline__ void operator()(const Variates&, const Element& e) const {
@@ -105,7 +112,7 @@ PYROBUST_KERNEL(kRowThreads)
 rows_kernel(const __grid_constant__ Distribution distribution, int64_t channels,
             const __grid_constant__ Tables tables) {
   Variates variates = {tables, {}};
-  if (Distribution::kPurpose == kPurposeNormal) {
+  if (Distribution::kNormals) {
     variates.shared = fill_normal(tables.normal, cuda::shared_memory());
   }
   const Positions& at = distribution.call.at;
@@ -118,7 +125,7 @@ rows_kernel(const __grid_constant__ Distribution distribution, int64_t channels,
     const Stream stream = {at.seed, at.first_sample + item.sample, at.first_index + item.image};
     const auto block = static_cast<uint32_t>(item.block);
     const PhiloxWords words =
-        philox4x32(stream_counter(stream, block, Distribution::kPurpose), at.seed);
+        philox4x32(stream_counter(stream, block, distribution.purpose()), at.seed);
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
       const int64_t index = element_of_block(item.block, w);

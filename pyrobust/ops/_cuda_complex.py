@@ -21,6 +21,7 @@ from pyrobust.ops._cuda_matmul import (
     workspace,
 )
 from pyrobust.ops._cuda_module import cuda_module, where
+from pyrobust.ops._cuda_streams import capturing, made_now
 
 __all__ = ["complex_sums"]
 
@@ -60,7 +61,10 @@ def _complex_weight(codes: Tensor, in_features: int) -> tuple[Any, Tensor]:
     key = codes.data_ptr(), version(codes), in_features
     kept = _WEIGHTS.get(codes)
     if kept is not None and kept[0] == key:
-        return kept[1]  # type: ignore[no-any-return]
+        _, (native, stored), made = kept
+        if made is not None:
+            made.wait((stored,))
+        return native, stored
     module, rows, on = cuda_module("complex_2bit_sums"), codes.shape[0], where(codes)
     stored = codes.new_empty(module.stored_words(4, False, rows, in_features), dtype=torch.int32)
     plain = codes.contiguous()
@@ -68,6 +72,6 @@ def _complex_weight(codes: Tensor, in_features: int) -> tuple[Any, Tensor]:
     native = module.ComplexLinear(
         stored.data_ptr(), rows, in_features, multiprocessors(codes), clusters(codes)
     )
-    if not (codes.is_cuda and torch.cuda.is_current_stream_capturing()):
-        _WEIGHTS[codes] = (key, (native, stored))
+    if not capturing(codes):
+        _WEIGHTS[codes] = (key, (native, stored), made_now(codes))
     return native, stored

@@ -17,6 +17,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from pyrobust.ops._cuda_matmul import GpuWeight, address, dequantize, version
 from pyrobust.ops._cuda_module import cuda_module, where
+from pyrobust.ops._cuda_streams import Made, made_now
+from pyrobust.ops._cuda_streams import capturing as under_capture
 
 __all__ = ["Mode", "convolve", "linear", "packed_linear", "serves_convolution", "serves_linear"]
 
@@ -110,7 +112,7 @@ class _Weight:
     magnitude: Tensor
     terms: int
     chunks: int
-    made: tuple[int, torch.cuda.Event] | None = None  # stream of the splitting, and its end
+    made: Made | None = None
 
     @property
     def padded(self) -> int:
@@ -134,7 +136,7 @@ def _weight_of(weight: Tensor, keep: bool) -> _Weight:
     the graph itself, whose replays then see their changes. Changes that torch does not count, in
     place through ``.data``, are not seen.
     """
-    capturing = weight.is_cuda and torch.cuda.is_current_stream_capturing()
+    capturing = under_capture(weight)
     keep = keep and not weight.is_inference() and not (capturing and weight.requires_grad)
     key = (weight.data_ptr(), version(weight), weight.dtype, tuple(weight.shape), CHUNK_TERMS)
     kept = _WEIGHTS.get(weight) if keep else None
@@ -142,15 +144,12 @@ def _weight_of(weight: Tensor, keep: bool) -> _Weight:
         made: _Weight = kept[1]
         if capturing:  # which begins synchronized
             _CAPTURED.setdefault(weight, []).append(made)
-        elif made.made is not None and made.made[0] != where(weight)[1]:
-            made.made[1].wait()
+        elif made.made is not None:
+            made.made.wait((made.source, made.first, made.second, made.magnitude))
         return made
     parts = _split(weight.detach().flatten(1))
     if keep and not capturing:
-        if weight.is_cuda:
-            event = torch.cuda.Event()
-            event.record()
-            parts = replace(parts, made=(where(weight)[1], event))
+        parts = replace(parts, made=made_now(weight))
         _WEIGHTS[weight] = (key, parts)
     return parts
 

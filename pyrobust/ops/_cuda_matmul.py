@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pyrobust.ops._cuda_module import FLOAT_CODES, cuda_module, where
+from pyrobust.ops._cuda_streams import Made, capturing, made_now
 from pyrobust.ops.formats import levels_of
 from pyrobust.ops.packed_weight import NO_EXTRAS, WeightExtras
 
@@ -107,7 +108,7 @@ class GpuWeight:
     matrix: Any
     stored: Tensor | None = None
     fused: dict[torch.dtype, _Fused | None] = field(default_factory=dict)
-    made: tuple[int, torch.cuda.Event] | None = None  # stream of the last repacking, and its end
+    made: Made | None = None  # by the last repacking
 
     @classmethod
     def of(cls, parts: Parts) -> GpuWeight:
@@ -144,18 +145,16 @@ class GpuWeight:
         """The repacked weight, made at the first call; None where only decoding serves."""
         if dtype not in self.fused:
             self.fused[dtype] = _repack(self, dtype) if _fusible(self.parts, dtype) else None
-            if self.parts.codes.is_cuda and not torch.cuda.is_current_stream_capturing():
-                event = torch.cuda.Event()
-                event.record()
-                self.made = self.where[1], event
+            self.made = made_now(self.parts.codes) or self.made
         return self.fused[dtype]
 
     def wait(self) -> None:
-        """Order the current stream after the repacking, where another stream did that."""
-        if self.made is None or self.made[0] == self.where[1]:
+        """Order the current stream after the making, where another stream did that."""
+        if self.made is None:
             return
-        if not torch.cuda.is_current_stream_capturing():  # a capture begins synchronized
-            self.made[1].wait()
+        parts = self.parts
+        fused = (tensor for form in self.fused.values() if form for tensor in form.tensors)
+        self.made.wait((parts.codes, parts.scale, parts.zero, *parts.extras, self.stored, *fused))
 
 
 _WEIGHTS: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of the codes
@@ -197,7 +196,8 @@ def gpu_weight(
         return weight
     # detach(): another object over the same memory, so that the entry does not keep its own key.
     weight = GpuWeight.of(Parts(codes.detach(), scale, zero, *options, form))
-    if not (codes.is_cuda and torch.cuda.is_current_stream_capturing()):
+    weight.made = made_now(codes)
+    if not capturing(codes):
         _WEIGHTS[codes] = (key, weight)
     return weight
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyrobust.ops._cuda_module import FLOAT_CODES, cuda_module, where
+from pyrobust.ops._cuda_streams import capturing
 from pyrobust.ops._grid_thresholds import grid_thresholds
 from pyrobust.ops._sampling_checks import rows_of
 
@@ -124,6 +125,8 @@ def grid(
     """
     out = x.new_empty((x.shape[0], n, *x.shape[1:]), dtype=dtype)
     flat, thresholds = rows_of(x, torch.uint8), _thresholds_on(sigma, grid, x.device)
+    if x.is_cuda and not capturing(x):  # it may be forgotten while the kernel reads it
+        thresholds.record_stream(torch.cuda.current_stream(x.device))
     cuda_module("grid_samples").grid_samples(
         flat.data_ptr(),
         thresholds.data_ptr(),

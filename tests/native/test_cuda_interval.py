@@ -77,6 +77,36 @@ def test_dense_weights_on_other_cards(tensor_core, card, batch, rows, terms):
         check_sound(ends, exact_ends(lower, upper, matrix, bias), lower, upper, matrix)
 
 
+@pytest.mark.parametrize("skipped", [1, 4])
+@pytest.mark.parametrize("batch", [3, 17])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_begin_between_vectors(emulated_cuda, batch, dtype, skipped):
+    """Rows past the end and terms past the end too."""
+    rows, terms = 33, 200
+    lower, upper = boxes(batch, terms)
+    plain = torch.randn(rows, terms).to(dtype)
+    weight = torch.cat((torch.zeros(skipped, dtype=dtype), plain.flatten()))[skipped:].view(
+        rows, -1
+    )
+    aligned = weight.data_ptr() % 16 == 0
+    assert aligned == (skipped * weight.element_size() % 16 == 0)
+    ends = _cuda_interval.linear(lower, upper, weight, None, "real")
+    expected = _cuda_interval.linear(lower, upper, plain, None, "real")
+    assert all(torch.equal(*pair) for pair in zip(ends, expected, strict=True))
+
+
+@given(data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_runs_of_eight_terms_are_those_of_their_places(data):
+    order = data.draw(st.sampled_from([1, 2, 3, 4, 8, 16, 32]))
+    chunk, i = data.draw(st.integers(0, 15)), data.draw(st.integers(0, 7))
+    shim = pytest.importorskip("pyrobust._cuda_shim")
+    operand, image = shim.terms_of_run(order, chunk, i)
+    assert operand == shim.term_of_place(order, chunk % 4, chunk // 4 * 8 + i)
+    _, term = shim.image_place(128, 8, 0, 0, 0, chunk * 8 + i, order)
+    assert image == term
+
+
 def packed(rows, terms, bits, group_size, symmetric=False):
     options = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
     return round_to_nearest(torch.randn(rows, terms), **options)

@@ -27,6 +27,16 @@ def test_noise_has_the_bits_of_the_cpu(emulated_cuda, name, dtype, shape):
 
 
 @pytest.mark.parametrize("name", NOISES)
+@pytest.mark.parametrize("skipped", [1, 2])
+def test_views_that_begin_between_vectors(emulated_cuda, name, skipped):
+    x, scale = torch.randn(2 * 196 + skipped)[skipped:].view(2, 196), torch.rand(2) + 0.1
+    assert x.is_contiguous()
+    assert x.data_ptr() % 16 != 0
+    seen = _cuda_sampling.noise(name, x, scale, 3, *POSITION.values(), torch.float32)
+    assert torch.equal(seen, getattr(ops, name)(x.clone(), scale, 3, **POSITION))
+
+
+@pytest.mark.parametrize("name", NOISES)
 @pytest.mark.parametrize("elements", [4, 60, 124, 128, 132, 388])
 def test_samples_whose_numbers_have_other_high_words(emulated_cuda, name, elements):
     x, scale = torch.randn(2, elements), torch.rand(2) + 0.1

@@ -1,10 +1,11 @@
-// The interval kernels and their launches, as the host compiler sees them; and their layout.
+// How the interval kernels divide their work and lay it out.
 #include <pybind11/stl.h>
 
 #include <array>
 #include <vector>
 
-#include "interval/cuda.cu"
+#include "interval/cuda_layout.h"
+#include "interval/cuda_wide.h"
 #include "runtime/check.h"
 #include "shim.h"
 
@@ -72,6 +73,13 @@ std::array<int64_t, 2> image_place(int64_t terms, int inputs, int plane, int64_t
   return {at + column % kEight, step * kStep + term_of_column(order, column)};
 }
 
+// Term i of a chunk's eight: of operands, and of images.
+std::array<int, 2> terms_of_run(int order, int chunk, int i) {
+  using namespace interval::gpu;
+  const TermStrides by = strides_of(order);
+  return {term_of_run(run_of_operands(by, chunk), i), term_of_run(run_of_images(by, chunk), i)};
+}
+
 std::array<int64_t, 3> wide_plan(int kind, int64_t batch, int64_t rows, int64_t terms,
                                  int multiprocessors) {
   using namespace interval::gpu;
@@ -100,6 +108,7 @@ void bind_interval_layout(pybind11::module_& m) {
   m.def("place_in_step", &place_in_step);
   m.def("term_of_place", &interval::gpu::term_of_place);
   m.def("image_place", &image_place);
+  m.def("terms_of_run", &terms_of_run);
   m.def("wide_plan", &wide_plan);
   m.def("rotation", &rotation);
   m.def("shared_parts", &interval::gpu::shared_parts);

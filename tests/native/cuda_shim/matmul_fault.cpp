@@ -13,13 +13,8 @@ using namespace matmul::gpu;
 
 template <int kLate>
 void run(const LinearArguments& p) {
-  using S = Shape<Format::k4, 8>;
-  cuda::LaunchShape shape;
-  shape.blocks_x = static_cast<unsigned>(thread_blocks_of(p.schedule));
-  shape.threads = S::kThreads;
-  shape.shared_bytes = S::kSharedBytes;
-  if (p.clusters) shape.cluster = static_cast<unsigned>(p.schedule.parts);
-  cuda::launch(packed_linear_kernel<Format::k4, Float16, 8, 1, kLate>, shape, 0, p);
+  cuda::launch(packed_linear_kernel<Format::k4, Float16, 8, 1, kLate>,
+               launch_shape<Shape<Format::k4, 8>>(p), 0, p);
 }
 
 // At most 8 rows of float16 x, 4 bits; `late` 0 is the kernel as it is.
@@ -35,13 +30,8 @@ void linear_4_late(const cuda_matmul::Linear& weight, uintptr_t x, int64_t count
 
 template <int kLate>
 void run_broad(const LinearArguments& p) {
-  using S = BroadShape<Format::k4>;
-  cuda::LaunchShape shape;
-  shape.blocks_x = static_cast<unsigned>(thread_blocks_of(p.schedule));
+  cuda::LaunchShape shape = launch_shape<BroadShape<Format::k4>>(p);
   shape.blocks_y = static_cast<unsigned>(divide_up(p.count, kBroadRows));
-  shape.threads = S::kThreads;
-  shape.shared_bytes = S::kSharedBytes;
-  shape.cluster = static_cast<unsigned>(p.schedule.parts);
   cuda::launch(broad_linear_kernel<Format::k4, Float16, kLate>, shape, 0, p);
 }
 
