@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from pyrobust._checks import check_finite
 from pyrobust._pack_plan import fits
 from pyrobust._pack_report import LayerReport
+from pyrobust.quantize.lsq import LSQQuantizer
 from pyrobust.quantize.simulated_weight import SimulatedWeight, simulated_modules
 
 __all__ = ["pack_simulated"]
@@ -36,7 +38,19 @@ def pack_simulated(
             full = ".".join(filter(None, (name, part)))
             rows[full] = _row(full, type(module).__name__, weight)
         twins[module] = module.to_packed()
+        _warn_of_unset_scales(name, module)
     return twins, rows, settled
+
+
+def _warn_of_unset_scales(name: str, module: nn.Module) -> None:
+    unset = [n for n, m in module.named_modules() if isinstance(m, LSQQuantizer) and not m.is_set]
+    if unset:
+        place = ".".join(part for part in (name, unset[0]) if part)
+        warnings.warn(
+            f"pack: '{place}' has no scale yet; the first batch that the packed model is given "
+            "sets it (run the model on one batch first, or load a file into the packed one).",
+            stacklevel=4,
+        )
 
 
 def _row(name: str, kind: str, simulated: SimulatedWeight) -> LayerReport:

@@ -24,12 +24,24 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
+class _Version(argparse.Action):
+    """Prints the version of the installed distribution, read when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        """Print one line and exit with status 0."""
+        from importlib.metadata import version
+
+        print(f"pyrobust {version('pyrobust')}")
+        parser.exit(0)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all four commands."""
     parser = _Parser(
         prog="pyrobust",
         description="Pack a network into 1-8 bits, bound it, smooth it.",
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_certify(commands)

@@ -77,6 +77,13 @@ def test_certify_refuses_a_truncated_model(capsys, tmp_path):
     assert not (tmp_path / "log").exists()
 
 
+def test_version_is_one_line(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["--version"])
+    assert exit.value.code == 0
+    assert capsys.readouterr().out == f"pyrobust {pyrobust.__version__}\n"
+
+
 def test_info_prints_a_table_or_json(capsys):
     assert main(["info"]) == 0
     assert f"version         {pyrobust.__version__}" in capsys.readouterr().out

@@ -33,6 +33,18 @@ def test_the_native_module_does_not_link_torch():
         assert library not in content
 
 
+def test_what_editable_installations_switch_on_wheels_switch_off():
+    """Both may use one build folder, where CMake remembers what it was told last."""
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["scikit-build"]
+    (editable,) = (each for each in settings["overrides"] if each["if"] == {"state": "editable"})
+    defines = settings["cmake"]["define"]
+    shims = [name for name in editable["cmake"]["define"] if name.endswith("_SHIM")]
+    assert len(shims) == 2
+    for name in shims:
+        assert (defines[name], editable["cmake"]["define"][name]) == ("OFF", "ON")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     not importlib.util.find_spec("scikit_build_core"), reason="scikit-build-core is not installed"

@@ -43,7 +43,7 @@ class ConversionFolder:
         description: of the conversion, plain JSON values.
 
     Raises:
-        ValueError: the folder is none, or holds another conversion.
+        ValueError: the folder is none, holds another conversion, or its description is damaged.
     """
 
     def __init__(
@@ -59,7 +59,13 @@ class ConversionFolder:
         if not described.exists():
             write_text(described, json.dumps(wanted, indent=1))
             return
-        found = json.loads(described.read_text(encoding="utf-8"))
+        try:
+            found = dict(json.loads(described.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{subject}: resume must hold files as they were written; '{described}' is damaged "
+                "(delete the folder to convert anew)."
+            ) from error
         differing = [key for key in wanted if found.get(key) != wanted[key]]
         if differing:
             raise ValueError(

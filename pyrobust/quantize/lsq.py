@@ -85,6 +85,11 @@ class LSQQuantizer(nn.Module):
         self._ready = False
 
     @property
+    def is_set(self) -> bool:
+        """Whether the scale was set, by a first batch or a file."""
+        return self._ready
+
+    @property
     def code_range(self) -> tuple[int, int]:
         """``(qmin, qmax)``."""
         if not self.signed:

@@ -253,3 +253,31 @@ def test_bad_input_gives_one_clear_error(change, error, message):
 def test_bad_options_are_refused_at_once(option):
     with pytest.raises(ValueError, match=next(iter(option))):
         GPTQ(**option)
+
+
+def test_damping_grows_by_tens_until_the_hessian_can_be_inverted():
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(12, 12, generator=generator, dtype=torch.float64)).Q
+    spectrum = torch.linspace(-0.3, 2.0, 12, dtype=torch.float64)  # rounding left it indefinite
+    hessian = (basis * spectrum) @ basis.T
+    hessian = (hessian + hessian.T) / 2
+    weight = torch.randn(5, 12, generator=generator)
+    mean = float(hessian.diagonal().mean())
+    # 0.01 and ten times as much more are too little against -0.3, a hundred times is enough.
+    damped = hessian + 1.11 * mean * torch.eye(12, dtype=torch.float64)
+    expected = gptq_weight(weight, damped, bits=3, group_size=4, damp=0.0)
+    got = gptq_weight(weight, hessian, bits=3, group_size=4, damp=0.01)
+    assert torch.equal(got.codes, expected.codes)
+    with pytest.raises(ValueError, match="up to 1000 times as much"):
+        gptq_weight(weight, -100 * hessian.abs(), bits=3, damp=0.01)
+
+
+def test_scales_of_columns_that_turn_tiny_stay_in_the_precise_range_of_float16():
+    """A column of zeros takes over a little of the errors before it, far below 2^-14."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(8, 2, generator=generator)
+    weight[:, 1] = 0
+    hessian = torch.tensor([[1.0, 1e-3], [1e-3, 0.5]], dtype=torch.float64)
+    packed = gptq_weight(weight, hessian, bits=4, group_size=8, group_dim=0, act_order=False)
+    assert packed.scale.dtype == torch.float16
+    assert float(packed.scale[0, 1]) == 2.0**-14

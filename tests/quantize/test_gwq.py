@@ -478,3 +478,11 @@ def test_gradients_find_injected_outliers_and_win_at_four_bits():
     assert figures["4 bits, grad"] < min(figures["4 bits, random"], figures["4 bits, magnitude"])
     assert figures["3 bits, grad"] < min(figures["3 bits, random"], figures["3 bits, magnitude"])
     assert all(later < earlier for earlier, later in itertools.pairwise(curve))
+
+
+@pytest.mark.parametrize(
+    ("fraction", "size", "count"), [(0.29, 100, 29), (0.57, 100, 57), (0.015, 100, 1), (1.0, 7, 7)]
+)
+def test_the_share_kept_is_the_decimal_that_was_written(fraction, size, count):
+    score = torch.randperm(size, generator=torch.Generator().manual_seed(0)).float()
+    assert int(outlier_mask(score, score, fraction).sum()) == count

@@ -213,3 +213,16 @@ def test_two_bit_digits_stay_within_two_points_of_float_and_pack():
     with torch.no_grad():
         out, expected = packed(test_x), net(test_x)
     assert float((out - expected).norm() / expected.norm()) <= 1e-5
+
+
+def test_borders_are_those_of_the_scales_that_are_stored():
+    """A weight exactly on a border of the stored grid is a hair off that of the rounded scale."""
+    layer = QuantLinear(4, 1, 2, None, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[0.3, -0.7, 1.1, 0.0]]))
+        for _ in range(20):  # the border between the upper two levels lies at half of the scale
+            layer.weight[0, 3] = layer.weight_quantizer.scale(layer.weight, storable=True) / 2
+    scales = [layer.weight_quantizer.scale(layer.weight, storable=s) for s in (False, True)]
+    assert 1e-6 < float((scales[0] / scales[1] - 1).abs()) < 1e-4
+    free = ConfidenceGuidedAnnealing(nn.Sequential(layer), 1e-7).free(layer)
+    assert free.tolist() == [[False, False, False, True]]

@@ -1,5 +1,6 @@
 import copy
 import io
+import warnings
 
 import pytest
 import torch
@@ -51,6 +52,18 @@ def test_a_layer_multiplies_rounded_weight_and_rounded_input():
     assert torch.equal(layer(x), expected)
     assert layer.weight_quantizer.bits == 2
     assert layer.activation.quantizer.bits == 3
+
+
+def test_packing_warns_where_no_batch_has_set_a_scale():
+    layer = QuantLinear(6, 4, 2, 3)
+    with pytest.warns(UserWarning, match=r"'0\.activation\.quantizer' has no scale yet"):
+        pyrobust.pack(nn.Sequential(layer))
+    layer(batch(5, 6))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pyrobust.pack(nn.Sequential(layer))
+        plain = QuantLinear.from_float(nn.Linear(6, 4), 2, None, "lsq")
+        pyrobust.pack(nn.Sequential(plain))
 
 
 def test_from_float_copies_weights_and_keeps_its_own():

@@ -366,6 +366,14 @@ def test_resume_must_be_a_folder(tmp_path):
     assert path.read_text() == "mine"
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", "[1]", "3"])
+def test_a_damaged_description_is_told(tmp_path, content):
+    options = {"quantizer": Recorder(), "calibration": [torch.zeros(2, 6)], "resume": tmp_path}
+    (tmp_path / "conversion.json").write_text(content)
+    with pytest.raises(ValueError, match=r"resume must (hold files as they were written|be a new)"):
+        pyrobust.pack(BlockNet().eval(), **options)
+
+
 def test_embeddings_need_not_run():
     class Unread(BlockNet):
         def __init__(self):
