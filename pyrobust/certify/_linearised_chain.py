@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pyrobust.nn.packed_conv import PackedConv2d
 from pyrobust.nn.packed_linear import PackedLinear
+from pyrobust.nn.packed_sequential import PackedSequential
 
+_PACKED = (PackedLinear, PackedConv2d)
 _PLAIN = (nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 
 
@@ -58,8 +61,8 @@ def linearised_chain(
 
 
 def layer_chain(subject: str, model: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
-    """The layers of a nested ``nn.Sequential`` with their names."""
-    if type(model) is not nn.Sequential:
+    """The layers of a nested ``nn.Sequential``, packed or not, with their names."""
+    if type(model) not in (nn.Sequential, PackedSequential):
         return [(prefix or type(model).__name__, model)]
     layers = []
     for name, child in model.named_children():
@@ -70,14 +73,19 @@ def layer_chain(subject: str, model: nn.Module, prefix: str = "") -> list[tuple[
 
 
 def _widening(subject: str, name: str, layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    if isinstance(layer, _PACKED) and layer.activations is not None:
+        raise NotImplementedError(
+            f"{subject}: layer '{name}' rounds its input (activations={layer.activations!r}), "
+            "which is not affine."
+        )
     if isinstance(layer, (nn.Linear, PackedLinear)):
         size = weight_of(layer).abs()
         return lambda radius: F.linear(radius, size.to(radius))
-    if isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros":
-        kernel, geometry = layer.weight.detach().abs(), layer
+    if isinstance(layer, (nn.Conv2d, PackedConv2d)) and layer.padding_mode == "zeros":
+        kernel, geometry = weight_of(layer).abs(), layer
         return lambda radius: F.conv2d(
             radius,
-            kernel,
+            kernel.to(radius),
             None,
             geometry.stride,
             geometry.padding,
@@ -97,7 +105,8 @@ def _widening(subject: str, name: str, layer: nn.Module) -> Callable[[Tensor], T
 
 
 def weight_of(layer: nn.Module) -> Tensor:
-    if isinstance(layer, PackedLinear):
+    """The weight that a linear layer or a convolution multiplies with, without its graph."""
+    if isinstance(layer, _PACKED):
         return layer.dequantize()
     weight: Tensor = layer.get_parameter("weight").detach()
     return weight

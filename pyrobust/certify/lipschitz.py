@@ -23,12 +23,14 @@ from torch import Tensor, nn
 from pyrobust.nn._hooks import is_customised
 from pyrobust.nn.packed_conv import PackedConv2d
 from pyrobust.nn.packed_linear import PackedLinear
+from pyrobust.nn.packed_sequential import PackedSequential
 
 __all__ = ["conv_norm_bound", "lipschitz_bound"]
 
 # Far above the rounding of a float64 singular value.
 _OUTWARD = 1 + 1e-9
 _GRID = 64
+_CHAINS = (nn.Sequential, PackedSequential)
 
 
 def lipschitz_bound(module: nn.Module) -> float:
@@ -59,7 +61,7 @@ def lipschitz_bound(module: nn.Module) -> float:
             f"lipschitz_bound: {type(module).__name__} has hooks or a forward of its own, of which "
             "nothing is known."
         )
-    if type(module) is nn.Sequential:  # a subclass may do more
+    if isinstance(module, nn.Sequential) and type(module) in _CHAINS:  # others may do more
         return math.prod(lipschitz_bound(layer) for layer in module)
     for kinds, rule in _RULES:
         if type(module) in kinds:

@@ -42,6 +42,7 @@ from pyrobust.certify._linearised_chain import (
 from pyrobust.certify._linearised_graph import graph_ranges, has_branches
 from pyrobust.certify.bound import bound, margin_specification
 from pyrobust.interval import Interval
+from pyrobust.nn.packed_conv import PackedConv2d
 from pyrobust.nn.packed_linear import PackedLinear
 
 __all__ = [
@@ -55,7 +56,7 @@ __all__ = [
 ]
 
 _FLOOR = 1e-8
-_WEIGHTED = (nn.Linear, PackedLinear, nn.Conv2d)
+_WEIGHTED = (nn.Linear, PackedLinear, nn.Conv2d, PackedConv2d)
 
 
 def interval_bounds(model: nn.Module, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,9 +121,10 @@ def propagation_tightness(
     The true range costs one backward pass per output, the interval range one forward pass.
 
     Args:
-        model: ``nn.Sequential`` of Linear, PackedLinear, Conv2d, BatchNorm, ReLU, average pooling
-            and shape layers, or any module that is affine but for ``nn.ReLU`` modules and whose
-            operations have interval rules; in evaluation mode; ``(N, ...)`` to ``(N, K)``.
+        model: ``nn.Sequential`` of linear layers and convolutions (float, or packed without
+            rounding of activations), BatchNorm, ReLU, average pooling and shape layers, or any
+            module that is affine but for ``nn.ReLU`` modules and whose operations have interval
+            rules; in evaluation mode; ``(N, ...)`` to ``(N, K)``.
         x: ``(N, ...)`` float inputs.
         eps: radius of the box, ``>= 0``, in the units of ``x``.
         y: ``(N,)`` int64 classes: measures the margins ``z_j - z_y`` with the last layer folded;

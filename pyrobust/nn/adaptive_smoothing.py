@@ -243,6 +243,11 @@ class AdaptiveMixedClassifier(MixedClassifier):
         self.standard_size = standard_size
         self.mixer_gradient = mixer_gradient
 
+    @property
+    def lowest_alpha(self) -> float:
+        """The lower end of ``alpha_range``, also after it was changed."""
+        return self.alpha_range[0]
+
     def forward(self, x: Tensor) -> Tensor:
         """``(N, K)`` log-probabilities."""
         return self.with_gamma(x)[0]

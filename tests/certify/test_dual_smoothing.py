@@ -22,6 +22,8 @@ from pyrobust.ops import gaussian_samples
 from pyrobust.train import fit, train_subclassifier
 from pyrobust.train.loop import GaussianCrossEntropy
 
+from ..scripted_votes import ScriptedVotes
+
 
 class Halfspace(nn.Module):
     """Class 1 where ``w . x + b > 0`` on the flattened sub-image; records what it sees."""
@@ -183,6 +185,16 @@ def test_a_tie_of_the_halves_is_answered_no_more_often_than_alpha():
     dual = linear_dual(0.5, (0.3, -0.3))  # the summed probabilities of both classes are 1
     answers = dual.predict(torch.zeros(runs, 4), n=40, alpha=alpha, batch_size=40, seed=8)
     assert int((answers != -1).sum()) <= stats.binom.isf(1e-4, runs, alpha)
+
+
+@pytest.mark.parametrize(("won", "answer"), [(59, -1), (60, 0)])
+def test_a_prediction_needs_the_lead_of_hoeffding_over_every_other_class(won, answer):
+    # sqrt(4 n ln((K - 1) / alpha)) = 38.4 votes of both halves; 59 and 60 of 100 lead by 36 and 40
+    masks = torch.tensor([[True, False], [False, True]])
+    votes = [0] * won + [1] * (100 - won)
+    halves = [ScriptedVotes(votes, 3).eval() for _ in range(2)]
+    dual = DualSmoothedClassifier(*halves, 0.5, 3, masks, fill="zero").eval()
+    assert dual.predict(torch.zeros(1, 2), n=100, alpha=0.05).item() == answer
 
 
 def test_certificate_follows_from_its_counts():

@@ -1,11 +1,14 @@
 """Upper bounds of Lipschitz constants: never below the truth, and close to it."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
+from pyrobust import pack
 from pyrobust.certify import conv_norm_bound, lipschitz_bound
-from pyrobust.nn import PackedConv2d, PackedLinear
+from pyrobust.nn import PackedConv2d, PackedLinear, PackedSequential
 
 
 def jacobian_norm(layer, shape):
@@ -104,6 +107,11 @@ def test_packed_layers():
     exact = float(torch.linalg.matrix_norm(packed.dequantize().double(), ord=2))
     assert lipschitz_bound(packed) == pytest.approx(exact, rel=1e-6)
     packed_conv = PackedConv2d.from_conv2d(conv, bits=8, group_size=9).eval()
+    several = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    joined = pack(several, bits=8, group_size=8)
+    assert type(joined) is PackedSequential
+    layers = [lipschitz_bound(layer) for layer in joined]
+    assert lipschitz_bound(joined) == pytest.approx(math.prod(layers))
     assert lipschitz_bound(packed_conv) == pytest.approx(lipschitz_bound(conv), rel=0.05)
     rounding = PackedLinear.from_linear(linear, bits=4, group_size=8, activations="int8").eval()
     with pytest.raises(NotImplementedError, match="rounds its input"):

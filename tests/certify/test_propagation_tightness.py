@@ -1,5 +1,6 @@
 """Tightness against explicit matrices, the theory at initialisation, and interval training."""
 
+import copy
 import itertools
 import math
 
@@ -249,6 +250,28 @@ def test_packed_models_are_measured():
         rtol=0.1,
         atol=0,
     )
+
+
+@pytest.mark.parametrize("relu", ["local", "identity"])
+def test_packed_convolutions_are_measured_as_what_they_stand_for(relu):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 4, 3, padding=1, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)]
+    model = nn.Sequential(*layers).eval()
+    packed = pyrobust.pack(copy.deepcopy(model), bits=4, group_size=16)
+    plain = copy.deepcopy(model)
+    for place in (0, 3):
+        plain[place].weight.data = packed[place].dequantize().view_as(plain[place].weight)
+    x = torch.rand(4, 1, 8, 8)
+    torch.testing.assert_close(
+        propagation_tightness(packed, x, 0.1, None, relu),
+        propagation_tightness(plain, x, 0.1, None, relu),
+    )
+    assert tightness_by_layer(packed, x, 0.1, relu).names == ("0", "3")
+    rounding = pyrobust.pack(copy.deepcopy(model), bits=4, group_size=16, activations="int8")
+    with pytest.raises(
+        NotImplementedError, match=r"layer '0' rounds its input \(activations='int8'"
+    ):
+        propagation_tightness(rounding, x, 0.1, None, relu)
 
 
 def test_profiles_fall_with_depth_at_initialisation(tmp_path):

@@ -158,3 +158,30 @@ def test_class_bounds_pick_the_runner_up():
 def test_bad_arguments_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_radii_never_exceed_the_exact_ones():
+    draw = np.random.default_rng(0)
+    for p, half in draw.uniform(0.5, 1, (500, 2)):
+        exact = Fraction(half) * (2 * Fraction(p) - 1)
+        assert Fraction(uniform_radius(p, half).item()) <= exact
+    # the share that decides about r pixels, rounded either way
+    for keep in draw.uniform(0.02, 0.3, 60):
+        for r in range(1, 9):
+            at = float(Fraction(3, 2) - (1 - Fraction(keep)) ** r)
+            if at >= 1:
+                break
+            for p in (np.nextafter(at, 0), at, np.nextafter(at, 1)):
+                margin = Fraction(p) - Fraction(1, 2)
+                found = int(ablation_radius(p, keep).item())
+                assert found < 0 or 1 - (1 - Fraction(keep)) ** found < margin
+
+
+def test_needed_probabilities_are_no_lower_than_the_exact_ones():
+    with mpmath.workdps(40):
+        for radius, size in np.random.default_rng(1).uniform(0.01, 1, (200, 2)):
+            z = mpmath.mpf(radius) / mpmath.mpf(size)
+            assert mpmath.mpf(gaussian_needs(radius, size)) >= min(mpmath.ncdf(z), 1 - 2.0**-53)
+            assert mpmath.mpf(laplace_needs(radius, size)) >= 1 - mpmath.exp(-z) / 2
+            if radius < size:
+                assert mpmath.mpf(uniform_needs(radius, size)) >= (1 + z) / 2

@@ -176,3 +176,24 @@ def test_refusals():
 
     with pytest.raises(ValueError, match="must not return NaN; it does for image 0"):
         smoothed_great_score(Broken().eval(), x, y, sigma=0.1)
+
+
+def test_margins_are_those_of_bernstein_at_a_shared_level():
+    class Constant(nn.Module):
+        def forward(self, x):
+            return torch.tensor([[2.0, 0.0, -1.0, 0.5]]).expand(len(x), 4)
+
+    score = smoothed_great_score(
+        Constant().eval(), torch.zeros(1, 3), torch.tensor([0]), sigma=0.5, n=200, alpha=0.01
+    )
+    # no variance; three other classes share alpha; a margin lies in [-1, 1]
+    best = torch.sigmoid(torch.tensor([2.0, 0.5]).double())
+    lost = 7 * 2 * math.log(2 * 3 / 0.01) / (3 * 199)
+    assert score.margin.item() == pytest.approx(float(best[0] - best[1]) - lost, rel=1e-9)
+
+
+def test_the_expected_radius_pays_for_sampling_and_for_false_radii():
+    alpha, largest, count = 0.01, 1.2, 4000
+    lost = 7 * largest * math.log(2 / alpha) / (3 * (count - 1)) + alpha * largest
+    found = _expected_lower(torch.full((count,), 0.5, dtype=torch.float64), alpha, largest)
+    assert float(found) == pytest.approx(0.5 - lost, rel=1e-9)

@@ -210,15 +210,6 @@ def test_class_bounds_are_clopper_and_pearson_at_shared_levels():
     assert [float(bound) for bound in none] == [0.0, 1.0]
 
 
-def test_class_bounds_hold_together():
-    probabilities, alpha, runs = np.array([0.4, 0.35, 0.25]), 0.2, 4000
-    drawn = np.random.default_rng(1).multinomial(60, probabilities, runs)
-    lower, upper = class_bounds(torch.from_numpy(drawn), torch.zeros(runs).long(), alpha)
-    wrong = (lower > 0.4) | (upper < 0.35)
-    # binomial: four deviations above alpha
-    assert float(wrong.double().mean()) < alpha + 4 * (alpha * (1 - alpha) / runs) ** 0.5
-
-
 @pytest.mark.parametrize(("values", "span"), [([0.0, 1.0, 0.5, 0.25], 1.0), ([0.3] * 9, 2.0)])
 def test_bernstein_margin_is_the_formula_of_the_theorem(values, span):
     mpmath.mp.dps = 30

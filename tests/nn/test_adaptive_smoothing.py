@@ -137,6 +137,15 @@ def test_adaptive_weights_stay_in_their_range_and_form_the_mixture():
     )
 
 
+def test_certificates_count_on_the_lowest_weight_also_of_a_changed_range():
+    model = adaptive(alpha_range=(0.9, 0.95)).eval()
+    assert model.lowest_alpha == 0.9
+    model.alpha_range = (0.4, 0.95)
+    assert model.lowest_alpha == 0.4
+    x = torch.rand(6, 6)
+    assert bool(model.certify(x, 0.0).abstained.all())
+
+
 def test_gamma_is_clamped_normalised_and_mapped_in_training():
     model = adaptive().train()
     x = torch.rand(64, 6)

@@ -10,9 +10,12 @@ import torch
 from scipy import special, stats
 from torch import nn
 
-from pyrobust.certify import clopper_pearson_lower, gaussian_radius
+from pyrobust.certify import clopper_pearson_lower, gaussian_radius, randomised_lower
+from pyrobust.certify.voting import uniform_shares
 from pyrobust.nn import SmoothedClassifier
-from pyrobust.ops import gaussian_samples
+from pyrobust.ops import gaussian_samples, uniform_samples
+
+from ..scripted_votes import ScriptedVotes
 
 
 class Halfspace(nn.Module):
@@ -165,6 +168,34 @@ def test_a_tie_is_answered_no_more_often_than_alpha():
     tied = base.inputs([0.0] * 2000)
     answers = smoothed.predict(tied, n=60, alpha=0.05, batch_size=60, seed=4)
     assert int((answers != -1).sum()) <= stats.binom.isf(1e-4, 2000, 0.05)
+
+
+@pytest.mark.parametrize("won", [21, 27, 33])
+def test_prediction_is_the_two_sided_sign_test_of_the_two_best(won):
+    votes = [0] * won + [1] * (40 - won) + [2] * 5
+    tail = sum(math.comb(40, k) for k in range(won, 41)) / 2**40
+    for alpha, answer in ((2 * tail * 1.0001, 0), (2 * tail * 0.9999, -1)):
+        smoothed = SmoothedClassifier(ScriptedVotes(votes, 3).eval(), 0.5, 3)
+        if alpha < 1:
+            assert smoothed.predict(torch.zeros(1, 2), n=45, alpha=alpha).item() == answer
+
+
+def test_randomised_certificates_use_one_share_per_position():
+    smoothed, x = SmoothedClassifier(convolutional(), 0.5, 10), torch.rand(5, 1, 8, 8)
+    certificate = smoothed.certify(x, n=80, seed=3, randomised=True, first_index=7)
+    shares = uniform_shares(5, 3, 7)
+    votes = certificate.counts.gather(1, certificate.selection_counts.argmax(1, keepdim=True))[:, 0]
+    assert torch.equal(certificate.p_lower, randomised_lower(votes, 80, 1e-3, shares))
+    assert torch.equal(uniform_shares(2, 3, 10), shares[3:])
+
+
+def test_shares_are_uniform_and_rounded_up():
+    shares = uniform_shares(4000, 5, 0)
+    assert stats.kstest(shares.numpy(), "uniform").pvalue > 1e-3
+    drawn = uniform_samples(torch.zeros(4000, 1), 1.0, 1, seed=5, first_sample=2**40 - 1)
+    # a uniform number below 1 is off by at most 2^-25 + 2^-31, half of which reaches a share
+    least = (1 + drawn.flatten().double()) / 2 + 2.0**-25
+    assert bool((shares >= least.clamp(max=1)).all())
 
 
 def test_probabilities_are_differentiable_and_seeded():
