@@ -73,16 +73,18 @@ def assert_within_bound(result, x, packed: QTensor, bias=None):
 
 
 def _takes_parts(packed: QTensor) -> bool:
-    size = packed.group_size
-    whole = size % 32 == 0 or size >= packed.shape[1] or 16 <= size <= 640
-    return packed.group_dim == 1 and whole and _native.isa() in ("avx512", "amx")
+    """Of groups, or rows, of up to 65536 columns."""
+    return packed.group_dim == 1 and _native.isa() in ("avx512", "amx")
 
 
 def step_columns(group_size):
     """Columns of x with one step: those of a group, or of two that are no whole blocks of 64.
 
-    Groups that are no whole 32 columns count as if they were filled up.
+    Groups that are no whole 32 columns count as if they were filled up; those of up to 16 are
+    filled up to 4, 8 or 16 columns, and 64 of these have one step.
     """
+    if group_size <= 16:
+        return group_size * (64 // (4 if group_size <= 4 else 8 if group_size <= 8 else 16))
     return group_size if -(-group_size // 32) % 2 == 0 else 2 * group_size
 
 

@@ -3,8 +3,9 @@
 // Groups of whole blocks (group_size a multiple of 64, or one group): per block of 64 columns eight
 // float lanes take eight FMAs of x (code - zero) each, are added as a tree (the relative error is
 // at most 11 float roundings), and go into a double total, times the scale. Other groupings decode
-// the exact scaled weight first and use a scale of 1. One or two rows of x decode in registers;
-// more rows decode a panel once and reuse it; the sums are the same to the bit.
+// the exact scaled weight first (avx2_plain.h along a row) and use a scale of 1. One or two rows of
+// x decode in registers; more rows decode a panel once and reuse it; the sums are the same to the
+// bit.
 #pragma once
 
 #include "matmul/avx2_tile.h"
@@ -120,6 +121,37 @@ void panel_rows(int64_t rows, const float* panel, const double* scale, int64_t f
   }
 }
 
+// What rows of x meet the panels of several tiles with: their scales (null: 1), one group after
+// another, the first of the panels' blocks, blocks to a group, and blocks.
+struct FloatPanels {
+  const double* scale;
+  int64_t scale_stride;  // of a tile
+  int64_t first_block;
+  int64_t per_group;
+  int64_t blocks;
+};
+
+// x: `rows` rows from the panels' first column on; totals (rows, kPanelTiles * kTile).
+void meet_panels(const FloatPanels& p, int64_t tiles, const float* panel, const float* x,
+                 int64_t stride, int64_t rows, double* total) {
+  constexpr int64_t kWidth = kPanelTiles * kTile, kPanel = kPanelBlocks * kTile * kBlock;
+  for (int64_t m = 0; m < rows; m += 3) {
+    for (int64_t t = 0; t < tiles; ++t) {
+      panel_rows(rows - m, panel + t * kPanel,
+                 p.scale != nullptr ? p.scale + t * p.scale_stride : nullptr, p.first_block,
+                 p.per_group, p.blocks, x + m * stride, stride, total + m * kWidth + t * kTile,
+                 kWidth);
+    }
+  }
+}
+
+void store_totals(const Output& out, int64_t rows, int64_t first, int64_t count,
+                  const double* total) {
+  for (int64_t m = 0; m < rows; ++m, total += kPanelTiles * kTile) {
+    for (int64_t i = 0; i < count; ++i) store_result(out, m, first + i, total[i], 1.0);
+  }
+}
+
 // Decodes blocks [from, to) of a tile to a panel: code - zero, or the exact weight.
 template <int kBits>
 void decode_panel(const TileRows& rows, const float* zero, int64_t groups, int64_t per_group,
@@ -230,19 +262,11 @@ void multiply_panel(const PackedMatrix& w, Path path, const float* x, int64_t st
           decode_scaled<kBits>(scratch.rows[t], scale[t], zero[t], from, to, panel);
         }
       }
-      for (int64_t m = 0; m < rows; m += 3) {
-        for (int64_t t = 0; t < tiles; ++t) {
-          panel_rows(rows - m, scratch.panel + t * kPanelBlocks * kTile * kBlock,
-                     path == Path::kBlocks ? scratch.group_scale + t * kTile * groups : nullptr,
-                     from, per_group, to - from, x + m * stride + from * kBlock, stride,
-                     scratch.total + m * width + t * kTile, width);
-        }
-      }
+      const double* group_scale = path == Path::kBlocks ? scratch.group_scale : nullptr;
+      const FloatPanels product{group_scale, kTile * groups, from, per_group, to - from};
+      meet_panels(product, tiles, scratch.panel, x + from * kBlock, stride, rows, scratch.total);
     }
-    for (int64_t m = 0; m < rows; ++m) {
-      for (int64_t i = 0; i < count; ++i)
-        store_result(out, m, first + i, scratch.total[m * width + i], 1.0);
-    }
+    store_totals(out, rows, first, count, scratch.total);
   }
 }
 

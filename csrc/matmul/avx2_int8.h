@@ -196,41 +196,6 @@ void multiply_integer_blocks(const PackedMatrix& w, const Block& block, int64_t 
   }
 }
 
-int32_t integer_dot(const int16_t* a, const int16_t* b, int64_t count) {
-  __m256i sum = _mm256_setzero_si256();
-  int64_t k = 0;
-  for (; k + 16 <= count; k += 16) {
-    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(load_256(a + k), load_256(b + k)));
-  }
-  const __m256i zero = _mm256_setzero_si256();
-  int32_t total = _mm_cvtsi128_si32(lane_sums(sum, zero, zero, zero));
-  for (; k < count; ++k) total += a[k] * b[k];
-  return total;
-}
-
-// Groups that are not whole blocks: one row of W as int16, each group a short integer product.
-void multiply_integer_groups(const PackedMatrix& w, const Block& block, int64_t begin, int64_t end,
-                             const Output& out, const Scratch& scratch) {
-  const auto* q = static_cast<const int16_t*>(block.data);
-  for (int64_t n = begin; n < end; ++n) {
-    integer_row(w, n, scratch.integers);
-    const int64_t scales = scale_row(w, n);
-    for (int64_t m = 0; m < block.rows; ++m) {
-      double total = 0.0;
-      for (int64_t from = 0, group = 0; from < w.cols; ++group) {
-        const int64_t stop = w.cols - from < w.group_size ? w.cols : from + w.group_size;
-        const double scale = scale_at(w, scales + group);
-        while (from < stop) {
-          const int64_t to = stop - from < kMaxIntegerRun ? stop : from + kMaxIntegerRun;
-          total += scale * integer_dot(q + m * w.cols + from, scratch.integers + from, to - from);
-          from = to;
-        }
-      }
-      store_result(out, m, n, total, block.step[m]);
-    }
-  }
-}
-
 // Groups along the rows of W: double sums of the exact products q * weight.
 template <int kBits>
 void multiply_double_columns(const PackedMatrix& w, const Block& block, int64_t begin, int64_t end,

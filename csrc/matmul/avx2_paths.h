@@ -1,12 +1,15 @@
 // The AVX2 paths of every format: tiles of four rows of W and up to three rows of x, 64 columns at
-// a time, in the order of k of avx2_decode.h. avx2_exact.h and avx2_int8.h hold the two modes; this
-// file prepares x and chooses. Included by avx2.cpp, and by avx512.cpp for what it does not better.
+// a time, in the order of k of avx2_decode.h. avx2_exact.h and avx2_int8.h hold the two modes,
+// avx2_plain.h and avx2_groups.h those of other groups along a row; this file prepares x and
+// chooses. Included by avx2.cpp, and by avx512.cpp for what it does not better.
 #pragma once
 
 #include "core/activation_int8.h"
 #include "matmul/avx2_complex.h"
 #include "matmul/avx2_exact.h"
+#include "matmul/avx2_groups.h"
 #include "matmul/avx2_int8.h"
+#include "matmul/avx2_plain.h"
 #include "matmul/sparse.h"
 
 namespace pyrobust::matmul {
@@ -74,7 +77,7 @@ int64_t prepared_bytes(const PackedMatrix& w, Mode mode, int64_t rows) {
       return rows * (columns * (bits_of(w) == 8 ? 2 : 1) +
                      groups_of(w) * static_cast<int64_t>(sizeof(int32_t)));
     case Path::kIntegerGroups:
-      return rows * w.cols * static_cast<int64_t>(sizeof(int16_t));
+      return GroupRows(nullptr, w, rows).used;
     default:
       return rows * columns * static_cast<int64_t>(sizeof(float));
   }
@@ -101,8 +104,11 @@ void prepare(const PackedMatrix& w, Mode mode, const Activations& x, int64_t fir
     if (path == Path::kIntegerBlocks) {
       prepare_integer_row(w, q, m, IntegerRows(prepared, w, rows));
     } else if (path == Path::kIntegerGroups) {
-      auto* out = static_cast<int16_t*>(prepared) + m * w.cols;
-      for (int64_t k = 0; k < w.cols; ++k) out[k] = q[k];
+      prepare_group_row(w, q, m, GroupRows(prepared, w, rows));
+    } else if (path == Path::kPlain) {
+      float* out = static_cast<float*>(prepared) + m * columns;
+      __builtin_memcpy(out, row, static_cast<size_t>(w.cols) * sizeof(float));
+      for (int64_t k = w.cols; k < columns; ++k) out[k] = 0.0f;
     } else {
       if (path == Path::kDoubleColumns) {
         for (int64_t k = 0; k < w.cols; ++k) row[k] = q[k];
@@ -125,6 +131,8 @@ void multiply_bits(const PackedMatrix& w, Mode mode, const Block& block, int64_t
       return multiply_integer_blocks<kBits>(w, block, begin, end, out, scratch);
     case Path::kIntegerGroups:
       return multiply_integer_groups(w, block, begin, end, out, scratch);
+    case Path::kPlain:
+      return multiply_plain(w, block, begin, end, out, scratch);
     case Path::kDoubleColumns:
       return multiply_double_columns<kBits>(w, block, begin, end, out, scratch);
   }

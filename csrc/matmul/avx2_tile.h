@@ -17,7 +17,9 @@ constexpr int64_t kPanelBlocks = 8;   // 512 columns: four rows of a panel (8 Ki
 constexpr int64_t kFusedRows = 2;     // more rows of x than this: decode to a panel
 constexpr int64_t kIntegerTiles = 4;  // 16 rows of W as bytes: 64 KiB at 4096 columns
 
-enum class Path { kBlocks, kScaled, kIntegerBlocks, kIntegerGroups, kDoubleColumns };
+// Whole blocks; groups along a row that are none (avx2_plain.h, avx2_groups.h); groups along the
+// rows of W.
+enum class Path { kBlocks, kPlain, kScaled, kIntegerBlocks, kIntegerGroups, kDoubleColumns };
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -26,7 +28,9 @@ int64_t blocks_of(const PackedMatrix& w) { return round_up(w.cols, kBlock) / kBl
 inline Path path_of(const PackedMatrix& w, Mode mode) {
   const bool whole_blocks =
       w.group_dim == 1 && (w.group_size % kBlock == 0 || w.group_size >= w.cols);
-  if (mode == Mode::kExact) return whole_blocks ? Path::kBlocks : Path::kScaled;
+  if (mode == Mode::kExact) {
+    return whole_blocks ? Path::kBlocks : w.group_dim == 1 ? Path::kPlain : Path::kScaled;
+  }
   if (w.group_dim == 0) return Path::kDoubleColumns;
   const bool short_sums = w.group_size <= kMaxIntegerRun || w.cols <= kMaxIntegerRun;
   return whole_blocks && short_sums ? Path::kIntegerBlocks : Path::kIntegerGroups;
@@ -201,27 +205,30 @@ struct Scratch {
   float* panel;
   double* total;
   uint8_t* bytes;
-  int16_t* integers;
   int64_t used;
 
   Scratch(void* memory, const PackedMatrix& w, Path path, int64_t rows_of_x) {
     Arena arena{static_cast<char*>(memory)};
     const bool columns = path == Path::kScaled || path == Path::kDoubleColumns;
-    const bool grouped = path == Path::kBlocks || path == Path::kIntegerBlocks;
+    const bool groups = path == Path::kIntegerGroups;
     const int64_t blocks = blocks_of(w), rows_of_w = kPanelTiles * kTile;
-    expanded = arena.take<uint8_t>(rows_of_w * expanded_row_bytes(w));
-    rows = arena.take<TileRows>(kPanelTiles);
-    group_scale = arena.take<double>(grouped ? rows_of_w * groups_of(w) : 0);
-    group_zero = arena.take<float>(grouped ? rows_of_w * groups_of(w) : 0);
+    const int64_t grouped =  // rows of W whose scales are kept
+        path == Path::kBlocks || path == Path::kIntegerBlocks ? rows_of_w
+        : groups                                              ? kTile
+                                                              : 0;
+    const bool plain = groups || path == Path::kPlain;
+    expanded = arena.take<uint8_t>(plain ? 0 : rows_of_w * expanded_row_bytes(w));
+    rows = arena.take<TileRows>(plain ? 0 : kPanelTiles);
+    group_scale = arena.take<double>(grouped * groups_of(w));
+    group_zero = arena.take<float>(grouped * groups_of(w));
     // Groups along the rows share their scales; otherwise each row of the panel has its own.
     column_scale = arena.take<float>(columns ? rows_of_w * blocks * kBlock : 0);
     column_zero = arena.take<float>(columns ? rows_of_w * blocks * kBlock : 0);
     const int64_t depth = path == Path::kDoubleColumns ? blocks : rows_of_w / kTile * kPanelBlocks;
-    panel = arena.take<float>(path == Path::kIntegerBlocks ? 0 : depth * kTile * kBlock);
-    total = arena.take<double>(rows_of_x * rows_of_w);
-    bytes = arena.take<uint8_t>(
-        path == Path::kIntegerBlocks ? kIntegerTiles * kTile * blocks * kBlock : 0);
-    integers = arena.take<int16_t>(path == Path::kIntegerGroups ? blocks * kBlock : 0);
+    panel = arena.take<float>(path == Path::kIntegerBlocks || groups ? 0 : depth * kTile * kBlock);
+    total = arena.take<double>(groups ? 0 : rows_of_x * rows_of_w);
+    const int64_t unpacked = path == Path::kIntegerBlocks ? kIntegerTiles : groups ? 1 : 0;
+    bytes = arena.take<uint8_t>(unpacked * kTile * (blocks + 1) * kBlock);
     used = arena.used;
   }
 };

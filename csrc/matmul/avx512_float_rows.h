@@ -75,8 +75,7 @@ Rounded rounded_group(const float* x, int64_t from, int64_t to, double largest) 
 
 template <int kParts>
 bool rounds_little(const PackedMatrix& w, const float* x) {
-  const int64_t columns =
-      pads_groups(w) ? (has_half_blocks(w) ? 2 : 1) * w.group_size : step_blocks(w) * kBlock;
+  const int64_t columns = pads_groups(w) ? step_groups(w) * w.group_size : step_blocks(w) * kBlock;
   Rounded all;
   for (int64_t from = 0; from < w.cols; from += columns) {
     const int64_t to = w.cols - from < columns ? w.cols : from + columns;

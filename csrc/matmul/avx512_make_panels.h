@@ -13,20 +13,25 @@ namespace {
 template <typename Scale>
 void write_panel_heads(const PackedMatrix& w, const PanelLayout& layout, int64_t first,
                        int64_t count, uint8_t* panel) {
-  const auto* scale = static_cast<const Scale*>(w.scale) + first * layout.groups;
-  const uint8_t* zero = w.zero != nullptr ? w.zero + first * layout.groups : nullptr;
-  for (int64_t g = 0; g < layout.groups; ++g) {
-    uint8_t* head = panel + g * layout.group_bytes;
-    if (count < kPanelRows) __builtin_memset(head, 0, static_cast<size_t>(layout.head_bytes));
-    auto* scales = reinterpret_cast<Scale*>(head);
-    uint8_t* zeros = head + kPanelRows * layout.scale_bytes;
-    for (int64_t i = 0; i < count; ++i) scales[i] = scale[i * layout.groups + g];
-    int64_t written = zeros - head;
-    if (zero != nullptr) {
-      for (int64_t i = 0; i < count; ++i) zeros[i] = zero[i * layout.groups + g];
-      written += kPanelRows;
+  const int64_t groups = scale_cols(w), some = layout.head_groups;
+  const auto* scale = static_cast<const Scale*>(w.scale) + first * groups;
+  const uint8_t* zero = w.zero != nullptr ? w.zero + first * groups : nullptr;
+  for (int64_t g = 0; g < groups; g += some, panel += layout.group_bytes) {
+    const int64_t own = groups - g < some ? groups - g : some;
+    if (count < kPanelRows || own < some) {
+      __builtin_memset(panel, 0, static_cast<size_t>(layout.head_bytes));
     }
-    __builtin_memset(head + written, 0, static_cast<size_t>(layout.head_bytes - written));
+    auto* scales = reinterpret_cast<Scale*>(panel);
+    uint8_t* zeros = panel + some * kPanelRows * layout.scale_bytes;
+    int64_t written = zeros - panel;
+    for (int64_t j = 0; j < own; ++j, scales += kPanelRows) {
+      for (int64_t i = 0; i < count; ++i) scales[i] = scale[i * groups + g + j];
+    }
+    for (int64_t j = 0; zero != nullptr && j < own; ++j, zeros += kPanelRows) {
+      for (int64_t i = 0; i < count; ++i) zeros[i] = zero[i * groups + g + j];
+    }
+    if (zero != nullptr) written += some * kPanelRows;
+    __builtin_memset(panel + written, 0, static_cast<size_t>(layout.head_bytes - written));
   }
 }
 
@@ -140,20 +145,32 @@ inline void write_span(const PackedMatrix& w, int64_t n, int64_t begin, int64_t 
   __builtin_memset(own + (end - begin), 0, kSpanSlack);
 }
 
-// The same of the groups that columns [begin, end) of a padded panel hold.
+// Up to 16 bytes, with zeros up to 16 behind them; more bytes alone.
+inline void copy_codes(const uint8_t* from, int64_t count, uint8_t* to) {
+  if (count > kQuadColumns) return void(__builtin_memcpy(to, from, static_cast<size_t>(count)));
+  const auto mask = static_cast<__mmask16>((1u << count) - 1);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_maskz_loadu_epi8(mask, from));
+}
+
+// The same of what columns [begin, end) of a panel hold, where groups are filled up.
 inline void write_padded_span(const PackedMatrix& w, int64_t n, int64_t begin, int64_t end,
                               uint8_t* own) {
   constexpr int64_t kWholeBytes = 40;  // columns, after which codes of every width begin a byte
   alignas(64) uint8_t plain[kPanelPitch + kWholeBytes];
-  const int64_t group = panel_group(w), first = begin / group * w.group_size;
-  const int64_t wanted = first + (end - begin) / group * w.group_size;
-  const int64_t last = wanted < w.cols ? wanted : w.cols;
+  const int64_t group = panel_group(w), size = w.group_size;
+  int64_t g = begin / group, in = begin % group;  // of the next column
+  const int64_t first = g * size + (in < size ? in : size);
+  const int64_t wanted = first + (end - begin), last = wanted < w.cols ? wanted : w.cols;
   const int64_t from = first / kWholeBytes * kWholeBytes;
-  const uint8_t* codes = span_codes<Avx512Codes>(w, n, from, last, plain);
   __builtin_memset(own, 0, static_cast<size_t>(kPanelPitch));
-  for (int64_t k = first; k < last; k += w.group_size, own += group) {
-    const int64_t count = last - k < w.group_size ? last - k : w.group_size;
-    __builtin_memcpy(own, codes + (k - from), static_cast<size_t>(count));
+  if (first >= last) return;
+  const uint8_t* codes = span_codes<Avx512Codes>(w, n, from, last, plain);
+  for (int64_t k = begin; k < end; ++g, in = 0) {
+    const int64_t at = g * size + in, stop = at - in + size < w.cols ? at - in + size : w.cols;
+    const int64_t left = end - k < group - in ? end - k : group - in;
+    const int64_t count = stop - at < left ? stop - at : left;
+    if (count > 0) copy_codes(codes + (at - from), count, own + (k - begin));
+    k += left;
   }
 }
 
@@ -180,7 +197,7 @@ inline void write_bytes(const PanelLayout& layout, const uint8_t* codes, int64_t
 // Stores past the caches gained nothing into fresh memory.
 int64_t write_blocks(const PackedMatrix& w, const PanelLayout& layout, int64_t first,
                      uint8_t* panel) {
-  if ((w.levels != 16 && w.levels != 256) || pads_groups(w)) return 0;
+  if ((w.levels != 16 && w.levels != 256) || moves_columns(w)) return 0;
   const int64_t pitch = packed_row_bytes(w.cols, w.levels);
   const uint8_t* codes = code_row(w, first);
   int64_t k = 0;
@@ -201,13 +218,11 @@ void write_panel(const PackedMatrix& w, const PanelLayout& layout, int64_t p, ui
   const int64_t count = left < kPanelRows ? left : kPanelRows;
   write_heads(w, layout, first, count, panel);
   if (count < kPanelRows) __builtin_memset(codes, 0, sizeof(codes));
-  const bool padded = pads_groups(w);
-  // Whole blocks and, padded, whole groups.
-  const int64_t unit = step_blocks(w) * kLineBytes;
-  const int64_t span = padded ? kSpan / unit * unit : kSpan, columns = panel_columns(w);
+  const bool padded = moves_columns(w);
+  const int64_t columns = panel_columns(w);
   int64_t k = count == kPanelRows ? write_blocks(w, layout, first, panel) : 0;
-  for (; k < columns; k += span) {
-    const int64_t stop = columns - k < span ? columns : k + span;
+  for (; k < columns; k += kSpan) {
+    const int64_t stop = columns - k < kSpan ? columns : k + kSpan;
     for (int64_t i = 0; i < count; ++i) {
       uint8_t* own = codes + i * kPanelPitch;
       padded ? write_padded_span(w, first + i, k, stop, own)

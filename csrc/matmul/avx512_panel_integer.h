@@ -22,7 +22,8 @@ constexpr int64_t kLeastFoldedRows = 48;  // 32 rows of x take as long either wa
 constexpr int64_t kPairedColumns = 256;   // 256 * 127 < 2^15
 
 bool takes_integer_totals(const PackedMatrix& w, Mode mode) {
-  return mode == Mode::kInt8 && w.row_scale != nullptr && w.cols <= kMostIntegerColumns;
+  return mode == Mode::kInt8 && w.row_scale != nullptr && w.cols <= kMostIntegerColumns &&
+         !has_quad_groups(w);
 }
 
 struct IntegerScratch {

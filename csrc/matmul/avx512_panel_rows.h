@@ -30,16 +30,25 @@ struct alignas(64) PanelOffsets {
   int32_t second[kTileRows];
 };
 
+// Rows of bytes in a tile where groups have up to 16 columns: totals of more would not stay in
+// registers from one group to the next.
+constexpr int64_t kQuadTileRows = 4;
+
 struct PanelRows {
   int8_t* q;
   double* step;          // (tiles, groups, 8), where there are parts
   PanelOffsets* offset;  // (tiles, groups)
   int64_t stride, rows, groups;
+  int64_t tile_rows;  // of bytes
   int parts;
   int64_t used;
 
   PanelRows(void* data, const PackedMatrix& w, int64_t count, Mode mode)
-      : stride(panel_blocks(w) * kBlock), rows(count), groups(groups_of(w)), parts(parts_of(mode)) {
+      : stride(panel_blocks(w) * kBlock),
+        rows(count),
+        groups(groups_of(w)),
+        tile_rows(has_quad_groups(w) ? kQuadTileRows : kTileRows),
+        parts(parts_of(mode)) {
     Arena arena{static_cast<char*>(data)};
     q = arena.take<int8_t>(round_up(rows, x_rows()) * parts * stride);
     const int64_t tiles = round_up(rows, x_rows()) / x_rows();
@@ -48,7 +57,7 @@ struct PanelRows {
     used = arena.used;
   }
 
-  int64_t x_rows() const { return kTileRows / parts; }  // rows of x in a tile
+  int64_t x_rows() const { return tile_rows / parts; }  // rows of x in a tile
   int64_t rows_at(int64_t m) const {                    // in the tile from row m on
     return rows - m < x_rows() ? rows - m : x_rows();
   }
@@ -195,12 +204,34 @@ void prepare_half_groups(const PackedMatrix& w, int64_t m, int64_t g, int64_t be
   if (g + 1 < out.groups) write_offsets(w, sum[1], out.offsets(m) + g + 1);
 }
 
+// The same of the groups from g on that lie in one block, each within a quad.
+template <typename Convert>
+void prepare_quad_groups(const PackedMatrix& w, int64_t m, int64_t g, int64_t block,
+                         const PanelRows& out, const Convert& convert) {
+  const int64_t count = out.rows_at(m), width = out.width(m), lanes = panel_group(w) / 4;
+  const int32_t zero = w.zero == nullptr ? symmetric_zero(w) : 1;
+  __m512i v[kTileRows];
+  for (int i = 0; i < kTileRows; ++i) v[i] = _mm512_setzero_si512();
+  for (int64_t i = 0; i < count; ++i) convert(i, block, v + i);
+  for (int64_t i = 0; i < count * out.parts; ++i) {
+    alignas(64) int32_t sum[kLanes];  // of four columns
+    _mm512_store_si512(sum, sum_bytes(_mm512_setzero_si512(), v[i]));
+    PanelOffsets* offset = out.offsets(m) + g;
+    for (int64_t l = 0; l < kLanes && g + l / lanes < out.groups; l += lanes, ++offset) {
+      int32_t all = 0;
+      for (int64_t j = 0; j < lanes; ++j) all += sum[l + j];
+      offset->first[i] = offset->second[i] = -zero * all;  // no half counts more here
+    }
+  }
+  store_tile_block(v, width, out.tile(m) + block * kBlock * width);
+}
+
 // All groups of a tile, those with one step of x at a time: body(g, begin, end) for their first and
 // their blocks.
 template <typename Body>
 void for_step_groups(const PackedMatrix& w, int64_t groups, const Body& body) {
   const int64_t blocks = panel_blocks(w), some = step_blocks(w);
-  for (int64_t g = 0, b = 0; g < groups; g += has_half_blocks(w) ? 2 : 1, b += some) {
+  for (int64_t g = 0, b = 0; g < groups; g += step_groups(w), b += some) {
     body(g, b, blocks - b < some ? blocks : b + some);
   }
 }
@@ -208,6 +239,7 @@ void for_step_groups(const PackedMatrix& w, int64_t groups, const Body& body) {
 template <typename Convert>
 void prepare_step_groups(const PackedMatrix& w, int64_t m, int64_t g, int64_t begin, int64_t end,
                          const PanelRows& out, const Convert& convert) {
+  if (has_quad_groups(w)) return prepare_quad_groups(w, m, g, begin, out, convert);
   if (has_half_blocks(w)) return prepare_half_groups(w, m, g, begin, end, out, convert);
   prepare_panel_group(w, m, g, begin, end, out, convert);
 }
@@ -237,7 +269,7 @@ TileX padded_rows(const PackedMatrix& w, const TileX& x, int64_t count, void* me
 }
 
 int64_t padded_rows_bytes(const PackedMatrix& w) {
-  return pads_groups(w) ? kTileRows * panel_columns(w) * static_cast<int64_t>(sizeof(float)) : 0;
+  return moves_columns(w) ? kTileRows * panel_columns(w) * static_cast<int64_t>(sizeof(float)) : 0;
 }
 
 // The rows [m, m + rows_at(m)) of the block, which `x` holds.
@@ -266,8 +298,9 @@ void prepare_panel_parts(const PackedMatrix& w, const TileX& x, int64_t m, const
     for (int64_t i = 0; i < count; ++i) {
       const double step =
           power_of_two(step_of(x.row(i), x.type, begin * kBlock, end, largest_of<kParts>()));
-      out.steps(m)[g * kTileRows + i] = step;
-      if (has_half_blocks(w) && g + 1 < out.groups) out.steps(m)[(g + 1) * kTileRows + i] = step;
+      for (int64_t own = g; own < g + step_groups(w) && own < out.groups; ++own) {
+        out.steps(m)[own * kTileRows + i] = step;
+      }
       inverse[i] = step > 0.0 ? 1.0 / step : 0.0;
     }
     const auto convert = [&](int64_t i, int64_t block, __m512i* v) {
@@ -288,7 +321,7 @@ void prepare_panel_rows(const PackedMatrix& w, Mode mode, const Activations& x, 
   const TileX all{static_cast<const char*>(x.data), x.type, w.cols};
   for (int64_t m = part.begin; m < part.end; m += out.x_rows()) {
     TileX own{all.row(first + m), x.type, w.cols};
-    if (pads_groups(w)) own = padded_rows(w, own, out.rows_at(m), scratch);
+    if (moves_columns(w)) own = padded_rows(w, own, out.rows_at(m), scratch);
     switch (mode) {
       case Mode::kTwoParts:
         prepare_panel_parts<2>(w, own, m, out);

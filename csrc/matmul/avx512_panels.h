@@ -11,6 +11,7 @@
 #include "matmul/avx512_panel_few.h"
 #include "matmul/avx512_panel_integer.h"
 #include "matmul/avx512_panel_parts.h"
+#include "matmul/avx512_panel_quads.h"
 
 namespace pyrobust::matmul {
 namespace {
@@ -20,13 +21,9 @@ namespace {
 // begins and ends with what no product hides.
 constexpr int64_t kPanelBytes = 384 << 10;
 
-// Totals; the last tile has up to two rows more than x.
-int64_t double_totals_bytes(int64_t rows) {
-  return round_up(rows, kTileRows) * kPanelRows * static_cast<int64_t>(sizeof(double));
-}
-
 // Bytes of totals, behind which a panel may be made.
 int64_t totals_bytes(const PackedMatrix& w, Mode mode, int64_t rows) {
+  if (has_quad_groups(w)) return QuadScratch(nullptr, rows).used;
   if (takes_integer_totals(w, mode)) return IntegerScratch(nullptr, w, rows).used;
   return double_totals_bytes(rows);
 }
@@ -56,6 +53,9 @@ void multiply_integer_order(const PackedMatrix& w, const Block& block, int64_t b
 template <int kBits, bool kBook>
 void multiply_panel_order(const PackedMatrix& w, Mode mode, const Block& block, int64_t begin,
                           int64_t end, const Output& out, void* scratch) {
+  if (has_quad_groups(w)) {
+    return multiply_quads<kBits, kBook>(w, mode, block, {begin, end}, out, scratch);
+  }
   if (w.panels != nullptr && is_few(block.rows, mode)) {
     return multiply_few_rows<kBits, kBook>(w, block, {begin, end}, out);
   }

@@ -41,11 +41,11 @@
 //   exact   y = x W^T + bias, with |error| <= 1e-6 (sum_k |x||W| + |bias|) against real numbers,
 //           plus, for float16 and bfloat16, the final rounding to that type. (Overflow and
 //           underflow of intermediate products excepted: |x scale| within 2^-126 .. 2^127
-//           suffices.) On AVX-512, float16 and bfloat16 with group_dim 1 and groups of a multiple
-//           of 32 columns, of 16 to 640, or whole rows: x is first rounded to 16 bits, one step a
-//           row and group g (two groups that meet within 64 columns, where groups are filled up to
-//           whole 32, have one step and are one g; avx512_parts.h), and sums are integers, which
-//           adds
+//           suffices.) On AVX-512, float16 and bfloat16 with group_dim 1 and groups, or whole rows,
+//           of up to 65536 columns: x is first rounded to 16 bits, one step a row and group g (two
+//           groups that meet within 64 columns, where groups are filled up to whole 32, have one
+//           step and are one g, and so are all groups of 64 where those of up to 16 columns are
+//           filled up to 4, 8 or 16; avx512_parts.h), and sums are integers, which adds
 //             sum over groups g of max_{k in g} |x| / 32512 sum_{k in g, x small} |W|
 //           where x is small below 1/63 of that maximum in bfloat16 and below 1/7 in float16.
 //           There, a row of float32 of 64 columns or more is rounded to 24 or 32 bits where its

@@ -4,7 +4,8 @@
 //   panel 0 (rows 0..31)     group 0: scales, zeros, codes | group 1: ... |      panel 1: ...
 //
 //   scales   32, of the weight's type (bytes where it has row scales)
-//   zeros    32 bytes, where it has zeros; both together fill whole 64 bytes
+//   zeros    32 bytes, where it has zeros; both together fill whole 64 bytes. Groups of up to 16
+//            columns: 32 scales of each group of a quad, then their zeros, then the quad
 //   codes    quads of 16 columns, `bits` times 64 bytes each
 //
 // A quad has four steps of four columns. At step s, column 4 s + c of row i of the panel is byte
@@ -37,21 +38,32 @@ constexpr int64_t kLineBytes = 64;
 
 constexpr int64_t kHalfBlock = kLineBytes / 2;
 
+// Whether groups have up to 16 columns: a quad then holds one of them, two or four, each filled up
+// to 16, 8 or 4 columns, and so many scales and zeros stand before its codes.
+inline bool has_quad_groups(const PackedMatrix& w) {
+  return w.group_dim == 1 && w.group_size < w.cols && w.group_size <= kQuadColumns;
+}
+
 // Whether groups are no whole 32 columns. In the panel order each then has columns of zeros behind,
-// up to whole 32, and so has x. Shorter groups would take more than twice the memory; of longer
-// ones two would be too many to decode at once.
+// up to whole 32 or as above, and so has x.
 inline bool pads_groups(const PackedMatrix& w) {
   return w.group_dim == 1 && w.group_size < w.cols && w.group_size % kHalfBlock != 0 &&
-         w.group_size >= 16 && w.group_size <= kSpan / 2;
+         w.group_size <= kMaxIntegerRun;
 }
 
 // Columns of a group, and of all, in the panel order.
 inline int64_t panel_group(const PackedMatrix& w) {
+  if (has_quad_groups(w)) return w.group_size <= 4 ? 4 : w.group_size <= 8 ? 8 : kQuadColumns;
   return pads_groups(w) ? ceil_div(w.group_size, kHalfBlock) * kHalfBlock : w.group_size;
 }
 inline int64_t panel_columns(const PackedMatrix& w) {
-  return pads_groups(w) ? scale_cols(w) * panel_group(w) : w.cols;
+  if (!pads_groups(w)) return w.cols;
+  const int64_t unit = has_quad_groups(w) ? panel_group(w) : kHalfBlock;
+  const int64_t whole = scale_cols(w) - 1, last = w.cols - whole * w.group_size;
+  return whole * panel_group(w) + ceil_div(last, unit) * unit;
 }
+// Whether columns lie elsewhere there than in W.
+inline bool moves_columns(const PackedMatrix& w) { return panel_group(w) != w.group_size; }
 inline int64_t panel_blocks(const PackedMatrix& w) {
   return ceil_div(panel_columns(w), kLineBytes);
 }
@@ -67,10 +79,15 @@ inline bool has_half_blocks(const PackedMatrix& w) {
 inline bool has_panels_alone(const PackedMatrix& w) { return pads_groups(w) || has_half_blocks(w); }
 
 // Blocks of 64 columns of x with one step, where it is rounded to parts: those of a group, or of
-// two.
+// two; or one, of many groups. And how many groups these are.
 inline int64_t step_blocks(const PackedMatrix& w) {
   if (w.group_size >= w.cols) return ceil_div(w.cols, kLineBytes);
+  if (has_quad_groups(w)) return 1;
   return (has_half_blocks(w) ? 2 : 1) * panel_group(w) / kLineBytes;
+}
+inline int64_t step_groups(const PackedMatrix& w) {
+  if (has_quad_groups(w)) return kLineBytes / panel_group(w);
+  return has_half_blocks(w) ? 2 : 1;
 }
 
 // For groups along a row, of whole 32 columns or padded, or whole rows; and along the rows of W
@@ -78,9 +95,10 @@ inline int64_t step_blocks(const PackedMatrix& w) {
 struct PanelLayout {
   int bits;
   int64_t scale_bytes;    // of one scale
+  int64_t head_groups;    // of a head: 1, or those of a quad, which is one group below
   int64_t groups;         // of a row
   int64_t group_columns;  // of all groups but the last
-  int64_t columns;        // of a row, a multiple of 64, or of 32 where groups are
+  int64_t columns;        // of a row, a multiple of 64, or of 32 or 16 where groups are
   int64_t head_bytes;     // scales and zeros of a group
   int64_t group_bytes;    // of all groups but the last
   int64_t panel_bytes;
@@ -89,13 +107,17 @@ struct PanelLayout {
   explicit PanelLayout(const PackedMatrix& w)
       : bits(w.levels == kTernaryLevels ? 2 : code_bits(w.levels)),
         scale_bytes(w.row_scale != nullptr ? 1 : float_type_bytes(w.scale_type)),
-        groups(w.group_dim == 1 ? scale_cols(w) : 1),
+        head_groups(has_quad_groups(w) ? kQuadColumns / panel_group(w) : 1),
+        groups(w.group_dim == 1 ? ceil_div(scale_cols(w), head_groups) : 1),
         panels(ceil_div(w.rows, kPanelRows)) {
-    const int64_t unit = has_half_blocks(w) ? kHalfBlock : kLineBytes;
+    const int64_t unit = has_quad_groups(w)   ? kQuadColumns
+                         : has_half_blocks(w) ? kHalfBlock
+                                              : kLineBytes;
     columns = ceil_div(panel_columns(w), unit) * unit;
-    group_columns = w.group_dim == 1 && w.group_size < w.cols ? panel_group(w) : columns;
-    const int64_t heads =
-        w.group_dim == 1 ? kPanelRows * (scale_bytes + (w.zero != nullptr ? 1 : 0)) : 0;
+    const bool whole_rows = w.group_dim == 0 || w.group_size >= w.cols;
+    group_columns = whole_rows ? columns : head_groups * panel_group(w);
+    const int64_t own = scale_bytes + (w.zero != nullptr ? 1 : 0);
+    const int64_t heads = w.group_dim == 1 ? head_groups * kPanelRows * own : 0;
     head_bytes = ceil_div(heads, kLineBytes) * kLineBytes;
     group_bytes = head_bytes + code_bytes(group_columns);
     panel_bytes = groups * head_bytes + code_bytes(columns);

@@ -24,8 +24,10 @@ FORMATS += [(bits, False) for bits in (2, 3, 4, 8)]
 # Groups that end within a block of 64, in an odd number too.
 SHAPES = [(37, 200, 64), (5, 64, 64), (70, 384, 128), (33, 320, 1000), (100, 1300, 1300)]
 SHAPES += [(37, 200, 32), (40, 161, 32), (33, 1344, 96)]
-# Groups that are filled up with zeros, to one half block and more, the longest too.
-SHAPES += [(37, 200, 48), (40, 161, 16), (33, 1344, 100), (5, 1700, 640 - 1)]
+# Groups that are filled up with zeros, to one half block and more, and to several spans.
+SHAPES += [(37, 200, 48), (40, 161, 20), (33, 1344, 100), (5, 1700, 640 - 1), (3, 4200, 1361)]
+# Groups that share quads of 16 columns: four of them, two and one, whole and filled up.
+SHAPES += [(37, 650, 4), (33, 131, 1), (40, 161, 8), (5, 133, 7), (70, 161, 16), (34, 550, 11)]
 ACTIVATIONS = [
     ("int8", torch.float32),
     ("int8", torch.bfloat16),

@@ -125,7 +125,7 @@ def test_threads_change_no_bit(isa):
 def test_random_shapes_and_formats(data):
     rows, cols = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 700))
     bits, dtype = data.draw(st.sampled_from(BITS)), data.draw(st.sampled_from(DTYPES))
-    group_size = data.draw(st.sampled_from([16, 50, 64, 100, 128, 192, 639, 1000]))
+    group_size = data.draw(st.sampled_from([3, 8, 16, 50, 64, 100, 128, 192, 639, 1000]))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
     symmetric = data.draw(st.booleans())
     packed = random_weight(rows, cols, bits, group_size, symmetric=symmetric, generator=generator)
