@@ -156,9 +156,9 @@ def _plainly() -> Iterator[None]:
         yield
 
 
-def may_wait(box: Interval) -> bool:
-    """Whether a convolution of ``box`` in plain eager mode may wait."""
-    return box.ndim == 4 and not infinite_ends_allowed()
+def may_wait() -> bool:
+    """Whether a convolution in plain eager mode may wait."""
+    return not infinite_ends_allowed()
 
 
 def run_or_wait(

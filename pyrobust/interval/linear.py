@@ -1,4 +1,4 @@
-"""Rules of linear maps: the interval kernels, and the same method in torch for the other shapes."""
+"""Rules of linear layers and of packed ones, and what the rules of all linear maps share."""
 
 from __future__ import annotations
 
@@ -28,24 +28,33 @@ from pyrobust.ops._interval_checks import finite_ends, is_deployed
 from pyrobust.ops._interval_fallback import outward_image
 from pyrobust.ops._library import differentiation_transforms
 from pyrobust.ops.interval import (
-    interval_conv2d,
     interval_linear,
     interval_packed_conv2d,
     interval_packed_linear,
 )
 from pyrobust.ops.packed_weight import WeightExtras
 
-__all__ = ["RULES", "affine", "linear"]
+__all__ = [
+    "RULES",
+    "UNCHECKED",
+    "affine",
+    "image",
+    "linear",
+    "looked_at",
+    "plain",
+    "transformed",
+]
 
-_UNCHECKED: dict[str, Any] = {"allow_infinite": True}  # refused here, with the place in the model
+UNCHECKED: dict[str, Any] = {"allow_infinite": True}  # refused here, with the place in the model
 
 
-def _plain(what: str, *values: Any) -> None:
+def plain(what: str, *values: Any) -> None:
+    """Refuse boxes as weight or bias of ``what``."""
     if any(isinstance(value, Interval) for value in values):
         raise refuse(f"{what} with intervals as weight or bias")
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Whether torch.func is at work, whose gradients custom operators do not support."""
     active = getattr(torch._C, "_are_functorch_transforms_active", None)
     return active is not None and not torch.compiler.is_compiling() and bool(active())
@@ -63,16 +72,16 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Interval:
     box = require_box(input, "linear")
     if isinstance(weight, Interval) or isinstance(bias, Interval):
         raise refuse("linear with intervals as weight or bias")
-    if _transformed():
+    if transformed():
         result = affine(box, weight, bias, F.linear, weight.shape[1])
-        return _looked_at(box, F.linear, result)
+        return looked_at(box, F.linear, result)
     lower, upper, rectified = unclipped(box)
     rounding = box.rounding
-    options: dict[str, Any] = {"rounding": rounding, "rectified": rectified, **_UNCHECKED}
-    return _image(box, F.linear, lambda: interval_linear(lower, upper, weight, bias, **options))
+    options: dict[str, Any] = {"rounding": rounding, "rectified": rectified, **UNCHECKED}
+    return image(box, F.linear, lambda: interval_linear(lower, upper, weight, bias, **options))
 
 
-def _image(
+def image(
     box: Interval, function: Any, call: Callable[[], tuple[Tensor, Tensor]], *, waits: bool = False
 ) -> Interval:
     """The image of ``box`` under ``function`` that an operator gives; it may ``wait`` if it can.
@@ -80,9 +89,9 @@ def _image(
     Kernels of ours say whether its ends are finite; those of others must be looked at.
     """
     if torch.compiler.is_compiling():
-        return _looked_at(box, function, wrap(*call(), box.rounding))
+        return looked_at(box, function, wrap(*call(), box.rounding))
     finite_ends.start()
-    if waits and may_wait(box):
+    if waits and may_wait():
         ends, waiting = run_or_wait(call, name_of(function), box.rounding)
         if waiting is not None:
             return waiting
@@ -92,10 +101,10 @@ def _image(
         lower, upper = call()
     if finite_ends.all:
         return adopt(lower, upper, box.rounding)
-    return _looked_at(box, function, wrap(lower, upper, box.rounding))
+    return looked_at(box, function, wrap(lower, upper, box.rounding))
 
 
-def _looked_at(box: Interval, function: Any, result: Interval) -> Interval:
+def looked_at(box: Interval, function: Any, result: Interval) -> Interval:
     """``result`` of ``function``, refused where its ends are infinite."""
     check_result(name_of(function), result.lower, result.upper, (box,), takes_infinity=False)
     return result
@@ -145,71 +154,6 @@ def affine(
     )
 
 
-def _conv2d(
-    input: Any,
-    weight: Any,
-    bias: Any = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Interval:
-    box = require_box(input, "conv2d")
-    _plain("conv2d", weight, bias)
-    if _transformed():
-        result = _any_conv2d(box, weight, bias, stride, padding, dilation, groups)
-        return _looked_at(box, torch.conv2d, result)
-    lower, upper, rectified = unclipped(box)
-    options: dict[str, Any] = {
-        "stride": _sizes(stride),
-        "padding": padding if isinstance(padding, str) else _sizes(padding),
-        "dilation": _sizes(dilation),
-        "groups": groups,
-        "rounding": box.rounding,
-        "rectified": rectified,
-        **_UNCHECKED,
-    }
-    return _image(
-        box,
-        torch.conv2d,
-        lambda: interval_conv2d(lower, upper, weight, bias, **options),
-        waits=True,
-    )
-
-
-def _sizes(value: Any) -> Any:
-    if isinstance(value, int):
-        return value
-    sizes = tuple(value)
-    return sizes[0] if len(sizes) == 1 else sizes
-
-
-def _convolution(name: str, dimensions: int, transposed: bool) -> Rule:
-    function = getattr(F, name)
-
-    def rule(input: Any, weight: Any, bias: Any = None, *args: Any, **options: Any) -> Interval:
-        box = require_box(input, name)
-        _plain(name, weight, bias)
-        groups = args[3] if len(args) > 3 else options.get("groups", 1)
-        channels = weight.shape[0] // groups if transposed else weight.shape[1]
-        outputs = weight.shape[1] * groups if transposed else weight.shape[0]
-        if bias is not None:
-            check_shape(name, bias.shape == (outputs,), f"a bias of {outputs} numbers", bias.shape)
-        per_channel = None if bias is None else bias.reshape(-1, *[1] * dimensions)
-        return affine(
-            box,
-            weight,
-            per_channel,
-            lambda x, w: function(x, w, None, *args, **options),
-            channels * weight[0, 0].numel(),
-        )
-
-    return rule
-
-
-_any_conv2d = _convolution("conv2d", 2, False)
-
-
 def _packed_linear(
     x: Any,
     codes: Tensor,
@@ -236,9 +180,9 @@ def _packed_linear(
         "rounding": box.rounding,
         "extras": extras,
         "rectified": rectified,
-        **_UNCHECKED,
+        **UNCHECKED,
     }
-    return _image(
+    return image(
         box,
         packed_matmul.packed_linear,
         lambda: interval_packed_linear(lower, upper, codes, scale, zero, shift, **options),
@@ -256,12 +200,12 @@ def _packed_conv2d(
     box = require_box(x, "packed_conv2d")
     shift = None if bias is None else bias.to(box.dtype)
     lower, upper, options["rectified"] = unclipped(box)
-    options |= {"rounding": box.rounding, **_UNCHECKED}
-    return _image(
+    options |= {"rounding": box.rounding, **UNCHECKED}
+    return image(
         box,
         packed_layers.packed_conv2d,
         lambda: interval_packed_conv2d(lower, upper, codes, scale, zero, shift, **options),
-        waits=True,
+        waits=box.ndim == 4,
     )
 
 
@@ -296,16 +240,7 @@ def _summed_in_any_order(total: Interval, term: Any, products: int) -> Interval:
     return wrap(low, high, total.rounding)
 
 
-RULES: dict[str, Rule] = {
-    "linear": linear,
-    "conv2d": _conv2d,
-    "conv1d": _convolution("conv1d", 1, False),
-    "conv3d": _convolution("conv3d", 3, False),
-    "conv_transpose1d": _convolution("conv_transpose1d", 1, True),
-    "conv_transpose2d": _convolution("conv_transpose2d", 2, True),
-    "conv_transpose3d": _convolution("conv_transpose3d", 3, True),
-    "addmm": _addmm,
-}
+RULES: dict[str, Rule] = {"linear": linear, "addmm": _addmm}
 
 QUICK: dict[Any, Rule] = {F.linear: _quick_linear}
 """Asked before the rule in plain eager mode: one native call that gives the box, or None."""

@@ -15,6 +15,7 @@ import torch
 from pyrobust.interval import (
     arithmetic,
     attention,
+    convolution,
     elementwise,
     linear,
     normalization,
@@ -37,6 +38,7 @@ BY_NAME: dict[str, Rule] = {
     **arithmetic.RULES,
     **elementwise.RULES,
     **linear.RULES,
+    **convolution.RULES,
     **normalization.RULES,
     **pooling.RULES,
     **reduction.RULES,
@@ -86,7 +88,7 @@ def _functions(names: Iterable[str]) -> frozenset[Any]:
 
 KINDS: dict[str, frozenset[Any]] = {
     "finite": _functions([*_BOUNDED, *set(shape.RULES).difference(_CONVERSIONS, _JOINS)]),
-    "checks itself": _functions(["linear", "conv2d"]) | frozenset(linear.PACKED_RULES),
+    "checks itself": _functions(["linear", *convolution.RULES]) | frozenset(linear.PACKED_RULES),
     "takes infinity": _functions(_TAKES_INFINITY),
     # what dynamo calls for + += * *= @ of a box and a tensor, the tensor first in any case
     "ambiguous": frozenset({torch.Tensor.add, torch.Tensor.mul, torch.Tensor.matmul}),

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pyrobust import _native
 from pyrobust._checks import check_choice
 
-__all__ = ["radius_precision"]
+__all__ = ["coarse_radii", "radius_precision"]
 
 _CHOICES = ("float32", "bfloat16")
 coarse = False  # the setting of the kernels
@@ -57,6 +57,19 @@ def radius_precision(name: str, *, gradients: str = "float32") -> Iterator[None]
     finally:
         _set(before[0])
         _set_gradients(before[1])
+
+
+@contextmanager
+def coarse_radii(allowed: bool) -> Iterator[None]:
+    """Run kernels that were asked for where the setting was ``allowed``."""
+    if allowed == coarse:
+        yield
+        return
+    before = _set(allowed)
+    try:
+        yield
+    finally:
+        _set(before)
 
 
 def _set(allowed: bool) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -67,12 +66,16 @@ class Product:
     ) -> None:
         self.native, self.before, self.owned = native, list(before), owned
         self.shape = torch.Size(shape)
+        self.seen = (
+            self.shape
+        )  # in which its caller gives the outputs: more axes or fewer of size 1
         self._input = Unchanged(self.before[:2])
+        self._coarse = _interval_precision.coarse  # a permission of the block that asks
 
-    @cached_property
+    @property
     def form(self) -> Tensor:
         """A tensor like an output, without its memory."""
-        end: Tensor = self.before[0].new_empty(()).expand(self.shape)
+        end: Tensor = self.before[0].new_empty(()).expand(self.seen)
         return end
 
     def run(self, norm: Norm | None = None, total: Sum | None = None) -> tuple[Ends, bool]:
@@ -84,9 +87,12 @@ class Product:
         self._input.check()
         lower = self.before[0].new_empty(self.shape)
         upper = torch.empty_like(lower)
+        if total is not None:
+            total = total[0].view(self.shape), total[1].view(self.shape), *total[2:]
         late = None if norm is None and total is None else (norm, total)
-        finite = self.native(*self.before, lower, upper, torch.get_num_threads(), late)
-        return (lower, upper), finite
+        with _interval_precision.coarse_radii(self._coarse):
+            finite = self.native(*self.before, lower, upper, torch.get_num_threads(), late)
+        return (lower.view(self.seen), upper.view(self.seen)), finite
 
     def worth_waiting(self) -> bool:
         """Whether later passes over the outputs cost more than a copy of the weights."""
@@ -117,11 +123,18 @@ class _Collector(threading.local):
     active: bool = False
     product: Product | None = None
 
+    def _taken(self) -> Product | None:
+        return self.product
+
     def run(self, call: Callable[[], Ends]) -> tuple[Ends, Product | None]:
         """What ``call`` gives, and the product that waits where those are no ends yet."""
         self.active, self.product = True, None
         try:
-            return call(), self.product
+            ends = call()
+            product = self._taken()
+            if product is not None:
+                product.seen = ends[0].shape
+            return ends, product
         finally:
             self.active, self.product = False, None
 
@@ -131,8 +144,7 @@ collector = _Collector()
 
 def hand_over(product: Product) -> bool:
     """Whether the caller of the operator takes ``product`` as it is, to run it later."""
-    # a permission for a block of code must not be outlived
-    if not collector.active or _interval_precision.coarse or not product.worth_waiting():
+    if not collector.active or not product.worth_waiting():
         return False
     product.keep_weights()
     collector.product = product

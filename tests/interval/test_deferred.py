@@ -55,9 +55,16 @@ def box_of(*shape, width=0.05, rounding="real"):
     return Interval(x - width, x + width * torch.rand(shape), rounding=rounding)
 
 
+class AnyBatchNorm(nn.BatchNorm2d):
+    """Of lines too."""
+
+    def _check_input_dim(self, input):
+        pass
+
+
 def normalizer(channels):
     """Batch norm with scales of both signs, one of them zero."""
-    layer = nn.BatchNorm2d(channels).eval().requires_grad_(False)
+    layer = AnyBatchNorm(channels).eval().requires_grad_(False)
     layer.weight.uniform_(-1.5, 1.5)[0] = 0.0
     layer.bias.normal_()
     layer.running_mean.normal_()
@@ -77,6 +84,8 @@ def layer_of(kind):
         "panels": (nn.Conv2d(6, 21, 3), (5, 6, 7, 9)),
         "one pixel wide": (nn.Conv2d(6, 11, (1, 3)), (3, 6, 9, 3)),
         "1 x 1 by stride 2": (nn.Conv2d(12, 20, 1, 2, bias=False), (4, 12, 15, 15)),
+        "lines": (nn.Conv1d(6, 10, 5, padding=2), (3, 6, 40)),
+        "short lines": (nn.Conv1d(8, 12, 2, 2, padding="valid", groups=2), (5, 8, 18)),
     }[kind.removeprefix("4 bits, ").removeprefix("8-bit activations, ")]
     conv.requires_grad_(False)
     if kind.startswith("4 bits"):
@@ -88,7 +97,7 @@ def layer_of(kind):
 
 FORMS = [
     *("filtered by fours", "filtered by pairs", "filtered by stride 2", "direct"),
-    *("direct in groups", "panels", "one pixel wide", "1 x 1 by stride 2"),
+    *("direct in groups", "panels", "one pixel wide", "1 x 1 by stride 2", "lines", "short lines"),
     *("4 bits, filtered by fours", "4 bits, direct", "8-bit activations, panels"),
 ]
 STEPS = {
@@ -136,7 +145,7 @@ def test_points_of_the_box_stay_inside_and_smaller_boxes_too(isa, form, calls):
         return F.relu(norm(conv(x)) + y)
 
     result, real = network(whole, other), None
-    if isinstance(conv, nn.Conv2d):
+    if isinstance(conv, (nn.Conv1d, nn.Conv2d)):
         real = copy.deepcopy(conv).double(), copy.deepcopy(norm).double()
     for seed in range(6):
         torch.manual_seed(seed)
@@ -373,13 +382,31 @@ def test_where_infinite_ends_are_allowed_nothing_waits(calls):
     assert calls == ["interval_conv2d"]
 
 
-def test_coarse_radii_are_a_permission_for_a_block(calls):
-    conv, shape = layer_of("direct")
+@pytest.mark.parametrize("form", FORMS)
+def test_coarse_radii_are_those_of_the_block_that_asked(isa, form, calls):
+    conv, shape = layer_of(form)
+    box = box_of(*shape)
+    other = box_of(*conv(box).shape)
+    norm = normalizer(other.shape[1])
+
+    def network(x):
+        return F.relu(norm(conv(x)) + other)
+
+    fine = at_once(network, box)
     with radius_precision("bfloat16"):
-        conv(box_of(*shape))
-    assert calls == ["interval_conv2d"]
-    conv(box_of(*shape))
-    assert len(calls) == 1
+        lower, upper = at_once(network, box)
+        calls.clear()
+        result = network(box)
+        later = network(box)
+    for read in (result, later):
+        assert torch.equal(read.lower, lower)
+        assert torch.equal(read.upper, upper)
+    assert len(calls) == 2
+    assert all(call.endswith("and more") for call in calls)
+    before = network(box)
+    with radius_precision("bfloat16"):
+        assert torch.equal(before.lower, fine[0])
+        assert torch.equal(before.upper, fine[1])
 
 
 def test_small_results_and_large_weights_do_not_wait():
