@@ -1,6 +1,6 @@
 """Types of the native module."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -116,6 +116,7 @@ def eager_interval_packed(
     keeps: bool,
 ) -> tuple[Any, Any, bool] | None: ...
 def set_box_type(type: type) -> None: ...
+def add_settled_ends(type: type, settle: Callable[[Any], None]) -> None: ...
 def box_linear(box: Any, weight: Any, bias: Any, num_threads: int, grad_enabled: bool) -> Any: ...
 def box_packed_linear(
     box: Any,

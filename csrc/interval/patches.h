@@ -25,7 +25,8 @@ inline Lanes lanes_of(const PackPatches& work, int64_t panel) {
     out.base[lane] = work.image[panel] + pixel / work.out_width * work.row_step * work.row_size +
                      pixel % work.out_width;
   }
-  out.adjacent = out.base[kLanes - 1] == out.base[0] + kLanes - 1;
+  // lanes without a pixel repeat the last: with steps to other rows they may end in the same place
+  out.adjacent = present == kLanes && out.base[kLanes - 1] == out.base[0] + kLanes - 1;
   return out;
 }
 

@@ -73,5 +73,5 @@ def apply_rule(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         box = result[0] if isinstance(result, tuple) else result
         takes_infinity = func in _kinds["takes infinity"]
         operands = (*args, *kwargs.values())
-        check_result(name_of(func), box._lower, box._upper, operands, takes_infinity=takes_infinity)
+        check_result(name_of(func), box.lower, box.upper, operands, takes_infinity=takes_infinity)
     return result

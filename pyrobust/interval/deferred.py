@@ -14,18 +14,14 @@ join it, since that input would be computed twice.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-
-import torch
-from torch.utils._python_dispatch import _disable_current_modes
+from collections.abc import Callable
 
 from pyrobust.interval.errors import Place, at_place, place
 from pyrobust.interval.finite import check_result, infinite_ends_allowed
+from pyrobust.interval.reader_modes import without_modes_of_reader
 from pyrobust.interval.type import Interval, adopt, wait_for
 from pyrobust.ops._interval_checks import Ends
 from pyrobust.ops._late_products import Norm, Product, Sum, Unchanged, collector
-from pyrobust.ops._library import dispatcher_watched
 
 __all__ = ["Deferred", "may_wait", "run_or_wait"]
 
@@ -110,7 +106,7 @@ class Deferred:
         if self._ends is None:
             assert self._product is not None
             self._other.check()
-            with _plainly():
+            with without_modes_of_reader():
                 self._ends = self._from_before() or self._at_once(self._product)
             self._product = self._norm = self._sum = None
             self._steps = self._before = ()
@@ -144,16 +140,6 @@ class Deferred:
             with at_place(modules):
                 box = step(box)
         return box.lower, box.upper
-
-
-@contextmanager
-def _plainly() -> Iterator[None]:
-    """As in the plain eager mode in which the product was put off, whatever the reader's is."""
-    with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
-        if dispatcher_watched():
-            stack.enter_context(torch._C._DisableFuncTorch())
-            stack.enter_context(_disable_current_modes())
-        yield
 
 
 def may_wait() -> bool:

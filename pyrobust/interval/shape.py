@@ -101,13 +101,7 @@ def _where(condition: Any, input: Any, other: Any) -> Interval:
         condition, input = input, condition  # as the method: x.where(condition, other)
     if isinstance(condition, Interval):
         raise refuse("where with a condition on intervals")
-    kind = common_dtype(input, other)
-    numbers = (int, float)
-    parts = [
-        torch.as_tensor(v, dtype=kind) if isinstance(v, numbers) else v for v in (input, other)
-    ]
-    parts = [p.to(kind) if isinstance(p, Tensor) else p for p in parts]
-    (low_x, low_y), (high_x, high_y), rounding = _joined(parts)
+    (low_x, low_y), (high_x, high_y), rounding = _joined([input, other])
     return wrap(
         torch.where(condition, low_x, low_y), torch.where(condition, high_x, high_y), rounding
     )

@@ -8,6 +8,7 @@ NotImplementedError with its name and the module that called it; nothing falls b
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from pyrobust.interval.errors import (
 from pyrobust.interval.finite import refuse_infinite_ends
 from pyrobust.interval.operators import Operators
 from pyrobust.interval.outward import sum_ends
+from pyrobust.interval.reader_modes import reader_watches, without_modes_of_reader
 from pyrobust.ops._interval_checks import Ends, is_deployed
 from pyrobust.ops._interval_fallback import round_outward
 from pyrobust.ops._library import autocasting, dispatcher_watched, plain_eager
@@ -36,8 +38,10 @@ __all__ = [
     "Interval",
     "adopt",
     "assign",
+    "hold",
     "put_off",
     "rectify",
+    "settle",
     "unclipped",
     "wait_for",
     "weakest",
@@ -84,6 +88,9 @@ class Interval(Operators):
     rounding: str
     _lower: Tensor
     _upper: Tensor
+    # the same after all that waits; to set them sets those: csrc/bindings/settled_ends.cpp
+    _settled_lower: Tensor
+    _settled_upper: Tensor
     # memory and shape of both ends, in place of tensors, until somebody asks for those
     _kept: tuple[bytearray, tuple[int, ...]] | None
     # what gives both ends on first use, in place of tensors: interval/deferred.py
@@ -159,16 +166,16 @@ class Interval(Operators):
     @property
     def lower(self) -> Tensor:
         """The lower ends, not to be changed in place: results may still read them."""
-        if self._rectified or self._seen != self._memory[0]:
-            _settle(self)
-        return self._lower
+        if torch.compiler.is_compiling():
+            _check_current(self)
+        return self._settled_lower
 
     @property
     def upper(self) -> Tensor:
         """The upper ends, not to be changed in place: results may still read them."""
-        if self._rectified or self._seen != self._memory[0]:
-            _settle(self)
-        return self._upper
+        if torch.compiler.is_compiling():
+            _check_current(self)
+        return self._settled_upper
 
     @property
     def center(self) -> Tensor:
@@ -227,6 +234,8 @@ class Interval(Operators):
     @property
     def requires_grad(self) -> bool:
         """Whether either end takes part in differentiation."""
+        if torch.compiler.is_compiling():
+            return self._settled_lower.requires_grad or self._settled_upper.requires_grad
         if self._deferred is not None or (self._rectified and not self._graded):
             return False
         return self._lower.requires_grad or self._upper.requires_grad
@@ -269,7 +278,7 @@ class Interval(Operators):
 
     def is_contiguous(self, **_: Any) -> bool:
         """Whether both ends are contiguous."""
-        return self._lower.is_contiguous() and self._upper.is_contiguous()
+        return self.lower.is_contiguous() and self.upper.is_contiguous()
 
     def requires_grad_(self, requires_grad: bool = True) -> Interval:
         """Let both ends take part in differentiation; returns self."""
@@ -283,6 +292,8 @@ class Interval(Operators):
     @property
     def _form(self) -> Tensor:
         """A tensor of the shape, dtype and device of the ends."""
+        if torch.compiler.is_compiling():
+            return self._settled_lower
         form: Tensor = self._lower if self._deferred is None else self._deferred.form
         return form
 
@@ -297,7 +308,7 @@ class Interval(Operators):
 
     def __repr__(self) -> str:
         if self._rectified:
-            _settle(self)
+            settle(self)
         return f"Interval(lower={self._lower!r}, upper={self._upper!r}, rounding={self.rounding!r})"
 
     # -- operations ----------------------------------------------------------------------------
@@ -393,10 +404,8 @@ def _make_tensors(box: Interval) -> None:
     """Give ``box`` tensors for ends that it keeps or waits for, if it does."""
     kept = box.__dict__.get("_kept")  # absent where an object is only being made
     if kept is not None:
-        made = _native.tensors_of_kept(*kept)
-        if made is None:  # under a transform of torch.func, which wraps every new tensor
-            with torch._C._DisableFuncTorch():
-                made = _native.tensors_of_kept(*kept)
+        with without_modes_of_reader() if reader_watches() else nullcontext():
+            made = _native.tensors_of_kept(*kept)
         assert made is not None
         box._lower, box._upper = made
         box._kept = None
@@ -420,6 +429,9 @@ def assign(box: Interval, result: Interval) -> Interval:
     _check_current(box)
     box._memory[0] += 1
     box._seen = box._memory[0]
+    if torch.compiler.is_compiling():
+        hold(box, result.lower, result.upper, result.rounding)
+        return box
     box._kept, box._deferred, box.rounding = None, result._deferred, result.rounding
     box._source = result._source
     if result._deferred is None:
@@ -433,8 +445,7 @@ def assign(box: Interval, result: Interval) -> Interval:
 
 def rectify(box: Interval) -> Interval:
     """``max(0, x)``. In plain eager mode the next layer clips on its way in, or the first user."""
-    no_tensors = box._kept is not None or box._deferred is not None
-    if not (plain_eager() if no_tensors else plain_eager(box._lower, box._upper)):
+    if not _may_put_off(box):
         return wrap(box.lower.relu(), box.upper.relu(), box.rounding)
     if box._deferred is not None:
         _check_current(box)
@@ -446,22 +457,33 @@ def rectify(box: Interval) -> Interval:
     return result
 
 
+def _may_put_off(box: Interval) -> bool:
+    """Whether a ReLU of ``box`` may wait: compiled code never asks what else may wait."""
+    if not plain_eager():
+        return False
+    no_tensors = box._kept is not None or box._deferred is not None
+    return no_tensors or plain_eager(box._lower, box._upper)
+
+
 def unclipped(box: Interval, *, kept: bool = False) -> tuple[Any, Any, bool]:
     """The ends, and whether their ReLU is still to come.
 
     With ``kept``, ends that are no tensors yet are given as their memory and shape.
     """
+    if torch.compiler.is_compiling():
+        return box.lower, box.upper, False
     _check_current(box)
     if kept and box._kept is not None:
         return *box._kept, box._rectified
     if box._rectified and box._graded != torch.is_grad_enabled():
-        _settle(box)
+        settle(box)
     return box._lower, box._upper, box._rectified
 
 
 def put_off(box: Interval, like: Interval) -> Interval:
     """Tell ``box``, made of the ends of ``like`` before its ReLU, that the ReLU is to come."""
-    box._rectified, box._graded = like._rectified, like._graded
+    if not torch.compiler.is_compiling():
+        box._rectified, box._graded = like._rectified, like._graded
     return box
 
 
@@ -477,9 +499,15 @@ def _set(box: Interval, lower: Tensor, upper: Tensor, rounding: str, base: Inter
         tiny = torch.finfo(lower.dtype).tiny
         lower = torch.where((lower > 0) & (lower < tiny), 0.0, lower)
         upper = torch.where((upper < 0) & (upper > -tiny), 0.0, upper)
-    box._lower, box._upper, box._kept, box.rounding = lower, upper, None, rounding
     box._memory = [0] if base is None else base._memory
     box._seen = box._memory[0]
+    hold(box, lower, upper, rounding)
+
+
+def hold(box: Interval, lower: Tensor, upper: Tensor, rounding: str) -> None:
+    """Let ``box`` hold these ends, and nothing wait."""
+    box._kept, box._deferred, box._source, box.rounding = None, None, None, rounding
+    box._settled_lower, box._settled_upper = lower, upper
     box._rectified, box._graded = False, False
 
 
@@ -488,16 +516,19 @@ def _may_be_flushed(lower: Tensor, upper: Tensor) -> bool:
     return not plain_eager(lower, upper) or _native.box_ends_in_denormals(lower, upper) is not False
 
 
-def _settle(box: Interval) -> None:
-    """Carry out a ReLU that was put off.
+def settle(box: Interval) -> None:
+    """Carry out a ReLU that was put off; what reading the ends calls where they are not settled.
 
     Raises:
         NotImplementedError: the memory was changed in place.
     """
     _check_current(box)
     if box._rectified:
-        with torch.set_grad_enabled(box._graded):
-            box._lower, box._upper = box._lower.relu(), box._upper.relu()
+        plain = not reader_watches()
+        mode = torch.set_grad_enabled if plain else without_modes_of_reader
+        lower, upper = box._lower, box._upper
+        with mode(box._graded):
+            box._lower, box._upper = lower.relu(), upper.relu()
         box._rectified = False
 
 

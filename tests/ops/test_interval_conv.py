@@ -45,6 +45,19 @@ def reference(lower, upper, weight, bias, **options):
     return middle - reach, middle + reach
 
 
+def test_small_images_whose_last_patches_end_where_neighbours_would(isa):
+    """Lanes without a pixel, which repeat the last, and steps to the next row may cancel."""
+    for height, width, rows, columns, padding in [
+        (3, 3, 1, 2, 0), (1, 1, 1, 2, 1), (3, 4, 3, 2, 1), (4, 3, 5, 3, 1), (1, 2, 3, 2, 2),
+        (4, 4, 3, 3, 1), (2, 5, 1, 3, 0), (5, 4, 2, 4, 2), (7, 2, 3, 2, 1),
+    ]:  # fmt: skip
+        x = torch.randn(2, 3, height, width)
+        weight = torch.randn(4, 3, rows, columns)
+        lower, upper = interval_conv2d(x, x, weight, padding=padding)
+        exact = F.conv2d(x.double(), weight.double(), padding=padding)
+        assert bool(((lower <= exact) & (exact <= upper)).all())
+
+
 @pytest.mark.parametrize("rounding", ["real", "deployed"])
 @pytest.mark.parametrize("window", WINDOWS)
 def test_ends_enclose_float64_and_are_tight(isa, window, rounding):
