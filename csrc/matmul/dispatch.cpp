@@ -3,6 +3,7 @@
 
 #include "core/activation_int8.h"
 #include "matmul/weights.h"
+#include "runtime/pages.h"
 #include "runtime/parallel.h"
 #include "runtime/scratch.h"
 #include "runtime/stream_copy.h"
@@ -143,6 +144,7 @@ void packed_linear(const Activations& x, const PackedMatrix& weight, RowRange ra
   check_range(weight, range);
   check(x.rows >= 0, "x must not have a negative number of rows; got ", x.rows, ".");
   if (x.rows == 0 || range.begin == range.end) return;
+  prefer_large_pages(out, x.rows * (range.end - range.begin) * float_type_bytes(x.type));
   const Product product{x, weight, range, bias, out, num_threads};
   if (mode == Mode::kExact && kernels_with(&MatmulKernels::takes_parts).takes_parts(weight)) {
     if (x.type == FloatType::kFloat32) return multiply_float_rows(product);
@@ -209,6 +211,8 @@ void for_spans(int64_t first, int64_t count, int64_t cols, int num_threads, cons
 void dequantize(const PackedMatrix& weight, RowRange range, float* out, int num_threads) {
   check_weight(weight);
   check_range(weight, range);
+  prefer_large_pages(
+      out, (range.end - range.begin) * weight.cols * float_type_bytes(FloatType::kFloat32));
   const MatmulKernels& kernels = kernels_with(&MatmulKernels::decode);
   for_spans(range.begin, range.end - range.begin, weight.cols, num_threads,
             [&](int64_t n, int64_t begin, int64_t end) {

@@ -8,6 +8,7 @@
 // Where g has 16 bits a set may take tiles of 16-bit integers instead (avx512_gradient_words.h).
 #include "matmul/dispatch.h"
 #include "matmul/weights.h"
+#include "runtime/pages.h"
 #include "runtime/parallel.h"
 #include "runtime/scratch.h"
 
@@ -149,6 +150,7 @@ void packed_linear_transpose(const Activations& g, const PackedMatrix& weight, R
   check_weight(weight);
   check_range(weight, range);
   check(g.rows >= 0, "grad must not have a negative number of rows; got ", g.rows, ".");
+  prefer_large_pages(out, g.rows * weight.cols * float_type_bytes(g.type));
   const GradientProduct product{g, weight, range, out};
   const int64_t terms = product.terms(), blocks = ceil_div(weight.cols, kGradientColumns);
   for (int64_t first = 0; first < g.rows; first += kMaxBlockRows) {
