@@ -23,7 +23,7 @@ from pyrobust.interval.outward import (
 )
 from pyrobust.interval.type import Interval, adopt, unclipped, wrap
 from pyrobust.ops import matmul as packed_matmul
-from pyrobust.ops import packed_layers
+from pyrobust.ops import packed_conv
 from pyrobust.ops._interval_checks import finite_ends, is_deployed
 from pyrobust.ops._interval_fallback import outward_image
 from pyrobust.ops._library import differentiation_transforms
@@ -203,7 +203,7 @@ def _packed_conv2d(
     options |= {"rounding": box.rounding, **UNCHECKED}
     return image(
         box,
-        packed_layers.packed_conv2d,
+        packed_conv.packed_conv2d,
         lambda: interval_packed_conv2d(lower, upper, codes, scale, zero, shift, **options),
         waits=box.ndim == 4,
     )
@@ -247,5 +247,5 @@ QUICK: dict[Any, Rule] = {F.linear: _quick_linear}
 
 PACKED_RULES: dict[Any, Rule] = {
     packed_matmul.packed_linear: _packed_linear,
-    packed_layers.packed_conv2d: _packed_conv2d,
+    packed_conv.packed_conv2d: _packed_conv2d,
 }

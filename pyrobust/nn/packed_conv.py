@@ -11,7 +11,7 @@ from typing_extensions import Self
 
 from pyrobust._checks import check_instance
 from pyrobust.nn.packed_module import PackedModule
-from pyrobust.ops.packed_layers import packed_conv2d
+from pyrobust.ops.packed_conv import packed_conv2d
 
 __all__ = ["PackedConv2d"]
 

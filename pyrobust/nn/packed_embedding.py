@@ -11,7 +11,7 @@ from typing_extensions import Self
 
 from pyrobust._checks import check_instance
 from pyrobust.nn.packed_module import PackedModule
-from pyrobust.ops.packed_layers import packed_embedding
+from pyrobust.ops.packed_embedding import packed_embedding
 from pyrobust.quantize import QTensor
 
 __all__ = ["PackedEmbedding"]

@@ -13,7 +13,8 @@ from pyrobust.ops.interval import (
 )
 from pyrobust.ops.masking import masked_samples, split_gaussian_samples
 from pyrobust.ops.matmul import dequantize_codes, pack_codes, packed_linear, unpack_codes
-from pyrobust.ops.packed_layers import packed_conv2d, packed_embedding
+from pyrobust.ops.packed_conv import packed_conv2d
+from pyrobust.ops.packed_embedding import packed_embedding
 from pyrobust.ops.packed_weight import WeightExtras
 from pyrobust.ops.sampling import gaussian_samples, laplace_samples, uniform_samples
 from pyrobust.ops.substitution import substituted_tokens

@@ -12,7 +12,9 @@ from pyrobust.ops.formats import check_bits, levels_of, row_bytes
 
 __all__ = [
     "EXTRAS_SCHEMA",
+    "FORMAT_SCHEMA",
     "NO_EXTRAS",
+    "WEIGHT_SCHEMA",
     "WeightExtras",
     "check_bytes",
     "check_float",
@@ -21,6 +23,10 @@ __all__ = [
 ]
 
 _FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+WEIGHT_SCHEMA = "Tensor codes, Tensor scale, Tensor? zero"
+FORMAT_SCHEMA = "float bits, int group_size, int group_dim"
+"""How operators declare the parts that every packed weight has, and its format."""
 
 EXTRAS_SCHEMA = (
     "Tensor? row_scale=None, Tensor? codebook=None, Tensor? values=None, Tensor? columns=None, "

@@ -110,13 +110,13 @@ print(json.dumps({"small": held[0], "large": held[1], "rows": rows}))
 
 
 def test_scratch_of_layers_does_not_grow_with_the_batch(measure):
-    from pyrobust.ops import packed_layers
+    from pyrobust.ops import packed_conv
 
     seen = measure(LAYERS)
     outputs = {"small": 4 * 8 * 16 * 32 * 32, "large": 4 * 64 * 16 * 32 * 32}
     scratch = {name: seen[name] - outputs[name] for name in outputs}
     # Padded images, their patches, and the product of a block, however many images there are.
-    assert scratch["large"] < 3 * packed_layers.COLUMN_BYTES
+    assert scratch["large"] < 3 * packed_conv.COLUMN_BYTES
     assert scratch["large"] < scratch["small"] + 64 * 1024
     assert seen["rows"] < 4 * 500 * 64 + 16 * 1024
 

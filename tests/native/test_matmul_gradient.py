@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyrobust import _native
-from pyrobust.ops.matmul import transpose_kernel
+from pyrobust.ops._matmul_operators import transpose_kernel
 from pyrobust.quantize import BITS, QTensor
 
 from ..packed_products import BATCHES, random_weight

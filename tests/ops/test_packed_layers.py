@@ -6,7 +6,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch.library import opcheck
 
 from pyrobust import ops
-from pyrobust.ops import packed_layers
+from pyrobust.ops import packed_conv
 from pyrobust.quantize import round_to_nearest
 
 
@@ -46,7 +46,7 @@ def test_small_blocks_change_no_bit_of_the_result(monkeypatch, budget):
     _x, codes, scale, zero, _bias, *rest = arguments
     gradient = (torch.randn_like(whole), codes, scale, zero, (3, 4, 7, 6), *rest)
     whole_gradient = torch.ops.pyrobust.packed_conv2d_input_grad(*gradient)
-    monkeypatch.setattr(packed_layers, "COLUMN_BYTES", budget)
+    monkeypatch.setattr(packed_conv, "COLUMN_BYTES", budget)
     assert torch.equal(torch.ops.pyrobust.packed_conv2d(*arguments, None), whole)
     again = torch.ops.pyrobust.packed_conv2d_input_grad(*gradient)
     assert torch.allclose(again, whole_gradient, atol=1e-6)

@@ -1,7 +1,7 @@
-"""Convolution and embedding on packed weights: unfolding in blocks, and a gather of packed rows.
+"""Convolution on packed weights: the packed product of patches, unfolded in blocks.
 
-Both rest on the packed product. The convolution unfolds a few output rows of a few images at a
-time (:data:`COLUMN_BYTES`), so its scratch memory does not grow with the batch or the image.
+A few output rows of a few images are unfolded at a time (:data:`COLUMN_BYTES`), so its scratch
+memory does not grow with the batch or the image.
 """
 
 from __future__ import annotations
@@ -14,28 +14,32 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from pyrobust import _native
-from pyrobust._checks import check_choice, check_float_tensor, check_integer
-from pyrobust.ops import _cuda_matmul
+from pyrobust._checks import check_choice, check_integer
+from pyrobust.ops._conv_window import (
+    Pair,
+    Window,
+    check_input,
+    four_sides,
+    input_rows,
+    output_size,
+    pair,
+)
 from pyrobust.ops._library import define, dispatcher_needed, refuse_forward_mode
-from pyrobust.ops.formats import levels_of
-from pyrobust.ops.matmul import dequantize_codes, linear_kernel, transpose_kernel
+from pyrobust.ops._matmul_operators import linear_kernel, transpose_kernel
+from pyrobust.ops.matmul import dequantize_codes
 from pyrobust.ops.packed_weight import (
     EXTRAS_SCHEMA,
+    FORMAT_SCHEMA,
     NO_EXTRAS,
+    WEIGHT_SCHEMA,
     WeightExtras,
     check_weight,
-    native_extras,
 )
 
-__all__ = ["COLUMN_BYTES", "packed_conv2d", "packed_embedding"]
+__all__ = ["COLUMN_BYTES", "packed_conv2d"]
 
-COLUMN_BYTES = (
-    1 << 20
-)  # unfolded input held at a time; 1.8 times faster than 16 MiB (3 x 3, 32 channels)
-
-_FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_Pair = int | Sequence[int]
+# Unfolded input held at a time; 1.8 times faster than 16 MiB (3 x 3, 32 channels).
+COLUMN_BYTES = 1 << 20
 
 
 def packed_conv2d(
@@ -46,10 +50,10 @@ def packed_conv2d(
     bias: Tensor | None = None,
     *,
     in_channels: int,
-    kernel_size: _Pair,
-    stride: _Pair = 1,
-    padding: _Pair | str = 0,
-    dilation: _Pair = 1,
+    kernel_size: Pair,
+    stride: Pair = 1,
+    padding: Pair | str = 0,
+    dilation: Pair = 1,
     groups: int = 1,
     bits: float,
     group_size: int,
@@ -112,13 +116,13 @@ def packed_conv2d(
         )
         return result
     window = (
-        _pair("kernel_size", kernel_size),
-        _pair("stride", stride),
-        _pair("dilation", dilation),
+        pair("kernel_size", kernel_size),
+        pair("stride", stride),
+        pair("dilation", dilation),
     )
     check_integer("packed_conv2d", "groups", groups, 1)
-    pad = _four_sides(padding, *window)
-    _check_input(x, in_channels, groups, codes.shape[0], window, pad)
+    pad = four_sides(padding, *window)
+    check_input(x, in_channels, groups, codes.shape[0], window, pad)
     check_choice("packed_conv2d", "activations", activations, (None, "int8"))
     extras = extras or NO_EXTRAS
     terms = in_channels // groups * window[0][0] * window[0][1]
@@ -146,130 +150,6 @@ def packed_conv2d(
     return out if x.ndim == 4 else out.squeeze(0)
 
 
-def packed_embedding(
-    indices: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    zero: Tensor | None = None,
-    *,
-    embedding_dim: int,
-    bits: float,
-    group_size: int,
-    group_dim: int = 1,
-    dtype: torch.dtype = torch.float32,
-    extras: WeightExtras | None = None,
-) -> Tensor:
-    """Rows of a packed table: only the rows that ``indices`` name are decoded.
-
-    Args:
-        indices: integer tensor of any shape, values in ``[0, rows)``.
-        codes: packed codes, uint8 ``(rows, row_bytes)``.
-        scale: scales of the groups.
-        zero: zero-points, or None where symmetric.
-        embedding_dim: columns of the table.
-        bits: format of the codes: 1, 1.58, 2, 3, 4 or 8.
-        group_size: weights that share a scale.
-        group_dim: 1 groups along a row, 0 along a column.
-        dtype: of the result; the decoded float32 value is rounded to it.
-        extras: row scales, codebook and sparse remainder, where the table has them.
-
-    Returns:
-        ``(*indices.shape, embedding_dim)`` in ``dtype``.
-
-    Raises:
-        TypeError: ``indices`` is not an int32 or int64 tensor.
-        IndexError: an index lies outside the table.
-    """
-    if has_torch_function_unary(indices):
-        result: Tensor = handle_torch_function(
-            packed_embedding,
-            (indices,),
-            indices,
-            codes,
-            scale,
-            zero,
-            embedding_dim=embedding_dim,
-            bits=bits,
-            group_size=group_size,
-            group_dim=group_dim,
-            dtype=dtype,
-            extras=extras,
-        )
-        return result
-    if not isinstance(indices, Tensor) or indices.dtype not in (torch.int32, torch.int64):
-        seen = getattr(indices, "dtype", type(indices).__name__)
-        raise TypeError(f"packed_embedding: indices must be an int32 or int64 tensor; got {seen}.")
-    extras = extras or NO_EXTRAS
-    options = (embedding_dim, float(bits), group_size, group_dim)
-    check_weight("packed_embedding", codes, scale, zero, embedding_dim, *options[1:], extras)
-    tensors = (indices, codes, scale, zero)
-    run = torch.ops.pyrobust.packed_embedding if dispatcher_needed(*tensors) else _embedding_kernel
-    out: Tensor = run(*tensors, *options, dtype, *extras)
-    return out
-
-
-# -- arguments ---------------------------------------------------------------------------------
-
-
-def _pair(name: str, value: _Pair) -> tuple[int, int]:
-    values = (value, value) if isinstance(value, int) else tuple(value)
-    if len(values) != 2:
-        raise ValueError(f"packed_conv2d: {name} must be one or two integers; got {value}.")
-    for entry in values:
-        check_integer("packed_conv2d", name, entry, 1)
-    return values
-
-
-def _four_sides(
-    padding: _Pair | str,
-    kernel: tuple[int, int],
-    stride: tuple[int, int],
-    dilation: tuple[int, int],
-) -> tuple[int, int, int, int]:
-    """Zeros at the left, right, top and bottom."""
-    if isinstance(padding, str):
-        check_choice("packed_conv2d", "padding", padding, ("same", "valid"))
-        if padding == "valid":
-            return (0, 0, 0, 0)
-        if stride != (1, 1):
-            raise ValueError(f"packed_conv2d: padding 'same' needs stride 1; got {stride}.")
-        tall, wide = (d * (k - 1) for d, k in zip(dilation, kernel, strict=True))
-        return (wide // 2, wide - wide // 2, tall // 2, tall - tall // 2)
-    values = (padding, padding) if isinstance(padding, int) else tuple(padding)
-    if len(values) != 2:
-        raise ValueError(f"packed_conv2d: padding must be one or two integers; got {padding}.")
-    for entry in values:
-        check_integer("packed_conv2d", "padding", entry, 0)
-    return (values[1], values[1], values[0], values[0])
-
-
-_Window = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # kernel, stride, dilation
-
-
-def _check_input(
-    x: Any, in_channels: int, groups: int, rows: int, window: _Window, pad: tuple[int, ...]
-) -> None:
-    check_float_tensor("packed_conv2d", "x", x)
-    check_choice("packed_conv2d", "dtype of x", x.dtype, _FLOAT_TYPES)
-    if x.ndim not in (3, 4) or x.shape[-3] != in_channels:
-        raise ValueError(
-            f"packed_conv2d: x must have shape (B, {in_channels}, H, W) or ({in_channels}, H, W); "
-            f"got {tuple(x.shape)}."
-        )
-    if in_channels % groups or rows % groups:
-        raise ValueError(
-            f"packed_conv2d: groups must divide {in_channels} and {rows} channels; got {groups}."
-        )
-    kernel, _, dilation = window
-    for axis, size, both in ((0, x.shape[-2], pad[2] + pad[3]), (1, x.shape[-1], pad[0] + pad[1])):
-        reach = dilation[axis] * (kernel[axis] - 1) + 1
-        if size + both < reach:
-            raise ValueError(
-                f"packed_conv2d: the padded input must be at least as large as the window; got "
-                f"{size + both} and {reach} along axis {axis - 2}."
-            )
-
-
 # -- kernels -----------------------------------------------------------------------------------
 
 
@@ -277,7 +157,7 @@ def _double_convolution(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    window: _Window,
+    window: Window,
     pad: tuple[int, int, int, int],
     groups: int,
 ) -> Tensor:
@@ -288,28 +168,11 @@ def _double_convolution(
     return F.conv2d(F.pad(x, pad), filters, shift, stride, 0, dilation, groups)
 
 
-def _output_size(
-    shape: Sequence[int],
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    pad: Sequence[int],
-) -> tuple[int, int]:
-    tall = shape[-2] + pad[2] + pad[3] - dilation[0] * (kernel[0] - 1) - 1
-    wide = shape[-1] + pad[0] + pad[1] - dilation[1] * (kernel[1] - 1) - 1
-    return tall // stride[0] + 1, wide // stride[1] + 1
-
-
 def _blocks(total: int, bytes_each: int) -> Iterator[slice]:
     """Slices of ``range(total)`` that hold at most COLUMN_BYTES of unfolded input, or one entry."""
     step = max(1, COLUMN_BYTES // max(1, bytes_each))
     for first in range(0, total, step):
         yield slice(first, min(total, first + step))
-
-
-def _input_rows(rows: slice, kernel: int, stride: int, dilation: int) -> slice:
-    """The padded input rows that a slice of output rows reads."""
-    return slice(rows.start * stride, (rows.stop - 1) * stride + dilation * (kernel - 1) + 1)
 
 
 def _unfold(
@@ -320,7 +183,7 @@ def _unfold(
     One copy for each place in the window: 2.5 times faster than one strided copy of all patches or
     ``F.unfold`` with a transpose (34 x 34 images, 32 channels, 3 x 3).
     """
-    tall, wide = _output_size(x.shape, kernel, stride, dilation, (0, 0, 0, 0))
+    tall, wide = output_size(x.shape, kernel, stride, dilation, (0, 0, 0, 0))
     if tuple(kernel) == tuple(stride) == (1, 1):
         return x.permute(0, 2, 3, 1)
     patches = x.new_empty(x.shape[0], tall, wide, x.shape[1], *kernel)
@@ -349,7 +212,7 @@ def _conv_kernel(
     activations: str | None,
     *extras: Tensor | None,
 ) -> Tensor:
-    tall, wide = _output_size(x.shape, kernel, stride, dilation, pad)
+    tall, wide = output_size(x.shape, kernel, stride, dilation, pad)
     out = x.new_empty(x.shape[0], codes.shape[0], tall, wide)
     channels, outputs = x.shape[1] // groups, codes.shape[0] // groups
     columns = channels * kernel[0] * kernel[1]
@@ -357,7 +220,7 @@ def _conv_kernel(
     for images in _blocks(x.shape[0], row_bytes * tall):
         padded = F.pad(x[images], tuple(pad))
         for rows in _blocks(tall, row_bytes):
-            reads = _input_rows(rows, kernel[0], stride[0], dilation[0])
+            reads = input_rows(rows, kernel[0], stride[0], dilation[0])
             for group in range(groups):
                 part = padded[:, group * channels : (group + 1) * channels, reads]
                 writes = slice(group * outputs, (group + 1) * outputs)
@@ -396,7 +259,7 @@ def _conv_fake(
     activations: str | None,
     *extras: Tensor | None,
 ) -> Tensor:
-    size = _output_size(x.shape, kernel, stride, dilation, pad)
+    size = output_size(x.shape, kernel, stride, dilation, pad)
     return x.new_empty(x.shape[0], codes.shape[0], *size)
 
 
@@ -427,7 +290,7 @@ def _input_grad_kernel(
         count = images.stop - images.start
         padded = grad.new_zeros(count, shape[1], high, broad, dtype=torch.float32)
         for rows in _blocks(tall, 4 * wide * columns):
-            reads = _input_rows(rows, kernel[0], stride[0], dilation[0])
+            reads = input_rows(rows, kernel[0], stride[0], dilation[0])
             for group in range(groups):
                 filters = slice(group * outputs, (group + 1) * outputs)
                 unfolded = transpose_kernel(
@@ -501,68 +364,10 @@ def _conv_vmap(
     return out.unflatten(0, x.shape[:2]), 0
 
 
-def _embedding_kernel(
-    indices: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    embedding_dim: int,
-    bits: float,
-    group_size: int,
-    group_dim: int,
-    dtype: torch.dtype,
-    *extras: Tensor | None,
-) -> Tensor:
-    flat = indices.reshape(-1)
-    if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= codes.shape[0]):
-        raise IndexError(
-            f"packed_embedding: indices must lie in [0, {codes.shape[0]}); got values from "
-            f"{int(flat.min())} to {int(flat.max())}."
-        )
-    if codes.is_cuda:
-        form = (embedding_dim, bits, group_size, group_dim)
-        table = _cuda_matmul.gpu_weight(codes, scale, zero, *form, *extras)
-        picked = flat.long().contiguous()
-        found = _cuda_matmul.dequantize(table, 0, flat.numel(), torch.float32, picked)
-        return found.to(dtype).reshape(*indices.shape, embedding_dim)
-    rows = codes.new_empty((flat.numel(), embedding_dim), dtype=torch.float32)
-    _native.gather_rows(
-        flat.long().contiguous(),
-        codes.contiguous(),
-        scale.contiguous(),
-        None if zero is None else zero.contiguous(),
-        rows,
-        embedding_dim,
-        levels_of(bits),
-        group_size,
-        group_dim,
-        native_extras(extras),
-        torch.get_num_threads(),
-    )
-    return rows.to(dtype).reshape(*indices.shape, embedding_dim)
-
-
-def _embedding_fake(
-    indices: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    embedding_dim: int,
-    bits: float,
-    group_size: int,
-    group_dim: int,
-    dtype: torch.dtype,
-    *extras: Tensor | None,
-) -> Tensor:
-    return codes.new_empty((*indices.shape, embedding_dim), dtype=dtype)
-
-
-_WEIGHT = "Tensor codes, Tensor scale, Tensor? zero"
 _WINDOW = "int[] kernel, int[] stride, int[] dilation, int[] pad, int groups"
-_FORMAT = "float bits, int group_size, int group_dim"
 
 define(
-    f"packed_conv2d(Tensor x, {_WEIGHT}, Tensor? bias, {_WINDOW}, {_FORMAT}, "
+    f"packed_conv2d(Tensor x, {WEIGHT_SCHEMA}, Tensor? bias, {_WINDOW}, {FORMAT_SCHEMA}, "
     f"str? activations, {EXTRAS_SCHEMA}) -> Tensor",
     _conv_kernel,
     _conv_fake,
@@ -572,18 +377,11 @@ define(
     vmap=_conv_vmap,
 )
 define(
-    f"packed_conv2d_input_grad(Tensor grad, {_WEIGHT}, SymInt[] shape, {_WINDOW}, {_FORMAT}, "
-    f"{EXTRAS_SCHEMA}) -> Tensor",
+    f"packed_conv2d_input_grad(Tensor grad, {WEIGHT_SCHEMA}, SymInt[] shape, {_WINDOW}, "
+    f"{FORMAT_SCHEMA}, {EXTRAS_SCHEMA}) -> Tensor",
     _input_grad_kernel,
     _input_grad_fake,
     cuda=_input_grad_kernel,
     backward=_input_grad_backward,
     setup_context=_input_grad_setup,
-)
-define(
-    f"packed_embedding(Tensor indices, {_WEIGHT}, int embedding_dim, {_FORMAT}, "
-    f"ScalarType dtype, {EXTRAS_SCHEMA}) -> Tensor",
-    _embedding_kernel,
-    _embedding_fake,
-    cuda=_embedding_kernel,
 )
