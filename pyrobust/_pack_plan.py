@@ -118,7 +118,8 @@ def _check_unwrapped(name: str, module: nn.Module) -> None:
 
 def fits(name: str, pattern: str) -> bool:
     """Whether ``pattern`` names the module or one above it."""
-    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+    literal = name == pattern or name.startswith(f"{pattern}.")  # names may hold brackets
+    return literal or fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 
 def _weight_bytes(module: nn.Module) -> int | None:

@@ -22,7 +22,7 @@ class LayerReport:
         type: class name of the float layer.
         skipped: why it was left as it is; None where it was packed.
         bits: format, None where skipped.
-        bytes_before: bytes of the weight as it was.
+        bytes_before: bytes of the weight as it was; 0 for a shared weight.
         bytes_after: bytes of codes, scales, zero-points and all else that stands for the weight;
             0 for a shared weight.
         error: Frobenius norm of the change of the weight over that of the weight; None if skipped.

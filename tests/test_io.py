@@ -327,6 +327,24 @@ def test_huge_numbers_in_the_header_and_the_description_are_refused(path, rounds
             pyrobust.load(path, Mixed().eval())
 
 
+def test_a_layer_described_in_two_ways_is_refused(path):
+    """A loaded model may round activations or not as it likes; a file must say one thing."""
+    pyrobust.save(packed_model(), path)
+    whole = path.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header, data = json.loads(whole[8 : 8 + length]), whole[8 + length :]
+    entries = header["__metadata__"]
+    description = json.loads(entries["pyrobust"])
+    description["layers"]["conv"]["activations"] = "int8"
+    entries["pyrobust"] = json.dumps(description)
+    sums = next(key for key in entries if key not in ("format", "pyrobust"))
+    entries[sums] = str(zlib.crc32(entries["pyrobust"].encode()))
+    encoded = json.dumps(header).encode()
+    path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + data)
+    with pytest.raises(ValueError, match="layer 'conv' is described in two ways"):
+        pyrobust.load(path, Mixed().eval())
+
+
 def test_foreign_files_are_refused(path, tmp_path):
     save_file({"a": torch.zeros(2)}, path)
     with pytest.raises(ValueError, match="it is a foreign one"):

@@ -94,7 +94,7 @@ def test_shared_weights_are_packed_once_and_stay_shared():
         assert other.to(torch.bfloat16).table.scale is other.head.scale
     row = {row.name: row for row in pyrobust.pack_report(packed).layers}["head"]
     assert row.shared_with == "table"
-    assert row.bytes_after == 0
+    assert (row.bytes_before, row.bytes_after) == (0, 0)
     indices = torch.tensor([[1, 2]])
     weight = packed.table.dequantize()
     expected = packed.float().body(packed.body(weight[indices])) @ weight.T
@@ -174,6 +174,23 @@ def test_layers_that_packing_would_change_are_skipped_with_the_reason():
     assert all(why.values())
 
 
+@pytest.mark.parametrize(
+    "register",
+    [
+        "register_forward_hook",
+        "register_forward_pre_hook",
+        "register_full_backward_hook",
+        "register_full_backward_pre_hook",
+    ],
+)
+def test_layers_with_hooks_of_any_kind_are_skipped(register):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    getattr(model[0], register)(lambda *_: None)
+    why = reasons(model)
+    assert "hooks" in why["0"]
+    assert why["1"] is None
+
+
 def test_transformer_layers_of_torch_use_their_packed_layers_in_evaluation():
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     model = nn.TransformerEncoder(layer, 2).eval()
@@ -206,6 +223,14 @@ def test_skip_and_bits_for_choose_layers_by_name_and_pattern():
     called = pyrobust.pack(model, bits_for=lambda name, module: 2 if name == "0" else None)
     assert called[0].bits == 2
     assert isinstance(called[1][0], nn.Linear)
+
+
+def test_names_with_brackets_are_names_as_well_as_patterns():
+    model = nn.ModuleDict({"x[0]": nn.Sequential(nn.Linear(3, 3)), "y": nn.Linear(3, 3)})
+    rows = pyrobust.pack_report(pyrobust.pack(model, skip="x[0]")).layers
+    assert {row.name: row.skipped for row in rows} == {"x[0].0": "named in skip", "y": None}
+    packed = pyrobust.pack(model, bits_for={"x[[]0]": 2})
+    assert packed["x[0]"][0].bits == 2
 
 
 def test_options_reach_the_layers():

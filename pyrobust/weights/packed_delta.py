@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from pyrobust._checks import check_choice, check_integer
@@ -26,6 +25,7 @@ from pyrobust.ops.add_packed import Addition, Summand, add_all_, levels_summand,
 from pyrobust.ops.matmul import pack_codes, unpack_codes
 from pyrobust.quantize.qtensor import QTensor
 from pyrobust.quantize.round_to_nearest import round_to_nearest
+from pyrobust.weights._vector_file import read_vector_file
 from pyrobust.weights.named_vector import Change, NamedVector
 from pyrobust.weights.task_vector import TaskVector
 
@@ -144,13 +144,12 @@ class PackedDelta(NamedVector):
         """Read what :meth:`save` wrote.
 
         Raises:
-            ValueError: the file is not a packed delta, or of a later format.
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged, not a packed delta, or of a later format.
         """
-        with safe_open(str(path), "pt") as file:
-            metadata = file.metadata() or {}
-            if "parts" not in metadata or int(metadata.get("format", 0)) > _FORMAT:
-                raise ValueError(f"PackedDelta: {path} is not a packed delta of format {_FORMAT}.")
-            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata, stored = read_vector_file("PackedDelta", path)
+        if "parts" not in metadata or metadata.get("format") != str(_FORMAT):
+            raise ValueError(f"PackedDelta: {path} is not a packed delta of format {_FORMAT}.")
         parts: dict[str, QTensor | _Codebook] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         for name, (form, shape) in json.loads(metadata["parts"]).items():

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from pyrobust._safetensors import write_safetensors
 from pyrobust.ops.add_packed import Summand, takes, values_summand
 from pyrobust.weights._state import check_no_ties, check_same_state, check_state_finite, shorten
+from pyrobust.weights._vector_file import read_vector_file
 from pyrobust.weights.named_vector import Change, NamedVector, state_checksum
 
 __all__ = ["TaskVector", "WeightDelta"]
@@ -212,10 +212,15 @@ class TaskVector(NamedVector):
 
     @classmethod
     def load(cls, path: str | Path) -> TaskVector:
-        """Read what :meth:`save` wrote."""
-        with safe_open(str(path), "pt") as file:
-            metadata = file.metadata() or {}
-            values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged, or not a task vector.
+        """
+        metadata, values = read_vector_file("TaskVector", path)
+        if metadata.get("format") != _FORMAT or "parts" in metadata:
+            raise ValueError(f"TaskVector: {path} is not a task vector of format {_FORMAT}.")
         return cls.from_deltas(values, metadata.get("base_checksum") or None)
 
 

@@ -271,10 +271,21 @@ def test_another_conversion_is_not_resumed(tmp_path):
         pyrobust.pack(model, bits=2, calibration=batches[:1], **options)
     with pytest.raises(ValueError, match="differs in weights"):
         pyrobust.pack(BlockNet().eval(), bits=2, calibration=batches, **options)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)  # sums run in another order
+    try:
+        with pytest.raises(ValueError, match="differs in threads"):
+            pyrobust.pack(model, bits=2, calibration=batches, **options)
+    finally:
+        torch.set_num_threads(threads)
     file = tmp_path / "block-0001.safetensors"
-    file.write_bytes(file.read_bytes()[:-3])
-    with pytest.raises(ValueError, match="damaged"):
-        pyrobust.pack(model, bits=2, calibration=batches, **options)
+    content = file.read_bytes()
+    for damaged in (content[:-3], content[:-1] + bytes([content[-1] ^ 1])):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match="damaged"):
+            pyrobust.pack(model, bits=2, calibration=batches, **options)
+    file.write_bytes(content)
+    pyrobust.pack(model, bits=2, calibration=batches, **options)
 
 
 def test_given_blocks_are_used_and_must_be_a_chain():

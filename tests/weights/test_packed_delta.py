@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import pyrobust
 from pyrobust.data import corrupt, load_digits
 from pyrobust.train import GaussianCrossEntropy, fit
 from pyrobust.weights import PackedDelta, Patcher, TaskVector, quantize_delta
@@ -206,3 +207,24 @@ def signature_setting():
     residual = {n: r[n] - (r[n] * c[n]).sum() / (c[n] * c[n]).sum() * c[n] for n in names}
     signature = TaskVector.from_deltas(residual)
     return clean, signature, digits.test_images, digits.test_labels
+
+
+@pytest.mark.parametrize("kind", [TaskVector, PackedDelta])
+def test_damaged_and_foreign_files_are_refused(kind, tmp_path):
+    torch.manual_seed(0)
+    vector = TaskVector.from_deltas({"w": torch.randn(4, 8)})
+    vector.save(tmp_path / "vector")
+    quantize_delta(vector, bits=4).save(tmp_path / "packed")
+    pyrobust.save({"w": torch.zeros(3)}, tmp_path / "state")
+    own, other = ("vector", "packed") if kind is TaskVector else ("packed", "vector")
+    assert list(kind.load(tmp_path / own)) == ["w"]
+    for foreign in (other, "state"):
+        with pytest.raises(ValueError, match=rf"{kind.__name__}: .*{foreign} is not a "):
+            kind.load(tmp_path / foreign)
+    content = (tmp_path / own).read_bytes()
+    for damaged in (content[:-5], content[:20], b"", b"text"):
+        (tmp_path / own).write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"must be a whole file of .*save; it is truncated"):
+            kind.load(tmp_path / own)
+    with pytest.raises(FileNotFoundError):
+        kind.load(tmp_path / "none")
