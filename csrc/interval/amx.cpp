@@ -4,6 +4,7 @@
 #include "interval/amx_centres.h"
 #include "interval/amx_filters.h"
 #include "interval/amx_radii.h"
+#include "interval/avx512_gather.h"
 #include "interval/kernels.h"
 
 namespace pyrobust {
@@ -34,47 +35,25 @@ struct Chunk {
   }
 
   int64_t pairs() const { return coarse_pairs(pairs_of(count)); }
-
-  void fill(const float* left, const float* right, int64_t p) const {
-    for (int64_t q = 0; q < pairs(); ++q) {
-      const int64_t k = 2 * q;
-      Column one{_mm512_setzero_ps(), _mm512_setzero_ps()}, two = one;
-      __m512i words = _mm512_setzero_si512();
-      if (k < count) {
-        one = column_of(left + k * kPanelWidth, right + k * kPanelWidth);
-        words = round_up(_mm512_castps_si512(one.radius));
-      }
-      if (k + 1 < count) {
-        two = column_of(left + (k + 1) * kPanelWidth, right + (k + 1) * kPanelWidth);
-      }
-      const __m512i second =
-          k + 1 < count ? round_up(_mm512_castps_si512(two.radius)) : _mm512_setzero_si512();
-      _mm512_storeu_ps(centre + k * kWidth + p * 16, one.centre);
-      _mm512_storeu_ps(centre + (k + 1) * kWidth + p * 16, two.centre);
-      _mm512_storeu_si512(radii + q * kWidth + p * 16, pair_up(words, second));
-    }
-  }
 };
 
 template <int P>
-void gather_groups(const GatherPanels& work) {
-  for (int64_t begin = 0; begin < work.terms; begin += kChunk) {
-    const Chunk<P> chunk(work.to, begin, work.terms);
-    for (int64_t p = 0; p < P; ++p) {
-      const int64_t left = 2 * p, right = left + 1 < work.panels ? left + 1 : left;
-      const float* from = work.panel + begin * kPanelWidth;
-      chunk.fill(from + left * work.panel_stride, from + right * work.panel_stride, p);
-    }
-  }
-}
+struct Gathered {
+  static constexpr int64_t kGroups = P, kWidth = Chunk<P>::kWidth;
 
-void gather_panels(const GatherPanels& work) {
-  if (work.panels > 2) {
-    gather_groups<2>(work);
-  } else {
-    gather_groups<1>(work);
+  float* to;
+  int64_t terms, pairs;
+
+  Gathered(float* to, int64_t terms) : to(to), terms(terms), pairs(coarse_pairs(pairs_of(terms))) {}
+
+  void put(int64_t q, int64_t p, const TermPair& values) const {
+    const Chunk<P> chunk(to, 2 * q / kChunk * kChunk, terms);
+    const int64_t own = q % (kChunk / 2);
+    _mm512_storeu_ps(chunk.centre + 2 * own * kWidth + p * 16, values.first);
+    _mm512_storeu_ps(chunk.centre + (2 * own + 1) * kWidth + p * 16, values.second);
+    _mm512_storeu_si512(chunk.radii + own * kWidth + p * 16, values.radii);
   }
-}
+};
 
 template <int P>
 void chunk_of_panels(const CoarseTiles& work, int64_t begin) {
@@ -93,7 +72,8 @@ void chunk_of_panels(const CoarseTiles& work, int64_t begin) {
                chunk.pairs(),
                rows,
                work.scratch,
-               32});
+               32},
+              work.factors.from(n, begin / kRun));
     const auto part = [&](int64_t i) {
       const float* weight = tiles.weight + (n + i) * tiles.weight_stride + begin;
       return std::pair(
@@ -183,7 +163,7 @@ void coarse_direct(const CoarseDirect& work) {
 constexpr IntervalKernels coarse_kernels() {
   IntervalKernels out;
   out.round_sizes = round_sizes;
-  out.gather_panels = gather_panels;
+  out.gather_panels = gather_panels<Gathered>;
   out.coarse_tiles = coarse_tiles;
   out.round_channels = round_channels;
   out.pair_channels = pair_channels;

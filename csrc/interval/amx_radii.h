@@ -130,6 +130,39 @@ void sum_radii(const RadiusSums& work) {
   }
 }
 
+// sums = factor part, or plus that, of rows and groups of `work`.
+void add_scaled(const RadiusSums& work, const float* part, const RunFactors& factors, bool fresh) {
+  for (int64_t i = 0; i < work.rows; ++i) {
+    const __m512 factor = _mm512_set1_ps(factors.values[i * factors.stride]);
+    for (int64_t g = 0; g < work.groups; ++g) {
+      float* to = work.sums + i * work.sum_stride + g * kTileInputs;
+      const __m512 more = _mm512_load_ps(part + i * 2 * kTileInputs + g * kTileInputs);
+      _mm512_storeu_ps(to, fresh ? _mm512_mul_ps(more, factor)
+                                 : _mm512_fmadd_ps(more, factor, _mm512_loadu_ps(to)));
+    }
+  }
+}
+
+// The same for sizes that were divided by factors, where there are any: the sums of a group's runs
+// at a time. One part of sizes, at most kCoarseBlock rows.
+void sum_radii(const RadiusSums& work, const RunFactors& factors) {
+  if (factors.values == nullptr) return sum_radii(work);
+  alignas(64) float part[coarse_scratch()];
+  const int64_t runs = work.pairs / kCoarsePairs;
+  for (int64_t run = 0, end; run < runs; run = end) {
+    end = factors.group_end(run);
+    if (end > runs) end = runs;
+    RadiusSums own = work;
+    own.sizes += run * kCoarsePairs;
+    for (const uint32_t*& radii : own.radii) radii += run * kCoarsePairs * work.plane;
+    own.pairs = (end - run) * kCoarsePairs;
+    own.sums = part;
+    own.sum_stride = 2 * kTileInputs;
+    sum_radii(own);
+    add_scaled(work, part, factors.from(0, run), run == 0);
+  }
+}
+
 }  // namespace
 }  // namespace interval
 }  // namespace pyrobust

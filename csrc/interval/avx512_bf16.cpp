@@ -3,7 +3,7 @@
 #include <array>
 #include <utility>
 
-#include "interval/avx512_pairs.h"
+#include "interval/avx512_gather.h"
 #include "interval/avx512_sums.h"
 #include "interval/kernels.h"
 
@@ -19,17 +19,21 @@ constexpr int64_t kGroup = 48;
 constexpr int kTileRows = 6;
 
 template <int P>
-void gather_group(const float* left, const float* right, int64_t count, float* to) {
-  for (int64_t k = 0; k < count; k += 2, to += P * kGroup) {
-    const Column one = column_of(left + k * kPanelWidth, right + k * kPanelWidth);
-    Column two{_mm512_setzero_ps(), _mm512_setzero_ps()};
-    if (k + 1 < count) two = column_of(left + (k + 1) * kPanelWidth, right + (k + 1) * kPanelWidth);
-    _mm512_storeu_ps(to, one.centre);
-    _mm512_storeu_ps(to + 16, two.centre);
-    _mm512_storeu_si512(to + 32, pair_up(round_up(_mm512_castps_si512(one.radius)),
-                                         round_up(_mm512_castps_si512(two.radius))));
+struct Gathered {
+  static constexpr int64_t kGroups = P;
+
+  float* to;
+  int64_t pairs;
+
+  Gathered(float* to, int64_t terms) : to(to), pairs(pairs_of(terms)) {}
+
+  void put(int64_t q, int64_t p, const TermPair& terms) const {
+    float* at = to + (q * P + p) * kGroup;
+    _mm512_storeu_ps(at, terms.first);
+    _mm512_storeu_ps(at + 16, terms.second);
+    _mm512_storeu_si512(at + 32, terms.radii);
   }
-}
+};
 
 template <int R, int P>
 inline void add_centres(const float* weight, int64_t stride, const float* column,
@@ -69,6 +73,7 @@ struct Chunk {
   const float* weight;
   const uint32_t* sizes;
   int64_t size_stride;
+  RunFactors factors;
   int64_t count;
   bool fresh;
 };
@@ -88,7 +93,11 @@ void add_chunk(const Chunk& chunk, int64_t n) {
       if (k + 1 < to) add_centres<R, P>(chunk.weight + k + 1, stride, column + 16, sums);
       add_radii<R, P>(chunk.sizes + k / 2, chunk.size_stride, column, sums);
     }
-    total.add(sums);
+    if (chunk.factors.values == nullptr) {
+      total.add(sums);
+    } else {
+      total.add(sums, chunk.factors.values + from / kRun, chunk.factors.stride);
+    }
   }
   for (int i = 0; i < R; ++i) {
     for (int p = 0; p < P; ++p) {
@@ -107,24 +116,6 @@ constexpr std::array<AddChunk, sizeof...(R)> chunks_by_rows(std::integer_sequenc
   return {add_chunk<R + 1, P>...};
 }
 
-// P groups of two panels.
-template <int P>
-void gather_groups(const GatherPanels& work) {
-  for (int64_t p = 0; p < P; ++p) {
-    const int64_t left = 2 * p, right = left + 1 < work.panels ? left + 1 : left;
-    gather_group<P>(work.panel + left * work.panel_stride, work.panel + right * work.panel_stride,
-                    work.terms, work.to + p * kGroup);
-  }
-}
-
-void gather_panels(const GatherPanels& work) {
-  if (work.panels > 2) {
-    gather_groups<2>(work);
-  } else {
-    gather_groups<1>(work);
-  }
-}
-
 // P groups of two panels, terms [begin, begin + count).
 template <int P>
 void chunk_of_panels(const CoarseTiles& work, int64_t begin, int64_t count) {
@@ -133,11 +124,12 @@ void chunk_of_panels(const CoarseTiles& work, int64_t begin, int64_t count) {
   const int64_t heights = (tiles.rows + kTileRows - 1) / kTileRows;
   for (int64_t t = 0, n = 0; t < heights; ++t) {
     const int64_t next = tiles.rows * (t + 1) / heights;
-    kChunks[static_cast<size_t>(next - n - 1)]({tiles, work.gathered + begin / 2 * P * kGroup,
-                                                tiles.weight + n * tiles.weight_stride + begin,
-                                                work.sizes + n * work.size_stride + begin / 2,
-                                                work.size_stride, count, begin == 0 && !tiles.add},
-                                               n);
+    kChunks[static_cast<size_t>(next - n - 1)](
+        {tiles, work.gathered + begin / 2 * P * kGroup,
+         tiles.weight + n * tiles.weight_stride + begin,
+         work.sizes + n * work.size_stride + begin / 2, work.size_stride,
+         work.factors.from(n, begin / kRun), count, begin == 0 && !tiles.add},
+        n);
     n = next;
   }
 }
@@ -262,7 +254,7 @@ void coarse_direct(const CoarseDirect& work) {
 constexpr IntervalKernels coarse_kernels() {
   IntervalKernels out;
   out.round_sizes = round_sizes;
-  out.gather_panels = gather_panels;
+  out.gather_panels = gather_panels<Gathered>;
   out.coarse_tiles = coarse_tiles;
   out.round_channels = round_channels;
   out.pair_channels = pair_channels;

@@ -1,5 +1,5 @@
-// Included by the files whose radii meet |W| in bfloat16: both rounded up, two of them in a word,
-// and sums in the order of panels.
+// Included by the files whose radii meet |W| in bfloat16: both rounded up, or |W| as whole numbers,
+// two of them in a word; and sums in the order of panels.
 #pragma once
 
 #include <immintrin.h>
@@ -24,21 +24,39 @@ inline __m512i size_up(__m512i weight) {
                                _mm512_set1_epi32(0x00800000));
 }
 
-inline __m512i words_of(__m512i left, __m512i right) {
+// |W| by its factor: a whole number of at most 8 bits, to which the product is far nearer than half
+// a step of bfloat16.
+struct WholeNumber {
+  __m512 inverse;
+
+  explicit WholeNumber(float factor)
+      : inverse(_mm512_set1_ps(factor > 0.0f ? 1.0f / factor : 0.0f)) {}
+  __m512i operator()(__m512i weight) const {
+    const __m512 number = _mm512_mul_ps(_mm512_castsi512_ps(weight), inverse);
+    const __m512i bits = _mm512_castps_si512(_mm512_abs_ps(number));
+    return _mm512_add_epi32(bits, _mm512_set1_epi32(0x8000));
+  }
+};
+
+template <typename Size>
+inline __m512i words_of(__m512i left, __m512i right, const Size& size) {
   const __m512i evens =
       _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   const __m512i odds = _mm512_or_si512(evens, _mm512_set1_epi32(1));
-  const __m512i a = size_up(left), b = size_up(right);
+  const __m512i a = size(left), b = size(right);
   return pair_up(_mm512_permutex2var_epi32(a, evens, b), _mm512_permutex2var_epi32(a, odds, b));
 }
 
-// A row's words, and zeros after them: `stride` words, whole registers.
-inline void round_row(const float* weight, int64_t terms, int64_t stride, uint32_t* sizes) {
+// A row's words, and zeros after them: `stride` words, whole registers. size_of(k) makes those of
+// the 32 terms from k on.
+template <typename SizeOf>
+inline void round_row(const float* weight, int64_t terms, int64_t stride, const SizeOf& size_of,
+                      uint32_t* sizes) {
   const int64_t whole = terms / 32 * 32;
   int64_t k = 0;
   for (; k < whole; k += 32) {
     const __m512i words =
-        words_of(_mm512_loadu_si512(weight + k), _mm512_loadu_si512(weight + k + 16));
+        words_of(_mm512_loadu_si512(weight + k), _mm512_loadu_si512(weight + k + 16), size_of(k));
     _mm512_storeu_si512(sizes + k / 2, words);
   }
   for (; k < 2 * stride; k += 32) {
@@ -48,7 +66,7 @@ inline void round_row(const float* weight, int64_t terms, int64_t stride, uint32
     };
     const __m512i left = _mm512_maskz_loadu_epi32(mask(k), weight + k);
     const __m512i right = _mm512_maskz_loadu_epi32(mask(k + 16), weight + k + 16);
-    _mm512_storeu_si512(sizes + k / 2, words_of(left, right));
+    _mm512_storeu_si512(sizes + k / 2, words_of(left, right, size_of(k)));
   }
 }
 
@@ -56,8 +74,17 @@ void round_sizes(const RoundSizes& work) {
   const int64_t rows = coarse_rows(work.rows);
   for (int64_t n = 0; n < rows; ++n) {
     const int64_t terms = n < work.rows ? work.terms : 0;
-    round_row(work.weight + (terms > 0 ? n : 0) * work.stride, terms, work.size_stride,
-              work.sizes + n * work.size_stride);
+    const float* row = work.weight + (terms > 0 ? n : 0) * work.stride;
+    uint32_t* sizes = work.sizes + n * work.size_stride;
+    const float* factors = work.factors.from(n, 0).values;
+    if (factors != nullptr && terms > 0) {
+      const auto whole = [&](int64_t k) {
+        return WholeNumber(k < terms ? factors[k / kRun] : 0.0f);
+      };
+      round_row(row, terms, work.size_stride, whole, sizes);
+    } else {
+      round_row(row, terms, work.size_stride, [](int64_t) { return size_up; }, sizes);
+    }
   }
 }
 

@@ -29,6 +29,19 @@ struct PixelSums {
       }
     }
   }
+
+  // The same with `other`'s radii times a factor for each row, `stride` apart.
+  void add(const PixelSums& other, const float* factors, int64_t stride) {
+#pragma GCC unroll 6
+    for (int i = 0; i < R; ++i) {
+      const __m512 factor = _mm512_set1_ps(factors[i * stride]);
+#pragma GCC unroll 2
+      for (int p = 0; p < P; ++p) {
+        c[i][p] = _mm512_add_ps(c[i][p], other.c[i][p]);
+        r[i][p] = _mm512_fmadd_ps(other.r[i][p], factor, r[i][p]);
+      }
+    }
+  }
 };
 
 }  // namespace

@@ -175,19 +175,28 @@ void convolve_rows(const Convolution& conv, const LateSteps& late, int64_t n, in
   }
 }
 
-void convolve_panels(Convolution& conv, int num_threads) {
+// |W| for the coarse kernel; packed rows are decoded a block at a time.
+std::vector<uint32_t> sizes_of(const Convolution& conv) {
   const Weight& weight = conv.call.weight;
+  const int64_t stride = coarse_pairs(pairs_of(weight.terms));
+  std::vector<uint32_t> sizes(static_cast<size_t>(coarse_sizes(weight.rows, stride)));
+  const int64_t step = rows_at_once(weight.rows, weight.terms);
+  const Floats decoded = floats(decoded_size(weight, step));
+  for (int64_t n = 0; n < weight.rows; n += step) {
+    const int64_t count = std::min(step, weight.rows - n);
+    conv.table.round_sizes({rows_of(weight, n, count, decoded.get()), weight.terms, count,
+                            weight.terms, sizes.data() + n * stride, stride});
+  }
+  return sizes;
+}
+
+void convolve_panels(Convolution& conv, int num_threads) {
   const ConstantsByCount by_count(conv);
   const LateSteps late(conv.call, conv.table);
   conv.prepared.assign(static_cast<size_t>(conv.channels),
                        by_count.entries.empty() ? conv.constants : plain_radii());
-  std::vector<uint32_t> sizes;
-  if (conv.call.coarse_radius) {
-    const int64_t stride = coarse_pairs(pairs_of(weight.terms));
-    sizes.resize(static_cast<size_t>(coarse_sizes(weight.rows, stride)));
-    conv.table.round_sizes(
-        {weight.data, weight.terms, weight.rows, weight.terms, sizes.data(), stride});
-  }
+  const std::vector<uint32_t> sizes =
+      conv.call.coarse_radius ? sizes_of(conv) : std::vector<uint32_t>();
   const int64_t of_image = panels_of_image(conv);
   const Shares shares(conv.images.batch * of_image, kMaxPanels, work_of(conv), num_threads);
   const int64_t step = rows_of_pass(conv);

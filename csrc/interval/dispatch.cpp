@@ -8,6 +8,7 @@
 #include "interval/interval.h"
 #include "interval/panels.h"
 #include "interval/plan.h"
+#include "interval/run_factors.h"
 #include "runtime/cpu_features.h"
 
 namespace pyrobust {
@@ -129,42 +130,62 @@ struct RowShare {
   const IntervalKernels& table;
   const Panels& panels;
   int64_t begin, end;
-  int64_t step;    // rows at once
-  float* decoded;  // of packed rows
-  float* sums;     // (panels, end - begin, kPanelWidth)
+  int64_t step;        // rows at once
+  float* decoded;      // of packed rows
+  float* sums;         // (panels, end - begin, kPanelWidth)
+  bool whole_numbers;  // times factors, as a coarse kernel takes packed weights
   // of the coarse kernel
   float* scratch;
-  float* gathered;  // of kTermsAtOnce terms
+  float* factors;
+  float* gathered;  // gathered_blocks() times kTermsAtOnce terms
   uint32_t* sizes;
 
+  // Blocks of terms that all rows meet before the next ones.
+  static int64_t gathered_blocks(const Call& call) {
+    return call.weight.packed != nullptr ? blocks(call.weight.terms, kTermsAtOnce) : 1;
+  }
+  static int64_t gathered_size(const Call& call, int64_t panels) {
+    return gathered_blocks(call) * blocks(panels, kPanelsOfCoarseTile) *
+           coarse_gathered(kTermsAtOnce);
+  }
+  static int64_t factors_size(int64_t step) { return whole_lines(step * runs_of(kTermsAtOnce)); }
   static int64_t scratch_size(const Call& call, int64_t rows, int64_t step, int64_t panels) {
-    const int64_t coarse = coarse_scratch() +
-                           blocks(panels, kPanelsOfCoarseTile) * coarse_gathered(kTermsAtOnce) +
+    const int64_t coarse = coarse_scratch() + factors_size(step) + gathered_size(call, panels) +
                            coarse_sizes(step, pairs_of(kTermsAtOnce));
     return whole_lines(decoded_size(call.weight, step)) + panels * rows * kPanelWidth +
            (call.coarse_radius ? coarse : 0);
   }
 
   RowShare(const Call& call, const IntervalKernels& table, const Panels& panels, int64_t begin,
-           int64_t end, int64_t step, float* memory)
-      : call(call), table(table), panels(panels), begin(begin), end(end), step(step) {
+           int64_t end, int64_t step, bool whole_numbers, float* memory)
+      : call(call),
+        table(table),
+        panels(panels),
+        begin(begin),
+        end(end),
+        step(step),
+        whole_numbers(whole_numbers) {
     decoded = memory;
     sums = decoded + whole_lines(decoded_size(call.weight, step));
     scratch = sums + panels.count * (end - begin) * kPanelWidth;
-    gathered = scratch + coarse_scratch();
-    sizes = reinterpret_cast<uint32_t*>(gathered + blocks(panels.count, kPanelsOfCoarseTile) *
-                                                       coarse_gathered(kTermsAtOnce));
+    factors = scratch + coarse_scratch();
+    gathered = factors + factors_size(step);
+    sizes = reinterpret_cast<uint32_t*>(gathered + gathered_size(call, panels.count));
   }
 
-  float* gathered_at(int64_t p) const {
-    return gathered + p / kPanelsOfCoarseTile * coarse_gathered(kTermsAtOnce);
+  // Panels from p on, terms from `from` on.
+  float* gathered_at(int64_t p, int64_t from) const {
+    const int64_t block = from / kTermsAtOnce % gathered_blocks(call);
+    return gathered +
+           (block * blocks(panels.count, kPanelsOfCoarseTile) + p / kPanelsOfCoarseTile) *
+               coarse_gathered(kTermsAtOnce);
   }
 
   // Terms [from, from + count) of all panels.
   void gather(int64_t from, int64_t count) const {
     for (int64_t p = 0; p < panels.count; p += kPanelsOfCoarseTile) {
       table.gather_panels({panels.at(p, from), std::min(kPanelsOfCoarseTile, panels.count - p),
-                           panels.stride, count, gathered_at(p)});
+                           panels.stride, count, gathered_at(p, from)});
     }
   }
 
@@ -173,8 +194,10 @@ struct RowShare {
     const int64_t terms = call.weight.terms, sum_stride = (end - begin) * kPanelWidth;
     const int64_t at_once = call.coarse_radius ? kPanelsOfCoarseTile : kPanelsOfTile;
     const int64_t size_stride = coarse_pairs(pairs_of(count));
+    RunFactors own;
+    if (whole_numbers) own = run_factors(*call.weight.packed, n, rows, from, count, factors);
     if (call.coarse_radius) {
-      table.round_sizes({weight + from, terms, rows, count, sizes, size_stride});
+      table.round_sizes({weight + from, terms, rows, count, sizes, size_stride, own});
     }
     for (int64_t p = 0; p < panels.count; p += at_once) {
       const Tiles tiles{panels.at(p, from),
@@ -188,7 +211,7 @@ struct RowShare {
                         sum_stride,
                         from > 0};
       if (call.coarse_radius) {
-        table.coarse_tiles({tiles, gathered_at(p), sizes, size_stride, scratch});
+        table.coarse_tiles({tiles, gathered_at(p, from), sizes, size_stride, scratch, own});
       } else {
         table.tiles(tiles);
       }
@@ -214,6 +237,9 @@ struct RowShare {
   void add_pass(int64_t from, int64_t to) const {
     const bool packed = call.weight.packed != nullptr;
     if (packed) {  // decoded once: rows outside, terms inside
+      for (int64_t k = from; call.coarse_radius && k < to; k += kTermsAtOnce) {
+        gather(k, std::min(kTermsAtOnce, to - k));
+      }
       for (int64_t n = begin; n < end; n += step) {
         const int64_t count = std::min(step, end - n);
         const float* weight = rows_of(call.weight, n, count, decoded);
@@ -242,13 +268,15 @@ void many_inputs(const Call& call, const IntervalKernels& table, int64_t batch, 
   const bool packed = call.weight.packed != nullptr;
   const int64_t step = rows_at_once(rows, packed ? terms : std::min(terms, kTermsAtOnce));
   const int64_t most = blocks(blocks(rows, kShareStep), shares.number) * kShareStep;
+  const bool whole_numbers = call.coarse_radius && packed && has_run_factors(*call.weight.packed);
   const int64_t size = RowShare::scratch_size(call, most, step, panels.count);
   const Floats memory = floats(shares.number * size);
   for (int64_t from = 0; from < std::max<int64_t>(terms, 1); from += panels.pass) {
     const int64_t to = std::min(terms, from + panels.pass);
     fill_panels(call, table, batch, from, to, num_threads, &panels);
     shares.run([&](int64_t share, int64_t begin, int64_t end) {
-      const RowShare own(call, table, panels, begin, end, step, memory.get() + share * size);
+      const RowShare own(call, table, panels, begin, end, step, whole_numbers,
+                         memory.get() + share * size);
       own.add_pass(from, to);
       if (to == terms) own.finish(batch);
     });

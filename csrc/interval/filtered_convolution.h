@@ -114,7 +114,7 @@ Filtering plan_filters(const Call& call, const Images& images, const Window& win
   out.quads = !out.tiled && !out.strided && window.out_width % 16 == 0;
   out.centres = planes_of(out, out.strided ? kStridedFilters : kFilters, 2);
   out.radii = out.quads ? planes_of(out, kQuadFilters, 4) : out.centres;
-  if (out.tiled) out.plain = radius_planes(call, images, window, table, out.height);
+  if (out.tiled) out.plain = radius_planes(images, window, out.height);
   const auto gamma_of = [](int64_t roundings) {
     return rounding::gamma_bound(static_cast<double>(roundings));
   };
@@ -142,6 +142,7 @@ void make_filters(Filtering& plan, int num_threads) {
     plan.decoded = floats(weight.rows * weight.terms);
     data = rows_of(weight, 0, weight.rows, plan.decoded.get());
   }
+  if (plan.tiled) set_sizes(weight, data, plan.table, &plan.plain);
   const int64_t plane = plan.weight_plane();
   plan.filters = floats((plan.centres.filters + plan.radii.filters) * plane);
   float *filters = plan.filters.get(), *of_radii = filters + plan.centres.filters * plane;

@@ -70,6 +70,14 @@
 //   S(r') <= (yr + K 2^-124) / (1 - gamma_{D + 2 kCoarseChain}),
 // and the offset is doubled. Zeros that fill up a tile add nothing and round nothing. The centre's
 // sum stays in float32, summed as before.
+//   A packed weight of a linear layer whose groups are whole runs of kRun columns is f w, f the
+// size of its group's scale and w a whole number of at most 255 in size, which bfloat16 holds: only
+// r' is rounded up, and S(r') = sum over groups of f sum |w| r'. Products |w| r' are 0 or at least
+// 2^-100, so that none underflows, whatever f. A chain ends with its group at the latest; f times
+// its sum joins the others by one fused operation, which rounds once, as the addition does that it
+// stands for (a chunk has at most kRunsOfChunk groups), and loses at most 2^-149 to underflow. A
+// sum of |w| r' may overflow where r' is 2^111 or more: the ends are infinite then. Where a scale
+// is not 0 and below 2^-100 or above 2^100, |f w| is rounded up as above.
 //
 // Overflow. An infinity or NaN in yc + b or in R (it never becomes finite again) gives the ends
 // -inf and +inf, never NaN; so do infinite or NaN inputs. A deployed sum cannot overflow while

@@ -160,6 +160,22 @@ struct Tiles {
   bool add;            // to the sums of whole chunks before these terms
 };
 
+// Factors of rows by which runs of kRun terms of W are whole numbers of at most 255, as bfloat16
+// holds exactly: the scales of a packed weight.
+struct RunFactors {
+  const float* values = nullptr;  // (rows, stride), 0 where W is; null where there are none
+  int64_t stride = 0;
+  int64_t of_group = 0;  // runs of a group, which share their factors
+  int64_t first = 0;     // the first of these runs, counted from the first group
+
+  RunFactors from(int64_t row, int64_t run) const {
+    if (values == nullptr) return {};
+    return {values + row * stride + run, stride, of_group, first + run};
+  }
+  // The end of the group that holds a run.
+  int64_t group_end(int64_t run) const { return ((first + run) / of_group + 1) * of_group - first; }
+};
+
 // |W| rounded up to bfloat16, two terms in a word, the first in its low half. Kernels may read
 // whole tiles of kCoarseRows rows and kCoarsePairs words, from any row on.
 constexpr int64_t kCoarseRows = 16, kCoarsePairs = 16;
@@ -178,8 +194,9 @@ struct RoundSizes {
   int64_t stride;
   int64_t rows;
   int64_t terms;
-  uint32_t* sizes;      // (coarse_rows(rows), size_stride); zero where W has no terms
-  int64_t size_stride;  // coarse_pairs(pairs_of(terms))
+  uint32_t* sizes;          // (coarse_rows(rows), size_stride); zero where W has no terms
+  int64_t size_stride;      // coarse_pairs(pairs_of(terms))
+  RunFactors factors = {};  // where there are any, sizes are |W| divided by them
 };
 
 // Up to kPanelsOfCoarseTile panels side by side, as coarse_tiles of the same set reads them:
@@ -201,7 +218,8 @@ struct CoarseTiles {
   float* gathered;
   const uint32_t* sizes;  // (rows, pairs of terms): |W| as round_sizes gives it
   int64_t size_stride;
-  float* scratch;  // coarse_scratch() of them
+  float* scratch;           // coarse_scratch() of them
+  RunFactors factors = {};  // sums of a group are multiplied by them as they join the others
 };
 
 // The same for groups of sixteen neighbouring output pixels of a convolution, without panels: every

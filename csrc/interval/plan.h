@@ -84,11 +84,11 @@ inline int64_t rows_at_once(int64_t rows, int64_t terms) {
 }
 
 // Whether the radii of a call meet |W| in bfloat16: where that is allowed, and the product is large
-// enough to gain by it. Packed weights are decoded too often for another form of each.
+// enough to gain by it.
 inline bool coarse_pays(const Call& call, const IntervalKernels& table, int64_t rows) {
   constexpr int64_t kLeastRows = 24, kLeastTerms = 64;
-  return call.coarse_radius && table.coarse_tiles != nullptr && call.weight.packed == nullptr &&
-         rows >= kLeastRows && call.weight.terms >= kLeastTerms;
+  return call.coarse_radius && table.coarse_tiles != nullptr && rows >= kLeastRows &&
+         call.weight.terms >= kLeastTerms;
 }
 
 inline int64_t decoded_size(const Weight& weight, int64_t rows) {

@@ -28,9 +28,8 @@ struct RadiusPlanes {
   int64_t words() const { return whole_lines(pairs * plane); }
 };
 
-// `height` rows of a channel, with padding.
-RadiusPlanes radius_planes(const Call& call, const Images& images, const Window& window,
-                           const IntervalKernels& table, int64_t height) {
+// `height` rows of a channel, with padding; without |W|.
+RadiusPlanes radius_planes(const Images& images, const Window& window, int64_t height) {
   const bool strided = window.stride_width == 2;
   const int64_t taps = window.kernel_height * window.kernel_width;
   RadiusPlanes out{};
@@ -43,10 +42,16 @@ RadiusPlanes radius_planes(const Call& call, const Images& images, const Window&
       out.places.push_back(y * out.row_size + (strided ? x % 2 * (out.row_size / 2) + x / 2 : x));
     }
   }
-  out.sizes.resize(static_cast<size_t>(coarse_sizes(call.weight.rows, out.size_stride)));
-  table.round_channels({call.weight.data, call.weight.rows, call.weight.terms, taps,
-                        out.sizes.data(), out.size_stride});
   return out;
+}
+
+// |W| of all rows.
+void set_sizes(const Weight& weight, const float* values, const IntervalKernels& table,
+               RadiusPlanes* planes) {
+  const auto taps = static_cast<int64_t>(planes->places.size());
+  planes->sizes.resize(static_cast<size_t>(coarse_sizes(weight.rows, planes->size_stride)));
+  table.round_channels(
+      {values, weight.rows, weight.terms, taps, planes->sizes.data(), planes->size_stride});
 }
 
 // Sums of pixels [first, first + count), whole groups, for rows [n, n + rows) of W.

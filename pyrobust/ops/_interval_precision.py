@@ -20,10 +20,11 @@ def radius_precision(name: str, *, gradients: str = "float32") -> Iterator[None]
     """Let interval products multiply radii in ``"bfloat16"``, or in ``"float32"`` (the default).
 
     Radii and absolute weights are rounded up first, so bounds stay sound; a layer widens its box by
-    at most 1.6%, about 0.6% on average. It is a permission: kernels use it for float weights, more
-    than four inputs (or a convolution), 24 outputs and 64 terms, on processors with AVX512_BF16 or
-    AMX-BF16; elsewhere nothing changes. The setting is that of the process, for all threads, and
-    ends with the block; ``torch.compile`` does not record it.
+    at most 1.6%, about 0.6% on average; a packed linear layer with groups of a multiple of 32
+    columns, whose weights are whole numbers there, by half of that. It is a permission: kernels use
+    it for more than four inputs (or a convolution), 24 outputs and 64 terms, on processors with
+    AVX512_BF16 or AMX-BF16; elsewhere nothing changes. The setting is that of the process, for all
+    threads, and ends with the block; ``torch.compile`` does not record it.
 
     Gradients have a setting of their own: they promise nothing, but where bounds in bfloat16 keep
     their promise, gradients in bfloat16 lose digits. ``gradients="bfloat16"`` rounds operands and

@@ -16,11 +16,25 @@ import pytest
 import torch
 from torch import nn
 
-from pyrobust import Interval, _native
-from pyrobust.ops.interval import interval_conv2d, interval_linear, radius_precision
+from pyrobust import Interval, _native, pack
+from pyrobust.ops.interval import (
+    interval_conv2d,
+    interval_linear,
+    interval_packed_linear,
+    radius_precision,
+)
+from pyrobust.quantize import round_to_nearest
 
 from ..ops.test_interval_conv import reference
-from ..ops.test_interval_exact import KINDS, SOUND, spread, violations
+from ..ops.test_interval_exact import (
+    KINDS,
+    SOUND,
+    mostly_zero,
+    ordinary,
+    spread,
+    violations,
+    wide_exponents,
+)
 from ..ops.test_interval_formats_exact import PROMISES, convolution_violations
 
 OBJECTS = sorted((Path(__file__).resolve().parents[2] / "build").rglob("csrc/interval/amx.cpp.o"))
@@ -190,6 +204,26 @@ def test_tiles_are_counted(emulated_tiles, shape):
     assert seen["configurations"] == seen["releases"] > 0
 
 
+@pytest.mark.parametrize("rounding", SOUND)
+@pytest.mark.parametrize("kind", [ordinary, wide_exponents, mostly_zero, just_above_powers])
+def test_no_attained_corner_of_packed_weights_lies_outside(tiles, kind, rounding):
+    # groups of a tile, of tiles that a chunk cuts, of whole rows; rounded up where they are short
+    for (batch, terms, rows), group in zip(SHAPES, (32, 16, 96, 128, 1100), strict=True):
+        lower, upper, weight, bias = kind(batch, terms, rows)
+        packed = round_to_nearest(weight, bits=8, group_size=group)
+        form = {"in_features": terms, "bits": 8, "group_size": group, "rounding": rounding}
+        with radius_precision("bfloat16"):
+            ends = interval_packed_linear(
+                lower, upper, packed.codes, packed.scale, packed.zero, bias, **form
+            )
+        outside, checked = violations(ends, lower, upper, packed.dequantize(), bias)
+        assert outside == 0
+        assert checked == 2 * batch * rows
+        steps = sum(-(-min(256, terms - first) // 32) for first in range(0, terms, 256))
+        seen = tiles.take_interval_counters()["products"]
+        assert seen == -(-batch // 16) * -(-rows // 16) * steps
+
+
 def test_float32_radii_take_no_tiles(emulated_tiles):
     x = torch.randn(40, 128)
     interval_linear(x, x + 1, torch.randn(64, 128))
@@ -252,6 +286,22 @@ def test_networks_are_at_most_three_and_a_half_percent_wider(emulated_tiles, net
     assert bool(coarse.contains(plain.upper).all())
     ratio = coarse.width().double().mean() / plain.width().double().mean()
     assert 1.005 < float(ratio) <= 1.035
+
+
+@torch.no_grad()
+def test_a_packed_network_is_wider_by_its_radii_alone(emulated_tiles):
+    model, shape = mlp()
+    packed = pack(model, bits=4, group_size=128)
+    x = torch.rand(6, *shape)
+    plain = packed(Interval.ball(x, 2 / 255))
+    assert emulated_tiles.take_interval_counters()["products"] == 0
+    with radius_precision("bfloat16"):
+        coarse = packed(Interval.ball(x, 2 / 255))
+    assert emulated_tiles.take_interval_counters()["products"] > 1000
+    assert bool(coarse.contains(plain.lower).all())
+    assert bool(coarse.contains(plain.upper).all())
+    ratio = coarse.width().double().mean() / plain.width().double().mean()
+    assert 1.003 < float(ratio) < 1.014  # float weights: 1.017
 
 
 # --- the instructions ----------------------------------------------------------------------------

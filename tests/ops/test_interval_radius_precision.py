@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pyrobust import Interval, _native, pack
+from pyrobust import _native
 from pyrobust.ops.interval import interval_conv2d, interval_linear, radius_precision
 
 from .test_interval_conv import WINDOWS as SMALL_WINDOWS
@@ -101,16 +101,6 @@ def test_infinite_and_missing_numbers_give_everything():
     assert (lower[:3] == -float("inf")).all()
     assert (upper[:3] == float("inf")).all()
     assert torch.isfinite(lower[3:]).all()
-
-
-def test_packed_weights_keep_float32():
-    model = pack(torch.nn.Sequential(torch.nn.Linear(64, 32)), bits=4, group_size=64)
-    x = torch.randn(9, 64)
-    with torch.no_grad():
-        plain = model(Interval(x - 0.1, x + 0.1))
-        with radius_precision("bfloat16"):
-            coarse = model(Interval(x - 0.1, x + 0.1))
-    assert torch.equal(plain.lower, coarse.lower)
 
 
 def test_the_block_ends_with_the_setting_before():
