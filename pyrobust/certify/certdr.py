@@ -162,7 +162,8 @@ class SmoothedRanker:
         self.squash, self.seed, self.batch_size = squash, seed, batch_size
         self.centre: float | None = None
         self.temperature: float | None = None
-        self._encoded: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
+        # by seed and number of draws, which may be changed, and document
+        self._encoded: dict[tuple[int, int, tuple[str, ...]], tuple[Tensor, Tensor]] = {}
 
     def calibrate(
         self, queries: Sequence[Any], documents: Sequence[Sequence[Document]], k: int
@@ -371,7 +372,7 @@ class SmoothedRanker:
 
     def _encode(self, words: list[str]) -> tuple[Tensor, Tensor]:
         assert isinstance(self.score_fn, BiEncoder)
-        key = tuple(words)
+        key = (self.seed, self.n, tuple(words))
         if key not in self._encoded:
             draws, counts = self._distinct_draws(words)
             with torch.no_grad():

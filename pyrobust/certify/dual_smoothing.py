@@ -24,9 +24,11 @@ from tqdm.auto import tqdm
 
 from pyrobust._checks import check_integer, check_open_unit, check_positive
 from pyrobust.certify.certificates import ABSTAIN, Certificate
+from pyrobust.certify.noise import GaussianNoise
 from pyrobust.certify.statistics import clopper_pearson_lower, gaussian_radius, union_bound
 from pyrobust.certify.sub_image import SubImage
 from pyrobust.certify.voting import check_voting, classify, device_of
+from pyrobust.ops._sampling_checks import check_counters
 from pyrobust.ops.masking import split_gaussian_samples
 
 __all__ = ["DualSmoothedClassifier", "DualSmoothingCertificate", "dual_radius"]
@@ -201,11 +203,12 @@ class DualSmoothedClassifier(nn.Module):
             ``(B,)`` int64, -1 where the two best classes are too close to tell.
 
         Raises:
-            TypeError: ``x`` is not floating-point.
+            TypeError: ``x`` is not float32, bfloat16 or float16.
             ValueError: an argument out of range, a half in training mode, or NaN logits.
         """
         subject = "DualSmoothedClassifier.predict"
         self._check(subject, x, alpha, batch_size, n=n)
+        check_counters(subject, len(x), n, seed, 0, first_index)
         parts = [(0, n)]
         counts = self._count(subject, x, parts, seed, first_index, batch_size, progress)[0].sum(1)
         best = counts.topk(2, dim=-1).values
@@ -246,11 +249,12 @@ class DualSmoothedClassifier(nn.Module):
             The certificate, on the device of ``x``. An abstention has radius 0.
 
         Raises:
-            TypeError: ``x`` is not floating-point.
+            TypeError: ``x`` is not float32, bfloat16 or float16.
             ValueError: an argument out of range, a half in training mode, or NaN logits.
         """
         subject = "DualSmoothedClassifier.certify"
         self._check(subject, x, alpha, batch_size, n0=n0, n=n)
+        check_counters(subject, len(x), n0 + n, seed, 0, first_index)
         parts = [(0, n0), (n0, n)]
         selection, counts = self._count(subject, x, parts, seed, first_index, batch_size, progress)
         top = _top_class(selection.sum(1))
@@ -298,7 +302,7 @@ class DualSmoothedClassifier(nn.Module):
         for name, value in sizes.items():
             check_integer(subject, name, value, 1)
         check_open_unit(subject, "alpha", alpha)
-        check_voting(subject, self, x, batch_size)
+        check_voting(subject, self, x, batch_size, GaussianNoise(self.sigma[0]))
         self.left_part.gather(x[:0])  # checks the shape
 
     def _count(

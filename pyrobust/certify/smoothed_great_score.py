@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from pyrobust._checks import check_choice, check_integer, check_open_unit, check_positive
 from pyrobust.certify.certificates import ABSTAIN, Certificate
+from pyrobust.certify.noise import GaussianNoise
 from pyrobust.certify.statistics import (
     bernstein_margin,
     empirical_bernstein_margin,
@@ -32,6 +33,7 @@ from pyrobust.certify.statistics import (
 )
 from pyrobust.certify.voting import check_voting, device_of
 from pyrobust.evaluate.confidence_margin import SQUASHINGS, check_labels, squash
+from pyrobust.ops._sampling_checks import check_counters
 from pyrobust.ops.sampling import gaussian_samples
 
 __all__ = ["SmoothedGreatScore", "smoothed_great_score"]
@@ -128,7 +130,7 @@ def smoothed_great_score(
         not proven to win.
 
     Raises:
-        TypeError: samples are not float or labels not integers.
+        TypeError: samples are not float32, bfloat16 or float16, or labels not integers.
         ValueError: the model is in training mode, a label or an option is out of range, or the
             model returns NaN (the sample is named).
     """
@@ -138,7 +140,8 @@ def smoothed_great_score(
     check_open_unit(subject, "alpha", alpha)
     check_choice(subject, "activation", activation, SQUASHINGS)
     check_positive(subject, "temperature", temperature)
-    check_voting(subject, model, samples, batch_size)
+    check_voting(subject, model, samples, batch_size, GaussianNoise(sigma))
+    check_counters(subject, len(samples), n, seed, 0, first_index)
     check_labels(subject, labels, len(samples), _classes(model, samples[:1]))
     bounds = []
     for i in tqdm(range(len(samples)), desc=subject, disable=not progress):

@@ -29,6 +29,7 @@ from pyrobust.certify.mixture_radius import NO_RADIUS, smoothed_mixture_radius
 from pyrobust.certify.noise import GaussianNoise
 from pyrobust.certify.statistics import clopper_pearson_lower, union_bound
 from pyrobust.certify.voting import check_voting, count_parts, device_of
+from pyrobust.ops._sampling_checks import check_counters
 
 __all__ = ["SmoothedMixture"]
 
@@ -123,11 +124,12 @@ class SmoothedMixture(nn.Module):
             ``(B,)`` int64, -1 where the two best classes are too close to tell.
 
         Raises:
-            TypeError: ``x`` is not floating-point.
+            TypeError: ``x`` is not float32, bfloat16 or float16.
             ValueError: an argument out of range, training mode, or NaN logits.
         """
         subject = "SmoothedMixture.predict"
         self._check(subject, x, alpha, batch_size, n=n)
+        check_counters(subject, len(x), n, seed, 0, first_index)
         shares, weight = self._standard_shares(subject, x)
         parts = [(0, n)]
         counts = self._count(subject, x, parts, seed, first_index, batch_size, progress)[0]
@@ -173,11 +175,12 @@ class SmoothedMixture(nn.Module):
             weight below 1/2 every radius is 0; ``assumption`` and a warning say why.
 
         Raises:
-            TypeError: ``x`` is not floating-point.
+            TypeError: ``x`` is not float32, bfloat16 or float16.
             ValueError: an argument out of range, training mode, or NaN logits.
         """
         subject = "SmoothedMixture.certify"
         self._check(subject, x, alpha, batch_size, n0=n0, n=n)
+        check_counters(subject, len(x), n0 + n, seed, 0, first_index)
         shares, weight = self._standard_shares(subject, x)
         parts = [(0, n0), (n0, n)]
         selection, counts = self._count(subject, x, parts, seed, first_index, batch_size, progress)
@@ -209,7 +212,7 @@ class SmoothedMixture(nn.Module):
         for name, value in sizes.items():
             check_integer(subject, name, value, 1)
         check_open_unit(subject, "alpha", alpha)
-        check_voting(subject, self.base, x, batch_size)
+        check_voting(subject, self.base, x, batch_size, GaussianNoise(self.sigma))
         check_eval_mode(subject, self)
 
     def _standard_shares(self, subject: str, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from pyrobust._checks import (
     check_at_least,
     check_eval_mode,
+    check_finite,
     check_float_tensor,
     check_instance,
     check_positive,
@@ -126,11 +127,12 @@ class MixedClassifier(nn.Module):
 
         Raises:
             TypeError: ``x`` is not floating-point.
-            ValueError: ``eps`` is negative or a module is in training mode.
+            ValueError: ``x`` is not finite, ``eps`` negative or a module in training mode.
             NotImplementedError: an operation of ``h`` has no interval rule.
         """
         subject = f"{type(self).__name__}.certify"
         check_float_tensor(subject, "x", x)
+        check_finite(subject, "x", x)
         check_at_least(subject, "eps", eps, 0.0)
         check_eval_mode(subject, self)
         robust = self.robust.model if isinstance(self.robust, FeatureTap) else self.robust

@@ -152,7 +152,7 @@ class SmoothedClassifier(nn.Module):
             ``(B,)`` int64, -1 where the two best classes are too close to tell.
 
         Raises:
-            TypeError: ``x`` is not floating-point, or with ``grid`` not uint8.
+            TypeError: ``x`` is not float32, bfloat16 or float16, or with ``grid`` not uint8.
             ValueError: an argument out of range, the base in training mode, or NaN logits.
         """
         subject = "SmoothedClassifier.predict"
@@ -209,7 +209,7 @@ class SmoothedClassifier(nn.Module):
             The certificate, on the device of ``x``.
 
         Raises:
-            TypeError: ``x`` is not floating-point, or with ``grid`` not uint8.
+            TypeError: ``x`` is not float32, bfloat16 or float16, or with ``grid`` not uint8.
             ValueError: an argument out of range, the base in training mode, another number of
                 classes, or NaN logits.
         """
@@ -289,7 +289,7 @@ class SmoothedClassifier(nn.Module):
             ones, ``prediction`` -1 where none is.
 
         Raises:
-            TypeError: ``x`` is not floating-point, or with ``grid`` not uint8.
+            TypeError: ``x`` is not float32, bfloat16 or float16, or with ``grid`` not uint8.
             ValueError: an argument out of range, the base in training mode, or NaN logits.
         """
         subject = "SmoothedClassifier.certify_at"

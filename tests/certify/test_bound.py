@@ -177,3 +177,19 @@ def test_specifications_must_be_finite_and_margins_need_two_classes():
             bound(network(), box, torch.full((1, 4), value))
     with pytest.raises(ValueError, match="num_classes must be at least 2; got 1"):
         margin_specification(torch.tensor([0]), 1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_folding_in_float64_pays_for_its_rounding(seed):
+    torch.manual_seed(seed)
+    layer = nn.Linear(40, 6).double().requires_grad_(False)
+    x, spec = torch.randn(1, 40, dtype=torch.float64), torch.randn(12, 6, dtype=torch.float64)
+    result = bound(layer, Interval.ball(x, 0.0), spec)
+    logits = [
+        Fraction(b)
+        + sum(Fraction(w) * Fraction(v) for w, v in zip(row, x[0].tolist(), strict=True))
+        for row, b in zip(layer.weight.tolist(), layer.bias.tolist(), strict=True)
+    ]
+    for row, lower, upper in zip(spec.tolist(), result.lower[0], result.upper[0], strict=True):
+        exact = sum(Fraction(s) * z for s, z in zip(row, logits, strict=True))
+        assert Fraction(lower.item()) <= exact <= Fraction(upper.item())

@@ -86,6 +86,10 @@ def test_a_bi_encoder_encodes_each_draw_once():
         torch.testing.assert_close(ranker.scores(query, docs), plain.scores(query, docs))
     first = sum(calls[: len(calls) // 2])
     assert first < 2 * 300  # distinct draws only
+    for name, value in (("n", 150), ("seed", 5)):  # what was encoded for others is not used
+        setattr(ranker, name, value)
+        setattr(plain, name, value)
+        torch.testing.assert_close(ranker.scores(0.5, docs), plain.scores(0.5, docs))
 
 
 def test_a_packed_encoder_is_certified():

@@ -152,3 +152,11 @@ def test_pools_with_another_divisor_and_steep_softplus_are_refused():
     assert lipschitz_bound(nn.Softplus(beta=3.0).eval()) == 1.0
     with pytest.raises(NotImplementedError, match=r"threshold of at least 20; got 1 and 0\.1"):
         lipschitz_bound(nn.Softplus(threshold=0.1).eval())
+
+
+def test_the_largest_gain_may_lie_between_the_frequencies_of_the_grid():
+    place = 2 * math.pi * 8.05 / 64  # whose largest gain lies between points of a grid of 64
+    kernel = torch.cos(place * torch.arange(9.0)).double()
+    fine = torch.fft.fft(kernel, 64 * 256).abs()
+    assert float(fine.max()) > 1.01 * float(fine[::256].max())
+    assert conv_norm_bound(kernel.view(1, 1, 9)) >= float(fine.max())

@@ -8,7 +8,12 @@ from scipy import special, stats
 from torch import nn
 
 import pyrobust
-from pyrobust.certify import SmoothedMixture, smoothed_mixture_radius
+from pyrobust.certify import (
+    DualSmoothedClassifier,
+    SmoothedMixture,
+    smoothed_great_score,
+    smoothed_mixture_radius,
+)
 from pyrobust.data import load_digits
 from pyrobust.evaluate import pgd
 from pyrobust.nn import SmoothedClassifier
@@ -226,3 +231,32 @@ def test_bad_input_is_refused():
         mixture(Fixed(math.nan, 0.5), 0.8).certify(x, n=5)
     with pytest.raises(ValueError, match=r"\(1, 2\)"):
         mixture(Fixed(0.2, 0.3, 0.5), 0.8).certify(x, n=5)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"seed": -1}, ValueError, "seed must be at least 0; got -1"),
+        ({"first_index": 2**48}, ValueError, r"first_index \+ B must not exceed 2\*\*48"),
+        ({"x": torch.zeros(1, 2, dtype=torch.float64)}, TypeError, "x must have dtype float32"),
+    ],
+)
+def test_positions_and_types_are_refused_before_any_network_is_called(options, error, message):
+    class Untouched(nn.Module):
+        def forward(self, x):
+            pytest.fail("a network was called")
+
+    parts = Untouched().eval(), Untouched().eval()
+    masks = torch.tensor([[True, False], [False, True]])
+    mixture = SmoothedMixture(*parts, 0.25, 2).eval()
+    dual = DualSmoothedClassifier(*parts, 0.25, 2, masks, fill="zero").eval()
+    rest = {name: value for name, value in options.items() if name != "x"}
+    x = options.get("x", torch.zeros(1, 2))
+    label = torch.zeros(1, dtype=torch.int64)
+    for call in (mixture.certify, mixture.predict, dual.certify, dual.predict):
+        with pytest.raises(
+            error, match=f"^(SmoothedMixture|Dual\\w+).(certify|predict): {message}"
+        ):
+            call(x, n=10, **rest)
+    with pytest.raises(error, match=f"^smoothed_great_score: {message}"):
+        smoothed_great_score(parts[0], x, label, sigma=0.25, n=10, **rest)

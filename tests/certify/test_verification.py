@@ -55,6 +55,15 @@ def test_verified_images_resist_corner_search_and_batches_do_not_matter():
     assert torch.equal(small.prediction, certificate.prediction)
 
 
+@pytest.mark.parametrize("method", ["ibp", "crown-ibp", "crown", "alpha-crown"])
+def test_a_tie_is_not_proven(method):
+    model = network(2)
+    for parameter in model[2].parameters():
+        parameter.data.zero_()  # both logits are 0, with no rounding at all
+    x = torch.rand(3, 6)
+    assert bool(verified(model, x, torch.tensor([0, 1, 0]), 0.01, method=method).abstained.all())
+
+
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [

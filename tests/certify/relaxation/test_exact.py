@@ -174,3 +174,24 @@ def test_the_evaluation_itself_follows_torch():
         torch.testing.assert_close(
             torch.tensor([float(v) for v in exact], dtype=torch.float64), model(x[None])[0]
         )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_products_that_cancel_pay_for_their_rounding(seed):
+    # the last row is orthogonal to the columns before it, so that what is left of the pulled
+    # coefficients is rounding, far above what their own size would pay for
+    torch.manual_seed(seed)
+    first, last = nn.Linear(8, 64, bias=False).double(), nn.Linear(64, 1, bias=False).double()
+    first.weight.data *= 1e6
+    last.weight.data = torch.linalg.svd(first.weight.data)[0][:, -1:].mT.contiguous()
+    model = nn.Sequential(first, last).eval().requires_grad_(False)
+    x = torch.rand(1, 8, dtype=torch.float64)
+    hidden = [
+        sum(Fraction(w) * Fraction(v) for w, v in zip(row, x[0].tolist(), strict=True))
+        for row in first.weight.tolist()
+    ]
+    weights = last.weight[0].tolist()
+    exact = sum(Fraction(w) * h for w, h in zip(weights, hidden, strict=True))
+    for method in ("crown-ibp", "crown"):
+        found = bound(model, Interval.ball(x, 0.0), method=method)
+        assert Fraction(found.lower.item()) <= exact <= Fraction(found.upper.item())
