@@ -89,7 +89,8 @@ def quantize_with_outliers(
     """Round a weight to nearest but for marked entries, which are kept in 16 bits.
 
     Ranges of groups count unmarked entries only. Marked entries become exact in float16 (bfloat16
-    for a bfloat16 weight); their code slots stand for 0.
+    for a bfloat16 weight, and where the largest of them lies outside of float16's normal range);
+    their code slots stand for 0.
 
     Args:
         weight: ``(rows, columns)`` floating point, finite.
@@ -121,8 +122,10 @@ def quantize_with_outliers(
         packed = _with_second_level(rest, packed)
     if not bool(mask.any()):
         return packed
-    dtype = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float16
-    return packed.with_remainder(weight.detach().cpu().float(), mask, dtype=dtype)
+    kept = weight.detach().cpu().float()
+    top = float(kept[mask].abs().max())
+    narrow = weight.dtype != torch.bfloat16 and (top == 0 or 2.0**-14 <= top <= 65504)
+    return packed.with_remainder(kept, mask, dtype=torch.float16 if narrow else torch.bfloat16)
 
 
 def outlier_count(fraction: float, size: int) -> int:

@@ -132,8 +132,8 @@ def test_weight_refusals():
         quantize_with_outliers(weight, mask[:2])
     with pytest.raises(ValueError, match="group_dim must be 1 with second_level"):
         quantize_with_outliers(weight, mask, group_dim=0, second_level=True)
-    with pytest.raises(ValueError):
-        quantize_with_outliers(weight * 1e6, mask)
+    with pytest.raises(ValueError, match="values must be finite"):
+        quantize_with_outliers(weight.sign() * 3.4e38, mask)  # rounds up beyond bfloat16
     with pytest.raises(ValueError, match=r"fraction must lie in the interval \[0, 1\]; got 1.5"):
         outlier_mask(weight, weight, 1.5)
     with pytest.raises(ValueError, match="score must be finite"):
@@ -486,3 +486,18 @@ def test_gradients_find_injected_outliers_and_win_at_four_bits():
 def test_the_share_kept_is_the_decimal_that_was_written(fraction, size, count):
     score = torch.randperm(size, generator=torch.Generator().manual_seed(0)).float()
     assert int(outlier_mask(score, score, fraction).sum()) == count
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype"), [(1e-7, torch.bfloat16), (1.0, torch.float16), (1e6, torch.bfloat16)]
+)
+def test_kept_weights_of_any_size_keep_their_digits(size, dtype):
+    weight = size * torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
+    mask = weight.abs() > 1.5 * size
+    packed = quantize_with_outliers(weight, mask)
+    assert packed.remainder.values.dtype == dtype
+    torch.testing.assert_close(packed.dequantize()[mask], weight[mask], rtol=2.0**-8, atol=0)
+    layer = DenseSparseLinear.from_qtensor(packed)
+    again = DenseSparseLinear.from_qtensor(quantize_with_outliers(torch.ones(8, 32), mask))
+    again.load_state_dict(layer.state_dict())
+    assert torch.equal(again.dequantize(), packed.dequantize())

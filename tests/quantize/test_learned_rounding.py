@@ -9,6 +9,7 @@ from torch.nn import functional as F
 import pyrobust
 from pyrobust import nn as rnn
 from pyrobust.quantize import LearnedRounding, PowerQuantizer, learned_rounding
+from pyrobust.quantize.fold_batch_norm import fold_batch_norm
 from pyrobust.quantize.reconstruction import LearnedWeight, output_loss
 from pyrobust.quantize.rounding_grid import search_grid
 from pyrobust.quantize.rounding_variable import RoundingVariable
@@ -545,3 +546,41 @@ def test_inference_mode_is_refused_and_no_grad_is_not():
     with torch.no_grad():
         inside = pyrobust.pack(model, **options)
     assert torch.equal(inside[0].codes, pyrobust.pack(model, **options)[0].codes)
+
+
+class SharedOutput(nn.Module):
+    """What goes into the normalisation is used beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        hidden = self.layer(x)
+        return hidden + self.norm(hidden)
+
+
+class UsedTwice(SharedOutput):
+    """The layer runs a second time, without a normalisation."""
+
+    def forward(self, x):
+        return self.layer(self.norm(self.layer(x)))
+
+
+class NormTwice(SharedOutput):
+    """The normalisation runs a second time, behind no layer."""
+
+    def forward(self, x):
+        return self.norm(torch.relu(self.norm(self.layer(x))))
+
+
+@pytest.mark.parametrize("make", [SharedOutput, UsedTwice, NormTwice])
+def test_normalisations_that_are_not_alone_behind_a_layer_stay(make):
+    torch.manual_seed(0)
+    model, x = make(), torch.randn(32, 4)
+    for _ in range(3):
+        model(3 * x + 1)
+    model.eval()
+    folded = fold_batch_norm(model)
+    assert isinstance(folded.norm, nn.BatchNorm1d)
+    assert torch.equal(folded(x), model(x))

@@ -110,3 +110,13 @@ def test_rules_of_layer_wise_rates():
         assert [rates[rule][n] for n in order] == pytest.approx(expected.tolist())
     with pytest.raises(ValueError, match="rule must be one of"):
         TempBalance(model, rule="cubic")
+
+
+def test_shares_of_blocks_of_columns_add_up():
+    """Three blocks of 128 columns: 38.4 weights each, 115 in all and not three times 38."""
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Linear(384, 1, bias=False)
+    prune_(
+        layer, {"weight": 0.3}, "sparsegpt", {"weight": torch.randn(500, 384, generator=generator)}
+    )
+    assert int((layer.weight == 0).sum()) == 115
