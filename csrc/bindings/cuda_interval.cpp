@@ -48,9 +48,8 @@ LinearCall call_of(const Pointers& pointers, const Sizes& sizes, const std::stri
 
 void run(LinearCall call, Where where) {
   const Launching on(where.first, where.second);
-  const int capability = usable_device(where.first).capability;
-  call.clusters = capability >= 90;
-  call.warpgroups = capability == 90;
+  call.clusters = has_clusters(where.first);
+  call.warpgroups = has_warpgroups(where.first);
   require_launched("interval_linear", interval::gpu::interval_linear(call, on.queue));
 }
 
@@ -59,9 +58,8 @@ int64_t interval_scratch_bytes(int kind, const Sizes& sizes, Where where) {
   LinearCall call{};
   call.kind = static_cast<WeightKind>(kind);
   call.batch = sizes[0], call.rows = sizes[1], call.terms = sizes[2];
-  const cuda::DeviceFacts& facts = usable_device(where.first);
-  call.warpgroups = facts.capability == 90;
-  return interval::gpu::scratch_bytes(call, facts.multiprocessors);
+  call.warpgroups = has_warpgroups(where.first);
+  return interval::gpu::scratch_bytes(call, usable_device(where.first).multiprocessors);
 }
 
 void interval_linear(const Pointers& pointers, uintptr_t weight, bool bfloat16, bool int8,

@@ -80,8 +80,10 @@ void bind_cuda_matmul(py::module_& m) {
       .def("workspace", &ComplexLinear::workspace)
       .def("run", &ComplexLinear::run);
   m.def("multiprocessors", [](int device) { return usable_device(device).multiprocessors; });
-  m.def("clusters", [](int device) { return usable_device(device).capability >= 90; });
-  m.def("warpgroups", [](int device) { return usable_device(device).capability == 90; });
+  m.def("clusters", &has_clusters);
+  m.def("warpgroups", &has_warpgroups);
+  m.def("large_blocks",
+        [](int device) { return usable_device(device).shared_bytes >= cuda::kLargeBlock; });
   m.def("repack", &repack);
   m.def("stored_words", &stored_words);
 }

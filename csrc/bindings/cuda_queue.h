@@ -28,6 +28,19 @@ inline const cuda::DeviceFacts& usable_device(int device) {
   return facts;
 }
 
+// The least architecture of 90 and above that this module has code for: a later card runs that, an
+// earlier one code that knows no clusters, and the host must think alike.
+#if !defined(PYROBUST_CUDA_CLUSTERS_FROM)
+#define PYROBUST_CUDA_CLUSTERS_FROM 90
+#endif
+
+inline bool has_clusters(int device) {
+  return usable_device(device).capability >= PYROBUST_CUDA_CLUSTERS_FROM;
+}
+inline bool has_warpgroups(int device) {
+  return has_clusters(device) && usable_device(device).capability == 90;
+}
+
 class Launching {
  public:
   Launching(int device, uintptr_t stream)

@@ -39,7 +39,8 @@ DeviceFacts device_facts(int device) {
   return {properties.name,
           10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
               attribute(cudaDevAttrComputeCapabilityMinor, device),
-          attribute(cudaDevAttrMultiProcessorCount, device)};
+          attribute(cudaDevAttrMultiProcessorCount, device),
+          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)};
 }
 
 DeviceGuard::DeviceGuard(int device) {

@@ -11,6 +11,10 @@ namespace cuda {
 
 constexpr int kLeastCapability = 80;
 
+// What fused products want of shared memory, of one thread block: all that compute capability 8.0
+// has. 8.6, 8.9 and 12.0 have 99 KB.
+constexpr int kLargeBlock = 163 * 1024;
+
 // Text of a status that is not 0.
 std::string status_text(Status status);
 
@@ -21,6 +25,7 @@ struct DeviceFacts {
   std::string name;
   int capability;  // 10 major + minor
   int multiprocessors;
+  int shared_bytes;  // that one thread block may have
 };
 DeviceFacts device_facts(int device);
 

@@ -1,21 +1,20 @@
-#include "cuda/fibres.h"
-
-#include <ucontext.h>
-
 #include <algorithm>
 #include <cstring>
-#include <deque>
-#include <exception>
-#include <memory>
 #include <stdexcept>
 #include <string>
-#include <vector>
+
+#include "cuda/fibres_state.h"
 
 pyrobust::cuda::Dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace pyrobust {
 namespace cuda {
 namespace fibres {
+
+Scheduler scheduler;
+Options chosen;
+Counters counted;
+
 namespace {
 
 constexpr size_t kStackBytes = 192 * 1024;
@@ -23,71 +22,16 @@ constexpr uintptr_t kAlignment = 1024;  // of shared memory
 constexpr int64_t kResidentThreads = 8192;
 constexpr int64_t kIdlePasses = 64;  // over fibres that only spin, before that counts as a deadlock
 
-struct Block;
+uint64_t grids = 0, outermost = 0;
+int nested = 0;  // grids that wait for one ahead of them
 
-// One warp-wide operation in progress.
-struct Warp {
-  const char* name = nullptr;
-  int arrived = 0;
-  uint64_t generation = 0;
-  alignas(16) uint8_t input[kWarp][kSlot];
-  alignas(16) uint8_t output[kWarp][kSlot];
+// A launch that waits for the next one.
+struct Held {
+  Grid grid;
+  std::function<void()> thread;
 };
+std::unique_ptr<Held> held;
 
-struct Barrier {
-  unsigned arrived = 0;
-  uint64_t generation = 0;
-};
-
-// Blocks that run together and see each other's shared memory.
-struct Cluster {
-  std::vector<Block*> blocks;
-  Barrier barrier;
-  Barrier halves;  // of which threads arrive and wait apart
-};
-
-struct Block {
-  Dim3 index;
-  Cluster* cluster = nullptr;
-  unsigned ended = 0;  // threads
-  std::unique_ptr<uint8_t[]> storage;
-  uint8_t* shared = nullptr;
-  std::vector<Warp> warps;
-  Barrier whole;
-  Barrier groups[15];
-};
-
-struct Fibre {
-  ucontext_t context;
-  void* stack_pointer = nullptr;
-  std::unique_ptr<uint8_t[]> stack;
-  Block* block = nullptr;
-  unsigned thread = 0;
-  bool done = false;
-  bool spinning = false;
-  const uint64_t* waits_on = nullptr;  // runnable once *waits_on differs from `seen`
-  uint64_t seen = 0;
-  uint64_t half_seen = 0;  // generation of the cluster's barrier in halves
-  const char* waits_for = "";
-  std::vector<Copy> open;
-  std::deque<std::vector<Copy>> committed;
-};
-
-struct Scheduler {
-  const std::function<void()>* body = nullptr;
-  Fibre* current = nullptr;
-  ucontext_t main;
-  void* main_stack_pointer = nullptr;
-  size_t shared_bytes = 0;
-  unsigned cluster = 1;
-  bool progress = false;
-  std::exception_ptr error;
-};
-
-Scheduler scheduler;
-Options chosen;
-Counters counted;
-uint64_t grids = 0;
 std::vector<std::unique_ptr<uint8_t[]>> spare_stacks;
 
 // --- switching stacks ---------------------------------------------------------------------------
@@ -134,6 +78,12 @@ void run_thread() {
     if (!fibre.open.empty() || !fibre.committed.empty()) {
       fault("a thread ended before its asynchronous copies were waited for");
     }
+    if (!fibre.products.open.empty() || !fibre.products.committed.empty()) {
+      fault("a thread ended before its products were finished");
+    }
+    if (scheduler.overlaps && !fibre.awaited) {
+      fault("a thread ended that never waited for the grid ahead, which it overlaps");
+    }
   } catch (...) {
     if (!scheduler.error) scheduler.error = std::current_exception();
   }
@@ -179,14 +129,6 @@ void resume(Fibre& fibre) {
   scheduler.current = nullptr;
 }
 
-void wait_for(const uint64_t* generation, const char* what) {
-  Fibre& fibre = *scheduler.current;
-  fibre.waits_on = generation;
-  fibre.seen = *generation;
-  fibre.waits_for = what;
-  leave_fibre();
-}
-
 void arrive_and_wait(Barrier* barrier, unsigned threads, const char* what) {
   scheduler.progress = true;
   if (++barrier->arrived == threads) {
@@ -220,6 +162,25 @@ bool runnable(Fibre& fibre) {
                          std::to_string(fibres.size()) + " threads have ended");
 }
 
+// The grid ahead, while all of this one waits.
+void run_ahead() {
+  const Scheduler own = scheduler;
+  const Dim3 block = blockDim, grid = gridDim;
+  ++nested;
+  try {
+    (*own.ahead)();
+  } catch (...) {
+    --nested;
+    throw;
+  }
+  --nested;
+  scheduler = own;
+  scheduler.ahead = nullptr;
+  ++scheduler.ahead_done;
+  blockDim = block;
+  gridDim = grid;
+}
+
 void run_until_done(std::vector<Fibre>& fibres) {
   const auto count = static_cast<int64_t>(fibres.size());
   const bool ascending = chosen.order == Order::kAscending;
@@ -241,7 +202,10 @@ void run_until_done(std::vector<Fibre>& fibres) {
       done += fibre.done;
     }
     idle = scheduler.progress ? 0 : idle + 1;
-    if (done < count && (!any || idle > kIdlePasses)) report_deadlock(fibres);
+    if (done == count || (any && idle <= kIdlePasses)) continue;
+    if (scheduler.ahead == nullptr) report_deadlock(fibres);
+    run_ahead();
+    idle = 0;
   }
 }
 
@@ -260,6 +224,7 @@ void run_blocks(const Grid& grid, int64_t first, int64_t last) {
         (reinterpret_cast<uintptr_t>(block.storage.get()) + kAlignment - 1) & ~(kAlignment - 1);
     block.shared = reinterpret_cast<uint8_t*>(address);
     std::memset(block.shared, 0xff, grid.shared_bytes);
+    block.hidden_by.assign(grid.shared_bytes / kUnit + 1, 0);
     block.warps = std::vector<Warp>(grid.threads.x / kWarp);
     for (unsigned t = 0; t < grid.threads.x; ++t) {
       Fibre& fibre = fibres[b * grid.threads.x + t];
@@ -274,24 +239,31 @@ void run_blocks(const Grid& grid, int64_t first, int64_t last) {
 
 }  // namespace
 
-void set_options(const Options& options) { chosen = options; }
+void wait_for(const uint64_t* generation, const char* what) {
+  Fibre& fibre = *scheduler.current;
+  fibre.waits_on = generation;
+  fibre.seen = *generation;
+  fibre.waits_for = what;
+  leave_fibre();
+}
+
+void set_options(const Options& options) {
+  chosen = options;
+  held.reset();
+}
 const Options& options() { return chosen; }
 Counters& counters() { return counted; }
-uint64_t grid_number() { return grids; }
-
-void land(const std::vector<Copy>& group) {
-  for (const Copy& copy : group) {
-    std::memcpy(copy.to, copy.from, copy.bytes);
-    std::memset(static_cast<uint8_t*>(copy.to) + copy.bytes, 0, copy.zero_bytes);
-  }
-}
+uint64_t grid_number() { return scheduler.number; }
+uint64_t outermost_grid() { return outermost; }
+Products& products() { return scheduler.current->products; }
 
 void fault(const char* what) {
   throw std::logic_error("cuda fibres: block " + std::to_string(blockIdx.x) + " thread " +
                          std::to_string(threadIdx.x) + ": " + what);
 }
 
-void run_grid(const Grid& grid, const std::function<void()>& thread) {
+void run_grid(const Grid& grid, const std::function<void()>& thread,
+              const std::function<void()>* ahead) {
   if (grid.threads.x == 0 || grid.threads.x % kWarp != 0 || grid.threads.x > 1024 ||
       grid.threads.y != 1 || grid.threads.z != 1 || grid.blocks.z != 1) {
     throw std::logic_error("cuda fibres: a block must be 32 to 1024 threads, whole warps, along x");
@@ -300,7 +272,10 @@ void run_grid(const Grid& grid, const std::function<void()>& thread) {
     throw std::logic_error("cuda fibres: a cluster must be 1 to 8 blocks that divide the grid");
   }
   scheduler = Scheduler();
-  ++grids;
+  scheduler.number = ++grids;
+  scheduler.ahead = ahead;
+  scheduler.overlaps = ahead != nullptr;
+  if (nested == 0) outermost = scheduler.number;
   scheduler.body = &thread;
   scheduler.shared_bytes = grid.shared_bytes;
   scheduler.cluster = grid.cluster;
@@ -314,27 +289,18 @@ void run_grid(const Grid& grid, const std::function<void()>& thread) {
   }
 }
 
-uint8_t* shared_memory() { return scheduler.current->block->shared; }
-
-uint8_t* shared_memory_of(int rank) {
-  const Cluster& cluster = *scheduler.current->block->cluster;
-  if (rank < 0 || static_cast<size_t>(rank) >= cluster.blocks.size()) {
-    fault("a load from a block that the cluster does not have");
+void launch(const Grid& grid, bool overlaps, const std::function<void()>& thread) {
+  if (!chosen.hold_launches) return run_grid(grid, thread);
+  if (held == nullptr) {
+    held.reset(new Held{grid, thread});
+    return;
   }
-  const Block& block = *cluster.blocks[static_cast<size_t>(rank)];
-  if (block.ended == blockDim.x) fault("a load from a block of the cluster that has ended");
-  return block.shared;
-}
-
-void check_shared(const void* address, size_t bytes, const char* operation) {
-  const auto* at = static_cast<const uint8_t*>(address);
-  const uint8_t* shared = shared_memory();
-  if (at < shared || at + bytes > shared + scheduler.shared_bytes) {
-    fault((std::string(operation) + " outside of shared memory").c_str());
+  const std::unique_ptr<Held> first = std::move(held);
+  if (!overlaps) {
+    throw std::logic_error("cuda fibres: a launch was held for one that does not overlap it");
   }
-  if (reinterpret_cast<uintptr_t>(address) % bytes != 0) {
-    fault((std::string(operation) + " at a misaligned address").c_str());
-  }
+  const std::function<void()> ahead = [&] { run_grid(first->grid, first->thread); };
+  run_grid(grid, thread, &ahead);
 }
 
 int lane_index() { return static_cast<int>(threadIdx.x % kWarp); }
@@ -370,6 +336,11 @@ void end_cluster_barrier() {
   }
 }
 
+void await_grid() {
+  scheduler.current->awaited = true;
+  if (scheduler.ahead != nullptr) wait_for(&scheduler.ahead_done, "the grid ahead");
+}
+
 void yield_while_spinning() {
   scheduler.current->spinning = true;
   leave_fibre();
@@ -394,44 +365,6 @@ void rendezvous(const char* name, const void* input, size_t input_bytes, void* o
     ++warp.generation;
   }
   std::memcpy(output, warp.output[lane], output_bytes);
-}
-
-void start_copy(void* shared, const void* global, size_t bytes, size_t zero_bytes) {
-  ++counted.async_copies;
-  check_shared(shared, bytes + zero_bytes, "an asynchronous copy");
-  if (bytes != 0 && reinterpret_cast<uintptr_t>(global) % bytes != 0) {
-    fault("an asynchronous copy from a misaligned address");
-  }
-  const Copy copy = {shared, global, bytes, zero_bytes};
-  if (chosen.copies_land_at_once) {
-    land({copy});
-  } else {
-    scheduler.current->open.push_back(copy);
-  }
-}
-
-void commit_copies() {
-  Fibre& fibre = *scheduler.current;
-  fibre.committed.push_back(std::move(fibre.open));
-  fibre.open.clear();
-}
-
-std::vector<Copy> take_copies() {
-  Fibre& fibre = *scheduler.current;
-  std::vector<Copy> taken;
-  for (const auto& group : fibre.committed) taken.insert(taken.end(), group.begin(), group.end());
-  taken.insert(taken.end(), fibre.open.begin(), fibre.open.end());
-  fibre.committed.clear();
-  fibre.open.clear();
-  return taken;
-}
-
-void wait_copies(int groups_left) {
-  auto& committed = scheduler.current->committed;
-  while (static_cast<int>(committed.size()) > groups_left) {
-    land(committed.front());
-    committed.pop_front();
-  }
 }
 
 }  // namespace fibres

@@ -6,14 +6,22 @@
 // memory begins as 0xff bytes, NaN in every float format. So a missing wait, barrier or write shows
 // in the result, in one of the two orders of fibres, instead of passing by luck.
 //
+// Products of warpgroups are made when they are waited for, from the registers and the shared
+// memory that they find then. They and bulk copies belong to the asynchronous proxy: writes by
+// copy16_async, store8, store16 and store16_shared are hidden from it until their thread fences.
+// Stores through plain pointers are not tracked.
+//
 // Faults of a kernel (a barrier that some threads never reach, lanes of a warp in different
 // operations, addresses outside of shared memory, misaligned vectors) throw std::logic_error from
 // run_grid. What this cannot show: memory order between barriers, and speed.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <functional>
+#include <utility>
 #include <vector>
 
 namespace pyrobust {
@@ -26,6 +34,7 @@ struct Dim3 {
 namespace fibres {
 
 constexpr int kWarp = 32;
+constexpr size_t kUnit = 16;  // bytes that are hidden from the asynchronous proxy together
 constexpr size_t kSlot = 64;  // bytes that a lane hands to a warp-wide operation, and gets back
 
 struct Grid {
@@ -47,7 +56,10 @@ enum class TensorSum : int { kExact, kTruncating };
 struct Options {
   Order order = Order::kAscending;
   TensorSum tensor_sum = TensorSum::kExact;
-  bool copies_land_at_once = false;  // hides missing waits; only to compare with
+  bool copies_land_at_once = false;  // products too; hides missing waits; only to compare with
+  // Of two launches the first is held until the second has come, which must overlap it
+  // (LaunchShape) and runs before it up to await_grid.
+  bool hold_launches = false;
 };
 void set_options(const Options& options);
 const Options& options();
@@ -63,7 +75,12 @@ Counters& counters();
 
 // Runs `thread` once per thread of the grid. All blocks are resident together where that is at most
 // 8192 threads, so that blocks may wait for one another; else they run in waves of that size.
-void run_grid(const Grid& grid, const std::function<void()>& thread);
+// `ahead` runs once all fibres wait in await_grid.
+void run_grid(const Grid& grid, const std::function<void()>& thread,
+              const std::function<void()>* ahead = nullptr);
+
+// The same as a launch: later, with Options::hold_launches.
+void launch(const Grid& grid, bool overlaps, const std::function<void()>& thread);
 
 // --- for the emulated primitives; called from within a fibre ------------------------------------
 
@@ -80,6 +97,7 @@ void cluster_barrier();
 void begin_cluster_barrier();  // every thread once, and not again before it has ended
 void end_cluster_barrier();
 void yield_while_spinning();
+void await_grid();
 
 // All 32 lanes hand in `input`; the last to arrive runs `operation` over the 32 inputs and outputs;
 // every lane gets its output. `name` must be the same string in all lanes.
@@ -97,10 +115,37 @@ struct Copy {
   const void* from;
   size_t bytes;
   size_t zero_bytes;
+  bool bulk;  // by the asynchronous proxy
 };
 std::vector<Copy> take_copies();  // of this thread: whoever takes them lets them land
 void land(const std::vector<Copy>& copies);
-uint64_t grid_number();  // another one for every grid
+uint64_t grid_number();     // another one for every grid
+uint64_t outermost_grid();  // the number of the one that others run ahead of
+
+// The asynchronous proxy: what this thread writes is hidden from it until show_writes().
+void note_write(const void* at, size_t bytes);
+void show_writes();
+void check_shown(const void* at, size_t bytes, const char* what);
+
+// Products of a warpgroup that a thread has begun (cuda/products_emulated.h).
+using Registers = std::array<uint32_t, 4>;
+using Multiply = void (*)(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+struct Product {
+  float* sums;  // eights of four
+  const uint32_t* a;
+  Registers issued;  // what a was
+  uint64_t b;
+  int eights;
+  bool onto;
+  Multiply multiply;
+};
+struct Products {
+  bool fenced = false;
+  std::vector<std::pair<const uint32_t*, Registers>> since_fence;
+  std::vector<Product> open;
+  std::deque<std::vector<Product>> committed;
+};
+Products& products();
 
 }  // namespace fibres
 }  // namespace cuda

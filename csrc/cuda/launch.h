@@ -17,7 +17,9 @@ struct LaunchShape {
   size_t shared_bytes = 0;
   unsigned cluster = 1;  // consecutive blocks along x that see each other's shared memory
   // May start while the grid before it on the stream ends (compute capability 9.0): what that one
-  // writes, and what it reads and this one writes, only after cuda::await_grid.
+  // writes, and what it reads and this one writes, only after cuda::await_grid. Every thread calls
+  // it, so that a grid ends after the one before it, and what waits for the last waits for all.
+  // Before it a kernel reads weights: those were there before a launch that does not overlap.
   bool overlaps = false;
 };
 
@@ -66,7 +68,7 @@ Status launch(void (*kernel)(Parameters...), const LaunchShape& shape, Stream,
                              {shape.threads, 1, 1},
                              shape.shared_bytes,
                              shape.cluster};
-  fibres::run_grid(grid, [&] { kernel(arguments...); });
+  fibres::launch(grid, shape.overlaps, [=] { kernel(arguments...); });
   return 0;
 }
 

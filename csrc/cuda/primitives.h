@@ -77,6 +77,7 @@ constexpr uint32_t kLopA = 0xf0, kLopB = 0xcc, kLopC = 0xaa;
 #include "cuda/signals_device.h"
 #else
 #include "cuda/primitives_emulated.h"
+#include "cuda/products_emulated.h"
 #include "cuda/signals_emulated.h"
 #endif
 

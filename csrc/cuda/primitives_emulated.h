@@ -57,6 +57,7 @@ PYROBUST_DEVICE void store16_shared(SharedPlace place, const Words4& value) {
   auto* to = reinterpret_cast<Words4*>(place);
   fibres::check_shared(to, sizeof(value), "store16_shared");
   *to = value;
+  fibres::note_write(to, sizeof(value));
 }
 
 PYROBUST_DEVICE uint32_t load4_shared(SharedPlace place) {
@@ -129,73 +130,6 @@ PYROBUST_DEVICE void mma_m16n8k32_s8(int32_t (&d)[4], const uint32_t (&a)[4],
                                      const uint32_t (&b)[2]) {
   emulate_mma_s8(d, a, b);
 }
-
-// --- warpgroups ---------------------------------------------------------------------------------
-
-// As the hardware addresses it: 16-byte units, so that + 2 is 16 columns further on.
-PYROBUST_DEVICE uint64_t operand_of(const void* shared) {
-  if (reinterpret_cast<uintptr_t>(shared) % 1024 != 0) fibres::fault("a misaligned operand");
-  return reinterpret_cast<uintptr_t>(shared) >> 4;
-}
-
-// Rows 8 m .. 8 m + 7 of an operand as the B fragments of one mma.
-PYROBUST_DEVICE void read_operand(uint64_t b, int m, uint32_t (&words)[2]) {
-  const int lane = fibres::lane_index();
-  for (int i = 0; i < 2; ++i) {
-    uintptr_t at = (static_cast<uintptr_t>(b) << 4) + static_cast<uintptr_t>(i) * 16 +
-                   static_cast<uintptr_t>(8 * m + lane / 4) * 128;
-    at ^= (at >> 7 & 7) << 4;
-    const auto* chunk = reinterpret_cast<const uint8_t*>(at);
-    fibres::check_shared(chunk, 16, "a product of a warpgroup");
-    memcpy(&words[i], chunk + lane % 4 * 4, 4);
-  }
-}
-
-// `multiply` is one of the emulated mma.
-template <int kEights, typename Multiply>
-PYROBUST_DEVICE void multiply_warpgroup(float (&d)[kEights][4], const uint32_t (&a)[4], uint64_t b,
-                                        bool onto, Multiply multiply) {
-  for (int m = 0; m < kEights; ++m) {
-    uint32_t words[2];
-    read_operand(b, m, words);
-    for (float& sum : d[m]) sum = onto ? sum : 0.0f;
-    multiply(d[m], a, words);
-  }
-}
-
-PYROBUST_DEVICE void multiply_m64n64k16_f16(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b,
-                                            bool onto) {
-  multiply_warpgroup(d, a, b, onto, emulate_mma_f16);
-}
-
-PYROBUST_DEVICE void multiply_m64n64k16_bf16(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b,
-                                             bool onto) {
-  multiply_warpgroup(d, a, b, onto, emulate_mma_bf16);
-}
-
-PYROBUST_DEVICE void multiply_m64n128k16_f16(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b,
-                                             bool onto) {
-  multiply_warpgroup(d, a, b, onto, emulate_mma_f16);
-}
-
-PYROBUST_DEVICE void multiply_m64n128k16_bf16(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b,
-                                              bool onto) {
-  multiply_warpgroup(d, a, b, onto, emulate_mma_bf16);
-}
-
-template <int kEights>
-PYROBUST_DEVICE void multiply_m64k16_bf16(float (&d)[kEights][4], const uint32_t (&a)[4],
-                                          uint64_t b, bool onto) {
-  multiply_warpgroup(d, a, b, onto, emulate_mma_bf16);
-}
-
-PYROBUST_DEVICE void begin_products() {}
-PYROBUST_DEVICE void commit_products() {}
-template <int Left, int kEights>
-PYROBUST_DEVICE void finish_products(float (&)[kEights][4]) {}
-template <int Left>
-PYROBUST_DEVICE void finish_products() {}
-PYROBUST_DEVICE void show_to_products() {}
 
 // --- words --------------------------------------------------------------------------------------
 
@@ -317,9 +251,9 @@ PYROBUST_DEVICE void sync_group(int group) {
   fibres::group_barrier(group, kThreads);
 }
 
-// Grids run one after another.
+// Grids run one after another, or as Options::hold_launches says.
 PYROBUST_DEVICE void begin_next_grid() {}
-PYROBUST_DEVICE void await_grid() {}
+PYROBUST_DEVICE void await_grid() { fibres::await_grid(); }
 
 PYROBUST_DEVICE void lock_acquire(int32_t* lock, int32_t value) {
   if (threadIdx.x == 0) {
@@ -394,11 +328,13 @@ PYROBUST_DEVICE Words4 load16_once(const void* from) { return load16(from); }
 PYROBUST_DEVICE void store16(void* to, const Words4& value) {
   check_vector(to, 16);
   memcpy(to, &value, sizeof(value));
+  fibres::note_write(to, sizeof(value));
 }
 
 PYROBUST_DEVICE void store8(void* to, const Words2& value) {
   check_vector(to, 8);
   memcpy(to, &value, sizeof(value));
+  fibres::note_write(to, sizeof(value));
 }
 
 // --- directed rounding of float32 ---------------------------------------------------------------

@@ -8,7 +8,7 @@ namespace pyrobust {
 namespace cuda {
 
 void make_signal(SharedPlace signal, uint32_t arrivals);
-PYROBUST_DEVICE void show_signals() {}
+void show_signals();
 void arrive_at(SharedPlace signal);
 void arrive_expecting(SharedPlace signal, uint32_t bytes);
 void arrive_with_copies(SharedPlace signal);

@@ -90,6 +90,7 @@ cuda::Status linear_of_warpgroups(const LinearCall& call, const cuda::Queue& que
       reinterpret_cast<uint16_t*>(bytes), reinterpret_cast<float*>(offsets),
       reinterpret_cast<int32_t*>(partials + sizes.partials), reinterpret_cast<float*>(partials)};
   const Constants constants = wide_constants(call, plan.parts);
+  // Parts are several only where outputs are at most half as many as multiprocessors.
   const int counters = plan.parts > 1 ? static_cast<int>(plan.outputs) : 0;
   const cuda::Status status =
       launch_prepare(call, order_of(call), constants,

@@ -230,7 +230,8 @@ struct Few {
 #pragma unroll
       for (int b = 0; b < 2; b += S::kBlocks) {
         if (b > 0 && block + b >= last) break;
-        // Rows are clear, and what this warp fills it has read.
+        // Rows are clear, and what this warp fills it has read. Bulk copies may overwrite what
+        // ordinary loads have read: only writes hide from them, and they write none of the rows.
         if (kFault != 2) cuda::sync_warp();
         if (loader.x_at < last) {
           const cuda::SharedPlace to = stages + fill * S::kStageBytes, signal = signals + fill * 8;

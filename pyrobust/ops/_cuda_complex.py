@@ -20,7 +20,7 @@ from pyrobust.ops._cuda_matmul import (
     whole_chunks,
     workspace,
 )
-from pyrobust.ops._cuda_module import cuda_module, where
+from pyrobust.ops._cuda_module import cuda_module, has_large_blocks, where
 from pyrobust.ops._cuda_streams import capturing, made_now
 
 __all__ = ["complex_sums"]
@@ -35,6 +35,11 @@ def complex_sums(x_real: Tensor, x_imag: Tensor, codes: Tensor, in_features: int
     if in_features > _EXACT_COLUMNS:
         raise ValueError(
             f"complex_2bit_sums: in_features must be at most 2**17 on a GPU; got {in_features}."
+        )
+    if not has_large_blocks(codes):
+        raise RuntimeError(
+            f"complex_2bit_sums: a thread block of {codes.device} has less than the 163 KB of "
+            "shared memory that the kernel needs; pass .cpu() tensors."
         )
     rows, on = codes.shape[0], where(codes)
     out = codes.new_zeros((4, x_real.shape[0], rows), dtype=torch.int32)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyrobust.ops import _cuda_interval_library as library
 from pyrobust.ops._cuda_matmul import GpuWeight
-from pyrobust.ops._cuda_module import FLOAT_CODES, cuda_module, where
+from pyrobust.ops._cuda_module import FLOAT_CODES, cuda_module, has_large_blocks, where
 from pyrobust.ops.formats import levels_of
 
 __all__ = [
@@ -77,7 +77,7 @@ def packed_fits(
     codes: Tensor, terms: int, bits: float, group_size: int, group_dim: int, has_extras: bool
 ) -> bool:
     """Whether :func:`packed_linear` takes the format as it is stored."""
-    if has_extras:
+    if has_extras or not has_large_blocks(codes):
         return False
     module = cuda_module("interval_packed_linear")
     weight_format = (levels_of(bits), group_size, group_dim)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pyrobust.ops._cuda_matmul import GpuWeight, address, dequantize, version
-from pyrobust.ops._cuda_module import cuda_module, where
+from pyrobust.ops._cuda_module import cuda_module, has_large_blocks, where
 from pyrobust.ops._cuda_streams import Made, made_now
 from pyrobust.ops._cuda_streams import capturing as under_capture
 
@@ -70,11 +70,23 @@ def serves_linear(
     most = MOST_FUSED_PACKED_INPUTS if packed else MOST_FUSED_INPUTS
     if exact and batch <= most and cuda_module("interval_linear").warpgroups(where(lower)[0]):
         return False
+    if not has_large_blocks(lower):
+        _require_library(lower, terms)
+        return True
     many = (
         batch >= (LEAST_PACKED_INPUTS if packed else LEAST_INPUTS)
         and batch * rows * terms >= LEAST_PRODUCTS
     )
     return many and _sum_fits(terms) and _available(lower)
+
+
+def _require_library(lower: Tensor, terms: int) -> None:
+    if not (_sum_fits(terms) and _available(lower)):
+        raise RuntimeError(
+            f"interval_linear: a thread block of {lower.device} has less than the 163 KB of shared "
+            "memory that the fused kernel needs, and torch's product serves 1 to 2**18 terms with "
+            f"torch 2.8 or later; got {terms} terms, torch {torch.__version__}."
+        )
 
 
 def serves_convolution(lower: Tensor, terms: int, groups: int, out_size: Sequence[int]) -> bool:

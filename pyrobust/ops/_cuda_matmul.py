@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from pyrobust.ops._cuda_module import FLOAT_CODES, cuda_module, where
+from pyrobust.ops._cuda_module import FLOAT_CODES, cuda_module, has_large_blocks, where
 from pyrobust.ops._cuda_streams import Made, capturing, made_now
 from pyrobust.ops.formats import levels_of
 from pyrobust.ops.packed_weight import NO_EXTRAS, WeightExtras
@@ -211,7 +211,7 @@ def version(tensor: Tensor) -> int:
 
 def _fusible(parts: Parts, dtype: torch.dtype) -> bool:
     rows, cols = parts.codes.shape[0], parts.in_features
-    if rows == 0 or cols == 0:
+    if rows == 0 or cols == 0 or not has_large_blocks(parts.codes):
         return False
     extent = cols if parts.group_dim == 1 else rows
     if parts.group_size != 32 and parts.group_size % 64 != 0 and parts.group_size < extent:

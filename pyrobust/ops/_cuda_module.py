@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["FLOAT_CODES", "cuda_module", "has_cuda_module", "where"]
+__all__ = ["FLOAT_CODES", "cuda_module", "has_cuda_module", "has_large_blocks", "where"]
 
 FLOAT_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # core/float_types.h
 
@@ -41,6 +41,13 @@ def cuda_module(subject: str) -> Any:
             "with nvcc on PATH (PYROBUST_CUDA=ON pip install .), or pass .cpu() tensors."
         )
     return module
+
+
+def has_large_blocks(tensor: Tensor) -> bool:
+    """Whether a thread block of the tensor's device may have the shared memory that fused products
+    want: 163 KB, which compute capability 8.6, 8.9 and 12.0 do not have.
+    """
+    return bool(cuda_module("pyrobust").large_blocks(where(tensor)[0]))
 
 
 def where(tensor: Tensor) -> tuple[int, int]:

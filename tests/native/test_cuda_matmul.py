@@ -478,7 +478,11 @@ def test_a_missing_wait_shows_with_many_rows(descending):
     expected = check_rounded(drawn, x)
     native = drawn.device.fused_for(torch.float16).native
     out = torch.zeros_like(expected)
-    shim.broad_4_late(native, x.data_ptr(), 130, out.data_ptr(), 1)
-    assert not torch.equal(out, expected)
     shim.broad_4_late(native, x.data_ptr(), 130, out.data_ptr(), 0)
     assert torch.equal(out, expected)
+    try:
+        shim.broad_4_late(native, x.data_ptr(), 130, out.data_ptr(), 1)
+        fault = ""
+    except RuntimeError as error:  # what lands meets a product under way, in one order of threads
+        fault = str(error)
+    assert "that no fence has shown to it" in fault or not torch.equal(out, expected)

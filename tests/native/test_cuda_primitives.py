@@ -71,6 +71,83 @@ def test_a_tile_that_is_filled_while_others_read_it_is_caught():
     assert not all(found)
 
 
+def test_signals_that_are_not_shown_are_caught():
+    with pytest.raises(RuntimeError, match="a signal that its maker has not shown"):
+        signalled_sum(3)
+
+
+@ORDERS
+def test_waiting_for_a_phase_that_is_over_is_caught(descending):
+    shim.set_options(descending=descending)
+    with pytest.raises(RuntimeError, match=r"deadlock|a phase of a signal ended that nobody"):
+        signalled_sum(4)
+
+
+def test_stores_that_a_bulk_copy_does_not_see_are_caught():
+    with pytest.raises(RuntimeError, match=r"a bulk copy meets a write of thread .* no fence"):
+        signalled_sum(5)
+
+
+def warpgroup_product(fault):
+    generator = torch.Generator().manual_seed(3)
+    a = torch.randint(-8, 9, (64, 64), generator=generator).bfloat16()
+    b = torch.randint(-8, 9, (8, 64), generator=generator).bfloat16()
+    d = torch.zeros(64, 8)
+    shim.warpgroup_product(a, b, d, fault)
+    return torch.equal(d, a.float() @ b.float().T)
+
+
+@ORDERS
+@pytest.mark.parametrize("at_once", [False, True])
+def test_products_of_a_warpgroup(descending, at_once):
+    shim.set_options(descending=descending, copies_land_at_once=at_once)
+    assert warpgroup_product(0)
+
+
+@ORDERS
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (1, "a product of a warpgroup meets a write of thread .* no fence has shown"),
+        (2, "registers no fence has shown"),
+        (3, "registers of a product were written while it was under way"),
+        (4, "sums are read that a product under way adds to"),
+        (6, "ended before its products were finished"),
+    ],
+)
+def test_faulty_products_of_a_warpgroup_are_caught(descending, fault, message):
+    shim.set_options(descending=descending)
+    with pytest.raises(RuntimeError, match=message):
+        warpgroup_product(fault)
+
+
+@ORDERS
+def test_an_operand_that_is_overwritten_while_products_are_under_way_is_caught(descending):
+    shim.set_options(descending=descending)
+    assert not warpgroup_product(5)
+    shim.set_options(descending=descending, copies_land_at_once=True)
+    assert warpgroup_product(5)  # what an emulation with immediate products would have said
+
+
+def four_times(fault, overlaps=True):
+    given, between, out = torch.randn(32), torch.full((32,), 9.0), torch.zeros(32)
+    shim.doubled(given, between, overlaps, 0)
+    shim.doubled(between, out, overlaps, fault)
+    return torch.equal(out, 4 * given)
+
+
+@ORDERS
+def test_a_launch_that_overlaps_waits_for_what_it_reads(descending):
+    assert four_times(1)  # one after another nothing shows
+    shim.set_options(descending=descending, hold_launches=True)
+    assert four_times(0)
+    assert not four_times(2)
+    with pytest.raises(RuntimeError, match="never waited for the grid ahead"):
+        four_times(1)
+    with pytest.raises(RuntimeError, match="held for one that does not overlap"):
+        four_times(0, overlaps=False)
+
+
 @ORDERS
 def test_blocks_of_a_cluster_give_each_other_values(descending):
     shim.set_options(descending=descending)

@@ -15,11 +15,12 @@ using pyrobust::cuda::fibres::Counters;
 using pyrobust::cuda::fibres::counters;
 using pyrobust::cuda::fibres::Options;
 
-void set_options(bool descending, bool truncating, bool copies_land_at_once) {
+void set_options(bool descending, bool truncating, bool copies_land_at_once, bool hold_launches) {
   Options options;
   if (descending) options.order = pyrobust::cuda::fibres::Order::kDescending;
   if (truncating) options.tensor_sum = pyrobust::cuda::fibres::TensorSum::kTruncating;
   options.copies_land_at_once = copies_land_at_once;
+  options.hold_launches = hold_launches;
   pyrobust::cuda::fibres::set_options(options);
 }
 
@@ -39,7 +40,7 @@ py::dict take_counters() {
 PYBIND11_MODULE(_cuda_shim, m) {
   m.doc() = "CUDA kernels of pyrobust on the CPU, for tests.";
   m.def("set_options", &set_options, py::arg("descending") = false, py::arg("truncating") = false,
-        py::arg("copies_land_at_once") = false);
+        py::arg("copies_land_at_once") = false, py::arg("hold_launches") = false);
   m.def("take_counters", &take_counters);
   m.def("check_device", [](int device) { pyrobust::usable_device(device); });
   pyrobust::bind_probes(m);

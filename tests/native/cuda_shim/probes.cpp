@@ -21,11 +21,27 @@ void ring_sum_of(py::handle in, py::handle out, int left) {
 
 void signalled_sum_of(py::handle in, py::handle out, int fault) {
   const TensorView from = view(in, "in"), to = view(out, "out");
-  const auto kernel = fault == 0   ? signalled_sum<0>
-                      : fault == 1 ? signalled_sum<1>
-                                   : signalled_sum<2>;
+  constexpr decltype(&signalled_sum<0>) kKernels[] = {signalled_sum<0>, signalled_sum<1>,
+                                                      signalled_sum<2>, signalled_sum<3>,
+                                                      signalled_sum<4>, signalled_sum<5>};
+  const auto kernel = kKernels[fault];
   launch(kernel, {1, 1, 32, 2 * 512 + 16}, 0, from.as<int32_t>(), static_cast<int>(from.shape[0]),
          to.as<int32_t>());
+}
+
+void warpgroup_product_of(py::handle a, py::handle b, py::handle d, int fault) {
+  constexpr decltype(&warpgroup_product<0>) kKernels[] = {
+      warpgroup_product<0>, warpgroup_product<1>, warpgroup_product<2>, warpgroup_product<3>,
+      warpgroup_product<4>, warpgroup_product<5>, warpgroup_product<6>};
+  launch(kKernels[fault], {1, 1, 128, 1024}, 0, view(a, "a").as<uint16_t>(),
+         view(b, "b").as<uint16_t>(), view(d, "d").as<float>());
+}
+
+void doubled_of(py::handle in, py::handle out, bool overlaps, int fault) {
+  cuda::LaunchShape shape = {1, 1, 32, 0};
+  shape.overlaps = overlaps;
+  const auto kernel = fault == 0 ? doubled<0> : fault == 1 ? doubled<1> : doubled<2>;
+  launch(kernel, shape, 0, view(in, "in").as<float>(), view(out, "out").as<float>());
 }
 
 void exchanged_of(py::handle in, py::handle out, bool fault) {
@@ -100,6 +116,8 @@ void copied_of(py::handle in, int shift, py::handle out) {
 void bind_probes(py::module_& m) {
   m.def("ring_sum", &ring_sum_of);
   m.def("signalled_sum", &signalled_sum_of);
+  m.def("warpgroup_product", &warpgroup_product_of);
+  m.def("doubled", &doubled_of);
   m.def("exchanged", &exchanged_of);
   m.def("never_signalled", &never_signalled_of);
   m.def("reversed", &reversed_of);

@@ -41,7 +41,8 @@ ring_sum(const int32_t* in, int tiles, int32_t* out) {
 // out[i] = sum over tiles of in[tile][i], 4 int32 a thread of one warp, through a ring of two
 // shared tiles: the first half of each comes by one bulk copy, the second by copies of all lanes,
 // and a signal tells when both have landed. kFault 1: nobody waits for it; 2: tiles are filled
-// before all lanes have read them.
+// before all lanes have read them; 3: signals are not shown; 4: the phase that is waited for is the
+// one before; 5: zeros are stored where a bulk copy goes, and not shown to it.
 template <int kFault>
 PYROBUST_KERNEL(32)
 signalled_sum(const int32_t* in, int tiles, int32_t* out) {
@@ -50,7 +51,8 @@ signalled_sum(const int32_t* in, int tiles, int32_t* out) {
   const cuda::SharedPlace first = cuda::shared_place(ring), signals = first + kStages * kTile * 4;
   const int lane = static_cast<int>(threadIdx.x), at = lane * 4;
   if (lane < kStages) cuda::make_signal(signals + lane * 8, 1 + 32);
-  cuda::show_signals();
+  if (kFault != 3) cuda::show_signals();
+  if (kFault == 5) cuda::store16_shared(first + at * 4, {{0, 0, 0, 0}});
   cuda::sync_warp();
   const auto start = [&](int tile) {
     if (tile >= tiles) return;
@@ -69,12 +71,72 @@ signalled_sum(const int32_t* in, int tiles, int32_t* out) {
     if (kFault != 2) cuda::sync_warp();
     start(tile + 1);
     if (kFault != 1) {
-      cuda::await_signal(signals + tile % kStages * 8, static_cast<uint32_t>(tile / kStages));
+      const int phase = tile / kStages + (kFault == 4 ? 1 : 0);
+      cuda::await_signal(signals + tile % kStages * 8, static_cast<uint32_t>(phase));
     }
     const int from = (at + 4) % kTile;  // the next lane's
     for (int i = 0; i < 4; ++i) sum[i] += ring[tile % kStages * kTile + from + i];
   }
   for (int i = 0; i < 4; ++i) out[(at + 4) % kTile + i] = sum[i];
+}
+
+// d (64, 8) = a (64, 64) b^T of bfloat16, b (8, 64), by one warpgroup. kFault 1: b is not shown to
+// the products; 2: nor are registers; 3: registers are overwritten while products are under way;
+// 4: sums are read while they are; 5: b is overwritten; 6: nobody waits for the products.
+template <int kFault>
+PYROBUST_KERNEL(128)
+warpgroup_product(const uint16_t* a, const uint16_t* b, float* d) {
+  uint8_t* shared = cuda::shared_memory();
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, t = lane % 4;
+  const int row = thread / 32 * 16 + lane / 4;
+  if (thread < 64) {
+    cuda::copy16_async(shared + thread / 8 * 128 + ((thread % 8 ^ thread / 8) << 4),
+                       b + thread / 8 * 64 + thread % 8 * 8);
+  }
+  cuda::commit_copies();
+  cuda::wait_copies<0>();
+  if (kFault != 1) cuda::show_to_products();
+  cuda::sync_threads();
+  uint32_t fragments[4][4];
+  for (int k = 0; k < 4; ++k) {
+    for (int i = 0; i < 4; ++i) {
+      const uint16_t* from = a + (row + i % 2 * 8) * 64 + 16 * k + 8 * (i / 2) + 2 * t;
+      fragments[k][i] = from[0] | static_cast<uint32_t>(from[1]) << 16;
+    }
+  }
+  float sums[1][4];
+  const uint64_t operand = cuda::operand_of(shared);
+  if (kFault != 2) cuda::begin_products();
+  for (int k = 0; k < 4; ++k) {
+    cuda::multiply_m64k16_bf16(sums, fragments[k], operand + static_cast<uint64_t>(2 * k), k != 0);
+  }
+  cuda::commit_products();
+  if (kFault == 3) fragments[3][0] ^= 0x80008000u;
+  if (kFault == 5) {
+    cuda::sync_threads();
+    if (thread < 64) cuda::store16(shared + 16 * thread, {{0, 0, 0, 0}});
+    cuda::show_to_products();
+    cuda::sync_threads();
+  }
+  if (kFault == 4) {
+    cuda::finish_products<1>(sums);
+  } else if (kFault != 6) {
+    cuda::finish_products<0>(sums);
+  }
+  for (int i = 0; i < 4; ++i) d[(row + i / 2 * 8) * 8 + 2 * t + i % 2] = sums[0][i];
+  if (kFault == 4) cuda::finish_products<0>(sums);
+}
+
+// out = 2 in of 32 values, as a launch that may begin before the one ahead has ended. kFault 1: it
+// never waits for that; 2: it reads before it does.
+template <int kFault>
+PYROBUST_KERNEL(32)
+doubled(const float* in, float* out) {
+  cuda::begin_next_grid();
+  if (kFault == 0) cuda::await_grid();
+  const float value = in[threadIdx.x];
+  if (kFault == 2) cuda::await_grid();
+  out[threadIdx.x] = 2.0f * value;
 }
 
 // Two blocks give each other four floats a thread: out[block] = in[1 - block]. kFault 1: nobody
@@ -105,6 +167,7 @@ PYROBUST_KERNEL(32) never_signalled(const int32_t* in) {
   const cuda::SharedPlace first = cuda::shared_place(cuda::shared_memory());
   if (threadIdx.x == 0) {
     cuda::make_signal(first + 64, 1);
+    cuda::show_signals();
     cuda::arrive_expecting(first + 64, 64);
     cuda::copy_bulk(first, in, 32, first + 64);
   }
