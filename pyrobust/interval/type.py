@@ -142,6 +142,8 @@ class Interval(Operators):
             low, high = sum_ends((centre, -radius), (centre, radius), x.dtype)
         looked_at = not (rounding == "nearest" and x.is_cuda)
         if clamp is not None:
+            if looked_at and visible(x) and bool(x.isnan().any()):  # cut, its ends would be numbers
+                raise ValueError("Interval.ball: x must not be NaN; it holds NaN values.")
             low, high = _clamped(low, high, clamp, looked_at)
         return cls(low, high, rounding=rounding) if looked_at else wrap(low, high, rounding)
 

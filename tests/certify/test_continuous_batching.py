@@ -1,13 +1,18 @@
 """Sequential certification with shared batches: SmoothedClassifier.certify_at."""
 
+import numpy as np
 import pytest
 import torch
 from scipy import special, stats
 from torch import nn
 
-from pyrobust.certify import continuous_batching, sequential_design
+from pyrobust.certify import SequentialDesign, continuous_batching, sequential_design
+from pyrobust.certify.continuous_batching import decide_radii
+from pyrobust.certify.noise import GaussianNoise
 from pyrobust.nn import SmoothedClassifier
 from pyrobust.ops import gaussian_samples
+
+from ..scripted_votes import ScriptedVotes
 
 
 class Halfspace(nn.Module):
@@ -157,3 +162,25 @@ def test_samples_of_later_looks_fill_a_lone_images_batch_and_change_no_decision(
         for one, other in zip(decisions[0], early, strict=True):
             for name in ("prediction", "radius", "successes", "trials", "selection_counts"):
                 assert torch.equal(getattr(one, name), getattr(other, name))
+
+
+def test_a_radius_counts_only_where_every_smaller_one_is_certified():
+    looks = np.array([10])
+    designs = [
+        SequentialDesign(p, 0.1, 0.1, looks, np.array([needed]), np.array([needed - 1]))
+        for p, needed in ((0.3, 5), (0.4, 3), (0.5, 4))
+    ]
+    for won, certified in ((4, 0), (5, 3), (2, 0)):
+        base = ScriptedVotes([0] + [0] * won + [1] * (10 - won), 2).eval()
+        (decision,) = decide_radii(
+            base,
+            torch.zeros(1, 2),
+            GaussianNoise(0.5),
+            designs,
+            num_classes=2,
+            n0=1,
+            seed=0,
+            batch_size=1,
+        )
+        assert (decision.trials, decision.successes) == (10, won)
+        assert decision.certified == certified

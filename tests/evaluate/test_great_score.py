@@ -277,3 +277,14 @@ def test_refusals():
         calibrate_great_score(logits[None].repeat(2, 1, 1), labels, [0], temperatures=[1.0])
     with pytest.raises(ValueError, match="equal for all models"):
         calibrate_great_score(logits[None].repeat(2, 1, 1), labels, [0, 1], temperatures=[1.0])
+
+
+def test_the_interval_is_two_sided_at_its_confidence():
+    score = great_score_from_logits(
+        torch.tensor([[2.0, 0.0]]).expand(500, 2),
+        torch.zeros(500, dtype=torch.int64),
+        confidence=0.9,
+    )
+    # no variance; each side errs with probability 0.05
+    margin = 7 * GREAT_SCORE_MAX * math.log(2 / 0.05) / (3 * 499)
+    assert score.ci == pytest.approx((score.value - margin, score.value + margin), rel=1e-9)

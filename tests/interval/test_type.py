@@ -375,3 +375,9 @@ def test_distributed_data_parallel_passes_boxes_through(tmp_path):
         assert gradient_of_widths_in_parallel() is not None
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("rounding", ["real", "deployed", "nearest"])
+def test_a_ball_about_nan_is_refused_where_it_is_cut(rounding):
+    with pytest.raises(ValueError, match=r"Interval.ball: x must not be NaN"):
+        Interval.ball(torch.tensor([0.5, torch.nan]), 0.1, clamp=(0, 1), rounding=rounding)
