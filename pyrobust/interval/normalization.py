@@ -75,6 +75,8 @@ def _batch_norm(
             f"use those of the batch{where()}. Call model.eval() first."
         )
     _check_channels("batch_norm", box, running_mean, running_var, weight, bias)
+    if torch.compiler.is_compiling() and box.dtype == torch.float32 and box.device.type == "cpu":
+        return _batch_norm_by_operator(box, running_mean, running_var, weight, bias, eps)
     wide = box.dtype if box.rounding == "nearest" else torch.float64
     shape = [1, -1] + [1] * (box.ndim - 2)
     mean = running_mean.to(wide).reshape(shape)
@@ -83,6 +85,24 @@ def _batch_norm(
         scale = scale * weight.to(wide).reshape(shape)
     shift = torch.zeros_like(mean) if bias is None else bias.to(wide).reshape(shape)
     return shifted_and_scaled(box, mean, scale, shift)
+
+
+def _batch_norm_by_operator(
+    box: Interval,
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Interval:
+    """In compiled code, what plain eager mode runs: one pass instead of a dozen in float64."""
+    scale = (variance.double() + eps).rsqrt()
+    scale = scale if weight is None else scale * weight.double()
+    shift = torch.zeros_like(scale) if bias is None else bias.double()
+    numbers = torch.stack([mean.double(), scale, shift])
+    ends = box.lower, box.upper
+    lower, upper = torch.ops.pyrobust.interval_channel_affine(*ends, numbers, box.rounding, False)
+    return wrap(lower, upper, box.rounding)
 
 
 def shifted_and_scaled(box: Interval, mean: Tensor, scale: Tensor, shift: Tensor) -> Interval:

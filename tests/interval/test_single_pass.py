@@ -304,3 +304,59 @@ def test_what_a_batch_norm_refuses_stays_refused():
         F.batch_norm(box, torch.zeros(3), torch.ones(3), training=True)
     with pytest.raises(ValueError, match=r"one a channel.*got \(4,\)"):
         F.batch_norm(box, torch.zeros(4), torch.ones(4))
+
+
+@pytest.mark.parametrize("rounding", [*SOUND, "nearest"])
+def test_compiled_batch_norms_run_the_pass_with_the_bits_of_eager_mode(rounding, passes):
+    x, parameters = torch.randn(4, 6), [*statistics_of(6)]
+    parameters[2][0] = 1.0
+
+    def ends(lower, upper, *values):
+        result = F.batch_norm(F.relu(Interval(lower, upper, rounding=rounding)), *values)
+        return result.lower, result.upper
+
+    inputs = leaves(x - 0.1, x + 0.1, *parameters)
+    eager = ends(*inputs)
+    compiled = torch.compile(ends, backend="aot_eager", fullgraph=True)(*inputs)
+    assert passes == ["interval_channel_affine"] * 2
+    for a, b in zip(compiled, eager, strict=True):
+        assert torch.equal(a, b)
+    factors = torch.randn(2, 4, 6).unbind()
+    for a, b in zip(
+        torch.autograd.grad(compiled, inputs, factors),
+        torch.autograd.grad(eager, inputs, factors),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_compiled_batch_norm_refuses_what_overflows_on_the_way():
+    x = torch.full((2, 1), 3e38)
+    statistics = torch.full((1,), -3e38), torch.full((1,), 1e38)
+
+    def ends(x):
+        result = F.batch_norm(Interval(x, x, rounding="deployed"), *statistics)
+        return result.lower, result.upper
+
+    with pytest.raises(RuntimeError, match="must stay finite"):
+        torch.compile(ends, backend="aot_eager", fullgraph=True)(x)
+
+
+def test_slices_of_a_mapped_pass_are_those_of_a_loop():
+    lower, upper = torch.randn(3, 4, 5), torch.randn(3, 4, 5) + 9
+    maps = torch.rand(3, 3, 5, dtype=torch.float64)
+    operator = torch.ops.pyrobust.interval_channel_affine
+    for dims in ((0, 0, None), (1, None, None), (0, 0, 0)):
+        given = [
+            t if d is None else t.movedim(0, d)
+            for t, d in zip((lower, upper[0] if dims[1] is None else upper,
+                             maps[0] if dims[2] is None else maps), dims, strict=True)
+        ]  # fmt: skip
+        mapped = torch.vmap(lambda a, b, m: operator(a, b, m, "real", True), dims)(*given)
+        for i in range(3):
+            single = operator(
+                *(t if d is None else t.select(d, i) for t, d in zip(given, dims, strict=True)),
+                "real", True,
+            )  # fmt: skip
+            for a, b in zip(mapped, single, strict=True):
+                assert torch.equal(a[i], b)
