@@ -39,6 +39,50 @@ __attribute__((always_inline)) inline void start_sums(const uint8_t* zeros,
   }
 }
 
+// The same of kParts parts of kX rows of which store_sums() joins the two highest: what the highest
+// would start from goes to the next.
+template <int kX, int kParts, int kShift>
+__attribute__((always_inline)) inline void start_joined_sums(const uint8_t* zeros,
+                                                             const PanelOffsets& offset,
+                                                             __m512i* sum) {
+  const auto* bytes = reinterpret_cast<const __m128i*>(zeros);
+  const __m512i first = _mm512_cvtepu8_epi32(_mm_loadu_si128(bytes));
+  const __m512i second = _mm512_cvtepu8_epi32(_mm_loadu_si128(bytes + 1));
+  const __m512i shifted = _mm512_slli_epi32(second, kShift);
+#pragma GCC unroll 8
+  for (int r = 0; r < kX; ++r) sum[2 * r] = sum[2 * r + 1] = _mm512_setzero_si512();
+#pragma GCC unroll 8
+  for (int r = kX; r < kX * kParts; ++r) {
+    const int32_t higher = r < 2 * kX ? 256 * offset.first[r - kX] : 0;
+    const __m512i x = _mm512_set1_epi32(higher + offset.first[r]);
+    sum[2 * r] = _mm512_mullo_epi32(first, x);
+    sum[2 * r + 1] = _mm512_mullo_epi32(shifted, x);
+  }
+}
+
+// The sums of a tile to memory. `joins`: 256 times the highest part plus the next in the place of
+// the former, none in that of the latter.
+template <int kX, int kParts>
+__attribute__((always_inline)) inline void store_sums(const __m512i* sum, bool joins,
+                                                      int32_t* out) {
+  constexpr int kAll = 2 * kX * kParts;
+  if constexpr (kParts > 1) {
+    if (joins) {
+#pragma GCC unroll 8
+      for (int i = 0; i < 2 * kX; ++i) {
+        const __m512i high = _mm512_slli_epi32(sum[i], 8);
+        _mm512_store_si512(out + kLanes * i, _mm512_add_epi32(high, sum[2 * kX + i]));
+      }
+#pragma GCC unroll 8
+      for (int i = 4 * kX; i < kAll; ++i) _mm512_store_si512(out + kLanes * i, sum[i]);
+      return;
+    }
+  }
+  (void)joins;
+#pragma GCC unroll 16
+  for (int i = 0; i < kAll; ++i) _mm512_store_si512(out + kLanes * i, sum[i]);
+}
+
 // Codes of 16 columns against kRows rows of bytes: `sum` has kChains times kRows pairs.
 template <int kBits, bool kBook, int kRows, int kChains>
 __attribute__((always_inline)) inline void add_quad(const uint8_t* codes, const int8_t* q,
@@ -94,9 +138,12 @@ struct PanelStreams {
   }
   const uint8_t* codes() const { return head + layout.head_bytes; }
 
+  const uint8_t* zeros() const {
+    return w.zero == nullptr ? nullptr : head + kPanelRows * layout.scale_bytes;
+  }
+
   __attribute__((always_inline)) inline void start(__m512i* sum) const {
-    const uint8_t* zeros = w.zero == nullptr ? nullptr : head + kPanelRows * layout.scale_bytes;
-    start_sums<kRows, kShift, kDouble>(zeros, *offset, sum);
+    start_sums<kRows, kShift, kDouble>(zeros(), *offset, sum);
   }
 
   // Sums of one bit, of codes 0 and 1 in the first half and 0 and 2 in the second, as of -1 and 1.
@@ -124,8 +171,9 @@ template <int kBits, bool kBook, int kRows, int kParts>
 __attribute__((noinline)) void panel_tile(const PanelTask& task) {
   constexpr int kChains = kRows <= 4 ? 2 : 1, kSums = 2 * kRows * kChains;
   PanelStreams<kBits, kBook, kRows> from(task);
-  constexpr int kShift = from.kShift;
+  constexpr int kShift = from.kShift, kX = kRows / kParts;
   PanelPending& pending = *task.pending;
+  const bool joins = kParts > 1 && task.narrow;
   const __m512i table = codebook_table(from.w);
   for (int64_t g = task.from; g < task.to; ++g) {
     const int64_t quads = from.quads(), rows_a_quad = quads >= kTileRows ? 1 : quads >= 4 ? 2 : 4;
@@ -133,7 +181,11 @@ __attribute__((noinline)) void panel_tile(const PanelTask& task) {
     const int8_t* q = from.q;
     __m512i sum[kSums];
     __m512d scale[4];
-    from.start(sum);
+    if (joins && from.w.zero != nullptr) {
+      start_joined_sums<kX, kParts, kShift>(from.zeros(), *from.offset, sum);
+    } else {
+      from.start(sum);
+    }
 #pragma GCC unroll 16
     for (int i = 2 * kRows; i < kSums; ++i) sum[i] = _mm512_setzero_si512();
     if (pending.rows > 0) load_panel_scales<kShift>(from.w, pending.head, scale);
@@ -152,14 +204,11 @@ __attribute__((noinline)) void panel_tile(const PanelTask& task) {
       sum[i % (2 * kRows)] = _mm512_add_epi32(sum[i % (2 * kRows)], sum[i]);
     }
     from.finish(sum);
-#pragma GCC unroll 16
-    for (int i = 0; i < 2 * kRows; ++i) {
-      _mm512_store_si512(pending.sums + kLanes * i, sum[i]);
-    }
+    store_sums<kX, kParts>(sum, joins, pending.sums);
     pending.head = from.head;
     pending.step = from.step;
     pending.total = task.total;
-    pending.rows = kRows / kParts;
+    pending.rows = kX;
     from.next();
   }
 }
