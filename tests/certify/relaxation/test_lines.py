@@ -1,5 +1,7 @@
 """Lines of every function: never crossed, touching, and valid for any slope."""
 
+from fractions import Fraction
+
 import mpmath
 import pytest
 import torch
@@ -174,3 +176,29 @@ def test_relu_lines_are_the_textbook_ones():
     torch.testing.assert_close(lines.upper_slope, torch.tensor([1 / 3, 3 / 4, 1.0, 0.0]))
     torch.testing.assert_close(lines.upper_shift, torch.tensor([2 / 3, 3 / 4, 0.0, 0.0]))
     torch.testing.assert_close(F.relu(high), lines.upper_slope * high + lines.upper_shift)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_chord_of_a_relu_lies_above_it_in_exact_arithmetic(dtype):
+    generator = torch.Generator().manual_seed(0)
+    low, high = torch.rand(2, 500, dtype=dtype, generator=generator)
+    low = -low * 10.0 ** torch.randint(-6, 7, (500,), generator=generator)
+    lines = best_lines(BENDS["relu"](), low.to(dtype), high, True)
+    ends = zip(lines.upper_slope, lines.upper_shift, low.to(dtype), high, strict=True)
+    for numbers in ends:
+        slope, shift, left, right = (Fraction(number.item()) for number in numbers)
+        assert slope * left + shift >= 0
+        assert slope * right + shift >= right
+
+
+def test_lines_of_softplus_hold_on_either_side_of_its_threshold():
+    beta, threshold = 3.0, 1.0
+    centre = torch.linspace(-1, 1, 60, dtype=torch.float64).repeat_interleave(3)
+    radius = torch.tensor([0.01, 0.2, 1.0], dtype=torch.float64).repeat(60)
+    low, high = centre - radius, centre + radius
+    lines = best_lines(BENDS["softplus"](beta, threshold), low, high, True)
+    x = grid(low, high)
+    # torch's own values step down at the threshold; the smooth function is meant too
+    for values in (F.softplus(x, beta, threshold), torch.log1p(torch.exp(beta * x)) / beta):
+        assert bool((lines.lower_slope * x + lines.lower_shift <= values + 1e-12).all())
+        assert bool((lines.upper_slope * x + lines.upper_shift >= values - 1e-12).all())
