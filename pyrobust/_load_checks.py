@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pyrobust._safetensors import DTYPES, checksum
+from pyrobust.nn._descriptor import read_descriptor
 from pyrobust.nn.packed_module import PackedModule
 from pyrobust.nn.twins import TWINS, VARIANTS, twin_named
 from pyrobust.quantize.qtensor import WeightLayout
@@ -56,7 +57,7 @@ class Place:
 
 
 def read_extra(tensor: Tensor) -> dict[str, Any]:
-    options = PackedModule.read_descriptor(tensor.tolist())
+    options = read_descriptor(tensor.tolist())
     twin = _KINDS[options.pop("kind")]
     return {"type": twin.__name__, **options, "weight_shape": list(options["weight_shape"])}
 

@@ -23,6 +23,7 @@ from pyrobust._checks import (
     check_integer,
     check_shape,
 )
+from pyrobust.nn._descriptor import ACTIVATIONS, describe, read_descriptor
 from pyrobust.ops.formats import check_bits, levels_of, row_bytes
 from pyrobust.ops.packed_weight import WeightExtras
 from pyrobust.quantize import QTensor, SparseRemainder, round_to_nearest
@@ -33,9 +34,6 @@ __all__ = ["PackedModule"]
 _REMAINDER = ("remainder_values", "remainder_columns", "remainder_offsets")
 _EXTRAS = ("row_scale", "codebook", *_REMAINDER)  # in the order of WeightExtras
 _STORED = ("codes", "scale", "zero", *_EXTRAS)
-_ACTIVATIONS = (None, "int8")
-# Of the descriptor: 2 also tells the layout, 3 also how a layer with its own storage stores it.
-_PLAIN_VERSION, _LAYOUT_VERSION, _STORAGE_VERSION = 1, 2, 3
 
 
 class PackedModule(nn.Module):
@@ -88,7 +86,7 @@ class PackedModule(nn.Module):
         check_bits(subject, bits)
         check_integer(subject, "group_size", group_size, 1)
         check_choice(subject, "group_dim", group_dim, (0, 1))
-        check_choice(subject, "activations", activations, _ACTIVATIONS)
+        check_choice(subject, "activations", activations, ACTIVATIONS)
         self.weight_shape = tuple(weight_shape)
         self.bits = bits
         self.group_size = group_size
@@ -301,66 +299,25 @@ class PackedModule(nn.Module):
     # -- saving and loading --------------------------------------------------------------------
 
     def get_extra_state(self) -> Tensor:
-        """The format as int64: see :meth:`_descriptor`."""
-        return torch.tensor(list(self._descriptor().values()), dtype=torch.int64, device="cpu")
+        """The format as int64 (:mod:`pyrobust.nn._descriptor`)."""
+        return torch.tensor(self._descriptor(), dtype=torch.int64, device="cpu")
 
     def set_extra_state(self, state: Any) -> None:
         """Nothing to restore: the format was compared before anything was copied."""
 
-    def _descriptor(self) -> dict[str, int]:
-        """What the state dict tells about the format; ``bits`` in hundredths.
-
-        All of it must agree for codes to mean the same weight, but for ``activations``.
-        """
-        plain, storage = self.layout == WeightLayout(), self._storage()
-        version = _PLAIN_VERSION if plain else _LAYOUT_VERSION
-        fields = {
-            "version": _STORAGE_VERSION if storage else version,
-            "kind": self.kind,
-            "bits": round(100 * self.bits),
-            "group_size": self.group_size,
-            "group_dim": self.group_dim,
-            "symmetric": int(self.symmetric),
-            "activations": _ACTIVATIONS.index(self.activations),
-        }
-        if not plain or storage:
-            fields |= {name: int(value) for name, value in self.layout._asdict().items()}
-        if storage:
-            fields["storage"] = len(storage)
-            fields |= {f"storage[{i}]": value for i, value in enumerate(storage)}
-        return fields | {f"weight.shape[{i}]": size for i, size in enumerate(self.weight_shape)}
-
-    @staticmethod
-    def read_descriptor(values: list[int]) -> dict[str, Any]:
-        """The ``_extra_state`` of a packed layer as options: kind, weight_shape, bits and so on.
-
-        Raises:
-            ValueError: ``values`` is not a descriptor of a known version.
-        """
-        versions = (_PLAIN_VERSION, _LAYOUT_VERSION, _STORAGE_VERSION)
-        if len(values) < 9 or values[0] not in versions or values[6] not in (0, 1):
-            raise ValueError(f"PackedModule: unknown description of a packed weight, {values}.")
-        layout: dict[str, Any] = {}
-        if values[0] != _PLAIN_VERSION:
-            if len(values) < 12 or any(value not in (0, 1) for value in values[7:9]):
-                raise ValueError(f"PackedModule: unknown description of a packed weight, {values}.")
-            two_level, codebook, nonzeros = values[7:10]
-            layout = {"layout": [bool(two_level), bool(codebook), nonzeros]}
-            rest = values[10:]
-            if values[0] == _STORAGE_VERSION:
-                layout["storage"], rest = rest[1 : 1 + rest[0]], rest[1 + rest[0] :]
-            values = values[:7] + rest
-        kind, bits, group_size, group_dim, symmetric, activations = values[1:7]
-        return {
-            "kind": kind,
-            "weight_shape": tuple(values[7:]),
-            "bits": bits / 100 if bits % 100 else bits // 100,
-            "group_size": group_size,
-            "group_dim": group_dim,
-            "symmetric": bool(symmetric),
-            "activations": _ACTIVATIONS[activations],
-            **layout,
-        }
+    def _descriptor(self) -> list[int]:
+        """What the state dict tells about the format."""
+        return describe(
+            kind=self.kind,
+            bits=self.bits,
+            group_size=self.group_size,
+            group_dim=self.group_dim,
+            symmetric=self.symmetric,
+            activations=self.activations,
+            layout=self.layout,
+            storage=self._storage(),
+            weight_shape=self.weight_shape,
+        )
 
     def _load_from_state_dict(
         self,
@@ -392,10 +349,10 @@ class PackedModule(nn.Module):
         found = state_dict.get(f"{prefix}_extra_state")
         if found is None:
             return None  # torch itself reports missing keys
-        values = found.tolist() if isinstance(found, Tensor) else [found]
-        own = self.read_descriptor(list(self._descriptor().values()))
+        values = found.flatten().tolist() if isinstance(found, Tensor) else [found]
+        own = read_descriptor(self._descriptor())
         try:
-            other = self.read_descriptor(values)
+            other = read_descriptor(values)
         except ValueError:
             return f"the state is of another format, {values}."
         differing = [

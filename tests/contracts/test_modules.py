@@ -63,6 +63,15 @@ def test_state_of_another_format_is_refused_and_changes_nothing(case):
     assert_same_module(target, case.make(), case)
 
 
+def test_descriptions_that_are_none_are_refused(case):
+    target = case.make()
+    state = target.state_dict()
+    found = state["_extra_state"]
+    for other in (found.float(), found[0], found[:3], torch.tensor([]), found + 10**6):
+        with pytest.raises(RuntimeError, match=r"the state (is of another format|was packed with)"):
+            target.load_state_dict(state | {"_extra_state": other})
+
+
 def test_missing_and_unexpected_keys_are_refused(case):
     state = case.make().state_dict()
     with pytest.raises(RuntimeError, match="Unexpected key"):
