@@ -166,3 +166,11 @@ def test_the_printed_form_tells_the_format():
         "PackedLinear(in_features=8, out_features=3, bias=True, bits=1.58, group_size=128, "
         "group_dim=0, symmetric=True, activations='int8')"
     )
+
+
+def test_a_state_loads_whether_activations_are_rounded_or_not():
+    """They are a choice of how to run, not of what the codes mean."""
+    source, target = rnn.PackedLinear(16, 4), rnn.PackedLinear(16, 4, activations="int8")
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(target.dequantize(), source.dequantize())
+    assert target.activations == "int8"

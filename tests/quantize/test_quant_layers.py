@@ -66,6 +66,16 @@ def test_packing_warns_where_no_batch_has_set_a_scale():
         pyrobust.pack(nn.Sequential(plain))
 
 
+@pytest.mark.parametrize("name", ["bias", "activation.after", "weight"])
+def test_parameters_that_are_not_finite_are_refused_by_name(name):
+    layer = QuantLinear(6, 4, 2, 3)
+    layer(batch(5, 6))
+    with torch.no_grad():
+        layer.get_parameter(name).flatten()[0] = torch.nan
+    with pytest.raises(ValueError, match=rf"'0\.{name}' must be finite"):
+        pyrobust.pack(nn.Sequential(layer))
+
+
 def test_from_float_copies_weights_and_keeps_its_own():
     linear = nn.Linear(6, 4, bias=False)
     layer = QuantLinear.from_float(linear, 3)
