@@ -18,6 +18,7 @@ from pyrobust.interval.errors import reject
 from pyrobust.interval.operands import common_dtype, ends_of, refuse, require_box, working
 from pyrobust.interval.outward import UNIT, Ends, enclose, step_where, sum_ends
 from pyrobust.interval.type import Interval, weakest, wrap
+from pyrobust.ops._interval_checks import is_deployed
 
 __all__ = ["RULES", "add", "div", "maximum", "minimum", "mul", "neg", "power", "square", "sub"]
 
@@ -65,27 +66,38 @@ def mul(x: Any, y: Any, *, out: None = None) -> Interval:
     if x is y:
         return square(x)
     (low_x, high_x), (low_y, high_y), dtype, rounding = _operands(x, y)
+    product = torch.mul if is_deployed(rounding) else _product
     if isinstance(x, Interval) and isinstance(y, Interval):
-        corners = [_product(a, b) for a in (low_x, high_x) for b in (low_y, high_y)]
+        corners = [product(a, b) for a in (low_x, high_x) for b in (low_y, high_y)]
     elif isinstance(x, Interval):
-        corners = _scaled(low_x, high_x, low_y, high_y)
+        corners = _scaled(product, low_x, high_x, low_y, high_y)
     else:
-        corners = _scaled(low_y, high_y, low_x, high_x)
+        corners = _scaled(product, low_y, high_y, low_x, high_x)
     lower, upper = _extremes(corners)
     if rounding == "nearest":
         return wrap(lower, upper, rounding)
     return wrap(*_outward_product(lower, upper, dtype), rounding)
 
 
-def _scaled(low: Tensor, high: Tensor, first: Tensor, last: Tensor) -> list[Tensor]:
+def _scaled(
+    product: Callable[[Tensor, Tensor], Tensor],
+    low: Tensor,
+    high: Tensor,
+    first: Tensor,
+    last: Tensor,
+) -> list[Tensor]:
     """Products with a constant; it has two ends only where its dtype cannot hold it."""
     if first is last:
-        return [_product(low, first), _product(high, first)]
-    return [_product(a, b) for a in (low, high) for b in (first, last)]
+        return [product(low, first), product(high, first)]
+    return [product(a, b) for a in (low, high) for b in (first, last)]
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """``a b`` with ``0 inf = 0``: zero times every finite number of an unbounded box."""
+    """``a b`` with ``0 inf = 0``: zero times every finite number of an unbounded box.
+
+    Not in deployed mode, where an unbounded box says that an evaluation may overflow: zero times
+    what it then returns may be NaN, and so the ends are unbounded again.
+    """
     return torch.where((a == 0) | (b == 0), 0.0, a * b)
 
 

@@ -132,7 +132,8 @@ def sigmoid(x: Tensor) -> Tensor:
     """The logistic function, also where it is denormal."""
     # torch's own is 0 in float64 below -709.8, where the function is not; e^x differs from it by
     # less than 2^-57 of it below -40
-    return torch.where(x < -40.0, torch.exp(x), torch.sigmoid(x))
+    # (clamped, as its gradient must stay finite where it is not taken)
+    return torch.where(x < -40.0, torch.exp(x.clamp(max=-40.0)), torch.sigmoid(x))
 
 
 def _gelu(x: Tensor) -> Tensor:

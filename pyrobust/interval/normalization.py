@@ -162,7 +162,12 @@ def normalized(box: Interval, dims: Sequence[int], eps: float, *, centred: bool)
             # squares of deviations, up to twice as far as x, may be summed before the division
             total = 4 * size.square().sum(list(dims), keepdim=True)
             error = torch.maximum(*errors) + 4 * tiny + infinite_where_beyond(total, box.dtype)
-            errors = error, error
+            fewest = squares[0]
+            beyond = [
+                _beyond_end(end, inner.clamp(min=0.0), fewest, count, eps, balance)
+                for end, inner in ((low, -high), (high, low))
+            ]
+            errors = error + beyond[0], error + beyond[1]
     return wrap(*enclose(lower, upper, errors, box.dtype), box.rounding)
 
 
@@ -210,6 +215,49 @@ def _quotient(
         others = torch.maximum(others, opposite.square() / (count - 1) - lost)
     mean_square = (end.square() + others).clamp(min=0.0) / count + eps
     return torch.where(end == 0, end, end * mean_square.clamp(min=2.0**-1000).rsqrt())
+
+
+def _beyond_end(
+    end: Tensor,
+    inner: Tensor,
+    fewest: Tensor,
+    count: int,
+    eps: float,
+    balance: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """How far a deviation between ``inner`` and ``|end|`` gets beyond ``end`` in an evaluation.
+
+    Exactly, ``y`` rises in ``d``. An evaluation whose variance lost ``l`` may have
+    ``y = d / sqrt(max(0, d^2 + R - l) / n + eps)``, which falls again where ``R - l`` is below
+    ``-n eps``. It turns where its square is about to be positive, where ``(d - drift)^2 / (n - 1)``
+    takes over from ``fewest``, or where the derivative of that branch is zero: it is largest at one
+    of these or at the end.
+    """
+    size = end.abs()
+    drift, lost = balance or (torch.zeros_like(fewest), torch.zeros_like(fewest))
+    centred = balance is not None and count > 1
+
+    def reached(deviation: Tensor) -> Tensor:
+        others, parts = fewest, deviation.square() + fewest.abs()
+        if centred:
+            opposite = (deviation - drift).clamp(min=0.0).square() / (count - 1)
+            others, parts = torch.maximum(others, opposite - lost), parts + opposite + lost
+        # the sum may cancel, and eps be far below what float64 then leaves of it
+        square = (deviation.square() + others - parts * 2.0**-46).clamp(min=0.0)
+        return deviation * (square / count + eps).clamp(min=2.0**-1000).rsqrt()
+
+    turns = [(-fewest).clamp(min=0.0).sqrt()]
+    if centred:
+        rest = count - 1
+        turns += [
+            drift + (rest * (fewest + lost).clamp(min=0.0)).sqrt(),
+            (drift + (rest * (count * lost - drift.square()).clamp(min=0.0)).sqrt()) / count,
+            torch.nan_to_num((drift.square() + rest * (count * eps - lost)) / drift, nan=0.0),
+        ]
+    within = [torch.minimum(torch.maximum(turn, inner), size) for turn in turns]
+    most = torch.stack([reached(deviation) for deviation in (*within, size)]).amax(0)
+    end_of = _quotient(size, (fewest, fewest), count, eps, balance)
+    return torch.nan_to_num(most - end_of, nan=math.inf).clamp(min=0.0)
 
 
 def _with_weight(

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from pyrobust.interval.errors import MissingRule, where
 from pyrobust.interval.outward import Ends
-from pyrobust.interval.type import Interval, assign, put_off, unclipped, wrap
+from pyrobust.interval.type import Interval, assign, put_off, unclipped, with_flushed, wrap
+from pyrobust.ops._interval_checks import is_deployed
 
 __all__ = [
     "common_dtype",
@@ -78,9 +79,17 @@ def ends_of(value: Any, like: Interval, rounding: str) -> Ends:
         return low.to(dtype), high.to(dtype)
     if low.is_complex():
         raise refuse("complex numbers")
-    if (isinstance(value, Tensor) and value.is_floating_point()) or isinstance(value, Interval):
+    if isinstance(value, Interval):
         return low.double(), high.double()
+    if isinstance(value, Tensor) and value.is_floating_point():
+        if is_deployed(rounding):
+            low, high = with_flushed(value, value, dtype)
+        wide = low.double()
+        return wide, wide if high is low else high.double()
     exact, rounded = low.double(), low.to(dtype).double()
+    number = not isinstance(value, Tensor) and is_deployed(rounding)
+    if number and 0 < abs(value) < torch.finfo(dtype).tiny:
+        rounded = torch.zeros_like(exact)  # as a processor that flushes denormals reads it
     return torch.minimum(exact, rounded), torch.maximum(exact, rounded)
 
 

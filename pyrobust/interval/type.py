@@ -45,6 +45,7 @@ __all__ = [
     "unclipped",
     "wait_for",
     "weakest",
+    "with_flushed",
     "wrap",
 ]
 
@@ -496,11 +497,8 @@ def weakest(*values: Any) -> str:
 
 
 def _set(box: Interval, lower: Tensor, upper: Tensor, rounding: str, base: Interval | None) -> None:
-    if is_deployed(rounding) and base is None and _may_be_flushed(lower, upper):
-        # hardware that flushes denormals may replace them by zero: let the box hold it
-        tiny = torch.finfo(lower.dtype).tiny
-        lower = torch.where((lower > 0) & (lower < tiny), 0.0, lower)
-        upper = torch.where((upper < 0) & (upper > -tiny), 0.0, upper)
+    if is_deployed(rounding) and base is None:
+        lower, upper = with_flushed(lower, upper, lower.dtype)
     box._memory = [0] if base is None else base._memory
     box._seen = box._memory[0]
     hold(box, lower, upper, rounding)
@@ -511,6 +509,15 @@ def hold(box: Interval, lower: Tensor, upper: Tensor, rounding: str) -> None:
     box._kept, box._deferred, box._source, box.rounding = None, None, None, rounding
     box._settled_lower, box._settled_upper = lower, upper
     box._rectified, box._graded = False, False
+
+
+def with_flushed(lower: Tensor, upper: Tensor, dtype: torch.dtype) -> Ends:
+    """The ends, moved to zero where flushing hardware may read zero for numbers of ``dtype``."""
+    if not _may_be_flushed(lower, upper):
+        return lower, upper
+    tiny = torch.finfo(dtype).tiny
+    low = torch.where((lower > 0) & (lower < tiny), 0.0, lower)
+    return low, torch.where((upper < 0) & (upper > -tiny), 0.0, upper)
 
 
 def _may_be_flushed(lower: Tensor, upper: Tensor) -> bool:
