@@ -367,6 +367,40 @@ def test_a_quantizer_that_leaves_a_layer_out_is_refused():
         pyrobust.pack(BlockNet().eval(), quantizer=Lazy(), calibration=[torch.zeros(2, 6)])
 
 
+class Recurrent(nn.Module):
+    """One layer runs three times in a batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell, self.head = nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        hidden = torch.zeros_like(x[:, 0])
+        for step in range(3):
+            hidden = torch.tanh(self.cell(hidden + x[:, step]))
+        return self.head(hidden)
+
+
+def test_every_run_of_a_layer_counts():
+    class KeepsHessians(Recorder):
+        def quantize_block(self, block):
+            for group in block.groups():
+                self.found = getattr(self, "found", {}) | block.hessians(group)
+                for name in group:
+                    weight = block.weight(name)
+                    block.install(name, round_to_nearest(weight, **block.formats[name]))
+
+    torch.manual_seed(0)
+    model, x, inputs = Recurrent().eval(), torch.randn(5, 3, 6), []
+    with model.cell.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach())):
+        model(x)
+    quantizer = KeepsHessians()
+    pyrobust.pack(model, bits=8, group_size=6, quantizer=quantizer, calibration=[x])
+    rows = torch.cat(inputs)
+    assert len(rows) == 15
+    torch.testing.assert_close(quantizer.found["cell"], 2 / 15 * rows.T @ rows)
+
+
 def test_resume_must_be_a_folder(tmp_path):
     path = tmp_path / "file"
     path.write_text("mine")
