@@ -18,6 +18,7 @@ from pyrobust.certify import (
     sequential_design,
     spending_design,
 )
+from pyrobust.certify.design import finished
 from pyrobust.certify.design_cache import cached_design, design_folder
 
 ALPHA = 0.001
@@ -250,3 +251,31 @@ def test_the_folder_of_designs_follows_the_environment(monkeypatch):
 def test_bad_arguments_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_fixed_design_uses_the_level_and_no_more():
+    draw = np.random.default_rng(0)
+    for p, alpha in zip(
+        draw.uniform(0.05, 0.99, 150), 10 ** draw.uniform(-4, -0.5, 150), strict=True
+    ):
+        design = fixed_design(float(p), float(alpha), int(draw.integers(5, 400)))
+        claim, budget = int(design.upper[0]), int(design.looks[0])
+        assert design.error <= alpha
+        assert stats.binom.sf(claim - 1, budget, p) <= alpha
+        assert claim == 0 or stats.binom.sf(claim - 2, budget, p) > alpha * (1 - 1e-6)
+
+
+def test_a_kept_design_that_errs_more_than_alpha_is_made_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYROBUST_CACHE", str(tmp_path))
+    key = {"p_null": 0.6, "alpha": 0.01, "budget": 40}
+    made = optimal_design(0.6, 0.01, look_schedule(40))
+    cached_design(key, lambda: made)
+    (place,) = (tmp_path / "designs").iterdir()
+    kept = json.loads(place.read_text())
+    upper, lower = made.upper - 3, np.minimum(made.lower, made.upper - 4)
+    lower[-1] = upper[-1] - 1
+    lax = finished(0.6, 0.01, made.looks.copy(), upper, lower, binding=True)
+    assert lax.error > 0.01
+    kept |= {"upper": upper.tolist(), "lower": lower.tolist(), "error": lax.error}
+    place.write_text(json.dumps(kept))
+    assert cached_design(key, lambda: made) is made

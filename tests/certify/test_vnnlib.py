@@ -169,3 +169,13 @@ def test_refusals():
         decide_property(model, ask(0), (3,))
     with pytest.raises(ValueError, match="evaluation mode"):
         decide_property(model.train(), ask(0))
+
+
+def test_decimals_that_float64_rounds_inward_are_still_contained():
+    texts = ("0.49999999999999999999", "0.50000000000000000001")
+    found = parse_vnnlib(f"""
+        (declare-const X_0 Real) (declare-const Y_0 Real)
+        (assert (>= X_0 {texts[0]})) (assert (<= X_0 {texts[1]})) (assert (<= Y_0 0.0))
+    """).cases[0]
+    assert Fraction(found.lower.item()) <= Fraction(texts[0])
+    assert Fraction(found.upper.item()) >= Fraction(texts[1])
