@@ -1,4 +1,5 @@
 // Differs from portable.cpp in working on tiles and in 256-bit registers; see avx2_paths.h.
+#include "matmul/avx2_gradient.h"
 #include "matmul/avx2_paths.h"
 #include "matmul/avx2_rows.h"
 #include "matmul/gradient_sums.h"
@@ -26,9 +27,9 @@ constexpr MatmulKernels kKernels = {nullptr,
                                     nullptr,
                                     expand_row<Avx2Codes>,
                                     nullptr,
-                                    plain_gradient_tile<Avx2Codes>,
+                                    lane_gradient_tile,
                                     add_gradient_tile,
-                                    plain_gradient_order};
+                                    lane_gradient_order};
 
 }  // namespace
 

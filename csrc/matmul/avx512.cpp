@@ -162,6 +162,7 @@ constexpr MatmulKernels kKernels = {takes_parts,
                                     add_gradient_tile,
                                     wide_gradient_order,
                                     gradient_words_bytes,
+                                    gradient_words,
                                     add_gradient_words};
 
 }  // namespace

@@ -57,13 +57,18 @@ inline __m512i with_word_dots(__m512i sum, __m512i a, __m512i b) {
   return sum;
 }
 
-// The working memory of a tile.
 template <int kGroups>
-struct WordMemory {
+struct WordTile {
   alignas(64) float scale[kGroups][kGradientRows];
-  alignas(64) int32_t tile[kPairs][kGradientColumns];  // two rows of W a lane
-  float step[kMaxBlockRows][kGroups];
-  alignas(64) int32_t q[kMaxBlockRows][kPairs * kGroups];  // of each pair the groups in turn
+  alignas(64) int32_t of_pair[kPairs][kGradientColumns];  // two rows of W a lane
+};
+
+// Some rows of g for one tile.
+constexpr int64_t kWordRows = 32;
+template <int kGroups>
+struct WordRows {
+  float step[kWordRows][kGroups];
+  alignas(64) int32_t q[kWordRows][kPairs * kGroups];  // of each pair the groups in turn
 };
 
 // --- W ------------------------------------------------------------------------------------------
@@ -124,7 +129,7 @@ inline __m512i zero_words(const PackedMatrix& w, int64_t groups, int64_t first, 
 
 template <int kBits, typename Rows, int kGroups>
 void write_word_tile(const PackedMatrix& w, int64_t first, int64_t count, int64_t column,
-                     WordMemory<kGroups>* memory) {
+                     WordTile<kGroups>* tile) {
   const WordDecoder<kGroups> decoder(w, kBits);
   const Rows rows(w, first, count, column);
   const int64_t groups = scale_cols(w), group = column / w.group_size;
@@ -136,16 +141,14 @@ void write_word_tile(const PackedMatrix& w, int64_t first, int64_t count, int64_
 #pragma GCC unroll 8
     for (int j = 0; j < kTileSteps; ++j) {
       const __m512i value = _mm512_sub_epi16(decoder.template values<kBits>(a, b, j), zero);
-      _mm512_store_si512(memory->tile[i / 2] + kTileLanes * j, value);
+      _mm512_store_si512(tile->of_pair[i / 2] + kTileLanes * j, value);
     }
   }
 }
 
-// --- g ------------------------------------------------------------------------------------------
-
 template <int kGroups>
 void load_word_scales(const PackedMatrix& w, int64_t first, int64_t count, int64_t column,
-                      WordMemory<kGroups>* memory) {
+                      WordTile<kGroups>* tile) {
   const int64_t groups = scale_cols(w), group = column / w.group_size;
   for (int64_t i = 0; i < count; ++i) {
     __m512 scale = scales_at(w, (first + i) * groups + group, (1 << kGroups) - 1);
@@ -153,13 +156,15 @@ void load_word_scales(const PackedMatrix& w, int64_t first, int64_t count, int64
       scale = _mm512_mul_ps(scale, _mm512_set1_ps(w.row_scale[first + i]));
     alignas(64) float of_group[kTileLanes];
     if constexpr (kGroups == 1) {
-      _mm_store_ss(memory->scale[0] + i, _mm512_castps512_ps128(scale));
+      _mm_store_ss(tile->scale[0] + i, _mm512_castps512_ps128(scale));
     } else {
       _mm512_store_ps(of_group, scale);
-      for (int g = 0; g < kGroups; ++g) memory->scale[g][i] = of_group[g];
+      for (int g = 0; g < kGroups; ++g) tile->scale[g][i] = of_group[g];
     }
   }
 }
+
+// --- g ------------------------------------------------------------------------------------------
 
 // The largest lane of v in all lanes.
 inline __m512i largest_everywhere(__m512i v) {
@@ -240,21 +245,23 @@ inline void store_pairs(const WordRow* row, int32_t* q) {
 }
 
 template <int kGroups>
-void prepare_words(const float* g, int64_t rows, int64_t count, WordMemory<kGroups>* memory) {
+void prepare_words(const WordTile<kGroups>& tile, const float* g, int64_t rows, int64_t count,
+                   WordRows<kGroups>* to) {
   for (int64_t m = 0; m < rows; ++m) {
     WordRow row[kGroups];
 #pragma GCC unroll 4
     for (int i = 0; i < kGroups; ++i) {
-      row[i] = fixed_point(g + m * kGradientRows, memory->scale[i], count, memory->step[m] + i);
+      row[i] = fixed_point(g + m * kGradientRows, tile.scale[i], count, to->step[m] + i);
     }
-    store_pairs<kGroups>(row, memory->q[m]);
+    store_pairs<kGroups>(row, to->q[m]);
   }
 }
 
 // --- products -----------------------------------------------------------------------------------
 
 template <int kGroups, int kRows, int kRegisters>
-void add_word_rows(const WordMemory<kGroups>& memory, int64_t m, int64_t pairs, float* totals) {
+void add_word_rows(const WordTile<kGroups>& tile, const WordRows<kGroups>& g, int64_t m,
+                   int64_t pairs, float* totals) {
   for (int k = 0; k < kGradientColumns; k += kRegisters * kTileLanes) {
     __m512i sum[kRows][kRegisters];
 #pragma GCC unroll 8
@@ -266,18 +273,18 @@ void add_word_rows(const WordMemory<kGroups>& memory, int64_t m, int64_t pairs, 
       __m512i w[kRegisters];
 #pragma GCC unroll 8
       for (int r = 0; r < kRegisters; ++r) {
-        w[r] = _mm512_load_si512(memory.tile[p] + k + kTileLanes * r);
+        w[r] = _mm512_load_si512(tile.of_pair[p] + k + kTileLanes * r);
       }
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
-        const __m512i a = spread_groups<kGroups>(memory.q[m + i] + p * kGroups);
+        const __m512i a = spread_groups<kGroups>(g.q[m + i] + p * kGroups);
 #pragma GCC unroll 8
         for (int r = 0; r < kRegisters; ++r) sum[i][r] = with_word_dots(sum[i][r], a, w[r]);
       }
     }
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
-      const __m512 step = _mm512_castsi512_ps(spread_groups<kGroups>(memory.step[m + i]));
+      const __m512 step = _mm512_castsi512_ps(spread_groups<kGroups>(g.step[m + i]));
 #pragma GCC unroll 8
       for (int r = 0; r < kRegisters; ++r) {
         float* to = totals + (m + i) * kGradientColumns + k + kTileLanes * r;
@@ -289,12 +296,25 @@ void add_word_rows(const WordMemory<kGroups>& memory, int64_t m, int64_t pairs, 
 }
 
 template <int kGroups>
-void add_word_tile(const WordMemory<kGroups>& memory, int64_t rows, int64_t pairs, float* totals) {
+void add_word_tile(const WordTile<kGroups>& tile, const WordRows<kGroups>& g, int64_t rows,
+                   int64_t pairs, float* totals) {
   int64_t m = 0;
-  for (; m + 8 <= rows; m += 8) add_word_rows<kGroups, 8, 2>(memory, m, pairs, totals);
-  for (; m + 4 <= rows; m += 4) add_word_rows<kGroups, 4, 4>(memory, m, pairs, totals);
-  for (; m + 2 <= rows; m += 2) add_word_rows<kGroups, 2, 8>(memory, m, pairs, totals);
-  if (m < rows) add_word_rows<kGroups, 1, 8>(memory, m, pairs, totals);
+  for (; m + 8 <= rows; m += 8) add_word_rows<kGroups, 8, 2>(tile, g, m, pairs, totals);
+  for (; m + 4 <= rows; m += 4) add_word_rows<kGroups, 4, 4>(tile, g, m, pairs, totals);
+  for (; m + 2 <= rows; m += 2) add_word_rows<kGroups, 2, 8>(tile, g, m, pairs, totals);
+  if (m < rows) add_word_rows<kGroups, 1, 8>(tile, g, m, pairs, totals);
+}
+
+template <int kGroups>
+void add_gradient_words_of(const float* g, int64_t rows, int64_t count, const void* data,
+                           float* totals) {
+  const auto& tile = *static_cast<const WordTile<kGroups>*>(data);
+  WordRows<kGroups> prepared;
+  for (int64_t m = 0; m < rows; m += kWordRows) {
+    const int64_t some = rows - m < kWordRows ? rows - m : kWordRows;
+    prepare_words<kGroups>(tile, g + m * kGradientRows, some, count, &prepared);
+    add_word_tile<kGroups>(tile, prepared, some, ceil_div(count, 2), totals + m * kGradientColumns);
+  }
 }
 
 // How the codes of a format are read.
@@ -305,14 +325,12 @@ struct CodeRows {
 };
 
 template <int kGroups>
-void add_gradient_words_of(const PackedMatrix& w, int64_t first, int64_t count, int64_t column,
-                           const float* g, int64_t rows, void* scratch, float* totals) {
-  auto* memory = static_cast<WordMemory<kGroups>*>(scratch);
-  load_word_scales<kGroups>(w, first, count, column, memory);
-  prepare_words<kGroups>(g, rows, count, memory);
+void gradient_words_of(const PackedMatrix& w, int64_t first, int64_t count, int64_t column,
+                       void* data) {
+  auto* tile = static_cast<WordTile<kGroups>*>(data);
+  load_word_scales<kGroups>(w, first, count, column, tile);
   const auto write = [&](auto of) {
-    write_word_tile<of.kBits, typename decltype(of)::Rows, kGroups>(w, first, count, column,
-                                                                    memory);
+    write_word_tile<of.kBits, typename decltype(of)::Rows, kGroups>(w, first, count, column, tile);
   };
   switch (w.levels) {
     case 2:
@@ -333,31 +351,42 @@ void add_gradient_words_of(const PackedMatrix& w, int64_t first, int64_t count, 
     default:
       write(CodeRows<8, BinaryRows<8>>());
   }
-  add_word_tile<kGroups>(*memory, rows, ceil_div(count, 2), totals);
 }
 
 int64_t gradient_words_bytes(const PackedMatrix& w, int64_t column) {
   switch (word_tile_groups(w, column)) {
     case 1:
-      return sizeof(WordMemory<1>);
+      return sizeof(WordTile<1>);
     case 2:
-      return sizeof(WordMemory<2>);
+      return sizeof(WordTile<2>);
     case 4:
-      return sizeof(WordMemory<4>);
+      return sizeof(WordTile<4>);
     default:
       return 0;
   }
 }
 
-void add_gradient_words(const PackedMatrix& w, int64_t first, int64_t count, int64_t column,
-                        const float* g, int64_t rows, void* scratch, float* totals) {
+void gradient_words(const PackedMatrix& w, int64_t first, int64_t count, int64_t column,
+                    void* tile) {
   switch (word_tile_groups(w, column)) {
     case 1:
-      return add_gradient_words_of<1>(w, first, count, column, g, rows, scratch, totals);
+      return gradient_words_of<1>(w, first, count, column, tile);
     case 2:
-      return add_gradient_words_of<2>(w, first, count, column, g, rows, scratch, totals);
+      return gradient_words_of<2>(w, first, count, column, tile);
     default:
-      return add_gradient_words_of<4>(w, first, count, column, g, rows, scratch, totals);
+      return gradient_words_of<4>(w, first, count, column, tile);
+  }
+}
+
+void add_gradient_words(const PackedMatrix& w, int64_t column, const float* g, int64_t rows,
+                        int64_t count, const void* tile, float* totals) {
+  switch (word_tile_groups(w, column)) {
+    case 1:
+      return add_gradient_words_of<1>(g, rows, count, tile, totals);
+    case 2:
+      return add_gradient_words_of<2>(g, rows, count, tile, totals);
+    default:
+      return add_gradient_words_of<4>(g, rows, count, tile, totals);
   }
 }
 

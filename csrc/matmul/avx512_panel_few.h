@@ -135,8 +135,6 @@ __attribute__((noinline)) void few_rows_panels(const PackedMatrix& w, const Pane
   }
 }
 
-bool is_few(int64_t rows, Mode mode) { return mode == Mode::kInt8 && rows <= 2; }
-
 template <int kBits, bool kBook>
 void multiply_few_rows(const PackedMatrix& w, const Block& block, RowRange rows,
                        const Output& out) {

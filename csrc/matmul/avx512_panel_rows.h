@@ -70,6 +70,13 @@ struct PanelRows {
   double* steps(int64_t m) const { return step + m / x_rows() * groups * kTileRows; }
 };
 
+// Whether x has few enough rows that all panels of a thread are read as one stream
+// (avx512_panel_few.h, avx512_panel_parts.h). No head has several groups there.
+inline bool streams_panels(const PackedMatrix& w, int64_t rows, int parts) {
+  const bool shares = has_quad_groups(w) && panel_group(w) < kQuadColumns;
+  return w.panels != nullptr && !shares && rows <= (parts == 1 ? 2 : 1);
+}
+
 // body(Rows<n>()) for n rows of bytes of a tile, one of the widths of PanelRows.
 template <int kRows>
 struct Rows {
@@ -210,6 +217,7 @@ void prepare_quad_groups(const PackedMatrix& w, int64_t m, int64_t g, int64_t bl
                          const PanelRows& out, const Convert& convert) {
   const int64_t count = out.rows_at(m), width = out.width(m), lanes = panel_group(w) / 4;
   const int32_t zero = w.zero == nullptr ? symmetric_zero(w) : 1;
+  const int shift = streams_panels(w, out.rows, out.parts) ? second_shift(w) : 0;
   __m512i v[kTileRows];
   for (int i = 0; i < kTileRows; ++i) v[i] = _mm512_setzero_si512();
   for (int64_t i = 0; i < count; ++i) convert(i, block, v + i);
@@ -220,7 +228,8 @@ void prepare_quad_groups(const PackedMatrix& w, int64_t m, int64_t g, int64_t bl
     for (int64_t l = 0; l < kLanes && g + l / lanes < out.groups; l += lanes, ++offset) {
       int32_t all = 0;
       for (int64_t j = 0; j < lanes; ++j) all += sum[l + j];
-      offset->first[i] = offset->second[i] = -zero * all;  // no half counts more here
+      offset->first[i] = -zero * all;
+      offset->second[i] = offset->first[i] * (1 << shift);
     }
   }
   store_tile_block(v, width, out.tile(m) + block * kBlock * width);

@@ -53,14 +53,12 @@ void multiply_integer_order(const PackedMatrix& w, const Block& block, int64_t b
 template <int kBits, bool kBook>
 void multiply_panel_order(const PackedMatrix& w, Mode mode, const Block& block, int64_t begin,
                           int64_t end, const Output& out, void* scratch) {
+  if (streams_panels(w, block.rows, parts_of(mode))) {
+    if (mode == Mode::kInt8) return multiply_few_rows<kBits, kBook>(w, block, {begin, end}, out);
+    return multiply_one_row<kBits, kBook>(w, mode, block, {begin, end}, out);
+  }
   if (has_quad_groups(w)) {
     return multiply_quads<kBits, kBook>(w, mode, block, {begin, end}, out, scratch);
-  }
-  if (w.panels != nullptr && is_few(block.rows, mode)) {
-    return multiply_few_rows<kBits, kBook>(w, block, {begin, end}, out);
-  }
-  if (w.panels != nullptr && block.rows == 1 && parts_of(mode) > 1) {
-    return multiply_one_row<kBits, kBook>(w, mode, block, {begin, end}, out);
   }
   if (takes_integer_totals(w, mode)) {
     return multiply_integer_order<kBits, kBook>(w, block, begin, end, out, scratch);

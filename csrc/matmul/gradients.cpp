@@ -5,6 +5,9 @@
 //   rows 0..63      tile    | tile    |        g (all rows, 64) times a tile: sums in float
 //   rows 64..127    tile    | tile    |        totals (all rows, 128) += the sums, in double
 //
+// Totals of many rows of g do not fit the first cache. Then several tiles below one another are
+// decoded, into the second one, and some rows of g meet all of these before the next rows do.
+//
 // Where g has 16 bits a set may take tiles of 16-bit integers instead (avx512_gradient_words.h).
 #include "matmul/dispatch.h"
 #include "matmul/weights.h"
@@ -18,6 +21,12 @@ namespace {
 // Totals of the blocks of columns that a thread takes at once stay in the second cache. Many rows
 // of W then lie between two tiles of a block, so that few rows of g take whole rows of W in turn.
 constexpr int64_t kTotalBytes = 512 * 1024;
+
+// Tiles decoded at once for so many rows of g and more, and the bytes of totals of the rows that
+// meet them.
+constexpr int64_t kTilesAtOnce = 8;
+constexpr int64_t kManyRows = 32;
+constexpr int64_t kNearBytes = 16 * 1024;
 
 // What packed_linear_transpose() was called with.
 struct GradientProduct {
@@ -75,15 +84,17 @@ class BlockProducts {
       : kernels_(kernels_with(&MatmulKernels::gradient_tile)),
         p_(p),
         g_(g),
-        of_block_(g.rows * kGradientColumns) {
-    int64_t scratch = kGradientRows * kGradientColumns * static_cast<int64_t>(sizeof(float));
-    for (int64_t b = begin; b < end; ++b) scratch = std::max(scratch, words_bytes(b));
-    scratch = ceil_div(scratch, 64) * 64;
+        of_block_(g.rows * kGradientColumns),
+        tiles_(g.rows >= kManyRows ? kTilesAtOnce : 1) {
+    tile_bytes_ = kGradientRows * kGradientColumns * static_cast<int64_t>(sizeof(float));
+    for (int64_t b = begin; b < end; ++b) tile_bytes_ = std::max(tile_bytes_, words_bytes(b));
+    tile_bytes_ = ceil_div(tile_bytes_, 64) * 64;
+    const int64_t scratch = tiles_ * tile_bytes_;
     const int64_t block_bytes = of_block_ * static_cast<int64_t>(sizeof(double));
     const int64_t at_once = std::clamp(kTotalBytes / block_bytes, int64_t{1}, end - begin);
-    scratch_ =
+    tile_ =
         static_cast<char*>(thread_scratch(ScratchSlot::kThread, scratch + at_once * block_bytes));
-    totals_ = reinterpret_cast<double*>(scratch_ + scratch);
+    totals_ = reinterpret_cast<double*>(tile_ + scratch);
     for (int64_t b = begin; b < end; b += at_once) multiply(b, std::min(end, b + at_once));
   }
 
@@ -96,8 +107,16 @@ class BlockProducts {
 
   void multiply(int64_t begin, int64_t end) {
     std::fill_n(totals_, (end - begin) * of_block_, 0.0);  // and floats of 0
-    for (int64_t n = 0; n < p_.terms(); n += kGradientRows) {
-      for (int64_t b = begin; b < end; ++b) add_tile(n, b, totals_ + (b - begin) * of_block_);
+    for (int64_t n = 0; n < p_.terms(); n += tiles_ * kGradientRows) {
+      const int64_t stop = std::min(p_.terms(), n + tiles_ * kGradientRows);
+      for (int64_t b = begin; b < end; ++b) {
+        double* totals = totals_ + (b - begin) * of_block_;
+        if (words_bytes(b) != 0) {
+          add_words(n, stop, b * kGradientColumns, reinterpret_cast<float*>(totals));
+        } else {
+          add_floats(n, stop, b * kGradientColumns, totals);
+        }
+      }
     }
     for (int64_t b = begin; b < end; ++b) {
       const double* totals = totals_ + (b - begin) * of_block_;
@@ -112,17 +131,48 @@ class BlockProducts {
     }
   }
 
-  void add_tile(int64_t n, int64_t block, double* totals) const {
-    const int64_t count = std::min(kGradientRows, p_.terms() - n);
-    const int64_t first = p_.range.begin + n, column = block * kGradientColumns;
-    const float* g = g_.at(n / kGradientRows, 0);
-    if (words_bytes(block) != 0) {
-      return kernels_.add_gradient_words(p_.weight, first, count, column, g, g_.rows, scratch_,
-                                         reinterpret_cast<float*>(totals));
+  // decode(n, count, tile) for the tiles of terms [begin, end), then for these and all rows of g
+  // add(rows of g, how many, count, tile, their totals).
+  template <typename Total, typename Decode, typename Add>
+  void add_tiles(int64_t begin, int64_t end, Total* totals, const Decode& decode,
+                 const Add& add) const {
+    constexpr int64_t kRowBytes = kGradientColumns * static_cast<int64_t>(sizeof(Total));
+    const auto for_tiles = [&](const auto& body) {
+      char* tile = tile_;
+      for (int64_t n = begin; n < end; n += kGradientRows, tile += tile_bytes_) {
+        body(n, std::min(kGradientRows, end - n), tile);
+      }
+    };
+    for_tiles(decode);
+    const int64_t some = tiles_ > 1 ? kNearBytes / kRowBytes : g_.rows;
+    for (int64_t m = 0; m < g_.rows; m += some) {
+      for_tiles([&](int64_t n, int64_t count, const void* tile) {
+        add(g_.at(n / kGradientRows, m), std::min(some, g_.rows - m), count, tile,
+            totals + m * kGradientColumns);
+      });
     }
-    auto* tile = reinterpret_cast<float*>(scratch_);
-    kernels_.gradient_tile(p_.weight, first, count, column, tile);
-    kernels_.add_gradient_tile(g, g_.rows, count, tile, totals);
+  }
+
+  void add_words(int64_t begin, int64_t end, int64_t column, float* totals) const {
+    const auto decode = [&](int64_t n, int64_t count, void* tile) {
+      kernels_.gradient_words(p_.weight, p_.range.begin + n, count, column, tile);
+    };
+    const auto add = [&](const float* g, int64_t rows, int64_t count, const void* tile, float* to) {
+      kernels_.add_gradient_words(p_.weight, column, g, rows, count, tile, to);
+    };
+    add_tiles(begin, end, totals, decode, add);
+  }
+
+  void add_floats(int64_t begin, int64_t end, int64_t column, double* totals) const {
+    const auto decode = [&](int64_t n, int64_t count, void* tile) {
+      kernels_.gradient_tile(p_.weight, p_.range.begin + n, count, column,
+                             static_cast<float*>(tile));
+    };
+    const auto add = [&](const float* g, int64_t rows, int64_t count, const void* tile,
+                         double* to) {
+      kernels_.add_gradient_tile(g, rows, count, static_cast<const float*>(tile), to);
+    };
+    add_tiles(begin, end, totals, decode, add);
   }
 
   template <typename Total>
@@ -139,7 +189,9 @@ class BlockProducts {
   const GradientProduct& p_;
   const PreparedGradient& g_;
   int64_t of_block_;  // totals
-  char* scratch_;
+  int64_t tiles_;     // at once
+  int64_t tile_bytes_;
+  char* tile_;
   double* totals_;  // (blocks, rows, kGradientColumns)
 };
 

@@ -133,11 +133,14 @@ struct MatmulKernels {
   // Float p of a row of the tile, or of `words`, is column order[p] of the tile's.
   void (*gradient_order)(const PackedMatrix& weight, int64_t column, bool words,
                          int* order) = nullptr;
-  // Both in one, where g has 16 bits, for tiles that the set takes so: those of which the first
-  // returns the bytes of scratch, not 0. Null where the set takes none.
+  // The same where g has 16 bits, for tiles that the set takes so, those of which the first returns
+  // the bytes, not 0: writes such a tile, and adds to totals in float. Null where the set takes
+  // none.
   int64_t (*gradient_words_bytes)(const PackedMatrix& weight, int64_t column) = nullptr;
-  void (*add_gradient_words)(const PackedMatrix& weight, int64_t first, int64_t count,
-                             int64_t column, const float* g, int64_t rows, void* scratch,
+  void (*gradient_words)(const PackedMatrix& weight, int64_t first, int64_t count, int64_t column,
+                         void* tile) = nullptr;
+  void (*add_gradient_words)(const PackedMatrix& weight, int64_t column, const float* g,
+                             int64_t rows, int64_t count, const void* tile,
                              float* totals) = nullptr;
 };
 

@@ -15,9 +15,10 @@ from .test_weight_extras import SHAPES as EXTRA_SHAPES
 from .test_weight_extras import random_weight as weight_with
 
 # rows, cols, group_size: whole tiles of 64 x 128 and tails, one group a tile, several, odd ones,
-# more than a register has lanes
+# more than a register has lanes, more rows than are decoded at once
 SHAPES = [(64, 128, 128), (150, 300, 64), (70, 645, 32), (33, 260, 100), (5, 131, 13)]
 SHAPES += [(65, 400, 400), (3, 256, 5), (130, 640, 640), (90, 700, 192), (1, 1, 1)]
+SHAPES += [(530, 130, 64), (70, 300, 40)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
