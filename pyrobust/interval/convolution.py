@@ -22,8 +22,8 @@ from torch import Tensor
 from pyrobust.interval.errors import check_shape
 from pyrobust.interval.linear import UNCHECKED, affine, image, looked_at, plain, transformed
 from pyrobust.interval.operands import Rule, require_box
-from pyrobust.interval.type import Interval, unclipped
-from pyrobust.ops._interval_checks import Ends, finite_ends
+from pyrobust.interval.type import Interval, unclipped, with_flushed
+from pyrobust.ops._interval_checks import Ends, finite_ends, is_deployed
 from pyrobust.ops.interval import interval_conv2d
 
 __all__ = ["RULES"]
@@ -164,7 +164,10 @@ def _transposed_image(
     shape = (ends[0].shape[0], channels, *(sum(phase.count for phase in axis) for axis in axes))
     shift = ends[0].new_zeros(channels) if kernel.bias is None else kernel.bias.to(ends[0].dtype)
     shift = shift.reshape(-1, *[1] * dimensions)
-    out = [shift.expand(shape).clone() for _ in ends]  # where no tap reaches
+    alone = shift, shift  # where no tap reaches
+    if is_deployed(kernel.rounding):
+        alone = with_flushed(shift, shift, shift.dtype)
+    out = [end.expand(shape).clone() for end in alone]
     finite: bool | None = True
     for phases in product(*axes):
         if not all(phase.taps for phase in phases):

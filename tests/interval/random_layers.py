@@ -94,13 +94,30 @@ def own_norm(p: Draw, x: Interval) -> Operation | None:
         return Operation(kind, call, reordered, exact)
     if x.ndim < 3 or math.prod(x.shape[2:]) < 2:
         return None
-    weight, bias = p.tensor(x.shape[1]), p.tensor(x.shape[1])
-    if kind == "instance_norm":
+    weight, bias, channels = p.tensor(x.shape[1]), p.tensor(x.shape[1]), x.shape[1]
+    own = kind == "instance_norm"
+    groups = channels if own else p.rng.choice([g for g in (1, 2, 3) if channels % g == 0])
+
+    def of_groups(points: Any, index: int) -> Any:
+        like = torch.zeros((), dtype=torch.float64)
+        channel = index // math.prod(points.shape[2:]) % channels
+        size = math.prod(points.shape[1:]) // groups
+        row, column = divmod(index, size)
+        values = points.reshape(-1, size)[row]
+        mean = sum(values, mp(0)) / size
+        square = sum(((v - mean) ** 2 for v in values), mp(0)) / size
+        scale = mp(float(weight(like)[channel])) / mpmath.sqrt(square + mp(eps))
+        return (values[column] - mean) * scale + mp(float(bias(like)[channel]))
+
+    if own:
         return Operation(
-            kind, lambda x: F.instance_norm(x, None, None, weight(x), bias(x), eps=eps)
+            kind,
+            lambda x: F.instance_norm(x, None, None, weight(x), bias(x), eps=eps),
+            exact=of_groups,
         )
-    groups = p.rng.choice([g for g in (1, 2, 3) if x.shape[1] % g == 0])
-    return Operation(kind, lambda x: F.group_norm(x, groups, weight(x), bias(x), eps))
+    return Operation(
+        kind, lambda x: F.group_norm(x, groups, weight(x), bias(x), eps), exact=of_groups
+    )
 
 
 def normalized(

@@ -69,6 +69,13 @@ def test_gradients_far_from_zero_are_finite(function):
     assert bool(slope.isfinite().all())
 
 
+def test_a_bias_that_no_tap_reaches_may_be_flushed():
+    box = Interval.ball(torch.ones(1, 1, 3), 0.5, rounding="deployed")
+    shifted = F.conv_transpose1d(box, torch.ones(1, 1, 2), torch.tensor([1e-38]), 2, 0, 0, 1, 2)
+    assert bool(shifted.contains(torch.zeros(shifted.shape))[..., 1].all())
+    assert float(shifted.upper[..., 1].max()) == float(torch.tensor(1e-38))
+
+
 def test_numbers_that_float32_cannot_hold_are_filled_in_both_ways():
     box = Interval.ball(torch.zeros(2), 0.1)
     filled = box.masked_fill(torch.tensor([True, False]), 0.1)
