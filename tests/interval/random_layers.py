@@ -38,7 +38,13 @@ def batch_norm(p: Draw, x: Interval) -> Operation | None:
         return None
     channels, eps = x.shape[1], p.rng.choice([1e-5, 1e-3, 1e-12])
     mean, variance = p.tensor(channels), p.tensor(channels, positive=True)
-    weight, bias = p.tensor(channels), p.tensor(channels)
+    drawn, bias = p.tensor(channels), p.tensor(channels)
+    tiny = torch.finfo(p.dtype).tiny
+
+    def weight(x: Any) -> Tensor:
+        """Normal numbers: nothing covers weights of a batch norm that are flushed."""
+        return torch.where(drawn(x).abs() < tiny, 0.0, drawn(x))
+
     form = [1, -1, *[1] * (x.ndim - 2)]
 
     def call(x: Any) -> Any:

@@ -38,6 +38,11 @@ class Parameters:
             values = values.mT.contiguous().mT
         return lambda x: values.to(x.dtype)
 
+    @property
+    def may_be_packed(self) -> bool:
+        """Whether scales of packed weights are normal numbers: nothing covers them flushed."""
+        return self.dtype == torch.float32 and self.scale > 1e-30
+
     def number(self) -> float:
         """A number that float32 may not hold."""
         return self.rng.choice([0.1, -1.7, 3.0, 0.5, -0.3, 1e-3])
@@ -79,7 +84,7 @@ def linear(p: Draw, x: Interval) -> Operation | None:
 
 
 def packed_linear(p: Draw, x: Interval) -> Operation | None:
-    if x.ndim == 0 or x.shape[-1] == 0 or p.dtype != torch.float32:
+    if x.ndim == 0 or x.shape[-1] == 0 or not p.may_be_packed:
         return None
     layer = nn.Linear(x.shape[-1], p.rng.choice([1, 4, 9]), bias=p.rng.random() < 0.5)
     with torch.no_grad():
@@ -135,7 +140,7 @@ def convolution(p: Draw, x: Interval) -> Operation | None:
 
 
 def packed_convolution(p: Draw, x: Interval) -> Operation | None:
-    if x.ndim != 4 or 0 in x.shape or p.dtype != torch.float32:
+    if x.ndim != 4 or 0 in x.shape or not p.may_be_packed:
         return None
     window = tuple(min(p.rng.choice([1, 2, 3]), size) for size in x.shape[2:])
     layer = nn.Conv2d(x.shape[1], p.rng.choice([1, 3, 8]), window, p.rng.choice([1, 2]))
@@ -267,7 +272,11 @@ CURVES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any] | None, float
     "selu": (F.selu, None, -math.inf),
     "celu": (lambda x: F.celu(x, 0.75), None, -math.inf),
     "gelu": (F.gelu, lambda v: v * mpmath.erfc(-v / mpmath.sqrt(2)) / 2, -math.inf),
-    "gelu tanh": (lambda x: F.gelu(x, approximate="tanh"), None, -math.inf),
+    "gelu tanh": (
+        lambda x: F.gelu(x, approximate="tanh"),
+        lambda v: v * (1 + mpmath.tanh(mpmath.sqrt(2 / mpmath.pi) * (v + mp(0.044715) * v**3))) / 2,
+        -math.inf,
+    ),
     "silu": (F.silu, lambda v: v / (1 + mpmath.exp(-v)), -math.inf),
     "mish": (F.mish, lambda v: v * mpmath.tanh(mpmath.log1p(mpmath.exp(v))), -math.inf),
     "hardswish": (F.hardswish, lambda v: v * min(max(v + 3, mp(0)), mp(6)) / 6, -math.inf),
