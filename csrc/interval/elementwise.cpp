@@ -10,7 +10,8 @@ namespace pyrobust {
 namespace interval {
 namespace {
 
-constexpr int64_t kGrain = 1 << 14;  // elements of a thread
+constexpr int64_t kGrain = 1 << 14;   // elements of a thread
+constexpr int64_t kColumnLanes = 16;  // channels whose numbers a loop reads at once
 
 float floor_of(bool rectified) { return rectified ? 0.0f : -rounding::infinity(); }
 
@@ -82,7 +83,7 @@ SumLoop sum_loop(bool rectified_x, bool rectified_y, Rounding rounding) {
 
 ColumnLoops::ColumnLoops(const double* mean, const double* scale, const double* shift,
                          int64_t channels, bool rectified, Rounding rounding)
-    : stride_(channels + kLanes),
+    : stride_(blocks(channels, kColumnLanes) * kColumnLanes),
       numbers_(static_cast<size_t>(6 * stride_)),
       floor_(floor_of(rectified)),
       least_(least_of(rounding)),

@@ -138,8 +138,10 @@ inline void write_nibbles(const PanelLayout& layout, const uint8_t* codes, int64
 
 constexpr int64_t kPanelPitch = kSpan + kSpanSlack;
 
-// The codes of columns [begin, end), at most kSpan, of row n to `own`, with zeros up to the pitch.
+// The codes of columns [begin, end), at most kSpan, of row n to `own`, with zeros behind those of
+// W: a last group of fewer than 16 is filled up.
 inline void write_span(const PackedMatrix& w, int64_t n, int64_t begin, int64_t end, uint8_t* own) {
+  end = end < w.cols ? end : w.cols;
   const uint8_t* from = span_codes<Avx512Codes>(w, n, begin, end, own);
   if (from != own) __builtin_memcpy(own, from, static_cast<size_t>(end - begin));
   __builtin_memset(own + (end - begin), 0, kSpanSlack);

@@ -1,9 +1,7 @@
 """Decoding and adding packed weights in spans: every format on every instruction set."""
 
 import copy
-import ctypes
 import gc
-import mmap
 import weakref
 from functools import partial
 
@@ -341,31 +339,6 @@ def test_threads_do_not_change_the_bits():
     for dense, added in results[1:]:
         assert torch.equal(dense, results[0][0])
         assert torch.equal(added, results[0][1])
-
-
-@pytest.fixture
-def last_bytes():
-    """A function that copies bytes to the end of a page behind which no byte may be read."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(libc, "mprotect"):
-        pytest.skip("no mprotect on this system")
-    kept = []
-
-    def place(value):
-        page, size = mmap.PAGESIZE, value.numel()
-        assert size <= page
-        memory = mmap.mmap(-1, 2 * page)
-        whole = torch.frombuffer(memory, dtype=torch.uint8)
-        kept.append((memory, whole))
-        end = whole.data_ptr() + page
-        assert libc.mprotect(ctypes.c_void_p(end), page, 0) == 0  # neither read nor write
-        held = whole[page - size : page].view(value.shape)
-        return held.copy_(value)
-
-    yield place
-    for memory, whole in kept:
-        libc.mprotect(ctypes.c_void_p(whole.data_ptr() + mmap.PAGESIZE), mmap.PAGESIZE, 3)
-        del whole, memory
 
 
 @pytest.mark.parametrize("bits", BITS)

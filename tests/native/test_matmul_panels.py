@@ -90,6 +90,19 @@ def test_same_bits(bits, symmetric, activations, dtype):
                 _native.set_isa("avx512")
 
 
+@pytest.mark.parametrize("bits", [1, 1.58, 2, 3, 4, 8])
+def test_no_byte_behind_the_codes_is_read(last_bytes, bits):
+    generator = torch.Generator().manual_seed(0)
+    for rows, cols, group_size in [*SHAPES, (9, 45, 16), (32, 45, 16), (9, 30, 8), (9, 45, 48)]:
+        weight = torch.randn(rows, cols, generator=generator)
+        q = round_to_nearest(weight, bits=bits, group_size=group_size)
+        fenced = replace(q, codes=last_bytes(q.codes))
+        x = _inputs(1, cols, torch.bfloat16, generator)
+        for activations in ("int8", None):
+            for found in _from_both(fenced, x, activations):
+                assert torch.equal(found, _product(q, x, activations))
+
+
 @pytest.mark.parametrize(("activations", "dtype"), ACTIVATIONS[1:3])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("zero", [False, True])
