@@ -20,6 +20,7 @@ from pyrobust.ops.packed_weight import (
     FORMAT_SCHEMA,
     WEIGHT_SCHEMA,
     native_extras,
+    native_weight,
 )
 
 __all__ = ["linear_kernel", "transpose_kernel"]
@@ -58,9 +59,7 @@ def linear_kernel(
         bias = bias.float()
     _native.packed_linear(
         _plain(x),
-        codes.contiguous(),
-        scale.contiguous(),
-        None if zero is None else zero.contiguous(),
+        *native_weight(codes, scale, zero),
         None if bias is None else bias.contiguous(),
         out,
         in_features,
@@ -122,9 +121,7 @@ def transpose_kernel(
     out = flat.new_empty((flat.shape[0], in_features))
     _native.packed_linear_transpose(
         flat,
-        codes.contiguous(),
-        scale.contiguous(),
-        None if zero is None else zero.contiguous(),
+        *native_weight(codes, scale, zero),
         out,
         in_features,
         levels_of(bits),
@@ -200,9 +197,7 @@ def _dequantize_kernel(
         return _cuda_matmul.dequantize(derived, first, stop, torch.float32)
     out = codes.new_empty((stop - first, in_features), dtype=torch.float32)
     _native.dequantize(
-        codes.contiguous(),
-        scale.contiguous(),
-        None if zero is None else zero.contiguous(),
+        *native_weight(codes, scale, zero),
         out,
         in_features,
         levels_of(bits),

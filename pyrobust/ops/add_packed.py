@@ -26,6 +26,7 @@ from pyrobust.ops.packed_weight import (
     check_bytes,
     check_weight,
     native_extras,
+    native_weight,
 )
 
 __all__ = [
@@ -219,7 +220,7 @@ def weight_summand(
     """
     (codes, scale, zero), (in_features, bits, group_size, group_dim, extras) = parts, form
     return _native.weight_summand(
-        codes.contiguous(), scale.contiguous(), None if zero is None else zero.contiguous(),
+        *native_weight(codes, scale, zero),
         in_features, levels_of(bits), group_size, group_dim, native_extras(extras),
     )  # fmt: skip
 

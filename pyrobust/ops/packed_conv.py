@@ -252,12 +252,7 @@ def _conv_fake(
     stride: Sequence[int],
     dilation: Sequence[int],
     pad: Sequence[int],
-    groups: int,
-    bits: float,
-    group_size: int,
-    group_dim: int,
-    activations: str | None,
-    *extras: Tensor | None,
+    *_: Any,
 ) -> Tensor:
     size = output_size(x.shape, kernel, stride, dilation, pad)
     return x.new_empty(x.shape[0], codes.shape[0], *size)

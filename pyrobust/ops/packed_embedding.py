@@ -18,6 +18,7 @@ from pyrobust.ops.packed_weight import (
     WeightExtras,
     check_weight,
     native_extras,
+    native_weight,
 )
 
 __all__ = ["packed_embedding"]
@@ -112,9 +113,7 @@ def _embedding_kernel(
     rows = codes.new_empty((flat.numel(), embedding_dim), dtype=torch.float32)
     _native.gather_rows(
         flat.long().contiguous(),
-        codes.contiguous(),
-        scale.contiguous(),
-        None if zero is None else zero.contiguous(),
+        *native_weight(codes, scale, zero),
         rows,
         embedding_dim,
         levels_of(bits),

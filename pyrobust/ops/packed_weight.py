@@ -20,6 +20,7 @@ __all__ = [
     "check_float",
     "check_weight",
     "native_extras",
+    "native_weight",
 ]
 
 _FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -56,6 +57,13 @@ class WeightExtras(NamedTuple):
 
 
 NO_EXTRAS = WeightExtras()
+
+
+def native_weight(
+    codes: Tensor, scale: Tensor, zero: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes, scales and zeros as the native entry points take them: contiguous."""
+    return codes.contiguous(), scale.contiguous(), None if zero is None else zero.contiguous()
 
 
 def native_extras(extras: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
