@@ -14,6 +14,7 @@ ones); the pairwise bound is ours. Constants measured at samples are estimates a
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -29,6 +30,7 @@ from pyrobust._checks import (
 )
 from pyrobust.certify.certificates import ABSTAIN, Certificate
 from pyrobust.certify.lipschitz import lipschitz_bound
+from pyrobust.interval import Interval
 from pyrobust.nn.orthogonal_fusion import LateFusion, OrthogonalFusion
 from pyrobust.nn.packed_linear import PackedLinear
 
@@ -41,7 +43,10 @@ __all__ = [
 ]
 
 _ASSUMPTION = {
-    True: "exact evaluation of the stored network; Lipschitz constants bounded layer by layer",
+    True: (
+        "exact evaluation of the stored encoders, and of the head with the orthogonal rows that "
+        "float64 finds; Lipschitz constants bounded layer by layer"
+    ),
     False: "Lipschitz constants measured at samples",
 }
 
@@ -196,6 +201,9 @@ def certify_multimodal(
 ) -> Certificate:
     """Predicted class and certified radius of each sample.
 
+    With proven constants the margins are proven too: the features are bounded at the sample, and
+    what rounding may have added to a margin is taken off.
+
     Args:
         model: in evaluation mode.
         inputs: ``(B, ...)`` of each modality.
@@ -214,9 +222,12 @@ def certify_multimodal(
     output = model(*inputs)
     check_finite("certify_multimodal", "the model's logits", output.logits)
     top = output.logits.double().argmax(-1)
-    radius = multimodal_radius(
-        model.head, output.modality_logits, constants, top, attacked=attacked
-    )
+    if constants.certified:
+        radius = _proven_radius(model, inputs, constants, top, attacked)
+    else:
+        radius = multimodal_radius(
+            model.head, output.modality_logits, constants, top, attacked=attacked
+        )
     return Certificate(
         prediction=torch.where(radius > 0, top, ABSTAIN),
         radius=radius * (1 - 1e-9),
@@ -224,6 +235,31 @@ def certify_multimodal(
         assumption=_ASSUMPTION[constants.certified],
         certified=constants.certified,
     )
+
+
+def _proven_radius(
+    model: LateFusion,
+    inputs: Sequence[Tensor],
+    lipschitz: ModalityLipschitz,
+    top: Tensor,
+    attacked: int | None,
+) -> Tensor:
+    """``(B,)`` float64 radii of classes ``top``, of margins that hold for the real functions."""
+    subject = "certify_multimodal"
+    head = copy.deepcopy(model.head).double()
+    boxes = [encoder(Interval(x, x)) for encoder, x in zip(model.encoders, inputs, strict=True)]
+    ends = [(box.lower.double(), box.upper.double()) for box in boxes]
+    centers = [(lower + upper) / 2 for lower, upper in ends]
+    spread = torch.stack([((upper - lower) / 2).norm(dim=1) for lower, upper in ends])
+    logits = head.fuse(head.modality_logits(*centers))
+    gaps = _tables(subject, head, torch.ones(len(boxes), device=logits.device))
+    reach = sum(center.norm(dim=1) for center in centers) + head.bias.abs().amax()
+    # far above the rounding of a float64 logit
+    rounding = 1e-12 * (1 + gaps.amax()) * reach
+    lost = torch.einsum("mbk,mb->bk", gaps[:, top], spread) * (1 + 1e-9) + rounding[:, None]
+    constants = lipschitz.per_class if lipschitz.encoder is None else lipschitz.encoder
+    tables = _tables(subject, head, constants.to(logits.device))
+    return _radius(subject, logits, tables, top, attacked, lost)
 
 
 def _gradient_norms(model: LateFusion, modality: int, x: Tensor) -> Tensor:
@@ -265,8 +301,14 @@ def _check_constants(subject: str, constants: Tensor) -> None:
 
 
 def _radius(
-    subject: str, logits: Tensor, tables: Tensor, target: Tensor | None, attacked: int | None
+    subject: str,
+    logits: Tensor,
+    tables: Tensor,
+    target: Tensor | None,
+    attacked: int | None,
+    lost: Tensor | float = 0.0,
 ) -> Tensor:
+    """Radii of ``target``, of margins less what is ``lost`` of them, ``(B, K)`` or a number."""
     count, classes = logits.shape
     top = logits.argmax(-1) if target is None else target
     check_shape(subject, "target", top, (count,))
@@ -279,7 +321,7 @@ def _radius(
             )
         tables = tables[attacked : attacked + 1]
     rate = tables.square().sum(0).sqrt()[top]
-    margin = logits.gather(1, top[:, None]) - logits
+    margin = logits.gather(1, top[:, None]) - logits - lost
     other = torch.arange(classes, device=logits.device) != top[:, None]
     ratio = torch.where(other, margin, torch.inf) / torch.where(other, rate, 1.0)
     return ratio.amin(-1).clamp(min=0)

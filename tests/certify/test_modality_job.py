@@ -80,7 +80,8 @@ def test_the_log_holds_the_direct_certificates_and_no_attack_breaks_them(place, 
     found, labels = certificate_of_log(out)
     assert torch.equal(labels, DATA.labels)
     assert torch.equal(found.prediction, expected.prediction)
-    torch.testing.assert_close(found.radius, expected.radius, rtol=1e-5, atol=1e-6)
+    # margins are bounded from below, by kernels that depend on how many samples come at once
+    torch.testing.assert_close(found.radius, expected.radius, rtol=1e-5, atol=1e-5)
     assert float(found.radius.max()) > 0
     assert found.plot(labels=labels).get_xlabel() == "l2 radius"
     kept = found.radius > 1e-3

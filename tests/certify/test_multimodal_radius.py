@@ -1,5 +1,7 @@
 """Certified radii of late fusion: attacked inside, broken outside."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -251,3 +253,30 @@ def test_outputs_that_are_not_finite_are_refused():
     inputs[0][1] = torch.nan
     with pytest.raises(ValueError, match="the model's logits must be finite"):
         certify_multimodal(model, inputs)
+
+
+def test_margins_are_those_of_the_real_function():
+    """Float32 logits put a class in front that exact arithmetic puts behind."""
+    torch.manual_seed(0)
+    encoders = [nn.Sequential(nn.Linear(400, 12), nn.Tanh()) for _ in range(2)]
+    model = LateFusion(encoders, OrthogonalFusion([12, 12], 4)).eval()
+    inputs = [torch.randn(64, 400) for _ in range(2)]
+    exact = copy.deepcopy(model).double()
+    wide = [x.double() for x in inputs]
+    wrong = 0
+    with torch.no_grad():
+        for sample in range(64):
+            own = [x[sample : sample + 1] for x in inputs]
+            true = [x[sample : sample + 1] for x in wide]
+            first, second = exact(*true).logits.topk(2).indices[0].tolist()
+            for net in (model, exact):
+                net.head.bias.zero_()
+            # within rounding of a tie, the true winner ahead or behind
+            gap = model(*own).logits[0, first] - model(*own).logits[0, second]
+            for net in (model, exact):
+                net.head.bias[second] = gap
+            certificate = certify_multimodal(model, own)
+            answer = exact(*true).logits.argmax(1)
+            wrong += int(model(*own).logits.argmax(1) != answer)
+            assert int(certificate.prediction) in (-1, int(answer))
+    assert wrong > 5
