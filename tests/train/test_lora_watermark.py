@@ -171,6 +171,20 @@ def test_starts_at_the_clean_decoder_and_trains_nothing_else(trained):
         assert torch.equal(mark.extractor.state_dict()[name], value)
 
 
+def test_running_statistics_of_the_extractor_stay(trained):
+    """Unlike the tiles it has batch norms, which must neither train nor count batches."""
+    decoder, latents, _ = trained
+    extractor = HiddenExtractor(8, channels=1, width=8).eval()
+    with torch.no_grad():
+        whiten_extractor_(extractor, decoder(latents[:64]))
+    before = copy.deepcopy(extractor.state_dict())
+    assert any(name.endswith("running_mean") for name in before)
+    mark = LoRAWatermark(copy.deepcopy(decoder), ["6"], MESSAGE, extractor)
+    mark.fit(latents[:16] for _ in range(3))
+    assert not torch.equal(mark.marked(latents[:9]), mark.clean(latents[:9]))
+    assert all(torch.equal(value, before[name]) for name, value in extractor.state_dict().items())
+
+
 def test_resumes_to_the_same_numbers(trained):
     _, latents, _ = trained
     whole, _ = embed(trained, DynamicLossWeights(psnr=25), 6)

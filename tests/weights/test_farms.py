@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import nn
 
 from pyrobust.train import TempBalance
@@ -83,6 +84,15 @@ def test_hill_on_pareto_samples_and_its_scale():
     assert fit.alpha == pytest.approx(2.5, abs=0.02)
     assert fit.ks < 0.01
     assert hill_alpha(7 * samples).alpha == pytest.approx(fit.alpha, rel=1e-9)
+
+
+def test_hill_is_the_likeliest_exponent_of_the_tail():
+    samples = torch.from_numpy(np.sort(np.random.default_rng(1).pareto(1.5, 400) + 1))
+    fit = hill_alpha(samples)
+    tail = samples[samples >= fit.xmin].numpy()
+    assert len(tail) == 200
+    shape, _, _ = stats.pareto.fit(tail, floc=0, fscale=fit.xmin)
+    assert fit.alpha == pytest.approx(1 + shape, rel=1e-4)
 
 
 def test_hill_agrees_with_the_powerlaw_package():
