@@ -2,6 +2,8 @@
 
 An adapter wraps one ``nn.Linear`` or ``nn.Conv2d``, starts at exactly the function of that layer,
 trains only its own parameters, and can be merged into the weight and taken out again bit for bit.
+Some wrap a :class:`~pyrobust.nn.PackedLinear` too, whose codes have no room for an update: it stays
+beside them.
 Its saved state carries a checksum of the weight it belongs to.
 """
 
@@ -15,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyrobust._checks import check_finite
+from pyrobust.nn.packed_linear import PackedLinear
+from pyrobust.nn.packed_module import PackedModule
 
 __all__ = ["Adapter", "weight_checksum"]
 
@@ -43,7 +47,7 @@ class Adapter(nn.Module):
     :meth:`delta_forward`.
 
     Args:
-        base: the layer to adapt, ``nn.Linear`` or ``nn.Conv2d`` (a subclass is refused: its forward
+        base: the layer to adapt, of one of ``layer_types`` (a subclass is refused: its forward
             may not use the weight as a plain product). Its parameters are frozen.
 
     Raises:
@@ -53,7 +57,7 @@ class Adapter(nn.Module):
 
     layer_types: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)
 
-    def __init__(self, base: nn.Linear | nn.Conv2d) -> None:
+    def __init__(self, base: nn.Linear | nn.Conv2d | PackedLinear) -> None:
         super().__init__()
         subject = type(self).__name__
         if isinstance(base, Adapter):
@@ -102,7 +106,14 @@ class Adapter(nn.Module):
 
         Raises:
             RuntimeError: the adapter is merged already.
+            TypeError: the layer is a packed one.
         """
+        if isinstance(self.base, PackedModule):
+            raise TypeError(
+                f"{type(self).__name__}: a {type(self.base).__name__} cannot take the update into "
+                "its codes; leave the adapter beside it, or merge into the float model and pack "
+                "that."
+            )
         if self.merged:
             raise RuntimeError(f"{type(self).__name__}: merge() was called before.")
         original = self.base.weight.detach().clone()

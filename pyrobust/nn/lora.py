@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from pyrobust._checks import check_choice, check_integer, check_positive
 from pyrobust.nn.adapter import Adapter
+from pyrobust.nn.packed_linear import PackedLinear
 from pyrobust.weights.svd_split import svd_split
 
 __all__ = ["ConvLoRA2d", "LoHa", "LoRALinear", "VeRA"]
@@ -42,18 +43,26 @@ class _LowRank(Adapter):
     """LoRA over the weight seen as ``groups`` matrices ``(rows / groups, columns)``."""
 
     def __init__(
-        self, base: nn.Linear | nn.Conv2d, r: int, alpha: float, init: str, full_rank: bool
+        self,
+        base: nn.Linear | nn.Conv2d | PackedLinear,
+        r: int,
+        alpha: float,
+        init: str,
+        full_rank: bool,
     ) -> None:
         super().__init__(base)
         groups = base.groups if isinstance(base, nn.Conv2d) else 1
         subject = type(self).__name__
         check_positive(subject, "alpha", alpha)
         check_choice(subject, "init", init, ["zero", "pissa"])
-        rows, columns = base.weight.shape[0], base.weight[0].numel()
+        if init == "pissa" and isinstance(base, PackedLinear):
+            raise ValueError(f"{subject}: init must be 'zero' over a packed layer; got 'pissa'.")
+        weight = base.weight
+        rows, columns = weight.shape[0], weight[0].numel()
         _check_rank(subject, r, rows // groups, columns, full_rank)
         self.r, self.alpha, self.groups, self.init = r, alpha, groups, init
-        self.lora_A = _uniform_factor(groups * r, columns, base.weight)
-        self.lora_B = nn.Parameter(base.weight.new_zeros(rows, r))
+        self.lora_A = _uniform_factor(groups * r, columns, weight)
+        self.lora_B = nn.Parameter(weight.new_zeros(rows, r))
         if init == "pissa":
             self._start_from_singular_triples()
 
@@ -87,7 +96,7 @@ class _LowRank(Adapter):
 
 
 class LoRALinear(_LowRank):
-    """LoRA over a linear layer.
+    """LoRA over a linear layer, or over a packed one, beside which the update stays.
 
     Args:
         base: the layer, frozen.
@@ -99,8 +108,8 @@ class LoRALinear(_LowRank):
             what a checkpoint may hold.
 
     Raises:
-        TypeError: ``base`` is not an ``nn.Linear``.
-        ValueError: ``r`` or ``alpha`` out of range.
+        TypeError: ``base`` is neither an ``nn.Linear`` nor a ``PackedLinear``.
+        ValueError: ``r`` or ``alpha`` out of range, or "pissa" over a packed layer.
 
     Example:
         >>> layer = LoRALinear(nn.Linear(8, 8), r=2)
@@ -108,11 +117,11 @@ class LoRALinear(_LowRank):
         32
     """
 
-    layer_types = (nn.Linear,)
+    layer_types = (nn.Linear, PackedLinear)
 
     def __init__(
         self,
-        base: nn.Linear,
+        base: nn.Linear | PackedLinear,
         *,
         r: int = 8,
         alpha: float = 16.0,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pyrobust._safetensors import write_safetensors
 from pyrobust.nn.adapter import Adapter
 from pyrobust.nn.lora import ConvLoRA2d, LoRALinear
+from pyrobust.nn.packed_linear import PackedLinear
 from pyrobust.nn.svfit import SVFitConv2d, SVFitLinear
 
 __all__ = [
@@ -117,7 +118,8 @@ def _targets(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Module]
     inside = {f"{n}.base" for n, m in modules.items() if isinstance(m, Adapter)}
     found = {n: m for n, m in modules.items() if n not in inside and _matches(n, targets)}
     if not found:
-        candidates = [n for n, m in modules.items() if isinstance(m, nn.Linear | nn.Conv2d)]
+        kinds = nn.Linear | nn.Conv2d | PackedLinear
+        candidates = [n for n, m in modules.items() if isinstance(m, kinds)]
         raise ValueError(
             f"apply_adapter: targets {targets} match no module; linear and convolution layers are "
             f"{', '.join(candidates) or 'absent'}."
