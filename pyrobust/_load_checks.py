@@ -156,7 +156,8 @@ def make_twins(
             )
         try:
             twins[layer] = _make_twin(twin, layer, options)
-        except (KeyError, OverflowError, TypeError, ValueError) as error:
+        # RuntimeError is what torch 2.4 calls an integer beyond int64
+        except (KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
             reason = f"the format of '{name}' is none ({str(error).rstrip('.')})"
             raise _damaged(path, reason) from error
         _check_same_format(path, name, twins[layer], options)

@@ -17,9 +17,16 @@ from typing_extensions import Self
 from pyrobust._checks import check_choice, check_instance
 from pyrobust.nn.packed_module import PackedModule
 from pyrobust.ops import complex_2bit_matmul
+from pyrobust.ops._decompositions import unpacked
 from pyrobust.quantize.activations import quantize_activation
 from pyrobust.quantize.complex_product import complex_product
-from pyrobust.quantize.phase_codes import PhaseTensor, check_parts, phase_values
+from pyrobust.quantize.phase_codes import (
+    PhaseCodes,
+    PhaseTensor,
+    check_parts,
+    phase_values,
+    unpack_codes_2bit,
+)
 from pyrobust.quantize.qtensor import QTensor
 
 if TYPE_CHECKING:
@@ -223,5 +230,11 @@ def _blocks(
     """Some rows of the weight at a time: which, and their real and imaginary parts."""
     for begin in range(0, codes.shape[0], _ROWS):
         rows = slice(begin, min(codes.shape[0], begin + _ROWS))
-        size = (rows.stop - begin, in_features)
-        yield rows, *phase_values(PhaseTensor(codes[rows], scale, size).unpack())
+        yield rows, *phase_values(PhaseCodes(_phases(codes[rows], in_features), *scale))
+
+
+def _phases(codes: Tensor, in_features: int) -> Tensor:
+    """Codes one to an element."""
+    if torch.compiler.is_compiling():  # no operator of its own: torch's can be traced
+        return unpacked(codes, in_features, 2).to(torch.uint8)
+    return unpack_codes_2bit(codes.cpu(), in_features).to(codes.device)

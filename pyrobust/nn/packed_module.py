@@ -24,6 +24,7 @@ from pyrobust._checks import (
     check_shape,
 )
 from pyrobust.nn._descriptor import ACTIVATIONS, describe, read_descriptor
+from pyrobust.ops import dequantize_codes
 from pyrobust.ops.formats import check_bits, levels_of, row_bytes
 from pyrobust.ops.packed_weight import WeightExtras
 from pyrobust.quantize import QTensor, SparseRemainder, round_to_nearest
@@ -256,7 +257,17 @@ class PackedModule(nn.Module):
 
     def dequantize(self) -> Tensor:
         """The weight that this layer computes with, exactly: float32, in torch's layout."""
-        return self.qtensor.dequantize().reshape(self.weight_shape)
+        weight = dequantize_codes(
+            self.codes,
+            self.scale,
+            self.zero,
+            in_features=self._matrix_shape[1],
+            bits=self.bits,
+            group_size=self.group_size,
+            group_dim=self.group_dim,
+            extras=self.extras,
+        )
+        return weight.reshape(self.weight_shape)
 
     @property
     def weight(self) -> Tensor:

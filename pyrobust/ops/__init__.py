@@ -1,5 +1,6 @@
 """The three kernel families as torch operators."""
 
+from pyrobust.ops._decompositions import decompositions
 from pyrobust.ops._panel_copies import set_panel_copies
 from pyrobust.ops.add_packed import add_dequantized_, add_levels_
 from pyrobust.ops.complex_matmul import complex_2bit_matmul, complex_2bit_sums
@@ -27,6 +28,7 @@ __all__ = [
     "complex_2bit_matmul",
     "complex_2bit_sums",
     "count_votes",
+    "decompositions",
     "dequantize_codes",
     "gaussian_samples",
     "grid_samples",

@@ -18,6 +18,7 @@ __all__ = [
     "dispatcher_needed",
     "dispatcher_watched",
     "function_modes",
+    "onnx_exporting",
     "plain_eager",
     "refuse_forward_mode",
     "slice_by_slice",
@@ -189,6 +190,12 @@ def dispatcher_watched() -> bool:
         or maybe_current_level() is not None
         or _len_torch_dispatch_stack() != 0
     )
+
+
+def onnx_exporting() -> bool:
+    """Whether ``torch.onnx.export`` is looking, which knows torch's own operations only."""
+    watched = torch.compiler.is_compiling() or (_GUARD_AVAILABLE and _is_tracing())
+    return watched and torch.onnx.is_in_onnx_export()
 
 
 def autocasting() -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 from pyrobust import _native
 from pyrobust._checks import check_integer, check_shape
 from pyrobust.ops import _cuda_complex
+from pyrobust.ops._decompositions import operator
 from pyrobust.ops._library import define, dispatcher_needed
 from pyrobust.ops.formats import row_bytes
 from pyrobust.ops.packed_weight import check_bytes
@@ -51,7 +52,7 @@ def complex_2bit_sums(x_real: Tensor, x_imag: Tensor, codes: Tensor, *, in_featu
     _check("complex_2bit_sums", x_real, x_imag, codes, in_features)
     if not dispatcher_needed(x_real, x_imag, codes):
         return _sums_kernel(x_real, x_imag, codes, in_features)
-    sums: Tensor = torch.ops.pyrobust.complex_2bit_sums(x_real, x_imag, codes, in_features)
+    sums: Tensor = operator("complex_2bit_sums")(x_real, x_imag, codes, in_features)
     return sums
 
 
@@ -100,7 +101,7 @@ def complex_2bit_matmul(
     tensors = (x_real, x_imag, codes, scales, step_real, step_imag)
     if not dispatcher_needed(*tensors):
         return _product_kernel(*tensors, in_features)
-    product: tuple[Tensor, Tensor] = torch.ops.pyrobust.complex_2bit_matmul(*tensors, in_features)
+    product: tuple[Tensor, Tensor] = operator("complex_2bit_matmul")(*tensors, in_features)
     return product
 
 

@@ -14,6 +14,7 @@ from torch.overrides import has_torch_function
 
 from pyrobust import _native
 from pyrobust._checks import check_choice, check_integer, check_shape
+from pyrobust.ops._decompositions import operator
 from pyrobust.ops._library import (
     autocasting,
     call_override,
@@ -122,7 +123,7 @@ def packed_linear(
         return _double_product(x, codes, scale, zero, bias, options)
     refuse_forward_mode("packed_linear", x, scale, bias)
     needed = dispatcher_needed(x, codes, scale, zero, bias)
-    run = torch.ops.pyrobust.packed_linear if needed else linear_kernel
+    run = operator("packed_linear") if needed else linear_kernel
     product = run(
         x, codes, scale, zero, bias, in_features, bits, group_size, group_dim,
         _INT8[activations], *(extras or NO_EXTRAS),
@@ -164,7 +165,7 @@ def dequantize_codes(
     check_weight(
         "dequantize_codes", codes, scale, zero, in_features, bits, group_size, group_dim, extras
     )
-    weight: Tensor = torch.ops.pyrobust.dequantize_codes(
+    weight: Tensor = operator("dequantize_codes")(
         codes, scale, zero, in_features, bits, group_size, group_dim, *extras
     )
     return weight

@@ -24,6 +24,7 @@ from pyrobust.ops._conv_window import (
     output_size,
     pair,
 )
+from pyrobust.ops._decompositions import operator
 from pyrobust.ops._library import define, dispatcher_needed, refuse_forward_mode
 from pyrobust.ops._matmul_operators import linear_kernel, transpose_kernel
 from pyrobust.ops.matmul import dequantize_codes
@@ -145,7 +146,7 @@ def packed_conv2d(
         kernel_type = torch.float32 if x.dtype == torch.float64 else x.dtype
         weight_format = (float(bits), group_size, group_dim)
         tensors = (images.to(kernel_type), codes, scale, zero, bias)
-        run = torch.ops.pyrobust.packed_conv2d if dispatcher_needed(*tensors) else _conv_kernel
+        run = operator("packed_conv2d") if dispatcher_needed(*tensors) else _conv_kernel
         out = run(*tensors, *window, pad, groups, *weight_format, activations, *extras).to(x.dtype)
     return out if x.ndim == 4 else out.squeeze(0)
 

@@ -8,6 +8,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from pyrobust import _native
 from pyrobust.ops import _cuda_matmul
+from pyrobust.ops._decompositions import operator
 from pyrobust.ops._library import define, dispatcher_needed
 from pyrobust.ops.formats import levels_of
 from pyrobust.ops.packed_weight import (
@@ -78,10 +79,10 @@ def packed_embedding(
         seen = getattr(indices, "dtype", type(indices).__name__)
         raise TypeError(f"packed_embedding: indices must be an int32 or int64 tensor; got {seen}.")
     extras = extras or NO_EXTRAS
-    options = (embedding_dim, float(bits), group_size, group_dim)
-    check_weight("packed_embedding", codes, scale, zero, embedding_dim, *options[1:], extras)
+    options = (embedding_dim, bits, group_size, group_dim)  # Dynamo of torch 2.4: 4.0 is no key 4
+    check_weight("packed_embedding", codes, scale, zero, *options, extras)
     tensors = (indices, codes, scale, zero)
-    run = torch.ops.pyrobust.packed_embedding if dispatcher_needed(*tensors) else _embedding_kernel
+    run = operator("packed_embedding") if dispatcher_needed(*tensors) else _embedding_kernel
     out: Tensor = run(*tensors, *options, dtype, *extras)
     return out
 

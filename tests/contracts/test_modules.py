@@ -107,6 +107,9 @@ def test_change_of_dtype_keeps_the_packed_weight_and_comes_back(case, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_activations_of_each_dtype_agree_with_float32(case, dtype):
+    reflecting = getattr(case.make(), "padding_mode", "zeros") == "reflect"
+    if reflecting and dtype == torch.float16 and torch.__version__ < "2.5":
+        pytest.skip("torch 2.4 pads no float16 by reflection on the CPU")
     x = case.batch(4)
     expected = run(case.make(), x.to(dtype).float() if case.takes_floats else x)
     out = run(case.make().to(dtype), x.to(dtype) if case.takes_floats else x)
