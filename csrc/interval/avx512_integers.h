@@ -63,17 +63,13 @@ __attribute__((always_inline)) inline void group_sums(const uint8_t* codes, int6
     sum[h].q_high = sum[h].q_low = sum[h].p_high = sum[h].p_low = sum[h].weights =
         _mm512_setzero_si512();
   }
+  const int64_t ahead = matmul::panel_ahead();
   for (int64_t j = 0; j < quads; ++j) {
     Quad quad[P];
 #pragma GCC unroll 2
     for (int p = 0; p < P; ++p) {
       quad[p].load(codes + p * panel_bytes);
-#pragma GCC unroll 8
-      for (int i = 0; i < kBits; ++i) {
-        const auto* ahead = reinterpret_cast<const char*>(codes) + p * panel_bytes +
-                            matmul::kPanelAhead + kLineBytes * i;
-        _mm_prefetch(ahead, _MM_HINT_T0);
-      }
+      matmul::prefetch_lines(codes + p * panel_bytes + ahead, kBits * kLineBytes);
     }
 #pragma GCC unroll 4
     for (int s = 0; s < 4; ++s) {

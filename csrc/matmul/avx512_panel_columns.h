@@ -208,11 +208,12 @@ template <int kBits, bool kBook, int kRows>
 __attribute__((noinline)) void column_sums(const uint8_t* codes, const int8_t* q, int64_t quads,
                                            __m512i table, int32_t* sums) {
   constexpr int kChains = kRows <= 2 ? 4 : kRows <= 4 ? 2 : 1, kSums = 2 * kRows * kChains;
+  const int64_t ahead = panel_ahead();
   __m512i sum[kSums];
 #pragma GCC unroll 16
   for (int i = 0; i < kSums; ++i) sum[i] = _mm512_setzero_si512();
   for (int64_t j = 0; j < quads; ++j, codes += kBits * kLineBytes, q += kQuadColumns * kRows) {
-    add_quad<kBits, kBook, kRows, kChains>(codes, q, table, sum);
+    add_quad<kBits, kBook, kRows, kChains>(codes, q, table, ahead, sum);
   }
 #pragma GCC unroll 16
   for (int i = 2 * kRows; i < kSums; ++i) {

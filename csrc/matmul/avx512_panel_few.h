@@ -35,11 +35,11 @@ struct FewSums {
 
   // Codes of 16 columns.
   __attribute__((always_inline)) inline void add(const uint8_t* codes, const int8_t* q,
-                                                 __m512i table) {
+                                                 __m512i table, int64_t ahead) {
     Quad quad;
 #pragma GCC unroll 4
     for (int s = 0; s < 4; ++s) {
-      quad.load_step(s, codes);
+      quad.load_step(s, codes, ahead);
       __m512i first, second;
       if constexpr (Quad::kJoined) {
         quad.joined(s, &first, &second);
@@ -57,32 +57,60 @@ struct FewSums {
     }
   }
 
-  // The sums of row r of the group, in lanes of eight.
+  // The sums of row r of the group, of rows 0..15 of W and of rows 16..31.
   __attribute__((always_inline)) inline void take(int r, const PanelOffsets& offset,
-                                                  __m512d* out) const {
+                                                  __m512i* out) const {
     __m512i first = total_of(a, r), second = total_of(b, r);
     if constexpr (Quad::kJoined) second = _mm512_sub_epi32(second, first);
     if constexpr (kDouble) {
       first = _mm512_add_epi32(_mm512_add_epi32(first, first), _mm512_set1_epi32(offset.first[r]));
     }
-    second = _mm512_srai_epi32(second, static_cast<unsigned>(kShift));
-    out[0] = _mm512_cvtepi32_pd(_mm512_castsi512_si256(first));
-    out[1] = _mm512_cvtepi32_pd(_mm512_extracti64x4_epi64(first, 1));
-    out[2] = _mm512_cvtepi32_pd(_mm512_castsi512_si256(second));
-    out[3] = _mm512_cvtepi32_pd(_mm512_extracti64x4_epi64(second, 1));
+    out[0] = first;
+    out[1] = _mm512_srai_epi32(second, static_cast<unsigned>(kShift));
   }
 
  private:
   // Codes of some steps lie in upper bits of their bytes, which leaves zeros below.
   static __attribute__((always_inline)) inline __m512i total_of(const __m512i (&v)[4][kRows],
                                                                 int r) {
-    __m512i step[4];
+    if constexpr (Quad::kJoined && kBits == 1) {
+      __m512i step[4];
 #pragma GCC unroll 4
-    for (int c = 0; c < 4; ++c) {
-      step[c] = Quad::kJoined ? _mm512_srai_epi32(v[c][r], static_cast<unsigned>(Quad::unit(c)))
-                              : v[c][r];
+      for (int c = 0; c < 4; ++c) {
+        step[c] = _mm512_srai_epi32(v[c][r], static_cast<unsigned>(Quad::unit(c)));
+      }
+      return _mm512_add_epi32(_mm512_add_epi32(step[0], step[1]),
+                              _mm512_add_epi32(step[2], step[3]));
     }
-    return _mm512_add_epi32(_mm512_add_epi32(step[0], step[1]), _mm512_add_epi32(step[2], step[3]));
+    const __m512i even = _mm512_add_epi32(v[0][r], v[2][r]);
+    __m512i odd = _mm512_add_epi32(v[1][r], v[3][r]);
+    if constexpr (Quad::kJoined) odd = _mm512_srai_epi32(odd, static_cast<unsigned>(Quad::unit(1)));
+    return _mm512_add_epi32(even, odd);
+  }
+};
+
+// Sums of the last group. They are added to the totals amid the products of the next: at once, they
+// would wait for the last products, and those behind them would find no place in the processor's
+// queues (4 bits, Zen 4, from the second cache, cycles a group of 128 columns: one row 87 and 81,
+// two rows 158 and 147, of which products are 64 and 128).
+template <int kRows>
+struct FewPending {
+  __m512i sum[2 * kRows];
+  const uint8_t* head = nullptr;  // of that group, if there is one
+
+  __attribute__((always_inline)) inline void add_to(const PackedMatrix& w, __m512d* total) const {
+    __m512d scale[4];
+    load_panel_scales<0>(w, head, scale);
+#pragma GCC unroll 2
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int l = 0; l < 4; ++l) {
+        const __m512i own = sum[2 * r + l / 2];
+        const __m256i eight = l % 2 == 0 ? _mm512_castsi512_si256(own)  //
+                                         : _mm512_extracti64x4_epi64(own, 1);
+        total[4 * r + l] = _mm512_fmadd_pd(_mm512_cvtepi32_pd(eight), scale[l], total[4 * r + l]);
+      }
+    }
   }
 };
 
@@ -94,6 +122,7 @@ __attribute__((noinline)) void few_rows_panels(const PackedMatrix& w, const Pane
   constexpr int kTotals = 4 * kRows;
   const PanelLayout layout(w);
   const __m512i table = codebook_table(w);
+  const int64_t ahead = panel_ahead();
   const uint8_t* head = w.panels + rows.begin / kPanelRows * layout.panel_bytes;
   for (int64_t n = rows.begin / kPanelRows * kPanelRows; n < rows.end; n += kPanelRows) {
     __m512d total[kTotals];
@@ -101,31 +130,33 @@ __attribute__((noinline)) void few_rows_panels(const PackedMatrix& w, const Pane
     for (int i = 0; i < kTotals; ++i) total[i] = _mm512_setzero_pd();
     const int8_t* q = x.q;
     const PanelOffsets* offset = x.offset;
+    FewPending<kRows> pending;
     int64_t left = layout.columns;
     for (int64_t g = 0; g < layout.groups; ++g) {
       const int64_t columns = left < layout.group_columns ? left : layout.group_columns;
       FewSums<kBits, kBook, kRows> sums;
-      prefetch_head(layout, head);
+      prefetch_head(layout, head, ahead);
       sums.start(w.zero == nullptr ? nullptr : head + kPanelRows * layout.scale_bytes, *offset);
       const uint8_t* codes = head + layout.head_bytes;
-      for (const int8_t* end = q + columns * kRows; q < end; q += kQuadColumns * kRows) {
-        sums.add(codes, q, table);
-        codes += kBits * kLineBytes;
-      }
-      __m512d scale[4], sum[4];
-      load_panel_scales<0>(w, head, scale);
-#pragma GCC unroll 2
-      for (int r = 0; r < kRows; ++r) {
-        sums.take(r, *offset, sum);
-#pragma GCC unroll 4
-        for (int l = 0; l < 4; ++l) {
-          total[4 * r + l] = _mm512_fmadd_pd(sum[l], scale[l], total[4 * r + l]);
+      const int8_t* const end = q + columns * kRows;
+      if (pending.head != nullptr) {
+        const int8_t* const half = q + columns / (2 * kQuadColumns) * kQuadColumns * kRows;
+        for (; q < half; q += kQuadColumns * kRows, codes += kBits * kLineBytes) {
+          sums.add(codes, q, table, ahead);
         }
+        pending.add_to(w, total);
       }
+      for (; q < end; q += kQuadColumns * kRows, codes += kBits * kLineBytes) {
+        sums.add(codes, q, table, ahead);
+      }
+#pragma GCC unroll 2
+      for (int r = 0; r < kRows; ++r) sums.take(r, *offset, pending.sum + 2 * r);
+      pending.head = head;
       head = codes;
       left -= columns;
       ++offset;
     }
+    if (pending.head != nullptr) pending.add_to(w, total);
     alignas(64) double totals[8 * kTotals];
 #pragma GCC unroll 8
     for (int i = 0; i < kTotals; ++i) _mm512_store_pd(totals + 8 * i, total[i]);

@@ -52,6 +52,7 @@ __attribute__((noinline)) void integer_tile(const PanelTask& task, int32_t* tota
   constexpr int kChains = kRows <= 2 ? 4 : kRows <= 4 ? 2 : 1, kSums = 2 * kRows * kChains;
   PanelStreams<kBits, kBook, kRows> from(task);
   const __m512i table = codebook_table(from.w);
+  const int64_t ahead = panel_ahead();
   for (int64_t g = task.from; g < task.to; ++g) {
     const int64_t quads = from.quads();
     const uint8_t* codes = from.codes();
@@ -61,7 +62,7 @@ __attribute__((noinline)) void integer_tile(const PanelTask& task, int32_t* tota
 #pragma GCC unroll 16
     for (int i = 2 * kRows; i < kSums; ++i) sum[i] = _mm512_setzero_si512();
     for (int64_t j = 0; j < quads; ++j) {
-      add_quad<kBits, kBook, kRows, kChains>(codes, q, table, sum);
+      add_quad<kBits, kBook, kRows, kChains>(codes, q, table, ahead, sum);
       codes += kBits * kLineBytes;
       q += kQuadColumns * kRows;
     }
@@ -128,6 +129,7 @@ __attribute__((noinline)) void fold_columns(const PanelLayout& layout, const uin
                                             int32_t* total) {
   constexpr int kRows = kTileRows;
   const __m512i twice = _mm512_set1_epi32(0x10001);
+  const int64_t ahead = panel_ahead();
   __m512i sum[2 * kRows];
 #pragma GCC unroll 16
   for (int i = 0; i < 2 * kRows; ++i) sum[i] = _mm512_load_si512(total + kLanes * i);
@@ -141,11 +143,7 @@ __attribute__((noinline)) void fold_columns(const PanelLayout& layout, const uin
     for (; k < end; k += kQuadColumns, codes += kBits * kLineBytes) {
       PanelQuad<kBits, false, true> quad;
       quad.load(codes);
-#pragma GCC unroll 8
-      for (int i = 0; i < kBits; ++i) {
-        const auto* ahead = reinterpret_cast<const char*>(codes) + kPanelAhead + kLineBytes * i;
-        _mm_prefetch(ahead, _MM_HINT_T0);
-      }
+      prefetch_lines(codes + ahead, kBits * kLineBytes);
 #pragma GCC unroll 4
       for (int s = 0; s < 4; ++s, out += 2 * kLineBytes, q += 4 * kRows) {
         __m512i a, b;

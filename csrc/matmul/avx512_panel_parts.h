@@ -21,21 +21,27 @@ struct PartSums {
   static constexpr int kShift = second_half_shift<kBits, kBook>();
   __m512i sum[kChains * kAll];  // part by part: rows 0..15 of W, rows 16..31
 
-  // Minus the zeros times the sums of x.
+  // Minus the zeros times the sums of x; of the two highest parts in the place of the second where
+  // those are put together as integers.
+  template <bool kNarrow>
   __attribute__((always_inline)) inline void start(const uint8_t* zeros,
                                                    const PanelOffsets& offset) {
-    start_sums<kParts, kShift, kDouble>(zeros, offset, sum);
+    if (kNarrow && zeros != nullptr) {
+      start_joined_sums<1, kParts, kShift>(zeros, offset, sum);
+    } else {
+      start_sums<kParts, kShift, kDouble>(zeros, offset, sum);
+    }
 #pragma GCC unroll 8
     for (int i = kAll; i < kChains * kAll; ++i) sum[i] = _mm512_setzero_si512();
   }
 
   // Codes of 16 columns.
   __attribute__((always_inline)) inline void add(const uint8_t* codes, const int8_t* q,
-                                                 __m512i table) {
+                                                 __m512i table, int64_t ahead) {
     PanelQuad<kBits, kBook> quad;
 #pragma GCC unroll 4
     for (int s = 0; s < 4; ++s) {
-      quad.load_step(s, codes);
+      quad.load_step(s, codes, ahead);
       __m512i a, b;
       quad.step(s, table, &a, &b);
 #pragma GCC unroll 4
@@ -50,20 +56,44 @@ struct PartSums {
     }
   }
 
-  __attribute__((always_inline)) inline void finish(const PanelOffsets& offset) {
+  // The sums of each part and half of the group.
+  __attribute__((always_inline)) inline void take(const PanelOffsets& offset, __m512i* out) const {
 #pragma GCC unroll 8
-    for (int i = 0; i < kAll; ++i) sum[i] = _mm512_add_epi32(sum[i], sum[kAll + i]);
+    for (int i = 0; i < kAll; ++i) out[i] = _mm512_add_epi32(sum[i], sum[kAll + i]);
     if constexpr (!kDouble) return;
 #pragma GCC unroll 4
     for (int p = 0; p < kParts; ++p) {
-      const __m512i first = _mm512_add_epi32(sum[2 * p], sum[2 * p]);
-      sum[2 * p] = _mm512_add_epi32(first, _mm512_set1_epi32(offset.first[p]));
+      const __m512i first = _mm512_add_epi32(out[2 * p], out[2 * p]);
+      out[2 * p] = _mm512_add_epi32(first, _mm512_set1_epi32(offset.first[p]));
+    }
+  }
+};
+
+// Sums of the last group, which are added to the totals amid the products of the next, as
+// FewPending are. kNarrow: is_narrow().
+template <int kParts, int kShift, bool kNarrow>
+struct PartsPending {
+  __m512i sum[2 * kParts];
+  const uint8_t* head = nullptr;  // of that group, if there is one
+  double step;
+
+  __attribute__((always_inline)) inline void add_to(const PackedMatrix& w, __m512d* total) const {
+    __m512d scale[4];
+    load_panel_scales<0>(w, head, scale);
+    // Powers of two, of which scalef takes the exponent: products would use the ports of
+    // `vpdpbusd`.
+    const __m512d first = _mm512_getexp_pd(_mm512_set1_pd(step));
+    const __m512d second = _mm512_sub_pd(first, _mm512_set1_pd(kShift));
+#pragma GCC unroll 4
+    for (int l = 0; l < 4; ++l) {
+      const __m512d all = _mm512_scalef_pd(joined(l), l < 2 ? first : second);
+      total[l] = _mm512_fmadd_pd(all, scale[l], total[l]);
     }
   }
 
-  // Parts put together, of eight rows of W: l counts through both halves. kNarrow: is_narrow().
-  template <bool kNarrow>
-  __attribute__((always_inline)) inline __m512d take(int l) const {
+ private:
+  // Parts put together, of eight rows of W: l counts through both halves.
+  __attribute__((always_inline)) inline __m512d joined(int l) const {
     const __m512d unit = _mm512_set1_pd(256.0);
     const __m512i high = sum[l / 2], low = sum[2 + l / 2];
     __m512d all;
@@ -77,7 +107,6 @@ struct PartSums {
     return all;
   }
 
- private:
   static __attribute__((always_inline)) inline __m512d eight(__m512i v, int l) {
     return _mm512_cvtepi32_pd(l % 2 == 0 ? _mm512_castsi512_si256(v)
                                          : _mm512_extracti64x4_epi64(v, 1));
@@ -91,6 +120,7 @@ __attribute__((noinline)) void one_row_panels(const PackedMatrix& w, const Panel
   using Sums = PartSums<kBits, kBook, kParts>;
   const PanelLayout layout(w);
   const __m512i table = codebook_table(w);
+  const int64_t ahead = panel_ahead();
   const uint8_t* head = w.panels + rows.begin / kPanelRows * layout.panel_bytes;
   for (int64_t n = rows.begin / kPanelRows * kPanelRows; n < rows.end; n += kPanelRows) {
     __m512d total[4];
@@ -99,31 +129,35 @@ __attribute__((noinline)) void one_row_panels(const PackedMatrix& w, const Panel
     const int8_t* q = x.q;
     const PanelOffsets* offset = x.offset;
     const double* step = x.step;
+    PartsPending<kParts, Sums::kShift, kNarrow> pending;
     int64_t left = layout.columns;
     for (int64_t g = 0; g < layout.groups; ++g) {
       const int64_t columns = left < layout.group_columns ? left : layout.group_columns;
       Sums sums;
-      prefetch_head(layout, head);
-      sums.start(w.zero == nullptr ? nullptr : head + kPanelRows * layout.scale_bytes, *offset);
+      prefetch_head(layout, head, ahead);
+      sums.template start<kNarrow>(
+          w.zero == nullptr ? nullptr : head + kPanelRows * layout.scale_bytes, *offset);
       const uint8_t* codes = head + layout.head_bytes;
-      for (const int8_t* end = q + columns * kParts; q < end; q += kQuadColumns * kParts) {
-        sums.add(codes, q, table);
-        codes += kBits * kLineBytes;
+      const int8_t* const end = q + columns * kParts;
+      if (pending.head != nullptr) {
+        const int8_t* const half = q + columns / (2 * kQuadColumns) * kQuadColumns * kParts;
+        for (; q < half; q += kQuadColumns * kParts, codes += kBits * kLineBytes) {
+          sums.add(codes, q, table, ahead);
+        }
+        pending.add_to(w, total);
       }
-      sums.finish(*offset);
-      __m512d scale[4];
-      load_panel_scales<Sums::kShift>(w, head, scale);
-      const __m512d unit = _mm512_set1_pd(*step);
-#pragma GCC unroll 4
-      for (int l = 0; l < 4; ++l) {
-        total[l] = _mm512_fmadd_pd(sums.template take<kNarrow>(l), _mm512_mul_pd(scale[l], unit),
-                                   total[l]);
+      for (; q < end; q += kQuadColumns * kParts, codes += kBits * kLineBytes) {
+        sums.add(codes, q, table, ahead);
       }
+      sums.take(*offset, pending.sum);
+      pending.head = head;
+      pending.step = *step;
       head = codes;
       left -= columns;
       ++offset;
       step += kTileRows;
     }
+    if (pending.head != nullptr) pending.add_to(w, total);
     alignas(64) double totals[kPanelRows];
 #pragma GCC unroll 4
     for (int l = 0; l < 4; ++l) _mm512_store_pd(totals + 8 * l, total[l]);

@@ -39,12 +39,11 @@ struct QuadScratch {
 // Codes of `quads` quads, the first at `codes`; codes of one bit as 0 and 2.
 template <int kBits, bool kBook>
 void unpack_quads(const uint8_t* codes, int64_t pitch, int64_t quads, __m512i table, uint8_t* out) {
+  const int64_t ahead = panel_ahead();
   for (int64_t j = 0; j < quads; ++j, codes += pitch) {
     PanelQuad<kBits, kBook, true> quad;
     quad.load(codes);
-    for (int64_t at = 0; at < pitch; at += kLineBytes) {
-      _mm_prefetch(reinterpret_cast<const char*>(codes) + at + kPanelAhead, _MM_HINT_T0);
-    }
+    prefetch_lines(codes + ahead, pitch);
 #pragma GCC unroll 4
     for (int s = 0; s < 4; ++s, out += 2 * kLineBytes) {
       __m512i a, b;

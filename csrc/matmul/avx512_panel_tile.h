@@ -86,14 +86,10 @@ __attribute__((always_inline)) inline void store_sums(const __m512i* sum, bool j
 // Codes of 16 columns against kRows rows of bytes: `sum` has kChains times kRows pairs.
 template <int kBits, bool kBook, int kRows, int kChains>
 __attribute__((always_inline)) inline void add_quad(const uint8_t* codes, const int8_t* q,
-                                                    __m512i table, __m512i* sum) {
+                                                    __m512i table, int64_t ahead, __m512i* sum) {
   PanelQuad<kBits, kBook, (kRows > 2 || kBits == 3 || kBits == 8)> quad;
   quad.load(codes);
-#pragma GCC unroll 8
-  for (int i = 0; i < kBits; ++i) {
-    const auto* ahead = reinterpret_cast<const char*>(codes) + kPanelAhead + kLineBytes * i;
-    _mm_prefetch(ahead, _MM_HINT_T0);
-  }
+  prefetch_lines(codes + ahead, kBits * kLineBytes);
 #pragma GCC unroll 4
   for (int s = 0; s < 4; ++s) {
     __m512i a, b;
@@ -175,6 +171,7 @@ __attribute__((noinline)) void panel_tile(const PanelTask& task) {
   PanelPending& pending = *task.pending;
   const bool joins = kParts > 1 && task.narrow;
   const __m512i table = codebook_table(from.w);
+  const int64_t ahead = panel_ahead();
   for (int64_t g = task.from; g < task.to; ++g) {
     const int64_t quads = from.quads(), rows_a_quad = quads >= kTileRows ? 1 : quads >= 4 ? 2 : 4;
     const uint8_t* codes = from.codes();
@@ -190,7 +187,7 @@ __attribute__((noinline)) void panel_tile(const PanelTask& task) {
     for (int i = 2 * kRows; i < kSums; ++i) sum[i] = _mm512_setzero_si512();
     if (pending.rows > 0) load_panel_scales<kShift>(from.w, pending.head, scale);
     for (int64_t j = 0, row = 0; j < quads; ++j) {
-      add_quad<kBits, kBook, kRows, kChains>(codes, q, table, sum);
+      add_quad<kBits, kBook, kRows, kChains>(codes, q, table, ahead, sum);
       codes += kBits * kLineBytes;
       q += kQuadColumns * kRows;
       if (row < pending.rows) {
