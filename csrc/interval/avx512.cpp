@@ -88,8 +88,8 @@ struct FewInputs {
 // --- panels: R rows of W against P panels of eight inputs
 // --------------------------------------------
 
-// 24 accumulators, two columns, W, |W| and the mask: 29 of the 32 registers.
-constexpr int kTileRows = 12;
+// 24 accumulators, four columns, W and the mask: 30 of the 32 registers.
+constexpr int kTileRows = 6;
 
 template <int R, int P>
 void add_chunk(const Tiles& work, int64_t first, int64_t n, int64_t begin, int64_t end) {
@@ -103,28 +103,28 @@ void add_chunk(const Tiles& work, int64_t first, int64_t n, int64_t begin, int64
   for (int64_t from = begin; from < end; from += kRun) {
     const int64_t to = end < from + kRun ? end : from + kRun;
     __m512 sum[R][P];
-#pragma GCC unroll 12
+#pragma GCC unroll 6
     for (int i = 0; i < R; ++i) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int p = 0; p < P; ++p) sum[i][p] = _mm512_setzero_ps();
     }
     for (int64_t k = from; k < to; ++k) {
       __m512 x[P];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int p = 0; p < P; ++p) {
         x[p] = _mm512_loadu_ps(panel + p * work.panel_stride + k * kPanelWidth);
       }
-#pragma GCC unroll 12
+#pragma GCC unroll 6
       for (int i = 0; i < R; ++i) {
         const __m512 both = _mm512_castsi512_ps(_mm512_and_si512(
             mask, _mm512_castps_si512(_mm512_set1_ps(weight[i * work.weight_stride + k]))));
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int p = 0; p < P; ++p) sum[i][p] = _mm512_fmadd_ps(both, x[p], sum[i][p]);
       }
     }
-#pragma GCC unroll 12
+#pragma GCC unroll 6
     for (int i = 0; i < R; ++i) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int p = 0; p < P; ++p) chunk[i][p] = _mm512_add_ps(chunk[i][p], sum[i][p]);
     }
   }
@@ -161,8 +161,10 @@ void tiles(const Tiles& work) {
   for (int64_t begin = 0; begin < work.terms; begin += kChunk) {
     const int64_t end = work.terms - begin < kChunk ? work.terms : begin + kChunk;
     int64_t p = 0;
-    for (; p + 2 <= work.panels; p += 2) chunk_of_rows<2>(work, p, begin, end);
-    if (p < work.panels) chunk_of_rows<1>(work, p, begin, end);
+    for (; p + 4 <= work.panels; p += 4) chunk_of_rows<4>(work, p, begin, end);
+    if (work.panels - p == 3) chunk_of_rows<3>(work, p, begin, end);
+    if (work.panels - p == 2) chunk_of_rows<2>(work, p, begin, end);
+    if (work.panels - p == 1) chunk_of_rows<1>(work, p, begin, end);
   }
   if (work.terms > 0 || work.add) return;
   for (int64_t p = 0; p < work.panels; ++p) {

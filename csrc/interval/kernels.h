@@ -38,7 +38,7 @@ constexpr int64_t kLanes = 8;
 constexpr int64_t kPanelWidth = 2 * kLanes;
 // How many panels share one pass over a block of W, with radii in bfloat16 and without, and how
 // many are packed and finished together.
-constexpr int64_t kPanelsOfTile = 2;
+constexpr int64_t kPanelsOfTile = 4;
 constexpr int64_t kPanelsOfCoarseTile = 4;
 constexpr int64_t kMaxPanels = 8;
 

@@ -4,11 +4,11 @@
 
 #include <algorithm>
 #include <memory>
-#include <new>
 
 #include "interval/interval.h"
 #include "interval/kernels.h"
 #include "runtime/float_environment.h"
+#include "runtime/kept_memory.h"
 #include "runtime/pages.h"
 #include "runtime/parallel.h"
 
@@ -61,16 +61,14 @@ struct Shares {
 
 // Scratch memory whose columns do not straddle cache lines.
 struct FreeFloats {
-  void operator()(float* memory) const { operator delete[](memory, kFloatAlignment); }
-  static constexpr std::align_val_t kFloatAlignment{64};
+  int64_t bytes = 0;
+  void operator()(float* memory) const { give_back({memory, bytes}); }
 };
 using Floats = std::unique_ptr<float[], FreeFloats>;
 
 inline Floats floats(int64_t count) {
-  const size_t bytes = static_cast<size_t>(count) * sizeof(float);
-  void* memory = operator new[](bytes, FreeFloats::kFloatAlignment);
-  prefer_large_pages(memory, static_cast<int64_t>(bytes));
-  return Floats(static_cast<float*>(memory));
+  const KeptBlock block = take_block(count * int64_t{sizeof(float)});
+  return Floats(static_cast<float*>(block.memory), FreeFloats{block.bytes});
 }
 
 inline int64_t whole_lines(int64_t count) { return (count + 15) / 16 * 16; }

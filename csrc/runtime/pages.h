@@ -12,10 +12,9 @@
 namespace pyrobust {
 
 // A request that the system may ignore; memory that exists already stays as it is.
-inline void prefer_large_pages(void* begin, int64_t bytes) {
+inline void ask_large_pages(void* begin, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr int64_t kLeast = int64_t{4} << 20, kPage = 4096;
-  if (bytes < kLeast) return;
+  constexpr int64_t kPage = 4096;
   const auto address = reinterpret_cast<uintptr_t>(begin);
   const uintptr_t first = (address + kPage - 1) / kPage * kPage;
   const uintptr_t last = (address + static_cast<uintptr_t>(bytes)) / kPage * kPage;
@@ -24,6 +23,12 @@ inline void prefer_large_pages(void* begin, int64_t bytes) {
   (void)begin;
   (void)bytes;
 #endif
+}
+
+// The same where the memory is large enough to gain by it in one call.
+inline void prefer_large_pages(void* begin, int64_t bytes) {
+  constexpr int64_t kLeast = int64_t{4} << 20;
+  if (bytes >= kLeast) ask_large_pages(begin, bytes);
 }
 
 }  // namespace pyrobust
