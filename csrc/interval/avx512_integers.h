@@ -212,8 +212,11 @@ void panel_rows(const IntegerDots& work) {
   alignas(64) double centre[2 * kPanelRows], radius[2 * kPanelRows];
   for (int64_t n = 0; n < work.rows;) {
     const uint8_t* panel = w.panels + (work.first + n) / kPanelRows * layout.panel_bytes;
-    std::fill_n(centre, 2 * kPanelRows, 0.0);
-    std::fill_n(radius, 2 * kPanelRows, 0.0);
+    // what gcc makes of std::fill, `rep stos`, took 4% of a layer (Zen 4)
+    for (int64_t i = 0; i < 2 * kPanelRows; i += 8) {
+      _mm512_store_pd(centre + i, _mm512_setzero_pd());
+      _mm512_store_pd(radius + i, _mm512_setzero_pd());
+    }
     int64_t rows = kPanelRows;
     if (work.input->shifted) {
       panel_sums<kBits, kBook, true, 1>(w, layout, panel, *work.input, centre, radius);

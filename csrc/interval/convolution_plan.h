@@ -147,7 +147,7 @@ int64_t output_bytes(const Call& call, const Images& images, const Window& windo
 
 double work_of(const Convolution& conv) {
   return static_cast<double>(conv.images.batch * conv.pixels) *
-         static_cast<double>(conv.call.weight.rows * conv.call.weight.terms) / 8;
+         static_cast<double>(conv.call.weight.rows * conv.call.weight.terms) / 2;
 }
 
 }  // namespace

@@ -167,7 +167,8 @@ def _transposed_image(
     alone = shift, shift  # where no tap reaches
     if is_deployed(kernel.rounding):
         alone = with_flushed(shift, shift, shift.dtype)
-    out = [end.expand(shape).clone() for end in alone]
+    reached = all(phase.taps for axis in axes for phase in axis)
+    out = [end.new_empty(shape) if reached else end.expand(shape).clone() for end in alone]
     finite: bool | None = True
     for phases in product(*axes):
         if not all(phase.taps for phase in phases):

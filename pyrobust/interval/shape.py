@@ -55,6 +55,8 @@ def _joined(tensors: Any) -> tuple[list[Tensor], list[Tensor], str]:
 
 
 def _converted(low: Tensor, high: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    if low.dtype == high.dtype == dtype:
+        return low, high
     with torch.no_grad():
         lower, upper = round_outward(low.detach(), high.detach(), dtype)
     return straight_through(low.to(dtype), lower), straight_through(high.to(dtype), upper)

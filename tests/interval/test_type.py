@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyrobust
 from pyrobust import Interval
@@ -305,6 +306,26 @@ def test_joins_and_unflatten_compile_whole(function):
     x = torch.rand(3, 4)
     compiled = torch.compile(ends, backend="eager", fullgraph=True)(x, x + 1)
     assert all(torch.equal(a, b) for a, b in zip(compiled, ends(x, x + 1), strict=True))
+
+
+class Named(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_boxes_of_one_dtype_are_joined_without_rounding():
+    x = torch.rand(3, 4)
+    boxes = Interval(x, x + 1), Interval(x - 1, x)
+    with torch.no_grad(), Named() as seen:
+        joined = torch.cat(boxes, 1)
+    assert torch.equal(joined.upper, torch.cat([x + 1, x], 1))
+    assert "cat" in seen.names
+    assert "nextafter" not in seen.names
 
 
 def in_place(operation):

@@ -150,6 +150,36 @@ def test_the_gradient_to_the_input_allocates_its_result_and_nothing_else(measure
     assert measure(GRADIENTS) == []
 
 
+BOUNDS = """
+torch.set_num_threads(2)
+found = {}
+for isa in _native.supported_isas():
+    _native.set_isa(isa)
+    def linear(rows, inputs, outputs):
+        w, low = torch.randn(outputs, inputs), torch.rand(rows, inputs)
+        high = low + 0.01
+        return lambda: ops.interval_linear(low, high, w)
+    def convolution(images, size):
+        w, low = torch.randn(32, 32, 3, 3), torch.rand(images, 32, size, size)
+        high = low + 0.01
+        return lambda: ops.interval_conv2d(low, high, w, padding=1)
+    calls = [linear(128, 512, 256), convolution(8, 16), convolution(2, 33)]
+    for call in calls:
+        call()
+    seen = [counted(call, 2**16) for call in calls]
+    many = [linear(128, 256 * k, 128 * k) for k in range(1, 9)]
+    kept = counted(lambda: [call() for call in many] and None, 2**16)
+    found[isa] = {"requests": [one["requests"] for one in seen], "kept": kept["live"]}
+print(json.dumps(found))
+"""
+
+
+def test_bounds_take_their_working_memory_from_what_calls_before_left(measure):
+    for isa, seen in measure(BOUNDS).items():
+        assert seen["requests"] == [2, 2, 2], isa  # both ends
+        assert seen["kept"] <= 32 * 2**20, isa
+
+
 LOADING = """
 def network():
     return torch.nn.Sequential(*[torch.nn.Linear(1024, 1024) for _ in range(16)])
