@@ -45,7 +45,8 @@ def _joined(tensors: Any) -> tuple[list[Tensor], list[Tensor], str]:
     dtype = common_dtype(*tensors)
     lows, highs = [], []
     for tensor in tensors:
-        low, high = ends_of(tensor, like, rounding)
+        exact = isinstance(tensor, Interval) and tensor.dtype == dtype
+        low, high = (tensor.lower, tensor.upper) if exact else ends_of(tensor, like, rounding)
         lows.append(low)
         highs.append(high)
     if rounding == "nearest":
