@@ -88,9 +88,9 @@ struct FewInputs {
 // --- panels: R rows of W against P panels of eight inputs
 // --------------------------------------------
 
-// 24 accumulators, four columns, W and the mask: 30 of the 32 registers. Twelve rows and two columns
-// would be as many, but more loads, and rows of W that are 4096 bytes apart share a set of the first
-// cache, whose ways are eight on Zen 4: 84 GF/s where six rows take 111 of 118.
+// 24 accumulators, four columns, W and the mask: 30 of the 32 registers. Twelve rows and two
+// columns would be as many, but more loads, and rows of W that are 4096 bytes apart share a set of
+// the first cache, whose ways are eight on Zen 4: 84 GF/s where six rows take 111 of 118.
 constexpr int kTileRows = 6;
 
 template <int R, int P>
