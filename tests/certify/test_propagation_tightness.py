@@ -395,8 +395,9 @@ def test_bad_input_is_refused():
         interval_bounds(model, x, x - 1)
 
 
-def trained(width, data, interval, epochs=40):
-    torch.manual_seed(0)
+def trained(width, data, interval, seed, epochs=40):
+    """Natural and certified accuracy and the mean tightness of the margins."""
+    torch.manual_seed(seed)
     model = mlp(64, width, width, 10)
     objective = GaussianCrossEntropy()
     if interval:
@@ -405,16 +406,19 @@ def trained(width, data, interval, epochs=40):
     images = data.train_images.flatten(1)
     fit(model, images, data.train_labels, objective=objective, epochs=epochs, learning_rate=2e-3)
     x, y = data.test_images.flatten(1), data.test_labels
-    natural = float((model(x).argmax(1) == y).float().mean())
-    proven = float((certified_margin(model, x, y, 0.1) > 0).all(1).float().mean())
+    natural = float((model(x).argmax(1) == y).double().mean())
+    proven = float((certified_margin(model, x, y, 0.1) > 0).all(1).double().mean())
     return natural, proven, float(propagation_tightness(model, x, 0.1, y).mean())
 
 
 @pytest.mark.slow
 def test_interval_training_tightens_and_width_helps():
+    """Means of three seeds: processors round training differently, by an image or two of 360."""
     data = load_digits()
-    standard = trained(256, data, False)
-    narrow, wide = trained(64, data, True), trained(256, data, True)
+    standard, narrow, wide = (
+        torch.tensor([trained(width, data, interval, seed) for seed in range(3)]).mean(0).tolist()
+        for width, interval in ((256, False), (64, True), (256, True))
+    )
     print(standard, narrow, wide)
     assert wide[2] >= 4 * standard[2]
     assert wide[0] >= narrow[0] + 0.05
