@@ -49,6 +49,10 @@ def name_of(func: Callable[..., Any]) -> str:
     return f"{module}.{name}" if module and "." not in name else name
 
 
+# Dynamo of torch 2.14 cannot trace what is done to such a name; its answer is a constant
+name_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def missing(what: str) -> str:
     """The sentence for an operation ``what`` that has no rule."""
     return f"Interval: no rule for {what}{where()}."
