@@ -424,3 +424,48 @@ def relaxation_unbend(
     by_bias: Tensor | None,
     num_threads: int,
 ) -> None: ...
+
+# The rest belongs to the bounds of transformers.
+def box_row_norm(
+    lower: Tensor,
+    upper: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    count: int,
+    eps: float,
+    centred: bool,
+    rounding: str,
+    out_lower: Tensor,
+    out_upper: Tensor,
+    num_threads: int,
+) -> bool: ...
+def box_product(
+    low_a: Tensor,
+    high_a: Tensor,
+    low_b: Tensor,
+    high_b: Tensor,
+    transposed: bool,
+    gain: float,
+    out_lower: Tensor,
+    out_upper: Tensor,
+    num_threads: int,
+) -> bool: ...
+def box_softmax(
+    lower: Tensor,
+    upper: Tensor,
+    count: int,
+    rounding: str,
+    out_lower: Tensor,
+    out_upper: Tensor,
+    num_threads: int,
+) -> bool: ...
+def box_scale(
+    lower: Tensor,
+    upper: Tensor,
+    first: Tensor,
+    last: Tensor,
+    rounding: str,
+    out_lower: Tensor,
+    out_upper: Tensor,
+    num_threads: int,
+) -> bool: ...

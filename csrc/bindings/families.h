@@ -16,5 +16,6 @@ void bind_limits(pybind11::module_& m);
 void bind_sampling(pybind11::module_& m);
 void bind_interval(pybind11::module_& m);
 void bind_relaxation(pybind11::module_& m);
+void bind_transformer(pybind11::module_& m);
 
 }  // namespace pyrobust

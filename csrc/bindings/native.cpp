@@ -37,4 +37,5 @@ PYBIND11_MODULE(_native, m) {
   pyrobust::bind_sampling(m);
   pyrobust::bind_interval(m);
   pyrobust::bind_relaxation(m);
+  pyrobust::bind_transformer(m);
 }

@@ -27,8 +27,8 @@ from pyrobust.certify.relaxation import crown_bound
 from pyrobust.certify.relaxation.graph import trace_graph
 from pyrobust.certify.relaxation.memory import gradients_recorded, images_at_a_time
 from pyrobust.interval import Interval
-from pyrobust.interval.attention import matmul
 from pyrobust.interval.outward import UNIT, bound_of_roundings, enclose, error_of_products
+from pyrobust.interval.product_pass import matmul
 from pyrobust.interval.type import wrap
 from pyrobust.nn._hooks import is_customised
 from pyrobust.nn.packed_linear import PackedLinear

@@ -20,7 +20,19 @@ from pyrobust.interval.outward import UNIT, Ends, enclose, step_where, sum_ends
 from pyrobust.interval.type import Interval, weakest, wrap
 from pyrobust.ops._interval_checks import is_deployed
 
-__all__ = ["RULES", "add", "div", "maximum", "minimum", "mul", "neg", "power", "square", "sub"]
+__all__ = [
+    "RULES",
+    "add",
+    "div",
+    "maximum",
+    "minimum",
+    "mul",
+    "neg",
+    "power",
+    "scaled_ends",
+    "square",
+    "sub",
+]
 
 
 def _operands(a: Any, b: Any) -> tuple[Ends, Ends, torch.dtype, str]:
@@ -66,17 +78,44 @@ def mul(x: Any, y: Any, *, out: None = None) -> Interval:
     if x is y:
         return square(x)
     (low_x, high_x), (low_y, high_y), dtype, rounding = _operands(x, y)
-    product = torch.mul if is_deployed(rounding) else _product
     if isinstance(x, Interval) and isinstance(y, Interval):
+        product = _product_in(rounding)
         corners = [product(a, b) for a in (low_x, high_x) for b in (low_y, high_y)]
-    elif isinstance(x, Interval):
-        corners = _scaled(product, low_x, high_x, low_y, high_y)
+        return wrap(*_outward_corners(corners, rounding, dtype), rounding)
+    if isinstance(x, Interval):
+        ends = scaled_ends((low_x, high_x), (low_y, high_y), rounding, dtype)
     else:
-        corners = _scaled(product, low_y, high_y, low_x, high_x)
+        ends = scaled_ends((low_y, high_y), (low_x, high_x), rounding, dtype)
+    return wrap(*ends, rounding)
+
+
+def scaled_ends(ends: Ends, constant: Ends, rounding: str, dtype: torch.dtype) -> Ends:
+    """``ends`` times a constant that lies between two numbers; ends of ``dtype``."""
+    corners = _scaled(_product_in(rounding), *ends, *constant)
+    inexact = None
+    if dtype == torch.float32 and rounding != "nearest":
+        inexact = ~(_is_short(constant[0]) & _is_short(constant[1]))
+    return _outward_corners(corners, rounding, dtype, inexact)
+
+
+def _product_in(rounding: str) -> Callable[[Tensor, Tensor], Tensor]:
+    return torch.mul if is_deployed(rounding) else _product
+
+
+def _is_short(value: Tensor) -> Tensor:
+    """Where float32 holds a float64, so that its product with another float32 is exact."""
+    return value.detach().float().double() == value
+
+
+def _outward_corners(
+    corners: list[Tensor], rounding: str, dtype: torch.dtype, inexact: Tensor | None = None
+) -> Ends:
     lower, upper = _extremes(corners)
     if rounding == "nearest":
-        return wrap(lower, upper, rounding)
-    return wrap(*_outward_product(lower, upper, dtype), rounding)
+        return lower, upper
+    if inexact is not None:
+        return step_where(lower, upper, inexact, inexact, dtype)
+    return _outward_product(lower, upper, dtype)
 
 
 def _scaled(

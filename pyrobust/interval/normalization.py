@@ -33,7 +33,7 @@ from pyrobust.interval.outward import (
 from pyrobust.interval.type import Interval, wrap
 from pyrobust.ops._interval_checks import is_deployed
 
-__all__ = ["RULES", "normalized", "shifted_and_scaled"]
+__all__ = ["RULES", "normalized", "shifted_and_scaled", "with_weight"]
 
 
 def _plain(what: str, *values: Any) -> None:
@@ -260,7 +260,7 @@ def _beyond_end(
     return torch.nan_to_num(most - end_of, nan=math.inf).clamp(min=0.0)
 
 
-def _with_weight(
+def with_weight(
     box: Interval, source: Interval, weight: Any, bias: Any, shape: Sequence[int]
 ) -> Interval:
     """``box`` times weight plus bias, ``box`` normalised from ``source``."""
@@ -303,7 +303,7 @@ def _layer_norm(
     _check_ending("layer_norm", box, normalized_shape)
     dims = range(-len(normalized_shape), 0)
     result = normalized(box, dims, eps, centred=True)
-    return _with_weight(result, box, weight, bias, tuple(normalized_shape))
+    return with_weight(result, box, weight, bias, tuple(normalized_shape))
 
 
 def _rms_norm(
@@ -316,7 +316,7 @@ def _rms_norm(
     _check_ending("rms_norm", box, normalized_shape)
     eps = torch.finfo(box.dtype).eps if eps is None else eps
     result = normalized(box, range(-len(normalized_shape), 0), eps, centred=False)
-    return _with_weight(result, box, weight, None, tuple(normalized_shape))
+    return with_weight(result, box, weight, None, tuple(normalized_shape))
 
 
 def _group_norm(
@@ -333,7 +333,7 @@ def _group_norm(
     check_shape("group_norm", divisible, f"channels in {num_groups} equal groups", box.shape)
     grouped = box.reshape(box.shape[0], num_groups, -1)
     result = normalized(grouped, (-1,), eps, centred=True).reshape(box.shape)
-    return _with_weight(result, box, weight, bias, (1, -1, *[1] * (box.ndim - 2)))
+    return with_weight(result, box, weight, bias, (1, -1, *[1] * (box.ndim - 2)))
 
 
 def _instance_norm(
@@ -357,7 +357,7 @@ def _instance_norm(
     box = require_box(input, "instance_norm")
     _check_channels("instance_norm", box, weight, bias)
     result = normalized(box, range(2 - box.ndim, 0), eps, centred=True)
-    return _with_weight(result, box, weight, bias, (1, -1, *[1] * (box.ndim - 2)))
+    return with_weight(result, box, weight, bias, (1, -1, *[1] * (box.ndim - 2)))
 
 
 def _dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Interval:

@@ -18,9 +18,11 @@ from pyrobust.interval import (
     convolution,
     elementwise,
     linear,
+    norm_pass,
     normalization,
     pooling,
     reduction,
+    scale_pass,
     shape,
     single_pass,
 )
@@ -30,16 +32,19 @@ __all__ = ["BY_NAME", "KINDS", "QUICK", "RULES"]
 
 _CHANGES_IN_PLACE = {
     **arithmetic.RULES,
+    **scale_pass.RULES,
     **elementwise.RULES,
     "masked_fill": shape.RULES["masked_fill"],
 }
 
 BY_NAME: dict[str, Rule] = {
     **arithmetic.RULES,
+    **scale_pass.RULES,
     **elementwise.RULES,
     **linear.RULES,
     **convolution.RULES,
     **normalization.RULES,
+    **norm_pass.RULES,
     **pooling.RULES,
     **reduction.RULES,
     **attention.RULES,
