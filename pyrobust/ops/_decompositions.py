@@ -99,7 +99,7 @@ def _dense(
     grouped = integers.unflatten(group_dim, (scale.shape[group_dim], group_size))
     if zero is not None:
         shift = zero.float().unsqueeze(group_dim + 1)
-    weight = (grouped - shift) * scale.float().unsqueeze(group_dim + 1)
+    weight: Tensor = (grouped - shift) * scale.float().unsqueeze(group_dim + 1)
     return weight.flatten(group_dim, group_dim + 1)[:rows, :columns]
 
 
