@@ -77,10 +77,10 @@ bool linear(const Ends& ends, const interval::Weight& weight, const TensorView& 
 
 using Pair = std::array<int64_t, 2>;
 
-// (3, channels): mean, scale and shift, one row after another.
+// (4, channels): mean, scale, shift and gain, one row after another.
 const double* channel_map(py::handle tensor, int64_t channels) {
   const TensorView value = view(tensor, "map");
-  value.require_dtype(DType::kFloat64).require_ndim(2).require_size(0, 3);
+  value.require_dtype(DType::kFloat64).require_ndim(2).require_size(0, 4);
   return value.require_size(1, channels).as<double>();
 }
 
@@ -107,6 +107,7 @@ struct Following {
       epilogue.mean = channel_map(parts[0], channels);
       epilogue.scale = epilogue.mean + channels;
       epilogue.shift = epilogue.scale + channels;
+      epilogue.gain = epilogue.shift + channels;
       epilogue.rectified_norm = py::cast<bool>(parts[1]);
     }
     if (!sum.is_none()) {
@@ -298,6 +299,7 @@ bool interval_channel_affine(py::handle lower, py::handle upper, bool rectified,
                                      mean,
                                      mean + shape.channels,
                                      mean + 2 * shape.channels,
+                                     mean + 3 * shape.channels,
                                      parse_rounding(rounding).rounding,
                                      t[2],
                                      t[3]};
@@ -350,7 +352,7 @@ void write_map(const std::array<TensorView, 4>& parts, double eps, const TensorV
 void interval_batch_norm_map(py::handle mean, py::handle variance, py::handle weight,
                              py::handle bias, double eps, py::handle map_) {
   const TensorView map = view(map_, "map");
-  map.require_dtype(DType::kFloat64).require_ndim(2).require_size(0, 3);
+  map.require_dtype(DType::kFloat64).require_ndim(2).require_size(0, 4);
   const std::array<TensorView, 4> parts{view(mean, "mean"), view(variance, "variance"),
                                         view_optional(weight, "weight"),
                                         view_optional(bias, "bias")};

@@ -11,6 +11,7 @@ namespace interval {
 namespace {
 
 constexpr double kFlush = 4.70197740328915e-38;        // 2^-124
+constexpr double kPackedFlush = 512.0 * kFlush;        // of scales, integers up to 511
 constexpr double kInputFloor = 7.888609052210118e-31;  // 2^-100
 constexpr double kPackedError = 1.1e-6;                // of matmul/matmul.h, exact mode
 constexpr double kLimit = 8.507059173023462e37;        // 2^126
@@ -74,8 +75,9 @@ Constants constants_for(const Call& call, int64_t nonzero, double of_sum) {
 
 float offset_for(const Call& call, float largest) {
   if (call.operand_error > 0.0f && !(largest < 8.507059e37f)) return rounding::infinity();
-  const double scale =
-      (call.coarse_radius ? 2.0 : 1.0) * kFlush * static_cast<double>(call.weight.terms + 8);
+  const bool scaled = call.weight.packed != nullptr && call.rounding == Rounding::kDeployed;
+  const double scale = (call.coarse_radius ? 2.0 : 1.0) * (scaled ? kPackedFlush : kFlush) *
+                       static_cast<double>(call.weight.terms + 8);
   return rounding::to_float_up(scale * (1.0 + 2.0 * static_cast<double>(largest)));
 }
 

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "core/float_types.h"
+#include "core/outward_floats.h"
 #include "core/rounding.h"
 #include "interval/kernels.h"
 
@@ -13,14 +13,11 @@ namespace pyrobust {
 namespace interval {
 namespace {
 
-// A lower end between zero and `least` becomes zero.
-inline float flushed(float low, float least) {
-  const float negative = low < 0.0f ? low : 0.0f;
-  return low < least ? negative : low;
-}
-
-// 0 for a finite number.
-inline int32_t odd(float value) { return value - value == 0.0f ? 0 : 1; }
+using rounding::float_down;
+using rounding::flushed;
+using rounding::mask_of;
+using rounding::moved_down;
+using rounding::odd;
 
 // Ends that are no numbers, or infinite on their inner side, become infinite on the outer one.
 void open_ends(int64_t count, float* lower, float* upper) {
@@ -30,17 +27,11 @@ void open_ends(int64_t count, float* lower, float* upper) {
   }
 }
 
-// `value`, or with `moves` = 1 instead of 0 a float below it: the next one but for the smallest
-// normal numbers. Arithmetic, as a condition would not become vectors. NaN for an infinity.
-inline float moved_down(float value, float moves) {
-  return value - (std::fabs(value) * rounding::kNeighbour + rounding::kLeast) * moves;
-}
-
 // a + b rounded down where the error of the sum, by Knuth's two-sum, is below `gate`, 0 or -inf.
 inline float sum_down(float a, float b, float gate) {
   const float sum = a + b, part = sum - a;
   const float error = (a - (sum - part)) + (b - part);
-  return moved_down(sum, error < gate ? 1.0f : 0.0f);
+  return moved_down(sum, mask_of(error < gate));
 }
 
 bool sum_loop(const SumLoop& work) {
@@ -63,12 +54,6 @@ bool sum_loop(const SumLoop& work) {
   }
   if (unbounded != 0) open_ends(work.count, lower, upper);
   return unbounded == 0;
-}
-
-// The greatest float that is not above.
-inline float float_down(double value) {
-  const auto nearest = static_cast<float>(value);
-  return moved_down(nearest, static_cast<double>(nearest) > value ? 1.0f : 0.0f);
 }
 
 struct OneEnds {

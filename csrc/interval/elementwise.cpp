@@ -26,8 +26,9 @@ void ask_for_large_pages(float* lower, float* upper, int64_t count) {
 
 // What a channel's loop adds outward. In float64, (x - mean) scale errs by 7 units at most, and the
 // sum with the shift by one of each; a float32 evaluation by 12 of its units of all magnitudes that
-// can cancel, and by what flushing loses.
-void set_errors(AffineLoop& loop, bool deployed) {
+// can cancel, and by what flushing loses: 2^-126 of each parameter, product and sum, times what
+// that is multiplied by. (A box that holds denormals holds the zero that they may become.)
+void set_errors(AffineLoop& loop, double gain, bool deployed) {
   constexpr double kUnit64 = 1.0 / 9007199254740992.0, kSmallest = 1e-300;
   constexpr double kRoundings = 1.0 + 1e-12;
   const double slope = std::fabs(loop.scale), shift = std::fabs(loop.shift);
@@ -37,19 +38,20 @@ void set_errors(AffineLoop& loop, bool deployed) {
   loop.limit = std::numeric_limits<float>::max();
   if (!deployed) return;
   const double tiny = std::numeric_limits<float>::min(), units = 12.0 * rounding::kUnit;
-  loop.input_error = (units * slope + tiny) * kRoundings;
+  const double of_reach = units * slope + tiny * (1.0 + gain);  // of |x| + |mean|
+  loop.input_error = of_reach * kRoundings;
   loop.error +=
-      ((units * slope + tiny) * std::fabs(loop.mean) + units * shift + tiny * (4.0 + slope)) *
+      (of_reach * std::fabs(loop.mean) + units * shift + tiny * (8.0 + 2.0 * slope + gain)) *
       kRoundings;
   // x - mean, and the products and sums of either form, stay below a quarter of the largest float
   const double most = 0.24999 * loop.limit;
-  const double room = std::min(most, (most - shift) / std::max(slope, tiny));
+  const double room = std::min(most, (most - shift) / std::max(std::max(slope, gain), tiny));
   loop.limit = room - std::fabs(loop.mean);
 }
 
 }  // namespace
 
-AffineLoop channel_loop(double mean, double scale, double shift, bool rectified,
+AffineLoop channel_loop(double mean, double scale, double shift, double gain, bool rectified,
                         Rounding rounding) {
   AffineLoop loop{};
   loop.mean = mean;
@@ -57,7 +59,7 @@ AffineLoop channel_loop(double mean, double scale, double shift, bool rectified,
   loop.shift = shift;
   loop.floor = floor_of(rectified);
   loop.least = least_of(rounding);
-  set_errors(loop, rounding == Rounding::kDeployed);
+  set_errors(loop, gain, rounding == Rounding::kDeployed);
   return loop;
 }
 
@@ -82,7 +84,7 @@ SumLoop sum_loop(bool rectified_x, bool rectified_y, Rounding rounding) {
 }
 
 ColumnLoops::ColumnLoops(const double* mean, const double* scale, const double* shift,
-                         int64_t channels, bool rectified, Rounding rounding)
+                         const double* gain, int64_t channels, bool rectified, Rounding rounding)
     : stride_(blocks(channels, kColumnLanes) * kColumnLanes),
       numbers_(static_cast<size_t>(6 * stride_)),
       floor_(floor_of(rectified)),
@@ -90,7 +92,7 @@ ColumnLoops::ColumnLoops(const double* mean, const double* scale, const double* 
       rounding_(rounding) {
   double* const numbers = numbers_.data();
   for (int64_t n = 0; n < channels; ++n) {
-    const AffineLoop loop = channel_loop(mean[n], scale[n], shift[n], rectified, rounding);
+    const AffineLoop loop = channel_loop(mean[n], scale[n], shift[n], gain[n], rectified, rounding);
     const double values[6] = {loop.mean,        loop.scale, loop.shift,
                               loop.input_error, loop.error, loop.limit};
     for (int64_t i = 0; i < 6; ++i) numbers[i * stride_ + n] = values[i];
@@ -125,8 +127,8 @@ namespace {
 constexpr int64_t kColumnsAtOnce = 256;
 
 bool affine_columns(const ChannelAffine& work, const IntervalKernels& table, int num_threads) {
-  const ColumnLoops loops(work.mean, work.scale, work.shift, work.channels, work.box.rectified,
-                          work.rounding);
+  const ColumnLoops loops(work.mean, work.scale, work.shift, work.gain, work.channels,
+                          work.box.rectified, work.rounding);
   std::atomic<bool> finite{true};
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work.channels));
   parallel_for(work.images, grain, 1, num_threads, [&](int64_t begin, int64_t end) {
@@ -152,8 +154,9 @@ bool affine_channels(const ChannelAffine& work, const IntervalKernels& table, in
     const DefaultFloatEnvironment environment;
     for (int64_t line = begin; line < end; ++line) {
       const int64_t channel = line % work.channels, at = line * work.pixels;
-      const AffineLoop loop = channel_loop(work.mean[channel], work.scale[channel],
-                                           work.shift[channel], work.box.rectified, work.rounding);
+      const AffineLoop loop =
+          channel_loop(work.mean[channel], work.scale[channel], work.shift[channel],
+                       work.gain[channel], work.box.rectified, work.rounding);
       const bool bounded =
           run_channel(loop, work.rounding, table.elements, work.box.lower + at, work.box.upper + at,
                       work.pixels, work.out_lower + at, work.out_upper + at);

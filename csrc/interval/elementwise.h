@@ -4,10 +4,12 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "interval/interval.h"
 #include "interval/kernels.h"
+#include "runtime/float_environment.h"
 
 namespace pyrobust {
 namespace interval {
@@ -20,14 +22,17 @@ struct Box {
 };
 
 // (x - mean) scale + shift of each channel. kReal contains the exact image where the given scale
-// has a relative error of 4 * 2^-53; kDeployed also what float32 evaluations of this form and of x
-// scale + (shift - mean scale) return.
+// has a relative error of 4 * 2^-53; kDeployed also what float32 evaluations of this form, of x
+// scale + (shift - mean scale) and of those that multiply by the factors of the scale one after the
+// other return. Each factor is at most `gain` in size, and a scale of parameters that are flushed
+// differs from the given one by at most 2^-126 gain.
 struct ChannelAffine {
   Box box;  // (images, channels, pixels)
   int64_t images, channels, pixels;
   const double* mean;
   const double* scale;
   const double* shift;
+  const double* gain;
   Rounding rounding;
   float* out_lower;
   float* out_upper;
@@ -43,20 +48,41 @@ struct BoxSum {
 };
 
 // The loop of a channel but for its elements; `rectified`: after a ReLU.
-AffineLoop channel_loop(double mean, double scale, double shift, bool rectified, Rounding rounding);
+AffineLoop channel_loop(double mean, double scale, double shift, double gain, bool rectified,
+                        Rounding rounding);
 // Gives it `count` elements and runs it; tells whether all ends are finite.
 bool run_channel(AffineLoop loop, Rounding rounding, const ElementLoops& loops, const float* lower,
                  const float* upper, int64_t count, float* out_lower, float* out_upper);
-// Batch norm with running statistics as (3, channels) numbers: mean, weight / sqrt(variance + eps)
-// with an error of 4 units at most, and bias. `weight` and `bias` may be null, for ones and zeros.
+// The gain of weight / sqrt(variance + eps), w r with r the inverse root, in float32.
+//
+// Its factors are w and r, r0 = 1 / sqrt(v0) where v0 is the sum of what flushing leaves of its two
+// terms, t = 2^-126. A weight below t that is read as zero takes less than t r of the scale.
+// A sum v <= v0 + 2 t that becomes v0 adds |w| (1 / sqrt(v0) - 1 / sqrt(v)) <= t |w| r0^3 (the root
+// is convex). Where v0 < t, an evaluation may divide by zero.
+inline double gain_of(double variance, double eps, double weight) {
+  constexpr double kTiny = std::numeric_limits<float>::min();
+  const double left = (variance < kTiny ? 0.0 : variance) + (eps < kTiny ? 0.0 : eps);
+  if (!(left >= kTiny)) return std::numeric_limits<double>::infinity();
+  const double root = 1.0 / std::sqrt(left), size = std::fabs(weight);
+  const double of_factors = size > root ? size : root;
+  if (left == variance + eps) return of_factors;
+  const double of_sum = size * root * root * root;
+  return of_factors > of_sum ? of_factors : of_sum;
+}
+
+// Batch norm with running statistics as (4, channels) numbers: mean, weight / sqrt(variance + eps)
+// with an error of 4 units at most, bias and gain. `weight` and `bias` may be null, for ones and
+// zeros.
 template <typename T>
 void normalizing_map(const T* mean, const T* variance, const T* weight, const T* bias, double eps,
                      int64_t channels, double* numbers) {
+  const DefaultFloatEnvironment environment;
   for (int64_t n = 0; n < channels; ++n) {
-    const double scale = 1.0 / std::sqrt(static_cast<double>(variance[n]) + eps);
+    const double slope = weight != nullptr ? weight[n] : 1.0;
     numbers[n] = mean[n];
-    numbers[channels + n] = weight != nullptr ? scale * weight[n] : scale;
+    numbers[channels + n] = 1.0 / std::sqrt(static_cast<double>(variance[n]) + eps) * slope;
     numbers[2 * channels + n] = bias != nullptr ? bias[n] : 0.0;
+    numbers[3 * channels + n] = gain_of(variance[n], eps, slope);
   }
 }
 
@@ -66,8 +92,8 @@ SumLoop sum_loop(bool rectified_x, bool rectified_y, Rounding rounding);
 // Channels that are neighbours in memory, one end of each: the numbers of AffineLoop for all.
 class ColumnLoops {
  public:
-  ColumnLoops(const double* mean, const double* scale, const double* shift, int64_t channels,
-              bool rectified, Rounding rounding);
+  ColumnLoops(const double* mean, const double* scale, const double* shift, const double* gain,
+              int64_t channels, bool rectified, Rounding rounding);
   // The affine map of channels [first, first + count); tells whether all ends are finite.
   bool run(const ElementLoops& loops, const float* lower, const float* upper, int64_t first,
            int64_t count, float* out_lower, float* out_upper) const;

@@ -40,7 +40,7 @@ class LateSteps {
     if (late == nullptr) return;
     sum_ = sum_loop(late->rectified_sum, late->rectified_other, call.rounding);
     for (int64_t n = 0; late->mean != nullptr && n < call.weight.rows; ++n) {
-      norms_.push_back(channel_loop(late->mean[n], late->scale[n], late->shift[n],
+      norms_.push_back(channel_loop(late->mean[n], late->scale[n], late->shift[n], late->gain[n],
                                     late->rectified_norm, call.rounding));
     }
   }

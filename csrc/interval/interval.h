@@ -87,11 +87,13 @@
 // Packed weights are the floats they stand for, exactly; few inputs meet their codes in integers,
 // with a proof of its own (integers.h). The packed layer's own float product
 // promises 1e-6 (sum |W x| + |b|) for float32 inputs, so kDeployed takes A and the factor of |b| no
-// smaller than that.
-// With int8 activations the layer multiplies step q in place of x, |step q - x| <= step / 2, step =
-// max |x| / 127 of that input: every mode adds the half step of the largest |x| in the box to r
-// (panels.h). Limits. K <= kMaxTerms keeps gamma <= 1/7. Every kernel runs with the default
-// floating-point environment (round to nearest, denormals kept) and restores the caller's.
+// smaller than that. A weight is a scale (or a row's) times a whole number of at most 511 in size
+// (matmul.h): where the scale is flushed, or its product with x, at most 511 2^-126 (1 + |x|) of
+// the term is lost, so kFlush counts 512 times. With int8 activations the layer multiplies step q
+// in place of x, |step q - x| <= step / 2, step = max |x| / 127 of that input: every mode adds the
+// half step of the largest |x| in the box to r (panels.h). Limits. K <= kMaxTerms keeps gamma <=
+// 1/7. Every kernel runs with the default floating-point environment (round to nearest, denormals
+// kept) and restores the caller's.
 #pragma once
 
 #include <atomic>
@@ -123,9 +125,10 @@ struct Weight {
 // What follows a convolution in the same pass over its outputs: batch norm with running statistics
 // and then the sum with another box, either or both, with the bounds of elementwise.h.
 struct Epilogue {
-  const double* mean = nullptr;  // (rows) and so are the other two, or null: no norm
+  const double* mean = nullptr;  // (rows) and so are the other three, or null: no norm
   const double* scale = nullptr;
   const double* shift = nullptr;
+  const double* gain = nullptr;
   bool rectified_norm = false;   // a ReLU before the norm
   const float* lower = nullptr;  // ends of the other box, as the outputs, or null: no sum
   const float* upper = nullptr;

@@ -267,7 +267,8 @@ def _folded(layer: Linear, x: Interval, spec: Tensor) -> Interval:
     if x.rounding == "nearest":
         return wrap(lower, upper, x.rounding)
     with torch.no_grad():
-        error = _error_of_folding(matrix, shift, rows, torch.maximum(low.abs(), high.abs()), x)
+        largest, packed = torch.maximum(low.abs(), high.abs()), not isinstance(layer, nn.Linear)
+        error = _error_of_folding(matrix, shift, rows, largest, x, packed)
     return wrap(*enclose(lower, upper, error, x.dtype), x.rounding)
 
 
@@ -277,7 +278,7 @@ def _times(matrix: Tensor, x: Tensor) -> Tensor:
 
 
 def _error_of_folding(
-    matrix: Tensor, shift: Tensor, rows: Tensor, largest: Tensor, x: Interval
+    matrix: Tensor, shift: Tensor, rows: Tensor, largest: Tensor, x: Interval, packed: bool
 ) -> Tensor:
     """Bound of every rounding above, and in deployed mode of those of the layer itself.
 
@@ -290,6 +291,9 @@ def _error_of_folding(
     error = 3 * bound_of_roundings(terms, torch.float64) * _times(rows.abs(), logits)
     if is_deployed(x.rounding):
         flushed = 8 * torch.finfo(x.dtype).tiny * terms * (1 + largest.amax(-1, keepdim=True))
-        own = error_of_products(matrix.shape[1] + 2, x.dtype, x.rounding) * logits + flushed
+        relative = error_of_products(matrix.shape[1] + 2, x.dtype, x.rounding)
+        if packed:  # csrc/matmul/matmul.h; scales that are flushed have factors up to 511
+            flushed, relative = 512 * flushed, max(relative, 1.1e-6)
+        own = relative * logits + flushed
         error = error + _times(rows.abs(), own) * (1 + 8 * UNIT[x.dtype])
     return error

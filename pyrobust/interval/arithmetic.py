@@ -211,6 +211,8 @@ def reciprocal(x: Interval) -> Interval:
 def power(x: Any, exponent: Any) -> Interval:
     """``x^p`` for a number ``p``; a box below zero only for integers ``p``.
 
+    An exponent that the dtype cannot hold is read both ways, exactly and rounded.
+
     Raises:
         ValueError: the box holds negative numbers and ``p`` is no integer, or zero and ``p < 0``.
     """
@@ -242,9 +244,15 @@ def _rising_power(box: Interval, exponent: float) -> Interval:
     lower, upper = low**exponent, high**exponent
     if box.rounding == "nearest":
         return wrap(lower, upper, box.rounding)
-    units = 2.0**-50 if box.rounding == "real" else 16 * UNIT[box.dtype]
+    scaled = exponent * (2.0**29 + 1)
+    if box.dtype == torch.float32 and scaled - (scaled - exponent) != exponent:  # over 24 bits
+        narrow = torch.full((), exponent, dtype=torch.float32, device=low.device).double()
+        lower, upper = torch.minimum(lower, low**narrow), torch.maximum(upper, high**narrow)
+    units, smallest = 2.0**-50, 0.0
+    if is_deployed(box.rounding):  # an evaluation errs by units of denormals as well
+        units, smallest = 16 * UNIT[box.dtype], torch.finfo(box.dtype).tiny
     floor = 0.0 if int(exponent) % 2 == 0 or exponent != int(exponent) else None
-    error = lower.abs() * units, upper.abs() * units
+    error = lower.abs().clamp(min=smallest) * units, upper.abs().clamp(min=smallest) * units
     return wrap(*enclose(lower, upper, error, box.dtype, floor=floor), box.rounding)
 
 

@@ -89,8 +89,10 @@ def _cut_to_range(mixed: Interval, value: Any) -> Interval:
     low, high = ends_of(value, mixed, mixed.rounding)
     least, most = low.amin(-2, keepdim=True), high.amax(-2, keepdim=True)
     if is_deployed(mixed.rounding):
-        slack = error_of_products(2 * low.shape[-2] + 64, mixed.dtype, mixed.rounding)
-        least, most = least - slack * least.abs(), most + slack * most.abs()
+        terms = 2 * low.shape[-2] + 64
+        slack = error_of_products(terms, mixed.dtype, mixed.rounding)
+        lost = torch.finfo(mixed.dtype).tiny * terms  # where denormals are flushed
+        least, most = least - slack * least.abs() - lost, most + slack * most.abs() + lost
     kind = mixed.dtype
     least, most = enclose(least, most, 0.0, kind) if mixed.rounding != "nearest" else (least, most)
     return wrap(torch.maximum(mixed.lower, least), torch.minimum(mixed.upper, most), mixed.rounding)

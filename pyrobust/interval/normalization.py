@@ -33,7 +33,7 @@ from pyrobust.interval.outward import (
 from pyrobust.interval.type import Interval, wrap
 from pyrobust.ops._interval_checks import is_deployed
 
-__all__ = ["RULES", "normalized", "shifted_and_scaled", "with_weight"]
+__all__ = ["RULES", "normalized", "recorded_map", "shifted_and_scaled", "with_weight"]
 
 
 def _plain(what: str, *values: Any) -> None:
@@ -78,13 +78,8 @@ def _batch_norm(
     if torch.compiler.is_compiling() and box.dtype == torch.float32 and box.device.type == "cpu":
         return _batch_norm_by_operator(box, running_mean, running_var, weight, bias, eps)
     wide = box.dtype if box.rounding == "nearest" else torch.float64
-    shape = [1, -1] + [1] * (box.ndim - 2)
-    mean = running_mean.to(wide).reshape(shape)
-    scale = (running_var.to(wide) + eps).rsqrt().reshape(shape)
-    if weight is not None:
-        scale = scale * weight.to(wide).reshape(shape)
-    shift = torch.zeros_like(mean) if bias is None else bias.to(wide).reshape(shape)
-    return shifted_and_scaled(box, mean, scale, shift)
+    numbers = recorded_map(running_mean, running_var, weight, bias, eps, (wide, box.dtype))
+    return shifted_and_scaled(box, numbers)
 
 
 def _batch_norm_by_operator(
@@ -96,17 +91,58 @@ def _batch_norm_by_operator(
     eps: float,
 ) -> Interval:
     """In compiled code, what plain eager mode runs: one pass instead of a dozen in float64."""
-    scale = (variance.double() + eps).rsqrt()
-    scale = scale if weight is None else scale * weight.double()
-    shift = torch.zeros_like(scale) if bias is None else bias.double()
-    numbers = torch.stack([mean.double(), scale, shift])
+    numbers = recorded_map(mean, variance, weight, bias, eps, (torch.float64, box.dtype))
     ends = box.lower, box.upper
     lower, upper = torch.ops.pyrobust.interval_channel_affine(*ends, numbers, box.rounding, False)
     return wrap(lower, upper, box.rounding)
 
 
-def shifted_and_scaled(box: Interval, mean: Tensor, scale: Tensor, shift: Tensor) -> Interval:
-    """``(x - mean) scale + shift`` where ``scale`` has a relative error of 4 units of float64."""
+def recorded_map(
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtypes: tuple[torch.dtype, torch.dtype],
+) -> Tensor:
+    """``(4, C)`` mean, scale, shift and gain of batch norm, as autograd records them.
+
+    Args:
+        mean: ``C`` numbers, as are the others.
+        variance: running variance.
+        weight: None for ones.
+        bias: None for zeros.
+        eps: added to the variance.
+        dtypes: of the result, and of evaluations that the gain is for.
+    """
+    wide, narrow = dtypes
+    root = (variance.to(wide) + eps).rsqrt()
+    scale = root if weight is None else root * weight.to(wide)
+    shift = torch.zeros_like(scale) if bias is None else bias.to(wide)
+    gain = _gain(variance, weight, eps, narrow).to(wide)
+    return torch.stack([row.reshape(-1) for row in (mean.to(wide), scale, shift, gain)])
+
+
+def _gain(variance: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
+    """``gain_of`` of ``csrc/interval/elementwise.h``, which has the proof."""
+    with torch.no_grad():
+        tiny, wide = torch.finfo(dtype).tiny, variance.detach().double()
+        size = torch.ones_like(wide) if weight is None else weight.detach().double().abs()
+        left = torch.where(wide < tiny, 0.0, wide) + (eps if eps >= tiny else 0.0)
+        root = left.rsqrt()
+        of_sum = torch.where(left == wide + eps, 0.0, size * root**3)
+        gain = torch.maximum(torch.maximum(size, root), of_sum)
+        return torch.where(left >= tiny, gain, math.inf)
+
+
+def shifted_and_scaled(box: Interval, channel_map: Tensor) -> Interval:
+    """``(x - mean) scale + shift`` of ``(4, C)`` numbers, in float64 but in nearest mode.
+
+    The scale has a relative error of 4 units of float64. The errors are those of ``set_errors`` in
+    ``csrc/interval/elementwise.cpp``.
+    """
+    shape = [1, -1] + [1] * (box.ndim - 2)
+    mean, scale, shift, gain = (row.reshape(shape) for row in channel_map)
     low, high = working(box)
     a, b = (low - mean) * scale, (high - mean) * scale
     lower, upper = torch.minimum(a, b), torch.maximum(a, b)
@@ -117,10 +153,11 @@ def shifted_and_scaled(box: Interval, mean: Tensor, scale: Tensor, shift: Tensor
         error = 2.0**-49 * size + 2.0**-52 * shift.abs()
         if is_deployed(box.rounding):
             # also for x alpha + (shift - mean alpha), which cancels where x is close to mean
-            reach = torch.maximum(low.abs(), high.abs()) + mean.abs()
-            error = error + 12 * UNIT[box.dtype] * (reach * scale.abs() + shift.abs())
-            error = error + torch.finfo(box.dtype).tiny * (4 + reach + scale.abs())
-            largest = torch.maximum(reach, reach * scale.abs() + shift.abs())
+            reach, slope = torch.maximum(low.abs(), high.abs()) + mean.abs(), scale.abs()
+            error = error + 12 * UNIT[box.dtype] * (reach * slope + shift.abs())
+            tiny = torch.finfo(box.dtype).tiny
+            error = error + tiny * (reach * (1 + gain) + 8 + 2 * slope + gain)
+            largest = torch.maximum(reach, reach * torch.maximum(slope, gain) + shift.abs())
             error = error + infinite_where_beyond(largest, box.dtype)
     return wrap(*enclose(lower + shift, upper + shift, error, box.dtype), box.rounding)
 

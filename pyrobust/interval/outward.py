@@ -31,7 +31,7 @@ __all__ = [
 
 Ends = tuple[Tensor, Tensor]
 UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
-_LEAST = 2.0**-1050  # absolute slack for results that underflow in float64
+_LEAST = 2.0**-1021  # slack for results that underflow in float64; a normal number, never flushed
 
 
 def bound_of_roundings(count: int, dtype: torch.dtype) -> float:

@@ -28,7 +28,8 @@ def affine_pass(
         lower: ``(B, C, ...)`` lower ends, dense float32 on the CPU.
         upper: upper ends.
         rectified: whether the box is that of ``max(0, x)``.
-        channel_map: ``(3, C)`` mean, scale and shift, float64; the scale errs by 4 units at most.
+        channel_map: ``(4, C)`` mean, scale, shift and gain (``csrc/interval/elementwise.h``),
+            float64; the scale errs by 4 units at most.
         rounding: the promise.
 
     Returns:

@@ -97,9 +97,10 @@ def _joined_sum(host: Interval, other: Interval) -> Interval | None:
 
 
 def _channel_map(mean: Tensor, variance: Any, weight: Any, bias: Any, eps: float) -> Tensor | None:
-    """``(3, C)`` mean, scale and shift in float64, or None; the scale errs by 4 units at most.
+    """``(4, C)`` mean, scale, shift and gain in float64, or None.
 
-    Never the layer's own memory, which may change before they are used.
+    The scale errs by 4 units at most. Never the layer's own memory, which may change before they
+    are used.
     """
     given = (mean, variance, weight, bias)
     for value in given:
@@ -108,28 +109,19 @@ def _channel_map(mean: Tensor, variance: Any, weight: Any, bias: Any, eps: float
         if not isinstance(value, Tensor) or not value.is_cpu or value.shape != mean.shape:
             return None
     if _graded(*given):
-        return _recorded_map(mean, variance, weight, bias, eps)
+        kinds = torch.float64, torch.float32
+        return normalization.recorded_map(mean, variance, weight, bias, eps, kinds)
     types = {value.dtype for value in given if value is not None}
     alike = types in ({torch.float32}, {torch.float64})
 
     def plain(value: Tensor) -> Tensor:
         return dense(value.detach() if alike else value.detach().double())
 
-    numbers = torch.empty((3, mean.shape[0]), dtype=torch.float64)
+    numbers = torch.empty((4, mean.shape[0]), dtype=torch.float64)
     slope = None if weight is None else plain(weight)
     shift = None if bias is None else plain(bias)
     _native.interval_batch_norm_map(plain(mean), plain(variance), slope, shift, eps, numbers)
     return numbers
-
-
-def _recorded_map(
-    mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
-    """The same for autograd."""
-    scale = (variance.double() + eps).rsqrt()
-    scale = scale if weight is None else scale * weight.double()
-    shift = torch.zeros_like(scale) if bias is None else bias.double()
-    return torch.stack([mean.double(), scale, shift])
 
 
 def _normalized(
@@ -150,9 +142,7 @@ def _joined_norm(host: Interval, channel_map: Tensor) -> Interval | None:
         box = rectify(box) if rectified else box
         normed = _normalized(box, unclipped(box), channel_map)
         if normed is None:
-            shape = [1, -1] + [1] * (box.ndim - 2)
-            mean, scale, shift = (row.reshape(shape) for row in channel_map)
-            normed = normalization.shifted_and_scaled(box, mean, scale, shift)
+            normed = normalization.shifted_and_scaled(box, channel_map)
             name = "torch.nn.functional.batch_norm"
             check_result(name, normed.lower, normed.upper, (box,), takes_infinity=False)
         return normed

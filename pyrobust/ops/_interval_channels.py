@@ -31,7 +31,8 @@ def channel_affine(
     Args:
         lower: ``(B, C, ...)`` lower ends, float32 on the CPU.
         upper: upper ends.
-        channel_map: ``(3, C)`` mean, scale and shift, float64; the scale errs by 4 units at most.
+        channel_map: ``(4, C)`` mean, scale, shift and gain (``csrc/interval/elementwise.h``),
+            float64; the scale errs by 4 units at most.
         rounding: the promise.
         rectified: whether the box is that of ``max(0, x)``.
 
@@ -92,7 +93,7 @@ def _native_gradients(operands: Operands, wanted: tuple[bool, bool]) -> Gradient
 
 def _gradient_of_map(sums: Tensor, channel_map: Tensor) -> Tensor:
     """From the gradients of scale and shift."""
-    return torch.stack([-channel_map[1] * sums[1], sums[0], sums[1]])
+    return torch.stack([-channel_map[1] * sums[1], *sums, torch.zeros_like(sums[0])])
 
 
 def _gradients_in_torch(operands: Operands, wanted: tuple[bool, bool]) -> Gradients:

@@ -37,18 +37,21 @@ def _any_order(terms: int, unit: float, rounding: str) -> tuple[float, float]:
 
 
 def round_outward(lower: Tensor, upper: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Float64 ends converted to ``dtype``, never inwards.
+    """Float64 ends converted to ``dtype``: the nearest numbers of ``dtype`` that are not inside.
 
-    An end that rounds inwards to a denormal moves to the smallest normal number of its side, so
-    that flushed denormals (``torch.set_flush_denormal``) cannot hide the step.
+    So the ends rise with what they are made of, and a number of ``dtype`` stays, denormals too. A
+    processor that flushes denormals (``torch.set_flush_denormal``) takes an end and its neighbour
+    for zero, whether they are inside or not: such an end moves to the smallest normal number of its
+    side or, where zero is on its outer side, becomes zero. That is sound, and rises, as well.
     """
     low, high = lower.to(dtype), upper.to(dtype)
     infinity = torch.full((), _INFINITY, dtype=dtype, device=low.device)
     tiny = torch.finfo(dtype).tiny
-    step_low = torch.where(low.abs() < tiny, -tiny, torch.nextafter(low, -infinity))
-    step_high = torch.where(high.abs() < tiny, tiny, torch.nextafter(high, infinity))
-    low = torch.where(low.to(lower.dtype) > lower, step_low, low)
-    high = torch.where(high.to(upper.dtype) < upper, step_high, high)
+    low = torch.where(low.to(lower.dtype) > lower, torch.nextafter(low, -infinity), low)
+    high = torch.where(high.to(upper.dtype) < upper, torch.nextafter(high, infinity), high)
+    # a neighbour is not inside, unless it is read as zero
+    low = torch.where(low.to(lower.dtype) > lower, -tiny, low)
+    high = torch.where(high.to(upper.dtype) < upper, tiny, high)
     return low, high
 
 
@@ -62,6 +65,7 @@ def outward_image(
     terms: int,
     rounding: str,
     half_step: Tensor | None = None,
+    packed: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Bounds of ``product(x, weight) + bias`` over the box, for a product linear in both.
 
@@ -74,6 +78,7 @@ def outward_image(
         terms: how many products one output sums, at most ``2**21``.
         rounding: the promise, as for the operators.
         half_step: how far the layer may move an input before it multiplies; broadcastable to it.
+        packed: whether the weight is a scale times integers up to 511, so that more may be flushed.
     """
     dtype = lower.dtype
     low, high, matrix = lower.double(), upper.double(), weight.double()
@@ -93,7 +98,7 @@ def outward_image(
     radius = radius * (slack * (1.0 + of_terms + half)) + centre.abs() * (slack * of_centre) + tiny
     middle = product(centre, matrix) + shift
     # Flushed denormals and underflow, as in interval.h; the largest |x| serves every output.
-    flush = 4.0 * tiny * (terms + 8)
+    flush = 4.0 * tiny * (terms + 8) * (512.0 if packed and is_deployed(rounding) else 1.0)
     largest = largest_magnitude(low, high, None)
     reach = product(radius, matrix.abs()) / (1.0 - own)
     reach = reach + (shift.abs() + middle.abs() * slack) * half

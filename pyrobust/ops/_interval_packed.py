@@ -294,6 +294,7 @@ def _linear_cpu(
             terms=in_features,
             rounding=rounding,
             half_step=moved,
+            packed=True,
         )
     shape, low, high = linear.flat_ends(lower, upper)
     out_low = low.new_empty((low.shape[0], codes.shape[0]))
@@ -506,6 +507,7 @@ def _conv_cpu(
             terms=terms,
             rounding=rounding,
             half_step=half_step_of_int8(lower, upper, (1, 2, 3)) if activations else None,
+            packed=True,
         )
     size = conv.output_size("interval_packed_conv2d", lower.shape, kernel, stride, pad, dilation)
     before = (

@@ -18,7 +18,7 @@ from pyrobust.ops._interval_checks import Ends
 
 __all__ = ["Norm", "Product", "Sum", "Unchanged", "collector", "hand_over"]
 
-Norm = tuple[Tensor, bool]  # (3, C) mean, scale and shift; whether a ReLU stands before
+Norm = tuple[Tensor, bool]  # (4, C) mean, scale, shift, gain; whether a ReLU stands before
 Sum = tuple[Tensor, Tensor, bool, bool]  # ends of the other box, ReLUs before: own and other's
 
 # A copy of the weights must be small beside the passes over the outputs that it saves, and these

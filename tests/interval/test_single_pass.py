@@ -77,8 +77,7 @@ def test_a_sum_is_the_least_box_around_the_exact_one(isa, kind, rounding, passes
         for end, next_end, (p, q) in zip(*map(fractions, ends), exact_of, strict=True):
             assert end <= p + q
             flushes = rounding == "deployed" and abs(p + q) < Fraction(2) ** -126
-            near_denormal = abs(p + q) < Fraction(2) ** -124
-            assert flushes or near_denormal or next_end > p + q
+            assert flushes or next_end > p + q
 
 
 @pytest.mark.parametrize("rounding", [*SOUND, "nearest"])
@@ -344,7 +343,7 @@ def test_a_compiled_batch_norm_refuses_what_overflows_on_the_way():
 
 def test_slices_of_a_mapped_pass_are_those_of_a_loop():
     lower, upper = torch.randn(3, 4, 5), torch.randn(3, 4, 5) + 9
-    maps = torch.rand(3, 3, 5, dtype=torch.float64)
+    maps = torch.rand(3, 4, 5, dtype=torch.float64)
     operator = torch.ops.pyrobust.interval_channel_affine
     for dims in ((0, 0, None), (1, None, None), (0, 0, 0)):
         given = [
