@@ -6,6 +6,9 @@
 // and R and what evaluations may add; names here are the same.
 #pragma once
 
+#include <cmath>
+
+#include "core/rounding.h"
 #include "transformer/kernels.h"
 #include "transformer/outward.h"
 

@@ -2,6 +2,8 @@
 // set.
 #pragma once
 
+#include <cmath>
+
 #include "transformer/kernels.h"
 #include "transformer/outward.h"
 #include "transformer/product.h"

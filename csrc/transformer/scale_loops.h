@@ -1,6 +1,8 @@
 // Products with constants. Included by the file of each instruction set.
 #pragma once
 
+#include <cmath>
+
 #include "transformer/kernels.h"
 #include "transformer/outward.h"
 

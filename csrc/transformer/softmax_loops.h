@@ -6,6 +6,8 @@
 // anew: so it has the relative error of a sum.
 #pragma once
 
+#include <cmath>
+
 #include "interval/exponential.h"
 #include "transformer/norm_loops.h"
 
