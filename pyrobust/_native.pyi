@@ -82,6 +82,29 @@ def interval_add(
     out_upper: Tensor,
     num_threads: int,
 ) -> bool: ...
+def interval_curve(
+    lower: Tensor,
+    upper: Tensor,
+    curve: str,
+    numbers: Sequence[float],
+    deployed: Sequence[float],
+    rounding: str,
+    out_lower: Tensor,
+    out_upper: Tensor,
+    num_threads: int,
+) -> bool: ...
+def interval_curve_backward(
+    of_lower: Tensor,
+    of_upper: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    curve: str,
+    numbers: Sequence[float],
+    to_lower: Tensor,
+    to_upper: Tensor,
+    num_threads: int,
+) -> None: ...
+def interval_curve_values(x: Tensor, curve: str, numbers: Sequence[float], out: Tensor) -> None: ...
 def interval_add_weight_gradient(
     from_centre: Tensor, from_radius: Tensor, weight: Tensor, num_threads: int
 ) -> None: ...

@@ -15,6 +15,7 @@ void bind_panel_cache(pybind11::module_& m);
 void bind_limits(pybind11::module_& m);
 void bind_sampling(pybind11::module_& m);
 void bind_interval(pybind11::module_& m);
+void bind_curves(pybind11::module_& m);
 void bind_relaxation(pybind11::module_& m);
 void bind_transformer(pybind11::module_& m);
 

@@ -201,22 +201,6 @@ bool interval_packed_conv2d(py::handle lower, py::handle upper, py::handle codes
                 stride, pad, dilation, groups, rounding, int8, rectified, num_threads, epilogue);
 }
 
-// Tensors of float32 and of equal shape; absent ones give null.
-template <size_t kCount>
-std::array<float*, kCount> alike(const std::array<py::handle, kCount>& tensors, int64_t* count) {
-  std::array<float*, kCount> out{};
-  const TensorView first = view(tensors[0], "first");
-  *count = first.numel();
-  for (size_t i = 0; i < kCount; ++i) {
-    if (tensors[i].is_none()) continue;
-    const TensorView value = view(tensors[i], "gradient");
-    value.require_dtype(DType::kFloat32).require_ndim(first.ndim);
-    for (int axis = 0; axis < first.ndim; ++axis) value.require_size(axis, first.shape[axis]);
-    out[i] = value.as<float>();
-  }
-  return out;
-}
-
 // Radii beside `count` float32 numbers, in float32 or bfloat16.
 interval::Radii radii(py::handle tensor, int64_t count) {
   const TensorView value = view(tensor, "radius");

@@ -36,6 +36,7 @@ PYBIND11_MODULE(_native, m) {
   pyrobust::bind_limits(m);
   pyrobust::bind_sampling(m);
   pyrobust::bind_interval(m);
+  pyrobust::bind_curves(m);
   pyrobust::bind_relaxation(m);
   pyrobust::bind_transformer(m);
 }

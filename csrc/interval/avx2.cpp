@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include "core/rounding.h"
+#include "interval/curve_loops.h"
 #include "interval/element_loops.h"
 #include "interval/ends.h"
 #include "interval/few_inputs.h"
@@ -392,11 +393,17 @@ bool finish_panel(const FinishPanel& work, const Constants& constants) {
 }
 
 constexpr IntervalKernels kKernels = {
-    prepare,         pack,
-    pack_patches,    spread,
-    dots<FewInputs>, tiles,
-    finish_row,      finish_panel,
-    kElementLoops,   {widen_panel<0>, widen_row<8, 0>, count_nonzero},
+    prepare,
+    pack,
+    pack_patches,
+    spread,
+    dots<FewInputs>,
+    tiles,
+    finish_row,
+    finish_panel,
+    kElementLoops,
+    kCurveLoops,
+    {widen_panel<0>, widen_row<8, 0>, count_nonzero},
     &kIntegerLoops,
 };
 

@@ -11,6 +11,7 @@
 #include "interval/avx512_integers.h"
 #include "interval/avx512_packed.h"
 #include "interval/avx512_sums.h"
+#include "interval/curve_loops.h"
 #include "interval/few_inputs.h"
 #include "interval/radius_loops.h"
 
@@ -254,14 +255,23 @@ void direct(const Direct& work) {
 }
 
 constexpr IntervalKernels kKernels = {
-    prepare,         nullptr,
-    pack_patches,    spread_by_registers,
-    dots<FewInputs>, tiles,
-    nullptr,         finish_pixels,
-    kRegisterLoops,  {widen_panel<0>, widen_row<16, 0>, count_nonzero},
-    &kIntegers,      direct,
-    fused_columns,   fused_order,
-    fused_dots,      {filter_tiles, filter_weights, filter_product, filter_ends},
+    prepare,
+    nullptr,
+    pack_patches,
+    spread_by_registers,
+    dots<FewInputs>,
+    tiles,
+    nullptr,
+    finish_pixels,
+    kRegisterLoops,
+    kCurveLoops,
+    {widen_panel<0>, widen_row<16, 0>, count_nonzero},
+    &kIntegers,
+    direct,
+    fused_columns,
+    fused_order,
+    fused_dots,
+    {filter_tiles, filter_weights, filter_product, filter_ends},
 };
 
 }  // namespace

@@ -25,6 +25,7 @@ constexpr int kDoubleLanes = 2;
 
 typedef double Doubles __attribute__((vector_size(8 * kDoubleLanes)));
 typedef int64_t Longs __attribute__((vector_size(8 * kDoubleLanes)));  // bits, and masks
+typedef uint64_t BitsOfDoubles __attribute__((vector_size(8 * kDoubleLanes)));
 typedef float HalfFloats __attribute__((vector_size(4 * kDoubleLanes)));
 
 inline Doubles all_lanes(double value) { return Doubles{} + value; }

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "core/rounding.h"
+#include "interval/curves.h"
 #include "interval/filtering.h"
 #include "matmul/matmul.h"
 
@@ -373,6 +374,36 @@ struct ElementLoops {
   void (*column_gradients)(const AffineColumnGradients& work) = nullptr;
 };
 
+// Ends of a box under a function of one number; what the numbers mean stands in curves.h.
+struct CurveLoop {
+  CurveOf of;
+  const float *lower, *upper;
+  int64_t count;
+  Rounding rounding;
+  CurveErrors deployed;
+  float *out_lower, *out_upper;
+};
+
+struct CurveGradients {
+  CurveOf of;
+  const float *of_lower, *of_upper, *lower, *upper;
+  int64_t count;
+  float *to_lower, *to_upper;
+};
+
+struct CurveValues {
+  CurveOf of;
+  const float* x;
+  int64_t count;
+  double* out;
+};
+
+struct CurveLoops {
+  bool (*ends)(const CurveLoop& work) = nullptr;  // whether all are finite
+  void (*gradients)(const CurveGradients& work) = nullptr;
+  void (*values)(const CurveValues& work) = nullptr;
+};
+
 struct RadiusLoops {
   void (*panel)(const WidenPanel& work) = nullptr;
   void (*row)(const WidenRow& work, const Constants& constants) = nullptr;
@@ -393,6 +424,7 @@ struct IntervalKernels {
   bool (*finish_row)(const FinishRow& work, const Constants& constants) = nullptr;
   bool (*finish_panel)(const FinishPanel& work, const Constants& constants) = nullptr;
   ElementLoops elements = {};  // all or none
+  CurveLoops curves = {};      // all or none
   RadiusLoops widen = {};      // all or none
   const IntegerKernels* integers = nullptr;
   // Null from here on: the set has no such path, nor does the portable one.

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "core/rounding.h"
+#include "interval/curve_loops.h"
 #include "interval/element_loops.h"
 #include "interval/ends.h"
 #include "interval/integer_loops.h"
@@ -170,11 +171,17 @@ bool finish_panel(const FinishPanel& work, const Constants& constants) {
 }  // namespace
 
 const IntervalKernels kPortableKernels = {
-    prepare,        pack,
-    pack_patches,   spread,
-    dots,           tiles,
-    finish_row,     finish_panel,
-    kElementLoops,  {widen_panel<1>, widen_row<kDotLanes, 1>, count_nonzero},
+    prepare,
+    pack,
+    pack_patches,
+    spread,
+    dots,
+    tiles,
+    finish_row,
+    finish_panel,
+    kElementLoops,
+    kCurveLoops,
+    {widen_panel<1>, widen_row<kDotLanes, 1>, count_nonzero},
     &kIntegerLoops,
 };
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,10 +26,11 @@ from torch import Tensor
 
 from pyrobust import _native
 from pyrobust.interval.arithmetic import div, mul
+from pyrobust.interval.curve_pass import curve_pass, has_pass
 from pyrobust.interval.errors import check_shape, reject
 from pyrobust.interval.operands import Rule, refuse, require_box, spellings, working
 from pyrobust.interval.outward import UNIT, Ends, enclose, straight_through
-from pyrobust.interval.type import Interval, assign, rectify, wrap
+from pyrobust.interval.type import Interval, adopt, assign, rectify, wrap
 from pyrobust.ops._interval_checks import is_deployed
 from pyrobust.ops._interval_fallback import round_outward
 
@@ -40,6 +42,7 @@ __all__ = [
     "RULES",
     "SELU",
     "SILU_TURN",
+    "TRACED",
     "Curve",
     "celu_curve",
     "elu_curve",
@@ -70,6 +73,8 @@ class Curve:
         deployed: error of a float32 evaluation in units of 2^-24 of the value.
         deployed_input: further error in units of 2^-24 of ``min(|x|, 8)``.
         deployed_absolute: further error in units of 2^-24.
+        native: the function's native pass (:mod:`pyrobust.interval.curve_pass`), if it has one: the
+            name and what it takes besides.
     """
 
     function: Callable[[Tensor], Tensor]
@@ -82,28 +87,45 @@ class Curve:
     deployed: float = 8.0
     deployed_input: float = 0.0
     deployed_absolute: float = 0.0
+    native: tuple[str, tuple[float, ...]] | None = None
 
 
 def trace(curve: Curve, x: Interval) -> Interval:
     """The image of ``x`` under ``curve``."""
+    if curve.native is not None and has_pass(x.lower, x.upper):
+        deployed = curve.deployed, curve.deployed_input, curve.deployed_absolute
+        image = partial(_image, curve)
+        given = curve_pass(x.lower, x.upper, curve.native, deployed, x.rounding, image)
+        return (wrap if torch.compiler.is_compiling() else adopt)(*given, x.rounding)
     low, high = working(x)
-    first, last = curve.function(low), curve.function(high)
-    at = low, high
-    if curve.turn is not None:
-        bottom = torch.clamp(torch.clamp(low, min=curve.turn), max=high)
-        bottom = torch.where(high < curve.turn, high, bottom)
-        lower, upper = curve.function(bottom), torch.maximum(first, last)
-        at = bottom, torch.maximum(low.abs(), high.abs())
-    elif curve.falling:
-        lower, upper, at = last, first, (high, low)
-    else:
-        lower, upper = first, last
+    lower, upper = _image(curve, low, high)
     if x.rounding == "nearest":
         return wrap(lower, upper, x.rounding)
     with torch.no_grad():
-        error = _error(curve, x, (lower, upper), at)
+        error = _error(curve, x, (lower, upper), _places(curve, low, high))
     ends = enclose(lower, upper, error, x.dtype, floor=curve.floor, ceiling=curve.ceiling)
     return wrap(*ends, x.rounding)
+
+
+def _image(curve: Curve, low: Tensor, high: Tensor) -> Ends:
+    """Values of ``curve`` at the places of its ends, as computed."""
+    first, last = curve.function(low), curve.function(high)
+    if curve.turn is not None:
+        return curve.function(_bottom(curve.turn, low, high)), torch.maximum(first, last)
+    return (last, first) if curve.falling else (first, last)
+
+
+def _bottom(turn: float, low: Tensor, high: Tensor) -> Tensor:
+    """Where a valley is lowest between ``low`` and ``high``."""
+    bottom = torch.clamp(torch.clamp(low, min=turn), max=high)
+    return torch.where(high < turn, high, bottom)
+
+
+def _places(curve: Curve, low: Tensor, high: Tensor) -> Ends:
+    """Numbers whose size bounds the error of each end of the image."""
+    if curve.turn is not None:
+        return _bottom(curve.turn, low, high), torch.maximum(low.abs(), high.abs())
+    return (high, low) if curve.falling else (low, high)
 
 
 def _error(curve: Curve, x: Interval, values: Ends, at: Ends) -> Ends:
@@ -162,28 +184,43 @@ def _softplus(x: Tensor) -> Tensor:
 
 
 CURVES = {
-    "gelu": Curve(_gelu, turn=GELU_TURN, steep=4.0, deployed=16.0, deployed_input=8.0),
+    "gelu": Curve(
+        _gelu, turn=GELU_TURN, steep=4.0, deployed=16.0, deployed_input=8.0, native=("gelu", ())
+    ),
     "gelu_tanh": Curve(
-        _gelu_tanh, turn=GELU_TANH_TURN, steep=8.0, deployed=16.0, deployed_input=4.0
+        _gelu_tanh,
+        turn=GELU_TANH_TURN,
+        steep=8.0,
+        deployed=16.0,
+        deployed_input=4.0,
+        native=("gelu_tanh", ()),
     ),
-    "silu": Curve(lambda x: x * sigmoid(x), turn=SILU_TURN),
-    "mish": Curve(_mish, turn=MISH_TURN, relative=16.0),
-    "hardswish": Curve(_hardswish, turn=HARDSWISH_TURN, deployed_input=2.0),
+    "silu": Curve(lambda x: x * sigmoid(x), turn=SILU_TURN, native=("silu", ())),
+    "mish": Curve(_mish, turn=MISH_TURN, relative=16.0, native=("mish", ())),
+    "hardswish": Curve(
+        _hardswish, turn=HARDSWISH_TURN, deployed_input=2.0, native=("hardswish", ())
+    ),
     "hardsigmoid": Curve(
-        lambda x: torch.clamp(x + 3, 0, 6) / 6, floor=0.0, ceiling=1.0, deployed_absolute=4.0
+        lambda x: torch.clamp(x + 3, 0, 6) / 6,
+        floor=0.0,
+        ceiling=1.0,
+        deployed_absolute=4.0,
+        native=("hardsigmoid", ()),
     ),
-    "softplus": Curve(_softplus, floor=0.0),
-    "logsigmoid": Curve(lambda x: -_softplus(-x), ceiling=0.0),
-    "sigmoid": Curve(sigmoid, floor=0.0, ceiling=1.0),
-    "tanh": Curve(torch.tanh, floor=-1.0, ceiling=1.0),
-    "softsign": Curve(lambda x: x / (1 + x.abs()), floor=-1.0, ceiling=1.0),
-    "exp": Curve(torch.exp, floor=0.0),
-    "expm1": Curve(torch.expm1, floor=-1.0),
+    "softplus": Curve(_softplus, floor=0.0, native=("softplus", ())),
+    "logsigmoid": Curve(lambda x: -_softplus(-x), ceiling=0.0, native=("logsigmoid", ())),
+    "sigmoid": Curve(sigmoid, floor=0.0, ceiling=1.0, native=("sigmoid", ())),
+    "tanh": Curve(torch.tanh, floor=-1.0, ceiling=1.0, native=("tanh", ())),
+    "softsign": Curve(
+        lambda x: x / (1 + x.abs()), floor=-1.0, ceiling=1.0, native=("softsign", ())
+    ),
+    "exp": Curve(torch.exp, floor=0.0, native=("exp", ())),
+    "expm1": Curve(torch.expm1, floor=-1.0, native=("expm1", ())),
     "erf": Curve(torch.erf, floor=-1.0, ceiling=1.0),
     "atan": Curve(torch.atan),
-    "log": Curve(torch.log),
-    "log2": Curve(torch.log2),
-    "log10": Curve(torch.log10),
+    "log": Curve(torch.log, native=("log", (1.0,))),
+    "log2": Curve(torch.log2, native=("log", (1.0 / math.log(2.0),))),
+    "log10": Curve(torch.log10, native=("log", (1.0 / math.log(10.0),))),
     "log1p": Curve(torch.log1p),
 }
 
@@ -267,7 +304,11 @@ def _scaled_exponential(alpha: float, scale: float) -> Callable[[Tensor], Tensor
 
 def elu_curve(alpha: float) -> Curve:
     """``x``, below zero ``alpha (e^x - 1)``."""
-    return Curve(_scaled_exponential(alpha, 1.0), deployed_absolute=4.0 * max(alpha, 1.0))
+    return Curve(
+        _scaled_exponential(alpha, 1.0),
+        deployed_absolute=4.0 * max(alpha, 1.0),
+        native=("elu", (1.0, float(alpha), 1.0)),
+    )
 
 
 def celu_curve(alpha: float) -> Curve:
@@ -276,12 +317,15 @@ def celu_curve(alpha: float) -> Curve:
     def function(x: Tensor) -> Tensor:
         return torch.where(x > 0, x, alpha * torch.expm1((x / alpha).clamp(max=0.0)))
 
-    return Curve(function, deployed_absolute=4.0 * max(alpha, 1.0))
+    numbers = 1.0, float(alpha), float(alpha)
+    return Curve(function, deployed_absolute=4.0 * max(alpha, 1.0), native=("elu", numbers))
 
 
+_SELU_ALPHA, _SELU_SCALE = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
 SELU = Curve(
-    _scaled_exponential(1.6732632423543772848170429916717, 1.0507009873554804934193349852946),
+    _scaled_exponential(_SELU_ALPHA, _SELU_SCALE),
     deployed_absolute=8.0,
+    native=("elu", (_SELU_SCALE, _SELU_SCALE * _SELU_ALPHA, 1.0)),
 )
 
 
@@ -370,6 +414,12 @@ RULES: dict[str, Rule] = {
     "log10": _log("log10", 0.0),
     "log1p": _log("log1p", -1.0),
 }
+
+TRACED = (
+    *("elu", "selu", "celu", "gelu", "silu", "mish", "hardswish", "logsigmoid"),
+    *("exp", "expm1", "log", "log2", "log10"),
+)
+"""Rules that return what :func:`trace` does, and whose ends may be infinite."""
 
 QUICK: dict[Any, Rule] = dict.fromkeys(spellings("relu"), _quick_relu)
 """Asked before the rule in plain eager mode; None where the rule is needed."""

@@ -95,6 +95,7 @@ KINDS: dict[str, frozenset[Any]] = {
     "finite": _functions([*_BOUNDED, *set(shape.RULES).difference(_CONVERSIONS, _JOINS)]),
     "checks itself": _functions(["linear", *convolution.RULES]) | frozenset(linear.PACKED_RULES),
     "takes infinity": _functions(_TAKES_INFINITY),
+    "told by kernels": _functions(elementwise.TRACED),
     # what dynamo calls for + += * *= @ of a box and a tensor, the tensor first in any case
     "ambiguous": frozenset({torch.Tensor.add, torch.Tensor.mul, torch.Tensor.matmul}),
 }

@@ -115,6 +115,7 @@ const char* name_of(int i) {
 typedef struct {
   double relative, steep, deployed, deployed_input, deployed_absolute;
   double range; /* evaluations in float32 may overflow from here on */
+  double least; /* errors in float64 that have a slack of their own, of underflow */
 } Widening;
 
 /* Largest error over its widening, and the numbers where it is; NaN counts as infinite. */
@@ -126,11 +127,11 @@ static double share(extended error, extended allowed) {
   return error == 0 ? 0 : error == error ? (double)(error / allowed) : INFINITY;
 }
 
-static extended error_of_double(double y, extended exact) {
+static extended error_of_double(double y, extended exact, double least) {
   if (exact == y) return 0;
   if (isinf(y) && fabsl(exact) > DBL_MAX && (exact > 0) == (y > 0)) return 0;
   const extended error = fabsl(y - exact);
-  return error > 0x1p-1050L ? error : error == error ? 0 : error;  /* underflow has its own slack */
+  return error > least ? error : error == error ? 0 : error;
 }
 
 static extended error_of_float(float y, extended exact, extended slack) {
@@ -147,7 +148,7 @@ void compare(int i, const Widening* w, const float* x, const double* wide, const
     const double at = x[j];
     const extended exact = function(at), size = fabsl(exact);
     const double square = at * at < 2000 ? at * at : 2000;
-    const extended error = error_of_double(wide[j], exact);
+    const extended error = error_of_double(wide[j], exact, w->least);
     if (error != 0) {
       const double part = share(error, 0x1p-53L * size * (w->relative + w->steep * square));
       const double in_units = share(error, 0x1p-53L * size);

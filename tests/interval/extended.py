@@ -20,7 +20,15 @@ class Widening(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_double)
         for name in (
-            *("relative", "steep", "deployed", "deployed_input", "deployed_absolute", "range"),
+            *(
+                "relative",
+                "steep",
+                "deployed",
+                "deployed_input",
+                "deployed_absolute",
+                "range",
+                "least",
+            ),
         )
     ]
 
@@ -41,11 +49,14 @@ class Reference:
     library: ctypes.CDLL
     numbers: dict[str, int]
 
-    def compare(self, name, curve, x, wide, narrow, worst):
-        """Take the errors of ``wide`` (float64) and ``narrow`` (float32) at ``x`` into worst."""
-        bounds = (getattr(curve, field) for field, _ in Widening._fields_[:-1])
+    def compare(self, name, curve, x, wide, narrow, worst, least=2.0**-1050):
+        """Take the errors of ``wide`` (float64) and ``narrow`` (float32) at ``x`` into worst.
+
+        Those of ``wide`` that are no larger than ``least`` do not count.
+        """
+        bounds = (getattr(curve, field) for field, _ in Widening._fields_[:-2])
         most = np.finfo(np.float32).max / 8 if curve.turn is not None else np.inf
-        widening = Widening(*bounds, most)
+        widening = Widening(*bounds, most, least)
         x, wide, narrow = (
             np.ascontiguousarray(values, dtype)
             for values, dtype in ((x, np.float32), (wide, np.float64), (narrow, np.float32))

@@ -2,7 +2,8 @@
 
 The rules evaluate in float64 and widen by a bound on that evaluation's error, which torch does not
 promise; deployed mode widens by a bound on the error of torch's float32 function. Here both meet
-every float32 number of a stride, with the value in extended precision. All numbers, some minutes a
+every float32 number of a stride, with the value in extended precision; so do the evaluations of the
+native passes, whose bounds stand in csrc/interval/curve_functions.h. All numbers, some minutes a
 function, with a line of the table of docs/guide/intervals.md for each:
 
     PYROBUST_SWEEP_STRIDE=1 python -m pytest -s -m slow tests/interval/test_all_float32.py
@@ -11,14 +12,16 @@ function, with a line of the table of docs/guide/intervals.md for each:
 from __future__ import annotations
 
 import os
+import re
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from pyrobust import Interval
+from pyrobust import Interval, _native
 from pyrobust.interval.elementwise import CURVES, SELU, Curve, celu_curve, elu_curve
 from pyrobust.interval.finite import infinite_ends
 from pyrobust.interval.table import BY_NAME
@@ -70,21 +73,45 @@ LEAST = {"pow -2": 65 * NORMAL, "pow -1.5": 47 * NORMAL, "rsqrt": NORMAL}
 LEAST.update(dict.fromkeys(("pow -1", "pow -0.5", "log", "log2", "log10", "log1p"), NORMAL))
 
 
+NATIVE = {name: curve.native for name, curve in SWEPT.items() if curve.native is not None}
+# As exponents of two; csrc/interval/curve_functions.h has them in this order.
+NATIVE_ERRORS = {"": -46, "gelu": -43, "gelu_tanh": -41}
+FUNCTIONS = Path(__file__).parents[2] / "csrc" / "interval" / "curve_functions.h"
+
+
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     return build(tmp_path_factory.mktemp("extended"))
 
 
-def sweep(reference, name, stride):
-    """The largest errors at the finite float32 numbers of the stride, both signs, zero included."""
-    curve, narrow, worst = SWEPT[name], NARROW.get(name) or getattr(torch, name), Worst()
+def numbers_of(name, stride):
+    """The finite float32 numbers of the stride, both signs, zero included, in chunks."""
     for begin, end in ((0, FINITE), (SIGN, LAST_NEGATIVE.get(name, SIGN + FINITE))):
         for start in range(begin, end, CHUNK * stride):
             bits = np.arange(start, min(end, start + CHUNK * stride), stride, dtype=np.uint32)
-            points = bits.view(np.float32)
-            x = torch.from_numpy(points)
-            wide = curve.function(x.double())
-            reference.compare(name, curve, points, wide.numpy(), narrow(x).numpy(), worst)
+            yield bits.view(np.float32)
+
+
+def sweep_native(reference, name, stride):
+    """The largest error of the native evaluation, and where."""
+    error, worst = 2.0 ** NATIVE_ERRORS.get(name, NATIVE_ERRORS[""]), Worst()
+    bound = Curve(torch.exp, relative=error * 2.0**53)
+    for every in numbers_of(name, stride):
+        points = every[every < 700] if name in ("exp", "expm1") else every  # infinite as floats
+        values = torch.empty(len(points), dtype=torch.float64)
+        _native.interval_curve_values(torch.from_numpy(points), *NATIVE[name], values)
+        least = 2.0**-180  # float32 ends notice none of it
+        reference.compare(name, bound, points, values.numpy(), points, worst, least=least)
+    return worst
+
+
+def sweep(reference, name, stride):
+    """The largest errors at the finite float32 numbers of the stride, both signs, zero included."""
+    curve, narrow, worst = SWEPT[name], NARROW.get(name) or getattr(torch, name), Worst()
+    for points in numbers_of(name, stride):
+        x = torch.from_numpy(points)
+        wide = curve.function(x.double())
+        reference.compare(name, curve, points, wide.numpy(), narrow(x).numpy(), worst)
     return worst
 
 
@@ -104,6 +131,26 @@ def test_errors_at_every_number_of_the_stride(name, reference):
     )
     assert worst.real <= 1.0
     assert worst.deployed <= 1.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NATIVE)
+def test_native_errors_at_every_number_of_the_stride(name, reference):
+    worst = sweep_native(reference, name, STRIDE)
+    print(
+        f"\n| {name} | {worst.real_units:.1f} | {worst.real:.2f} at {worst.real_at!r} |", flush=True
+    )
+    assert worst.real <= 1.0
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_native_errors_at_a_few_numbers(isa, name, reference):
+    assert 0.0 < sweep_native(reference, name, 100_003).real <= 1.0
+
+
+def test_native_errors_are_those_of_the_header():
+    found = re.findall(r"kError = 0x1p(-\d+);", FUNCTIONS.read_text())
+    assert [int(exponent) for exponent in found] == list(NATIVE_ERRORS.values())
 
 
 def assert_contains_torchs_powers(exponent, stride):
@@ -154,4 +201,5 @@ def test_ends_contain_the_value_and_torchs_at_a_few_numbers(name, reference):
     deployed = call(Interval(x, x, rounding="deployed"))
     assert bool(deployed.contains(function(x)).all())
     real = call(Interval(x.double(), x.double()))
-    assert bool(deployed.contains(real).all())
+    # where float64 overflows, its lower ends are the least that there are
+    assert bool((deployed.contains(real) | real.upper.isinf()).all())

@@ -1,0 +1,102 @@
+// Python entry points of boxes under functions of one number.
+#include "interval/curves.h"
+
+#include <pybind11/stl.h>
+
+#include <vector>
+
+#include "bindings/families.h"
+#include "bindings/interval_call.h"
+#include "bindings/tensor_view.h"
+#include "runtime/check.h"
+
+namespace pyrobust {
+namespace {
+
+struct NamedCurve {
+  const char* name;
+  interval::Curve curve;
+  size_t numbers;
+};
+
+constexpr NamedCurve kNamed[] = {
+    {"gelu", interval::Curve::kGelu, 0},
+    {"gelu_tanh", interval::Curve::kGeluTanh, 0},
+    {"silu", interval::Curve::kSilu, 0},
+    {"mish", interval::Curve::kMish, 0},
+    {"hardswish", interval::Curve::kHardswish, 0},
+    {"hardsigmoid", interval::Curve::kHardsigmoid, 0},
+    {"softplus", interval::Curve::kSoftplus, 0},
+    {"logsigmoid", interval::Curve::kLogSigmoid, 0},
+    {"sigmoid", interval::Curve::kSigmoid, 0},
+    {"tanh", interval::Curve::kTanh, 0},
+    {"softsign", interval::Curve::kSoftsign, 0},
+    {"exp", interval::Curve::kExp, 0},
+    {"expm1", interval::Curve::kExpm1, 0},
+    {"elu", interval::Curve::kElu, 3},
+    {"log", interval::Curve::kLog, 1},
+};
+
+interval::CurveOf parse_curve(const std::string& name, const std::vector<double>& numbers) {
+  for (const NamedCurve& known : kNamed) {
+    if (name != known.name) continue;
+    check(numbers.size() == known.numbers, "interval_curve: ", name, " must have ", known.numbers,
+          " numbers; got ", numbers.size(), ".");
+    interval::CurveOf of{known.curve, {}};
+    std::copy(numbers.begin(), numbers.end(), of.numbers);
+    return of;
+  }
+  fail("interval_curve: no native curve is called '", name, "'.");
+}
+
+// `deployed`: the three errors of CurveErrors.
+bool interval_curve(py::handle lower, py::handle upper, const std::string& curve,
+                    const std::vector<double>& numbers, const std::array<double, 3>& deployed,
+                    const std::string& rounding, py::handle out_lower, py::handle out_upper,
+                    int num_threads) {
+  int64_t count;
+  const auto t = alike<4>({lower, upper, out_lower, out_upper}, &count);
+  const interval::CurveBox work{parse_curve(curve, numbers),
+                                t[0],
+                                t[1],
+                                count,
+                                parse_rounding(rounding).rounding,
+                                {deployed[0], deployed[1], deployed[2]},
+                                t[2],
+                                t[3]};
+  const py::gil_scoped_release release;
+  return interval::bound_curve(work, num_threads);
+}
+
+void interval_curve_backward(py::handle of_lower, py::handle of_upper, py::handle lower,
+                             py::handle upper, const std::string& curve,
+                             const std::vector<double>& numbers, py::handle to_lower,
+                             py::handle to_upper, int num_threads) {
+  int64_t count;
+  const auto t = alike<6>({of_lower, of_upper, lower, upper, to_lower, to_upper}, &count);
+  const interval::CurveBackward work{
+      parse_curve(curve, numbers), t[0], t[1], t[2], t[3], count, t[4], t[5]};
+  const py::gil_scoped_release release;
+  interval::bound_curve_backward(work, num_threads);
+}
+
+// The values in double that the bounds rest on, (count) float32 to float64; for tests.
+void interval_curve_values(py::handle x_, const std::string& curve,
+                           const std::vector<double>& numbers, py::handle out_) {
+  const TensorView x = view(x_, "x"), out = view(out_, "out");
+  x.require_dtype(DType::kFloat32).require_ndim(1);
+  out.require_dtype(DType::kFloat64).require_ndim(1).require_size(0, x.shape[0]);
+  const interval::CurveOf of = parse_curve(curve, numbers);
+  const py::gil_scoped_release release;
+  interval::evaluate_curve(of, x.as<const float>(), x.shape[0], out.as<double>());
+}
+
+}  // namespace
+
+void bind_curves(py::module_& m) {
+  m.def("interval_curve", &interval_curve);
+  m.def("interval_curve_backward", &interval_curve_backward);
+  m.def("interval_curve_values", &interval_curve_values);
+}
+
+}  // namespace pyrobust
