@@ -1,6 +1,4 @@
 // Python entry points of boxes under functions of one number.
-#include "interval/curves.h"
-
 #include <pybind11/stl.h>
 
 #include <vector>
@@ -8,6 +6,7 @@
 #include "bindings/families.h"
 #include "bindings/interval_call.h"
 #include "bindings/tensor_view.h"
+#include "interval/curves.h"
 #include "runtime/check.h"
 
 namespace pyrobust {
