@@ -13,15 +13,6 @@ inline __m256i load_256(const void* address) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(address));
 }
 
-// Where 64 codes come from: packed, or a panel of bytes in byte_order().
-template <int kBits>
-struct PackedBytes {
-  static Bytes get(const uint8_t* codes) { return load_bytes<kBits>(codes); }
-};
-struct PanelBytes {
-  static Bytes get(const uint8_t* codes) { return {load_256(codes), load_256(codes + 32)}; }
-};
-
 // Eight int32 partial sums of 64 products. At most 15 * 127 * 4 in 16 bits: no saturation.
 inline __m256i dot_bytes(const Bytes& codes, __m256i even, __m256i odd) {
   const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(codes.even, even),
@@ -45,21 +36,10 @@ inline __m128i lane_sums(__m256i a, __m256i b, __m256i c, __m256i d) {
   return _mm_add_epi32(_mm256_castsi256_si128(quads), _mm256_extracti128_si256(quads, 1));
 }
 
-// Block b of row n of a tile: in place, or in a panel of bytes with `pitch` bytes a row.
-struct CodeBlocks {
-  const TileRows* rows;
-  const uint8_t* panel;
-  int64_t pitch;
-
-  const uint8_t* at(int64_t n, int64_t b, int bytes) const {
-    return panel != nullptr ? panel + n * pitch + b * kBlock : rows->block(n, b, bytes);
-  }
-};
-
 // Group sums of q (multiplier code - zero), their product with the scales, in ascending order.
 // q_sum: per row of x and group the sum of q; zero: kMagic + zero per row of W and group.
-template <typename Source, int kBits, int kRows>
-inline void integer_blocks(const CodeBlocks& codes, const double* scale, const float* zero,
+template <int kBits, int kRows>
+inline void integer_blocks(const TileRows& codes, const double* scale, const float* zero,
                            int64_t groups, int64_t per_group, int64_t blocks, const void* q,
                            int64_t stride, const int32_t* q_sum, __m256d* total) {
   constexpr int kStep = kBits == 8 ? 2 : 1;  // bytes an activation takes
@@ -73,7 +53,7 @@ inline void integer_blocks(const CodeBlocks& codes, const double* scale, const f
     for (; b < stop; ++b) {
 #pragma GCC unroll 4
       for (int n = 0; n < kTile; ++n) {
-        const uint8_t* block = codes.at(n, b, 8 * kBits);
+        const uint8_t* block = codes.block(n, b, 8 * kBits);
         if constexpr (kBits == 8) {
           for (int m = 0; m < kRows; ++m) {
             const char* row = x + (m * stride + b * kBlock) * kStep;
@@ -81,7 +61,7 @@ inline void integer_blocks(const CodeBlocks& codes, const double* scale, const f
                 _mm256_add_epi32(sum[m][n], dot_wide(block, reinterpret_cast<const int16_t*>(row)));
           }
         } else {
-          const Bytes bytes = Source::get(block);
+          const Bytes bytes = load_bytes<kBits>(block);
           for (int m = 0; m < kRows; ++m) {
             const char* row = x + m * stride + b * kBlock;
             sum[m][n] =
@@ -119,78 +99,25 @@ struct IntegerRows {
   }
 };
 
-template <typename Source, int kBits>
-void integer_tile(const PackedMatrix& w, const CodeBlocks& codes, const Scratch& scratch,
-                  const IntegerRows& x, const Block& block, int64_t from, int64_t to, int64_t first,
-                  int64_t end, const Output& out, int64_t tile) {
-  const int64_t groups = groups_of(w);
-  const double* scale = scratch.group_scale + tile * kTile * groups;
-  const float* zero = scratch.group_zero + tile * kTile * groups;
-  for (int64_t m = from; m < to; m += 2) {
-    const int count = to - m > 1 ? 2 : 1;
-    __m256d total[2] = {_mm256_setzero_pd(), _mm256_setzero_pd()};
-    const char* q = x.q + m * x.stride * x.step;
-    if (count == 2) {
-      integer_blocks<Source, kBits, 2>(codes, scale, zero, groups, group_blocks(w), blocks_of(w), q,
-                                       x.stride, x.q_sum + m * groups, total);
-    } else {
-      integer_blocks<Source, kBits, 1>(codes, scale, zero, groups, group_blocks(w), blocks_of(w), q,
-                                       x.stride, x.q_sum + m * groups, total);
-    }
-    for (int i = 0; i < count; ++i) {
-      double value[kTile];
-      _mm256_storeu_pd(value, total[i]);
-      for (int64_t n = 0; n < kTile && first + n < end; ++n) {
-        store_result(out, m + i, first + n, value[n], block.step[m + i]);
-      }
-    }
-  }
-}
-
-template <int kBits>
-void unpack_tile(const TileRows& rows, int64_t blocks, uint8_t* panel) {
-  for (int64_t n = 0; n < kTile; ++n) {
-    for (int64_t b = 0; b < blocks; ++b) {
-      uint8_t* out = panel + (n * blocks + b) * kBlock;
-      const Bytes bytes = load_bytes<kBits>(rows.block(n, b, 8 * kBits));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), bytes.even);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 32), bytes.odd);
-    }
-  }
-}
-
+// One or two rows of x; more take avx2_int8_panel.h.
 template <int kBits>
 void multiply_integer_blocks(const PackedMatrix& w, const Block& block, int64_t begin, int64_t end,
                              const Output& out, const Scratch& scratch) {
   const IntegerRows x(const_cast<void*>(block.data), w, block.rows);
-  const int64_t blocks = blocks_of(w), groups = groups_of(w), pitch = blocks * kBlock;
-  const bool in_place = kBits == 8 || block.rows <= kFusedRows;
-  const int64_t width = kIntegerTiles * kTile;
-  for (int64_t first = begin; first < end; first += width) {
-    const int64_t count = end - first < width ? end - first : width;
-    const int64_t tiles = (count + kTile - 1) / kTile;
-    for (int64_t t = 0; t < tiles; ++t) {
-      load_tile(w, first + t * kTile, scratch.expanded + t * kTile * expanded_row_bytes(w),
-                scratch.rows + t);
-      load_group_scales(w, first + t * kTile, scratch.group_scale + t * kTile * groups,
-                        scratch.group_zero + t * kTile * groups);
-      if constexpr (kBits < 8) {
-        if (!in_place)
-          unpack_tile<kBits>(scratch.rows[t], blocks, scratch.bytes + t * kTile * pitch);
-      }
-    }
-    for (int64_t m = 0; m < block.rows; m += 2) {
-      const int64_t stop = block.rows - m < 2 ? block.rows : m + 2;
-      for (int64_t t = 0; t < tiles; ++t) {
-        const CodeBlocks codes{scratch.rows + t,
-                               in_place ? nullptr : scratch.bytes + t * kTile * pitch, pitch};
-        if (in_place) {
-          integer_tile<PackedBytes<kBits>, kBits>(w, codes, scratch, x, block, m, stop,
-                                                  first + t * kTile, end, out, t);
-        } else {
-          integer_tile<PanelBytes, kBits>(w, codes, scratch, x, block, m, stop, first + t * kTile,
-                                          end, out, t);
-        }
+  const int64_t groups = groups_of(w);
+  for (int64_t first = begin; first < end; first += kTile) {
+    load_tile(w, first, scratch.expanded, scratch.rows);
+    load_group_scales(w, first, scratch.group_scale, scratch.group_zero);
+    __m256d total[kFusedRows] = {_mm256_setzero_pd(), _mm256_setzero_pd()};
+    const auto multiply =
+        block.rows == 1 ? integer_blocks<kBits, 1> : integer_blocks<kBits, kFusedRows>;
+    multiply(*scratch.rows, scratch.group_scale, scratch.group_zero, groups, group_blocks(w),
+             blocks_of(w), x.q, x.stride, x.q_sum, total);
+    for (int64_t m = 0; m < block.rows; ++m) {
+      double value[kTile];
+      _mm256_storeu_pd(value, total[m]);
+      for (int64_t n = 0; n < kTile && first + n < end; ++n) {
+        store_result(out, m, first + n, value[n], block.step[m]);
       }
     }
   }

@@ -8,7 +8,7 @@
 #include "matmul/avx2_complex.h"
 #include "matmul/avx2_exact.h"
 #include "matmul/avx2_groups.h"
-#include "matmul/avx2_int8.h"
+#include "matmul/avx2_int8_panel.h"
 #include "matmul/avx2_plain.h"
 #include "matmul/sparse.h"
 
@@ -128,6 +128,9 @@ void multiply_bits(const PackedMatrix& w, Mode mode, const Block& block, int64_t
     case Path::kScaled:
       return multiply_exact<kBits>(w, path, block, begin, end, out, scratch);
     case Path::kIntegerBlocks:
+      if (block.rows > kFusedRows) {
+        return multiply_integer_panels<kBits>(w, block, begin, end, out, scratch);
+      }
       return multiply_integer_blocks<kBits>(w, block, begin, end, out, scratch);
     case Path::kIntegerGroups:
       return multiply_integer_groups(w, block, begin, end, out, scratch);

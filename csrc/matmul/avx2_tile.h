@@ -204,6 +204,7 @@ struct Scratch {
   float* column_zero;
   float* panel;
   double* total;
+  int32_t* lane_zero;
   uint8_t* bytes;
   int64_t used;
 
@@ -228,7 +229,9 @@ struct Scratch {
     panel = arena.take<float>(path == Path::kIntegerBlocks || groups ? 0 : depth * kTile * kBlock);
     total = arena.take<double>(groups ? 0 : rows_of_x * rows_of_w);
     const int64_t unpacked = path == Path::kIntegerBlocks ? kIntegerTiles : groups ? 1 : 0;
-    bytes = arena.take<uint8_t>(unpacked * kTile * (blocks + 1) * kBlock);
+    const int64_t code_bytes = path == Path::kIntegerBlocks && bits_of(w) == 8 ? 2 : 1;
+    lane_zero = arena.take<int32_t>(groups ? 0 : unpacked * kTile * groups_of(w));
+    bytes = arena.take<uint8_t>(unpacked * kTile * (blocks + 1) * kBlock * code_bytes);
     used = arena.used;
   }
 };
