@@ -2,7 +2,7 @@
 
 Layer, RMS, group and instance norm are all norms of rows of neighbours in memory, times rows of
 weights that recur. The formulas and errors are those of :mod:`pyrobust.interval.normalization`, in
-float64; the ends are rounded outward once instead of after each step.
+float64; in real mode the ends are rounded outward once instead of after each step.
 """
 
 from __future__ import annotations
