@@ -199,8 +199,9 @@ def evaluate(program, x):
 
         session = InferenceSession(file.getvalue())
     except ImportError:
+        import onnx
         from onnx.reference import ReferenceEvaluator
 
-        session = ReferenceEvaluator(io.BytesIO(file.getvalue()))
+        session = ReferenceEvaluator(onnx.load_from_string(file.getvalue()))
     name = program.model.graph.inputs[0].name
     return torch.from_numpy(session.run(None, {name: x.numpy()})[0])
