@@ -213,7 +213,7 @@ def test_svfit_block_leaves_the_other_rows_alone():
         (lambda: SVFitLinear(conv()), TypeError, "must be an nn.Linear; got Conv2d"),
         (lambda: SVFitLinear(SVFitLinear(linear(), 2), 2), ValueError, "adapted already"),
         (lambda: SVFitLinear(PackedLinear(12, 10), 2), TypeError, "nn.Linear; got PackedLinear"),
-        (lambda: LoRALinear(QuantLinear(12, 10, 2)), TypeError, "nn.Linear or nn.PackedLinear; got QuantLinear"),
+        (lambda: LoRALinear(QuantLinear(12, 10, 2)), TypeError, "PackedLinear; got QuantLinear"),
         (lambda: SVFitLinear(linear(), 2, row_blocks=3), ValueError, "must divide 10 rows"),
         (lambda: SVFitConv2d(conv("grouped"), 2), ValueError, "groups must be 1; got 2"),
         (lambda: LoRALinear(linear(), r=10), ValueError, r"below min\(12, 10\) = 10; got 10"),
