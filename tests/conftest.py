@@ -36,6 +36,30 @@ def data_folder() -> Path:
     return folder
 
 
+@pytest.fixture
+def watch_passes(monkeypatch):
+    """Called with names of native passes: the list of those whose ends are taken from now on."""
+    from pyrobust import _native
+
+    taken = []
+
+    def watched(name, kernel):
+        def run(*args):
+            finite = kernel(*args)
+            if finite:
+                taken.append(name)
+            return finite
+
+        return run
+
+    def watch(*names):
+        for name in names:
+            monkeypatch.setattr(_native, name, watched(name, getattr(_native, name)))
+        return taken
+
+    return watch
+
+
 def native_isas() -> list[str]:
     from pyrobust import _native
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pyrobust import Interval, _native
+from pyrobust import Interval
 from pyrobust.interval.finite import infinite_ends
 from pyrobust.interval.table import RULES
 
@@ -18,22 +18,9 @@ SOUND = ["real", "deployed"]
 
 
 @pytest.fixture
-def passes(monkeypatch):
+def passes(watch_passes):
     """Names of the native passes whose ends were taken."""
-    taken = []
-
-    def watched(name, kernel):
-        def run(*args):
-            finite = kernel(*args)
-            if finite:
-                taken.append(name)
-            return finite
-
-        return run
-
-    for name in ("interval_add", "interval_channel_affine"):
-        monkeypatch.setattr(_native, name, watched(name, getattr(_native, name)))
-    return taken
+    return watch_passes("interval_add", "interval_channel_affine")
 
 
 def spread(shape, low=-40, high=40):

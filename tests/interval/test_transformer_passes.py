@@ -17,22 +17,9 @@ UNITS = 2.0**-22
 
 
 @pytest.fixture
-def passes(monkeypatch):
+def passes(watch_passes):
     """Names of the native passes whose ends were taken."""
-    taken = []
-
-    def watched(name, kernel):
-        def run(*args):
-            finite = kernel(*args)
-            if finite:
-                taken.append(name)
-            return finite
-
-        return run
-
-    for name in ("box_row_norm", "box_product", "box_softmax", "box_scale"):
-        monkeypatch.setattr(_native, name, watched(name, getattr(_native, name)))
-    return taken
+    return watch_passes("box_row_norm", "box_product", "box_softmax", "box_scale")
 
 
 def assert_as_tight(fast, slow):
