@@ -49,7 +49,8 @@ struct IntegerLayer {
 
   IntegerLayer(const Call& call, const IntegerKernels& table, int num_threads)
       : call(call), weight(*call.weight.packed), source(CodeSource::kRows), panel_bytes(0) {
-    if (table.panels != nullptr && !matmul::pads_groups(weight)) {
+    // (Quads of two or four groups have heads of their own, which the kernel does not read.)
+    if (table.panels != nullptr && matmul::PanelLayout(weight).head_groups == 1) {
       if (weight.panels != nullptr) {
         source = CodeSource::kPanels;
       } else {

@@ -20,6 +20,7 @@ FORMATS += [(bits, False) for bits in (2, 3, 4, 8)]
 # Rows of W, columns and a group: tails of panels, blocks and groups, groups that no panel takes.
 SHAPES = [(37, 200, 64), (33, 150, 40), (70, 384, 128), (5, 7, 1), (100, 300, 1000), (32, 64, 64)]
 SHAPES += [(37, 200, 32), (40, 161, 96)]  # groups that end within a block
+SHAPES += [(40, 200, 16), (33, 101, 12), (70, 210, 24)]  # groups that panels fill up
 
 
 @pytest.fixture(autouse=True)
