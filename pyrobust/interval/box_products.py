@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrobust.interval.elementwise import sigmoid
+from pyrobust.interval.curves import sigmoid
 from pyrobust.interval.operands import common_dtype, ends_of, refuse, require_box, working
 from pyrobust.interval.outward import (
     UNIT,

@@ -1,81 +1,108 @@
-"""The native pass of a function of one number as autograd records it, and as compilers do.
+"""The image of a box under a curve: one native pass forwards and one backwards, where they serve.
 
-Transforms, other dtypes and devices, and dispatch modes keep to torch operations.
+``csrc/interval/curves.h``. Elsewhere torch operations on float64, with the errors of
+:mod:`pyrobust.interval.curves`, and rounded outward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyrobust.ops._interval_checks import Ends
-from pyrobust.ops._interval_curve import curve_ends, curve_gradients
-from pyrobust.ops._interval_gradients import native_serves
-from pyrobust.ops._library import plain_eager
+from pyrobust import _native
+from pyrobust.interval.curves import Curve, error_of, image, native_curve
+from pyrobust.interval.operands import working
+from pyrobust.interval.outward import enclose
+from pyrobust.interval.pass_operator import NativeGradients, PassOperator, pass_serves
+from pyrobust.interval.type import Interval, wrap
+from pyrobust.ops._interval_checks import Ends, dense, finite_ends
 
-__all__ = ["curve_pass", "has_pass"]
-
-Function = tuple[str, tuple[float, ...]]  # its native name, and what it takes besides
-
-
-def has_pass(lower: Tensor, upper: Tensor) -> bool:
-    """Whether the native pass takes these ends here."""
-    if lower.dtype != torch.float32 or lower.device.type != "cpu":
-        return False
-    return torch.compiler.is_compiling() or plain_eager(lower, upper)
+__all__ = ["trace"]
 
 
-def curve_pass(
+def _native_ends(
     lower: Tensor,
     upper: Tensor,
-    function: Function,
-    deployed: tuple[float, float, float],
+    curve: str,
+    numbers: Sequence[float],
+    deployed: Sequence[float],
     rounding: str,
-    image: Callable[[Tensor, Tensor], Ends],
 ) -> Ends:
-    """The ends of the image, differentiable; ``finite_ends`` is told of them.
+    """The ends of the image; those that are not finite are infinite on their outer side.
 
     Args:
-        lower: lower ends that :func:`has_pass` takes.
-        upper: upper ends.
-        function: which it is.
-        deployed: errors of a float32 evaluation.
+        lower: lower ends, float32 on the CPU.
+        upper: upper ends, of the same shape.
+        curve: the function, as ``csrc/bindings/interval_curves.cpp`` lists them.
+        numbers: what that function takes besides.
+        deployed: error of a float32 evaluation in units of 2^-24 of the value, of ``min(|x|, 8)``,
+            and of 1.
         rounding: the promise.
-        image: the same in torch operations on float64, for gradients of gradients.
     """
-    operands = lower, upper, *function, deployed, rounding
-    if torch.compiler.is_compiling():
-        ends: Ends = torch.ops.pyrobust.interval_curve(*operands)
-        return ends
-    if torch.is_grad_enabled() and (lower.requires_grad or upper.requires_grad):
-        ends = _Pass.apply(*operands, image)  # type: ignore[no-untyped-call]
-        return ends
-    return curve_ends(*operands)
+    flat = dense(lower).view(-1), dense(upper).view(-1)
+    low, high = torch.empty_like(flat[0]), torch.empty_like(flat[0])
+    threads = torch.get_num_threads()
+    finite = _native.interval_curve(*flat, curve, numbers, deployed, rounding, low, high, threads)
+    finite_ends.note(finite)
+    return low.view(lower.shape), high.view(lower.shape)
 
 
-class _Pass(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, lower: Tensor, upper: Tensor, *rest: Any) -> Ends:
-        ctx.save_for_backward(lower, upper)
-        ctx.function, ctx.image = rest[:2], rest[-1]
-        return curve_ends(lower, upper, *rest[:-1])
+def _native_gradients(
+    of_lower: Tensor,
+    of_upper: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    curve: str,
+    numbers: Sequence[float],
+) -> Ends:
+    """Gradients of a box's ends from those of its image's."""
+    grads = dense(of_lower).view(-1), dense(of_upper).view(-1)
+    ends = dense(lower).view(-1), dense(upper).view(-1)
+    to_lower, to_upper = torch.empty_like(ends[0]), torch.empty_like(ends[0])
+    threads = torch.get_num_threads()
+    _native.interval_curve_backward(*grads, *ends, curve, numbers, to_lower, to_upper, threads)
+    return to_lower.view(lower.shape), to_upper.view(lower.shape)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        ends = ctx.saved_tensors
-        if native_serves(*grads, *ends):
-            return *curve_gradients(*grads, *ends, *ctx.function), None, None, None, None, None
-        return *_by_torch(ctx, ends, grads), None, None, None, None, None
+
+def _rule(lower: Tensor, upper: Tensor, curve: str, numbers: tuple[float, ...], *_: Any) -> Ends:
+    """The image as computed: the pass never declines, so that only gradients are taken of it."""
+    low, high = image(native_curve(curve, numbers), lower.double(), upper.double())
+    return low.to(lower.dtype), high.to(lower.dtype)
 
 
-def _by_torch(ctx: Any, ends: Ends, grads: Ends) -> list[Tensor | None]:
-    """Gradients that can be differentiated again."""
-    recorded = torch.is_grad_enabled()
-    with torch.enable_grad():
-        wanted = [end for end, needed in zip(ends, ctx.needs_input_grad, strict=False) if needed]
-        image = [end.to(ends[0].dtype) for end in ctx.image(*(end.double() for end in ends))]
-        found = iter(torch.autograd.grad(image, wanted, grads, create_graph=recorded))
-    return [next(found) if needed else None for needed in ctx.needs_input_grad[:2]]
+def _fake(lower: Tensor, *_: Any) -> Ends:
+    out = lower.new_empty(lower.shape)
+    return out, torch.empty_like(out)
+
+
+_curve = PassOperator(
+    "interval_curve(Tensor lower, Tensor upper, str curve, float[] numbers, float[] deployed,"
+    " str rounding) -> (Tensor, Tensor)",
+    _native_ends,
+    _rule,
+    _fake,
+    gradients=NativeGradients(
+        "interval_curve_gradients(Tensor of_lower, Tensor of_upper, Tensor lower, Tensor upper,"
+        " str curve, float[] numbers) -> (Tensor, Tensor)",
+        _native_gradients,
+        lambda of_lower, of_upper, lower, *_: _fake(lower),
+    ),
+    by_elements=True,
+)
+
+
+def trace(curve: Curve, x: Interval) -> Interval:
+    """The image of ``x`` under ``curve``."""
+    if curve.native is not None and pass_serves(x, nearest=True):
+        deployed = curve.deployed, curve.deployed_input, curve.deployed_absolute
+        return _curve(x.rounding, x.lower, x.upper, *curve.native, deployed, x.rounding)
+    low, high = working(x)
+    ends = image(curve, low, high)
+    if x.rounding != "nearest":
+        with torch.no_grad():
+            error = error_of(curve, x, low, high, ends)
+        ends = enclose(*ends, error, x.dtype, floor=curve.floor, ceiling=curve.ceiling)
+    return wrap(*ends, x.rounding)

@@ -17,7 +17,7 @@ from torch import Tensor
 from pyrobust import _native
 from pyrobust.interval import normalization
 from pyrobust.interval.operands import Rule
-from pyrobust.interval.rule_gradients import PassOperator, pass_serves
+from pyrobust.interval.pass_operator import PassOperator, pass_serves
 from pyrobust.interval.type import Interval, wrap
 from pyrobust.ops._interval_checks import Ends, dense
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from pyrobust import _native
 from pyrobust.interval import box_products
 from pyrobust.interval.outward import error_of_products
-from pyrobust.interval.rule_gradients import PassOperator, pass_serves
+from pyrobust.interval.pass_operator import PassOperator, pass_serves
 from pyrobust.interval.type import Interval, weakest, wrap
 from pyrobust.ops._interval_checks import Ends, dense, is_deployed
 

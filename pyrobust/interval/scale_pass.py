@@ -11,7 +11,7 @@ from torch import Tensor
 from pyrobust import _native
 from pyrobust.interval import arithmetic
 from pyrobust.interval.operands import Rule, ends_of
-from pyrobust.interval.rule_gradients import PassOperator, pass_serves
+from pyrobust.interval.pass_operator import PassOperator, pass_serves
 from pyrobust.interval.type import Interval
 from pyrobust.ops._interval_checks import Ends, dense
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from pyrobust import Interval, _native
-from pyrobust.interval.elementwise import CURVES, SELU, Curve, celu_curve, elu_curve
+from pyrobust.interval.curves import CURVES, SELU, Curve, celu_curve, elu_curve
 from pyrobust.interval.finite import infinite_ends
 from pyrobust.interval.table import BY_NAME
 from pyrobust.interval.type import wrap

@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from pyrobust import Interval, _native
-from pyrobust.interval import elementwise
+from pyrobust.interval import curve_pass, curves
 from pyrobust.interval.finite import infinite_ends
-from pyrobust.ops import _interval_curve
 
 SOUND = ["real", "deployed"]
 ROUNDINGS = [*SOUND, "nearest"]
@@ -25,11 +24,11 @@ FUNCTIONS = {
     "elu 0": partial(F.elu, alpha=0.0),
 }
 VALLEYS = {
-    "gelu": elementwise.GELU_TURN,
-    "gelu_tanh": elementwise.GELU_TANH_TURN,
-    "silu": elementwise.SILU_TURN,
-    "mish": elementwise.MISH_TURN,
-    "hardswish": elementwise.HARDSWISH_TURN,
+    "gelu": curves.GELU_TURN,
+    "gelu_tanh": curves.GELU_TANH_TURN,
+    "silu": curves.SILU_TURN,
+    "mish": curves.MISH_TURN,
+    "hardswish": curves.HARDSWISH_TURN,
 }
 each = pytest.mark.parametrize("name", FUNCTIONS)
 
@@ -40,7 +39,7 @@ def by_rule(monkeypatch):
 
     def call(function, *args):
         with monkeypatch.context() as patch:
-            patch.setattr(elementwise, "has_pass", lambda *ends: False)
+            patch.setattr(curve_pass, "pass_serves", lambda *given, **options: False)
             return function(*args)
 
     return call
@@ -236,9 +235,9 @@ def test_the_operators_are_sound_operators():
 def test_unknown_curves_and_wrong_numbers_are_refused():
     x = torch.zeros(3)
     with pytest.raises(ValueError, match="no native curve is called 'sine'"):
-        _interval_curve.curve_ends(x, x, "sine", (), (0.0, 0.0, 0.0), "real")
+        curve_pass._native_ends(x, x, "sine", (), (0.0, 0.0, 0.0), "real")
     with pytest.raises(ValueError, match="elu must have 3 numbers; got 0"):
-        _interval_curve.curve_ends(x, x, "elu", (), (0.0, 0.0, 0.0), "real")
+        curve_pass._native_ends(x, x, "elu", (), (0.0, 0.0, 0.0), "real")
 
 
 @pytest.mark.parametrize("rounding", SOUND)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pyrobust import Interval
-from pyrobust.interval import elementwise
+from pyrobust.interval import curves
 from pyrobust.interval.table import BY_NAME
 
 mpmath = pytest.importorskip("mpmath")
@@ -50,10 +50,10 @@ CURVES = {
 @pytest.mark.parametrize(
     ("function", "turn", "start"),
     [
-        (gelu, elementwise.GELU_TURN, -0.75),
-        (gelu_tanh, elementwise.GELU_TANH_TURN, -0.75),
-        (silu, elementwise.SILU_TURN, -1.28),
-        (mish, elementwise.MISH_TURN, -1.19),
+        (gelu, curves.GELU_TURN, -0.75),
+        (gelu_tanh, curves.GELU_TANH_TURN, -0.75),
+        (silu, curves.SILU_TURN, -1.28),
+        (mish, curves.MISH_TURN, -1.19),
     ],
 )
 def test_turning_points_to_the_last_bit(function, turn, start):
@@ -68,7 +68,7 @@ def samples(dtype):
     small = torch.randn(100, generator=generator, dtype=torch.float64)
     tiny = small * 10.0 ** torch.randint(-12, 0, (100,), generator=generator)
     far = torch.tensor([-120.0, -60.0, -37.0, 40.0, 85.0, 0.0], dtype=torch.float64)
-    turns = torch.tensor([elementwise.GELU_TURN, elementwise.SILU_TURN], dtype=torch.float64)
+    turns = torch.tensor([curves.GELU_TURN, curves.SILU_TURN], dtype=torch.float64)
     return torch.cat([wide, small, tiny, far, turns]).to(dtype)
 
 
@@ -87,7 +87,7 @@ WORST = {
 
 @pytest.mark.parametrize("name", WORST)
 def test_the_worst_numbers_of_the_sweep_stay_below_the_widening(name):
-    curve, x = elementwise.CURVES[name], WORST[name]
+    curve, x = curves.CURVES[name], WORST[name]
     value = curve.function(torch.full((64,), x, dtype=torch.float64))
     with mpmath.workdps(400):
         exact = (CURVES | {"gelu_tanh": gelu_tanh})[name](mpmath.mpf(x))
@@ -113,7 +113,7 @@ def test_points_contain_the_exact_value(name, dtype):
 
 @pytest.mark.parametrize("name", ["gelu", "silu", "mish", "hardswish"])
 def test_a_box_around_the_turning_point_reaches_the_lowest_value(name):
-    turn = getattr(elementwise, f"{name.upper()}_TURN")
+    turn = getattr(curves, f"{name.upper()}_TURN")
     box = Interval(torch.tensor([turn - 0.5]), torch.tensor([turn + 0.5]))
     result = BY_NAME[name](box)
     with mpmath.workdps(60):

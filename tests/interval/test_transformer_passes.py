@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from pyrobust import Interval, _native
 from pyrobust.interval import arithmetic, box_products, norm_pass, normalization
-from pyrobust.interval.rule_gradients import pass_serves
+from pyrobust.interval.pass_operator import pass_serves
 
 SOUND = ["real", "deployed"]
 UNITS = 2.0**-22
