@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "interval/avx512_ends.h"
+#include "interval/avx512_filter_weights.h"
 #include "interval/avx512_packed.h"
 #include "interval/avx512_quads.h"
 #include "interval/avx512_strided.h"
@@ -75,28 +76,6 @@ void filter_tiles(const FilterRows& work) {
       const int64_t from = row * work.line + 2 * t;
       sixteen_tiles(work, from, from + 16, row * work.tiles + t);
     }
-  }
-}
-
-// --- filters
-// --------------------------------------------------------------------------------------
-
-inline void filters_of(float a, float b, float c, int64_t plane, float* to) {
-  const float outer = a + c;
-  to[0] = a;
-  to[plane] = (outer + b) * 0.5f;
-  to[2 * plane] = (outer - b) * 0.5f;
-  to[3 * plane] = c;
-}
-
-void filter_weights(const FilterWeights& work) {
-  const auto of_centres = work.strided ? strided_filters_of : filters_of;
-  const auto of_radii = work.quads ? quad_filters_of : of_centres;
-  for (int64_t k = 0; k < work.count; ++k) {
-    const float* g = work.weight + 3 * k;
-    of_centres(g[0], g[1], g[2], work.plane, work.centre + k);
-    if (work.radius == nullptr) continue;
-    of_radii(std::fabs(g[0]), std::fabs(g[1]), std::fabs(g[2]), work.plane, work.radius + k);
   }
 }
 

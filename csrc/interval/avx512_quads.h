@@ -138,16 +138,6 @@ void filter_quads(const FilterRows& work) {
   }
 }
 
-inline void quad_filters_of(float a, float b, float c, int64_t plane, float* to) {
-  const float outer = a + c, wide = a + 4.0f * c;
-  to[0] = 6.0f * a;
-  to[plane] = -4.0f * (outer + b);
-  to[2 * plane] = -4.0f * (outer - b);
-  to[3 * plane] = wide + 2.0f * b;
-  to[4 * plane] = wide - 2.0f * b;
-  to[5 * plane] = 24.0f * c;
-}
-
 // Sixty-four neighbouring pixels of sixteen tiles.
 struct QuadPixels {
   __m512 part[4];

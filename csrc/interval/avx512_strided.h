@@ -48,14 +48,6 @@ void filter_strided(const FilterRows& work) {
   }
 }
 
-inline void strided_filters_of(float a, float b, float c, int64_t plane, float* to) {
-  to[0] = a;
-  to[plane] = a + c;
-  to[2 * plane] = c;
-  to[3 * plane] = b;
-  to[4 * plane] = b;
-}
-
 inline Pixels strided_pixels_of(const float* sums, int64_t plane) {
   __m512 m[5];
   for (int i = 0; i < 5; ++i) m[i] = _mm512_loadu_ps(sums + i * plane);

@@ -42,14 +42,15 @@ OBJECTS = sorted((Path(__file__).resolve().parents[2] / "build").rglob("csrc/int
 # rows, chunks and blocks of terms
 SHAPES = [(5, 64, 24), (9, 97, 33), (17, 300, 49), (34, 129, 97), (33, 1100, 25)]
 GEOMETRIES = [  # channels, height, width, rows of W, window, options
-    (16, 4, 16, 24, (3, 3), {"padding": 1}),
+    (16, 3, 16, 24, (3, 3), {"padding": 1}),
     (34, 3, 19, 49, (3, 3), {"padding": (1, 0)}),  # a part of a tile of channels, two groups
     (64, 4, 40, 25, (5, 3), {"stride": (1, 2), "padding": (2, 1)}),  # two chains
     (32, 3, 18, 50, (3, 3), {"groups": 2, "padding": (1, 0)}),
     (8, 4, 6, 24, (3, 3), {"padding": 1}),  # panels of patches
 ]
-# images; centres are filtered: from 2048 output pixels on, rows of 16
+# images; centres are filtered: from 64 output pixels on, rows of 16
 FILTERED = [
+    (1, (20, 16, 16, 33, (3, 3), {"padding": 1})),
     (8, (16, 16, 16, 24, (3, 3), {"padding": 1})),
     (2, (34, 23, 48, 49, (3, 3), {"padding": (0, 1)})),
     (8, (18, 32, 32, 97, (3, 3), {"padding": 1, "stride": 2})),
@@ -236,6 +237,7 @@ def test_float32_radii_take_no_tiles(emulated_tiles):
 def test_threads_change_no_bit(emulated_tiles):
     x, weight = torch.randn(130, 700), torch.randn(250, 700)
     image, window = torch.randn(4, 32, 16, 16), torch.randn(48, 32, 5, 5)
+    one, filtered = torch.randn(1, 34, 16, 16), torch.randn(56, 34, 3, 3)
     before = torch.get_num_threads()
     results = []
     try:
@@ -244,9 +246,10 @@ def test_threads_change_no_bit(emulated_tiles):
             with radius_precision("bfloat16"):
                 results.append(interval_linear(x, x + 1, weight))
                 results.append(interval_conv2d(image, image + 1, window, padding=2))
+                results.append(interval_conv2d(one, one + 1, filtered, padding=1))
     finally:
         torch.set_num_threads(before)
-    for one, two in zip(results[:2], results[2:], strict=True):
+    for one, two in zip(results[:3], results[3:], strict=True):
         assert torch.equal(one[0], two[0])
         assert torch.equal(one[1], two[1])
 

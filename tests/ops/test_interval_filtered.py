@@ -14,7 +14,12 @@ from .test_interval_exact import KINDS, violations
 pytestmark = pytest.mark.emulated_tiles
 
 SOUND = ["real", "deployed"]
-SHAPES = [  # images, rows of W, padding; at least 2048 output pixels, 16 channels and 16 rows
+SHAPES = [  # images, rows of W, padding; at least 64 output pixels, 16 channels and 16 rows
+    ((1, 16, 32, 32), 16, 1),
+    ((1, 17, 16, 16), 19, 1),
+    ((1, 50, 8, 8), 16, 1),
+    ((1, 20, 19, 22), 33, (2, 0)),
+    ((1, 18, 5, 28), 97, (0, 3)),
     ((2, 16, 32, 32), 16, 1),
     ((9, 17, 16, 16), 19, 1),
     ((33, 16, 8, 8), 50, 1),
@@ -22,7 +27,10 @@ SHAPES = [  # images, rows of W, padding; at least 2048 output pixels, 16 channe
     ((3, 18, 31, 28), 97, (0, 3)),
     ((5, 16, 20, 72), 16, "same"),
 ]
-STRIDED = [  # by two: output rows of a multiple of 8
+STRIDED = [  # by two: output rows of a multiple of 8, at least 256 output pixels of all images
+    ((1, 17, 33, 31), 19, 1),
+    ((1, 18, 33, 48), 97, (0, 1)),
+    ((5, 16, 17, 16), 50, (0, 1)),
     ((8, 16, 32, 32), 16, 1),
     ((33, 17, 17, 15), 19, 1),
     ((40, 16, 16, 17), 50, (1, 0)),
@@ -121,6 +129,14 @@ def test_no_attained_corner_lies_outside(isa, kind, stride, rounding):
     check_corners(*images, rounding, stride=stride)
 
 
+@pytest.mark.parametrize("rounding", SOUND)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_attained_corner_of_one_image_lies_outside(isa, kind, stride, rounding):
+    images = images_of(kind, 18, 35, batch=1, side=16 * stride)
+    check_corners(*images, rounding, stride=stride)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_attained_corner_of_a_million_lies_outside(isa, kind):
@@ -183,13 +199,52 @@ def test_numbers_near_the_largest_give_infinite_ends_and_no_nan(isa):
     assert (high[3, :, 4:7, 6:9] == torch.inf).all()
 
 
-def test_avx512_filters_where_there_are_enough_pixels(isa):
-    tensors = problem((2, 16, 32, 32), 16)
-    together = interval_conv2d(*tensors, padding=1)
-    alone = interval_conv2d(tensors[0][:1], tensors[1][:1], *tensors[2:], padding=1)
-    torch.testing.assert_close(together[0][:1], alone[0], rtol=0, atol=1e-3)
-    # one image is too little: its sums have another order
-    assert torch.equal(together[0][:1], alone[0]) == (isa not in ("avx512", "amx"))
+def filters(isa, shape, rows, stride=1):
+    """Whether sums have the order of minimal filtering, which 15 rows of W are too few for."""
+    lower, upper, weight, _ = problem(shape, rows)
+    options = {"padding": 1, "stride": stride}
+    ends = interval_conv2d(lower, upper, weight, **options)[0]
+    fewer = [interval_conv2d(lower, upper, part, **options)[0] for part in weight.split(15)]
+    torch.testing.assert_close(ends, torch.cat(fewer, 1), rtol=0, atol=1e-3)
+    return not torch.equal(ends, torch.cat(fewer, 1))
+
+
+def test_avx512_filters_where_there_are_enough_channels_and_pixels(isa):
+    wide = isa in ("avx512", "amx")
+    assert filters(isa, (1, 16, 32, 32), 16) == wide
+    assert filters(isa, (1, 16, 8, 8), 16) == wide
+    assert filters(isa, (1, 16, 32, 32), 16, stride=2) == wide
+    assert filters(isa, (4, 16, 16, 16), 16, stride=2) == wide
+    assert not filters(isa, (3, 16, 16, 16), 16, stride=2)
+    assert not filters(isa, (2, 16, 6, 8), 16)
+    assert not filters(isa, (1, 15, 32, 32), 16)
+
+
+@pytest.mark.parametrize("rounding", [*SOUND, "nearest"])
+@pytest.mark.parametrize(("stride", "shape", "rows"), [
+    (1, (3, 17, 16, 16), 19), (1, (1, 64, 31, 32), 97), (1, (1, 34, 8, 8), 64),
+    (2, (5, 18, 33, 48), 50), (2, (1, 33, 32, 32), 64),
+])  # fmt: skip
+def test_threads_and_other_images_change_no_bit(isa, stride, shape, rows, rounding):
+    """Threads have whole images of their own and share those that are left over."""
+    lower, upper, weight, bias = problem(shape, rows)
+    options = {"padding": 1, "stride": stride, "rounding": rounding}
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            results.append(interval_conv2d(lower, upper, weight, bias, **options))
+    finally:
+        torch.set_num_threads(before)
+    if isa in ("avx512", "amx"):  # panels of the others may hold patches of several images
+        alone = [
+            interval_conv2d(lower[i : i + 1], upper[i : i + 1], weight, bias, **options)
+            for i in range(shape[0])
+        ]
+        results.append(tuple(torch.cat(ends) for ends in zip(*alone, strict=True)))
+    for low, high in results[1:]:
+        assert torch.equal(low, results[0][0])
+        assert torch.equal(high, results[0][1])
 
 
 # A makes outputs of products, G 24 times the filters of weights, B products of pixels; errors: 12 e

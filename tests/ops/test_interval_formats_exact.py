@@ -32,7 +32,7 @@ GEOMETRIES = [  # channels, height, width, rows of W, window, options
     (4, 6, 6, 6, (3, 2), {"groups": 2, "padding": "same"}),
     (8, 5, 16, 24, (3, 3), {"padding": 1}),  # radii in bfloat16 pay
 ]
-FILTERED = (16, 16, 16, 16, (3, 3), {"padding": 1})  # minimal filtering, from 2048 pixels on
+FILTERED = (16, 16, 16, 16, (3, 3), {"padding": 1})  # minimal filtering, from 16 rows of W on
 
 
 def as_bfloat16(weight):
