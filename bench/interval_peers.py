@@ -88,7 +88,7 @@ def ours(
 
     def run(x: Tensor) -> Ends:
         with radius_precision(radius, gradients=gradients):
-            box = model(Interval(x - EPS, x + EPS, rounding=rounding))
+            box = model(Interval.ball(x, EPS, rounding=rounding))
         return box.lower, box.upper
 
     return run

@@ -42,6 +42,8 @@ struct BoxNames {
   PyObject* seen = interned("_seen");
   PyObject* rectified = interned("_rectified");
   PyObject* graded = interned("_graded");
+  PyObject* deferred = interned("_deferred");
+  PyObject* source = interned("_source");
 };
 
 inline BoxNames& box_names() {
@@ -89,12 +91,10 @@ struct Held {
   }
 };
 
-inline py::object new_box(py::handle first, py::handle second, py::handle rounding, bool rectified,
-                          PyObject* graded) {
+// Gives a box that is only being made all that it holds.
+inline void fill_box(py::handle box, py::handle first, py::handle second, py::handle rounding,
+                     bool rectified, PyObject* graded) {
   const BoxNames& names = box_names();
-  auto* const type = reinterpret_cast<PyTypeObject*>(names.type);
-  auto box = py::reinterpret_steal<py::object>(type->tp_alloc(type, 0));
-  if (!box) throw py::error_already_set();
   if (PyByteArray_CheckExact(first.ptr())) {
     set_attribute(box, names.kept, py::make_tuple(first, second));
   } else {
@@ -111,7 +111,18 @@ inline py::object new_box(py::handle first, py::handle second, py::handle roundi
   set_attribute(box, names.rounding, rounding);
   set_attribute(box, names.rectified, py::bool_(rectified));
   set_attribute(box, names.graded, graded);
+}
+
+inline py::object new_box(py::handle first, py::handle second, py::handle rounding, bool rectified,
+                          PyObject* graded) {
+  auto* const type = reinterpret_cast<PyTypeObject*>(box_names().type);
+  auto box = py::reinterpret_steal<py::object>(type->tp_alloc(type, 0));
+  if (!box) throw py::error_already_set();
+  fill_box(box, first, second, rounding, rectified, graded);
   return box;
 }
+
+// Tensors of their own, (lower, upper), of kept ends.
+py::object tensors_of(py::handle memory, py::handle shape);
 
 }  // namespace pyrobust

@@ -10,6 +10,7 @@
 #include "bindings/eager_box.h"
 #include "bindings/eager_ends.h"
 #include "bindings/families.h"
+#include "bindings/fast_methods.h"
 #include "bindings/interval_call.h"
 #include "bindings/panel_cache.h"
 #include "bindings/plain_arguments.h"
@@ -265,21 +266,11 @@ py::object box_chain(PyObject* const* a) {
                         run.end);
 }
 
-PyObject* entry(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  if (count != kCount) {
-    PyErr_Format(PyExc_TypeError, "takes %zd arguments; got %zd.", kCount, count);
-    return nullptr;
-  }
-  return plain_or_none([&] { return box_chain(values); });
-}
-
 }  // namespace
 
 void bind_eager_chain(py::module_& m) {
-  static PyMethodDef definition = {
-      "box_chain", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&entry)),
-      METH_FASTCALL, nullptr};
-  m.attr("box_chain") = py::reinterpret_steal<py::object>(PyCFunction_New(&definition, nullptr));
+  static PyMethodDef methods[] = {method("box_chain", &entry<&box_chain, kCount>)};
+  add_methods(m, methods);
   m.def("set_chain_types",
         [](py::object packed_linear, py::object relu, const py::sequence& global_hooks) {
           KnownModules& known = known_modules();

@@ -86,28 +86,43 @@ struct Result {
   py::object first, second;
   float *low, *high;
 
+  // Of a layer with so many rows, kept if they may be.
   Result(const Box& box, int64_t rows, bool keeps) {
     int64_t sizes[TensorView::kMaxDims];
     std::copy_n(box.shape, box.ndim, sizes);
     sizes[box.ndim - 1] = rows;
-    const int64_t count = box.batch() * rows, bytes = 2 * count * int64_t{sizeof(float)};
+    make(box.tensor, sizes, box.ndim, box.batch() * rows, keeps);
+  }
+
+  // Of the shape of a tensor, kept where they are few.
+  Result(py::handle tensor, const TensorView& shape) {
+    make(tensor, shape.shape, shape.ndim, shape.numel(), true);
+  }
+
+ private:
+  void make(py::handle like, const int64_t* sizes, int ndim, int64_t count, bool keeps) {
+    const int64_t bytes = 2 * count * int64_t{sizeof(float)};
     if (keeps && count > 0 && bytes <= kMostKeptBytes) {
-      first = py::reinterpret_steal<py::object>(
-          PyByteArray_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(bytes)));
-      second = py::reinterpret_steal<py::object>(PyTuple_New(box.ndim));
-      if (!first || !second) throw py::error_already_set();
-      for (int i = 0; i < box.ndim; ++i) {
-        PyTuple_SET_ITEM(second.ptr(), i, py::int_(sizes[i]).release().ptr());
-      }
-      low = reinterpret_cast<float*>(PyByteArray_AS_STRING(first.ptr()));
+      keep(sizes, ndim, bytes);
       high = low + count;
       return;
     }
-    if (!box.tensor) throw NotPlain();
-    first = new_output(box.tensor, sizes, box.ndim);
-    second = new_output(box.tensor, sizes, box.ndim);
+    if (!like) throw NotPlain();
+    first = new_output(like, sizes, ndim);
+    second = new_output(like, sizes, ndim);
     low = view(first, "lower").as<float>();
     high = view(second, "upper").as<float>();
+  }
+
+  void keep(const int64_t* sizes, int ndim, int64_t bytes) {
+    first = py::reinterpret_steal<py::object>(
+        PyByteArray_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(bytes)));
+    second = py::reinterpret_steal<py::object>(PyTuple_New(ndim));
+    if (!first || !second) throw py::error_already_set();
+    for (int i = 0; i < ndim; ++i) {
+      PyTuple_SET_ITEM(second.ptr(), i, py::int_(sizes[i]).release().ptr());
+    }
+    low = reinterpret_cast<float*>(PyByteArray_AS_STRING(first.ptr()));
   }
 };
 

@@ -4,19 +4,15 @@
 #include <pybind11/pybind11.h>
 
 #include <atomic>
-#include <cmath>
-#include <cstring>
-#include <limits>
-#include <type_traits>
 
 #include "bindings/eager_box.h"
 #include "bindings/eager_ends.h"
 #include "bindings/families.h"
+#include "bindings/fast_methods.h"
 #include "bindings/interval_call.h"
 #include "bindings/panel_cache.h"
 #include "bindings/plain_arguments.h"
 #include "interval/interval.h"
-#include "runtime/float_environment.h"
 
 namespace pyrobust {
 namespace {
@@ -100,65 +96,6 @@ py::object packed_image(PyObject* const* a) {
                {a[12], a[13], a[14], a[16]});
 }
 
-// Whether lower <= upper and both are finite, for at most so many elements; beyond, torch's
-// threads are faster.
-constexpr int64_t kMostElements = int64_t{1} << 15;
-
-template <typename T>
-bool in_order(const T* lower, const T* upper, int64_t count) {
-  bool ordered = true;
-  T sum = 0;  // of zeros; NaN where an end is not finite
-  for (int64_t i = 0; i < count; ++i) {
-    ordered &= lower[i] <= upper[i];
-    sum += (lower[i] - lower[i]) + (upper[i] - upper[i]);
-  }
-  return ordered && sum == 0;
-}
-
-// What `run(lower, upper, count)` says of two tensors of few elements that agree.
-template <typename Run>
-py::object of_few_ends(PyObject* const* a, const Run& run) {
-  for (int i : {0, 1}) {
-    if (a[i] == Py_None) throw NotPlain();
-    require_tensor(a[i], false);
-    require_unnegated(a[i]);
-  }
-  const TensorView low = view(a[0], "lower"), high = view(a[1], "upper");
-  if (low.dtype != high.dtype || low.ndim != high.ndim) throw NotPlain();
-  for (int i = 0; i < low.ndim; ++i) {
-    if (low.shape[i] != high.shape[i]) throw NotPlain();
-  }
-  const int64_t count = low.numel();
-  if (count > kMostElements) throw NotPlain();
-  if (low.dtype == DType::kFloat32) {
-    return py::bool_(run(low.as<float>(), high.as<float>(), count));
-  }
-  if (low.dtype != DType::kFloat64) throw NotPlain();
-  return py::bool_(run(low.as<double>(), high.as<double>(), count));
-}
-
-// lower, upper -> True, or False where it is not so or cannot be told
-py::object box_is_finite(PyObject* const* a) {
-  return of_few_ends(a, [](const auto* lower, const auto* upper, int64_t count) {
-    return in_order(lower, upper, count);
-  });
-}
-
-// lower, upper -> whether a lower end above zero or an upper one below is denormal
-py::object box_ends_in_denormals(PyObject* const* a) {
-  const DefaultFloatEnvironment environment;  // the caller's may read denormals as zeros
-  return of_few_ends(a, [](const auto* lower, const auto* upper, int64_t count) {
-    using T = std::decay_t<decltype(*lower)>;
-    constexpr T kTiny = std::numeric_limits<T>::min();
-    int32_t found = 0;  // without branches, so that the loop becomes vectors
-    for (int64_t i = 0; i < count; ++i) {
-      found |= static_cast<int32_t>(lower[i] > 0) & static_cast<int32_t>(lower[i] < kTiny);
-      found |= static_cast<int32_t>(upper[i] < 0) & static_cast<int32_t>(upper[i] > -kTiny);
-    }
-    return found != 0;
-  });
-}
-
 // --- Interval in, Interval out
 // ------------------------------------------------------------------------------------------------
 
@@ -221,53 +158,17 @@ py::object box_relu(PyObject* const* a) {
   return new_box(box.first, box.second, box.rounding, true, a[1]);
 }
 
-// memory, shape -> lower, upper: tensors of their own
-py::object tensors_of_kept(PyObject* const* a) {
-  static PyObject* const like = [] {
-    return py::object(py::module_::import("torch").attr("empty")(0)).release().ptr();  // float32
-  }();
-  const Box box(a[0], a[1]);
-  const auto bytes = static_cast<size_t>(box.numel()) * sizeof(float);
-  py::object lower = new_output(like, box.shape, box.ndim);
-  py::object upper = new_output(like, box.shape, box.ndim);
-  std::memcpy(view(lower, "lower").data, box.low, bytes);
-  std::memcpy(view(upper, "upper").data, box.high, bytes);
-  return py::make_tuple(std::move(lower), std::move(upper));
-}
-
-template <py::object (*kFunction)(PyObject* const*), Py_ssize_t kCount>
-PyObject* entry(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  if (count != kCount) {
-    PyErr_Format(PyExc_TypeError, "takes %zd arguments; got %zd.", kCount, count);
-    return nullptr;
-  }
-  return plain_or_none([&] { return kFunction(values); });
-}
-
-using Entry = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
-
-PyMethodDef method(const char* name, Entry function) {
-  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)),
-          METH_FASTCALL, nullptr};
-}
-
 }  // namespace
 
 void bind_eager_interval(py::module_& m) {
   static PyMethodDef methods[] = {
       method("eager_interval_linear", &entry<&dense_image, kDenseCount>),
       method("eager_interval_packed", &entry<&packed_image, kPackedCount>),
-      method("box_is_finite", &entry<&box_is_finite, 2>),
-      method("box_ends_in_denormals", &entry<&box_ends_in_denormals, 2>),
       method("box_linear", &entry<&box_linear, kBoxLinearCount>),
       method("box_packed_linear", &entry<&box_packed_linear, kBoxPackedCount>),
       method("box_relu", &entry<&box_relu, 2>),
-      method("tensors_of_kept", &entry<&tensors_of_kept, 2>),
   };
-  for (PyMethodDef& definition : methods) {
-    m.attr(definition.ml_name) =
-        py::reinterpret_steal<py::object>(PyCFunction_New(&definition, nullptr));
-  }
+  add_methods(m, methods);
   m.def("set_box_type", [](py::object type) { box_names().type = type.release().ptr(); });
 }
 

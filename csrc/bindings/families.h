@@ -9,6 +9,7 @@ void bind_matmul(pybind11::module_& m);
 void bind_additions(pybind11::module_& m);
 void bind_eager_linear(pybind11::module_& m);
 void bind_eager_interval(pybind11::module_& m);
+void bind_eager_boxes(pybind11::module_& m);
 void bind_eager_chain(pybind11::module_& m);
 void bind_settled_ends(pybind11::module_& m);
 void bind_panel_cache(pybind11::module_& m);

@@ -30,6 +30,7 @@ PYBIND11_MODULE(_native, m) {
   pyrobust::bind_additions(m);
   pyrobust::bind_eager_linear(m);
   pyrobust::bind_eager_interval(m);
+  pyrobust::bind_eager_boxes(m);
   pyrobust::bind_eager_chain(m);
   pyrobust::bind_settled_ends(m);
   pyrobust::bind_panel_cache(m);

@@ -178,8 +178,8 @@ bool columns_by_registers(const AffineColumns& work) {
 }
 
 constexpr ElementLoops kRegisterLoops = {
-    sum_by_registers,     affine_by_registers, nearest_affine_loop,  columns_by_registers,
-    nearest_columns_loop, gradients_loop,      column_gradients_loop};
+    sum_by_registers,     affine_by_registers, nearest_affine_loop,   columns_by_registers,
+    nearest_columns_loop, gradients_loop,      column_gradients_loop, ball_loop};
 
 }  // namespace
 }  // namespace interval

@@ -221,9 +221,45 @@ void column_gradients_loop(const AffineColumnGradients& work) {
   }
 }
 
-constexpr ElementLoops kElementLoops = {
-    sum_loop,       affine_loop,          nearest_affine_loop, columns_loop, nearest_columns_loop,
-    gradients_loop, column_gradients_loop};
+// x - radius, which two_sum knows to the last bit, in float: rounded down, or to nearest where
+// `moves` has no bits.
+inline float lower_of_ball(double x, double radius, uint32_t moves) {
+  const double low = x - radius, part = low - x;
+  const double error = (x - (low - part)) - (radius + part);
+  const auto nearest = static_cast<float>(low);
+  const double taken = nearest;
+  const bool above = (taken > low) | ((taken == low) & (error < 0.0));
+  return moved_down(nearest, mask_of(above) & moves);
+}
+
+bool ball_loop(const BallLoop& work) {
+  const float* x = work.x;
+  float* __restrict lower = work.out_lower, * __restrict upper = work.out_upper;
+  const float first = work.first, last = work.last, least = work.least;
+  const double radius = work.radius;
+  const uint32_t moves = mask_of(work.outward);
+  int32_t wrong = 0;
+  for (int64_t i = 0; i < work.count; ++i) {
+    float low = lower_of_ball(x[i], radius, moves);
+    float high = -lower_of_ball(-x[i], radius, moves);
+    wrong |= static_cast<int32_t>(high < first) | static_cast<int32_t>(low > last);
+    low = low < first ? first : low;
+    high = high > last ? last : high;
+    wrong |= odd(low) | odd(high);
+    lower[i] = flushed(low, least);
+    upper[i] = -flushed(-high, least);
+  }
+  return wrong == 0;
+}
+
+constexpr ElementLoops kElementLoops = {sum_loop,
+                                        affine_loop,
+                                        nearest_affine_loop,
+                                        columns_loop,
+                                        nearest_columns_loop,
+                                        gradients_loop,
+                                        column_gradients_loop,
+                                        ball_loop};
 
 }  // namespace
 }  // namespace interval

@@ -247,5 +247,20 @@ bool add_boxes(const BoxSum& work, int num_threads) {
   return finite;
 }
 
+bool ball_ends(const Ball& work, int num_threads) {
+  const IntervalKernels table = pick_kernels();
+  ask_for_large_pages(work.out_lower, work.out_upper, work.count);
+  const float least = least_of(work.rounding);
+  std::atomic<bool> right{true};
+  parallel_for(work.count, kGrain, 16, num_threads, [&](int64_t begin, int64_t end) {
+    const DefaultFloatEnvironment environment;
+    const bool done = table.elements.ball({work.x + begin, end - begin, work.radius, work.first,
+                                           work.last, least, work.rounding != Rounding::kNearest,
+                                           work.out_lower + begin, work.out_upper + begin});
+    if (!done) right.store(false, std::memory_order_relaxed);
+  });
+  return right;
+}
+
 }  // namespace interval
 }  // namespace pyrobust

@@ -121,6 +121,21 @@ struct ChannelAffineBackward {
   double* to_shift;
 };
 
+// All within `radius`, finite and >= 0, of the numbers of x and within [first, last].
+struct Ball {
+  const float* x;
+  int64_t count;
+  double radius;
+  float first, last;
+  Rounding rounding;
+  float* out_lower;
+  float* out_upper;
+};
+
+// The ends, rounded outward from the exact ones unless for kNearest, and for kDeployed ready for
+// flushed denormals. False where an end is not finite or a ball lies outside of [first, last].
+bool ball_ends(const Ball& work, int num_threads);
+
 // Both tell whether all ends are finite; where an evaluation in float32 might overflow on its way,
 // the affine map in kDeployed says that they are not. An end that overflows, or is not a number, is
 // infinite on its outer side.

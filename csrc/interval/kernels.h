@@ -363,7 +363,18 @@ struct AffineColumnGradients {
   double *to_scale, *to_shift;
 };
 
-// Those that make ends tell whether all are finite.
+// Numbers within `radius` of those of x, cut to [first, last].
+struct BallLoop {
+  const float* x;
+  int64_t count;
+  double radius;
+  float first, last, least;
+  bool outward;
+  float* out_lower;
+  float* out_upper;
+};
+
+// Those that make ends tell whether all are finite, of balls also whether all meet [first, last].
 struct ElementLoops {
   bool (*sum)(const SumLoop& work) = nullptr;
   bool (*affine)(const AffineLoop& work) = nullptr;
@@ -372,6 +383,7 @@ struct ElementLoops {
   bool (*nearest_columns)(const AffineColumns& work) = nullptr;
   void (*gradients)(const AffineGradients& work) = nullptr;
   void (*column_gradients)(const AffineColumnGradients& work) = nullptr;
+  bool (*ball)(const BallLoop& work) = nullptr;
 };
 
 // Ends of a box under a function of one number; what the numbers mean stands in curves.h.

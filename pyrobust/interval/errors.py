@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrobust import _native
-from pyrobust.ops._library import dispatcher_watched
 from pyrobust.ops._visible_numbers import assert_in_graph, count_of, holds, physical, visible
 
 __all__ = [
@@ -123,8 +121,6 @@ def check_float(subject: str, name: str, value: Any) -> None:
 
 def check_ends(lower: Any, upper: Any) -> None:
     """Raise unless ``lower`` and ``upper`` are the ends of a box."""
-    if not dispatcher_watched() and _native.box_is_finite(lower, upper):
-        return
     check_float("Interval", "lower", lower)
     check_float("Interval", "upper", upper)
     if lower.dtype != upper.dtype:

@@ -30,7 +30,12 @@ from pyrobust.interval.outward import sum_ends
 from pyrobust.interval.reader_modes import reader_watches, without_modes_of_reader
 from pyrobust.ops._interval_checks import Ends, is_deployed
 from pyrobust.ops._interval_fallback import round_outward
-from pyrobust.ops._library import autocasting, dispatcher_watched, plain_eager
+from pyrobust.ops._library import (
+    autocasting,
+    dispatcher_watched,
+    function_modes,
+    plain_eager,
+)
 from pyrobust.ops._visible_numbers import visible
 
 __all__ = [
@@ -103,6 +108,8 @@ class Interval(Operators):
     _graded: bool  # whether gradients were on when it was asked for
 
     def __init__(self, lower: Tensor, upper: Tensor, *, rounding: str = "real") -> None:
+        if not dispatcher_watched() and _native.hold_ends(self, lower, upper, rounding):
+            return
         check_choice("Interval", "rounding", rounding, ROUNDINGS)
         check_ends(lower, upper)
         _set(self, lower, upper, rounding, None)
@@ -129,6 +136,11 @@ class Interval(Operators):
             ValueError: ``eps`` is negative or NaN, ``clamp`` is out of order, an end is NaN or
                 infinite, or no point of the clamp range lies within ``eps`` of ``x``.
         """
+        if cls is Interval and not (dispatcher_watched() or function_modes()):
+            threads, graded = torch.get_num_threads(), torch.is_grad_enabled()
+            done: Interval | None = _native.ball(x, eps, clamp, rounding, threads, graded)
+            if done is not None:
+                return done
         check_choice("Interval.ball", "rounding", rounding, ROUNDINGS)
         check_float("Interval.ball", "x", x)
         # a number stays on the CPU: nothing then waits for a GPU
