@@ -73,8 +73,8 @@ def assert_within_bound(result, x, packed: QTensor, bias=None):
 
 
 def _takes_parts(packed: QTensor) -> bool:
-    """Of groups, or rows, of up to 65536 columns."""
-    return packed.group_dim == 1 and _native.isa() in ("avx512", "amx")
+    """Where x has 16 bits: of groups, or rows, of up to 65536 columns and at least 16 rows."""
+    return packed.group_dim == 1 and len(packed.codes) >= 16 and _native.isa() in ("avx512", "amx")
 
 
 def step_columns(group_size):

@@ -41,15 +41,15 @@
 //   exact   y = x W^T + bias, with |error| <= 1e-6 (sum_k |x||W| + |bias|) against real numbers,
 //           plus, for float16 and bfloat16, the final rounding to that type. (Overflow and
 //           underflow of intermediate products excepted: |x scale| within 2^-126 .. 2^127
-//           suffices.) On AVX-512, float16 and bfloat16 with group_dim 1 and groups, or whole rows,
-//           of up to 65536 columns: x is first rounded to 16 bits, one step a row and group g (two
-//           groups that meet within 64 columns, where groups are filled up to whole 32, have one
-//           step and are one g, and so are all groups of 64 where those of up to 16 columns are
-//           filled up to 4, 8 or 16; avx512_parts.h), and sums are integers, which adds
-//             sum over groups g of max_{k in g} |x| / 32512 sum_{k in g, x small} |W|
-//           where x is small below 1/63 of that maximum in bfloat16 and below 1/7 in float16.
-//           There, a row of float32 of 64 columns or more is rounded to 24 or 32 bits where its
-//           roundings r are small enough (avx512_float_rows.h), and |error| is at most
+//           suffices.) On AVX-512, float16 and bfloat16 with group_dim 1, groups, or whole rows, of
+//           up to 65536 columns and at least 16 rows of W: x is first rounded to 16 bits, one step
+//           a row and group g (two groups that meet within 64 columns, where groups are filled up
+//           to whole 32, have one step and are one g, and so are all groups of 64 where those of up
+//           to 16 columns are filled up to 4, 8 or 16; avx512_parts.h); sums are integers. This
+//           adds sum over groups g of max_{k in g} |x| / 32512 sum_{k in g, x small} |W|, where
+//           x is small below 1/63 of that maximum in bfloat16 and below 1/7 in float16.
+//           There, with 32 rows of W, a row of float32 of 64 columns or more has 24 or 32 bits if
+//           its roundings r are small enough (avx512_float_rows.h), and |error| is at most
 //             sum_k |r_k| |W| + 2^-23 |y|,   |r_k| < max_{k in g} |x| / 8355711,
 //             sum_k |r_k| <= 2^-21 (sum_k |x_k| without the eight largest of each group),
 //           less than 1e-6 sum_k |x||W| but where weights are all but zero wherever x is large

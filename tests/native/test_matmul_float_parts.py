@@ -16,8 +16,10 @@ from ..packed_products import (
     random_weight,
 )
 
-# rows, cols, group_size: usual groups, tails of columns and rows, one group, a last group of one
-SHAPES = [(70, 512, 128), (9, 200, 64), (7, 150, 150), (5, 129, 128), (40, 1300, 640)]
+# rows, cols, group_size: usual groups, tails of columns and rows, one group, a last group of one;
+# and fewer rows than parts want
+SHAPES = [(70, 512, 128), (41, 200, 64), (39, 150, 150), (37, 129, 128), (40, 1300, 640)]
+SHAPES += [(31, 200, 64)]
 SHAPES += [(37, 200, 48), (33, 1344, 100)]  # groups that are filled up
 THREE, FOUR = 8_355_711, 2_139_062_143  # the largest integers that three and four parts write
 
@@ -68,7 +70,7 @@ def test_rows_of_every_kind(isa, bits, kind):
 
 @pytest.mark.parametrize("batch", [1, 2, 9])
 def test_multiples_of_a_step_are_exact(isa, batch):
-    packed = random_weight(20, 384, 4, 128)
+    packed = random_weight(52, 384, 4, 128)
     x = torch.randint(-127, 128, (batch, 384)).double()
     exact = x @ packed.dequantize(torch.float64).t()
     assert torch.equal(multiply(x.float(), packed), exact.float())
@@ -113,7 +115,7 @@ def test_the_bound_where_large_x_meets_weights_of_zero(isa, largest, batch):
 @pytest.mark.parametrize("magnitude", [2.0**-126, 2.0**-140, 2.0**120])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_extreme_magnitudes(isa, magnitude, batch):
-    packed = random_weight(17, 256, 2, 128)
+    packed = random_weight(49, 256, 2, 128)
     x = torch.randn(batch, 256) * magnitude
     weight = packed.dequantize(torch.float64)
     exact, size = x.double() @ weight.t(), x.double().abs() @ weight.abs().t()
@@ -124,7 +126,7 @@ def test_extreme_magnitudes(isa, magnitude, batch):
 
 @pytest.mark.parametrize("batch", [1, 2, 9])
 def test_what_is_not_finite_propagates_in_its_row(isa, batch):
-    packed = random_weight(17, 256, 4, 128)
+    packed = random_weight(49, 256, 4, 128)
     x = torch.randn(batch + 1, 256)
     quiet = multiply(x, packed)
     weight = packed.dequantize()
@@ -141,9 +143,9 @@ def test_what_is_not_finite_propagates_in_its_row(isa, batch):
 @pytest.mark.parametrize("group_size", [128, 65_536])
 def test_largest_sums_do_not_overflow(isa, group_size):
     cols = 65_536
-    codes = torch.full((4, cols), 255, dtype=torch.uint8)
-    zero = torch.zeros(4, cols // group_size, dtype=torch.uint8)
-    scale = torch.ones(4, cols // group_size)
+    codes = torch.full((36, cols), 255, dtype=torch.uint8)
+    zero = torch.zeros(36, cols // group_size, dtype=torch.uint8)
+    scale = torch.ones(36, cols // group_size)
     packed = QTensor.from_codes(codes, scale, zero, bits=8, group_size=group_size)
     # All digits -127; the lower three of four -128, below one column that makes four necessary.
     for value, first in ((-THREE * 2.0**-23,) * 2, (-0x808080 * 2.0**-31, THREE * 2.0**-23)):
@@ -151,21 +153,54 @@ def test_largest_sums_do_not_overflow(isa, group_size):
             x = torch.full((batch, cols), value)
             x[:, 0] = first
             expected = (255.0 * x[0].double().sum()).float()
-            assert torch.equal(multiply(x, packed), expected.expand(batch, 4))
+            assert torch.equal(multiply(x, packed), expected.expand(batch, 36))
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_codebooks_two_level_scales_and_remainders(isa, batch):
-    weight, x = torch.randn(19, 256), KINDS["mixed rows"](torch.randn(batch, 256))
+    weight, x = torch.randn(51, 256), KINDS["mixed rows"](torch.randn(batch, 256))
     levels = torch.linspace(-1, 1, 16)
-    few = torch.rand(19, 256) < 0.05
-    values = 20 * torch.randn(19, 256).sign()
+    few = torch.rand(51, 256) < 0.05
+    values = 20 * torch.randn(51, 256).sign()
     for packed in (
         round_to_codebook(weight, levels=levels, bits=4, group_size=128),
         round_to_two_level(weight, bits=4, group_size=64),
-        random_weight(19, 256, 4, 128).with_remainder(values, few),
+        random_weight(51, 256, 4, 128).with_remainder(values, few),
     ):
         assert_within_bound(multiply(x, packed), x, packed)
+
+
+@pytest.mark.parametrize(("rows", "dtype"), [(31, torch.float32), (15, torch.bfloat16)])
+@pytest.mark.parametrize("batch", [1, 9])
+def test_weights_of_few_rows_meet_x_as_it_is(isa, rows, dtype, batch):
+    """Parts would lose columns of small x, the only ones whose weights are not zero."""
+    codes = torch.full((rows, 128), 8, dtype=torch.uint8)
+    codes[:, 64:] = 9
+    packed = QTensor.from_codes(codes, torch.ones(rows, 1), bits=4, group_size=128)
+    x = torch.ones(batch, 128)
+    x[:, 64:] = 2.0**-30
+    assert torch.equal(multiply(x.to(dtype), packed).float(), torch.full((batch, rows), 2.0**-24))
+
+
+@pytest.mark.parametrize("rows", [1, 16, 40])
+@pytest.mark.parametrize("activations", ["int8", None])
+def test_threads_that_share_rows_of_x_change_no_bit(isa, rows, activations):
+    packed = random_weight(rows, 200, 4, 50)
+    few = torch.rand(rows, 200) < 0.05
+    packed = packed.with_remainder(20 * torch.randn(rows, 200).sign(), few)
+    x, bias = KINDS["mixed rows"](torch.randn(2500, 200)), torch.randn(rows)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(multiply(x, packed, bias, activations=activations))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+    assert torch.equal(
+        multiply(x[1700:1703], packed, bias, activations=activations), results[0][1700:1703]
+    )
 
 
 def test_threads_change_no_bit(isa):

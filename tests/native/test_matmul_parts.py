@@ -16,9 +16,10 @@ from ..packed_products import (
 )
 
 # rows, cols, group_size: usual groups, tails of columns and rows, one group, a last group of one
-SHAPES = [(70, 512, 128), (9, 200, 64), (7, 150, 150), (5, 129, 128), (40, 1300, 640)]
-SHAPES += [(37, 200, 32), (5, 97, 32), (33, 1344, 96)]
-SHAPES += [(37, 200, 48), (5, 97, 17), (33, 1344, 100)]  # groups that are filled up
+SHAPES = [(70, 512, 128), (17, 200, 64), (39, 150, 150), (21, 129, 128), (40, 1300, 640)]
+SHAPES += [(37, 200, 32), (21, 97, 32), (33, 1344, 96)]
+SHAPES += [(37, 200, 48), (21, 97, 17), (33, 1344, 100)]  # groups that are filled up
+SHAPES += [(9, 200, 64)]  # fewer rows than parts want
 DTYPES = [torch.bfloat16, torch.float16]
 
 
@@ -85,13 +86,13 @@ def test_what_is_not_finite_stays_in_its_row(isa, batch):
 @pytest.mark.parametrize("group_size", [128, 4096])
 def test_largest_sums_do_not_overflow(isa, group_size):
     cols = 4096
-    codes = torch.full((4, cols), 255, dtype=torch.uint8)
-    zero = torch.zeros(4, cols // group_size, dtype=torch.uint8)
-    scale = torch.ones(4, cols // group_size)
+    codes = torch.full((20, cols), 255, dtype=torch.uint8)
+    zero = torch.zeros(20, cols // group_size, dtype=torch.uint8)
+    scale = torch.ones(20, cols // group_size)
     packed = QTensor.from_codes(codes, scale, zero, bits=8, group_size=group_size)
     for batch in (1, 2, 6):
         x = torch.full((batch, cols), -1.0).bfloat16()
-        expected = torch.full((batch, 4), -255.0 * cols).bfloat16()
+        expected = torch.full((batch, 20), -255.0 * cols).bfloat16()
         assert torch.equal(multiply(x, packed), expected)
 
 
