@@ -7,7 +7,7 @@
 #include "interval/convolution_plan.h"
 #include "interval/direct_convolution.h"
 #include "interval/epilogue.h"
-#include "interval/filtered_convolution.h"
+#include "interval/filter_parts.h"
 #include "runtime/check.h"
 
 namespace pyrobust {

@@ -1,15 +1,14 @@
 // The convolution by minimal filtering: image by image, all rows become tiles, and blocks of tiles
-// meet the filters of W. Threads have images of their own; those that are left over, or the only
-// one, they share. Included by convolution.cpp alone; see filtering.h.
+// meet the filters of W. Included by filter_parts.h alone; see filtering.h.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
 #include "interval/convolution_plan.h"
 #include "interval/epilogue.h"
 #include "interval/tiled_filters.h"
-#include "runtime/team.h"
 
 namespace pyrobust {
 namespace interval {
@@ -57,8 +56,7 @@ struct Filtering {
     int64_t size;     // floats for one product
     std::vector<int64_t> places;
   } centres, radii;
-  Floats decoded, filters;  // of centres, then of radii
-  RadiusPlanes plain;       // of radii that are not filtered
+  RadiusPlanes plain;  // of radii that are not filtered
 
   // Floats of a channel's rows of tiles. With stride 2 the even rows are neighbours and so are the
   // odd ones. What is written behind either must not reach the other, nor the next channel, which
@@ -74,7 +72,6 @@ struct Filtering {
   }
 
   int64_t pixels() const { return window.out_height * window.out_width; }
-  int64_t weight_plane() const { return call.weight.rows * terms; }
   int64_t block_pixels() const { return kBlockTiles * radii.outputs; }
   int64_t passes() const { return blocks(call.weight.rows, kRowsOfFilterPass); }
   int64_t step() const { return blocks(call.weight.rows, passes()); }
@@ -103,8 +100,8 @@ int64_t roundings_of(const Filtering& plan, int64_t channel) {
 
 Filtering plan_filters(const Call& call, const Images& images, const Window& window,
                        const IntervalKernels& table) {
-  Filtering out{call, images, window, table, {}, {}, 0.0f, 0,  0, 0,
-                0,    false,  false,  false, {}, {}, {},   {}, {}};
+  Filtering out{call, images, window, table, {},    {}, 0.0f, 0, 0,
+                0,    0,      false,  false, false, {}, {},   {}};
   out.terms = images.channels * kWindowRows;
   out.tiles = window.out_width / 2;
   const int64_t stride = window.stride_width;
@@ -117,7 +114,12 @@ Filtering plan_filters(const Call& call, const Images& images, const Window& win
   out.quads = !out.tiled && !out.strided && window.out_width % 16 == 0;
   out.centres = planes_of(out, out.strided ? kStridedFilters : kFilters, 2);
   out.radii = out.quads ? planes_of(out, kQuadFilters, 4) : out.centres;
-  if (out.tiled) out.plain = radius_planes(images, window, out.height);
+  if (out.tiled) {
+    out.plain = radius_planes(images, window, out.height);
+    const Floats decoded = floats(decoded_size(call.weight, call.weight.rows));
+    set_sizes(call.weight, rows_of(call.weight, 0, call.weight.rows, decoded.get()), table,
+              &out.plain);
+  }
   const auto gamma_of = [](int64_t roundings) {
     return rounding::gamma_bound(static_cast<double>(roundings));
   };
@@ -138,25 +140,34 @@ Filtering plan_filters(const Call& call, const Images& images, const Window& win
   return out;
 }
 
-void take_filters(Filtering& plan) {
-  const Weight& weight = plan.call.weight;
-  if (weight.packed != nullptr) plan.decoded = floats(weight.rows * weight.terms);
-  if (plan.tiled) {
-    set_sizes(weight, rows_of(weight, 0, weight.rows, plan.decoded.get()), plan.table, &plan.plain);
-  }
-  plan.filters = floats((plan.centres.filters + plan.radii.filters) * plan.weight_plane());
-}
+// The filters of W for rows [first, first + rows): of centres, then of radii.
+struct FilterSet {
+  int64_t first, rows;
+  float* values;
 
-// Those of rows [begin, end) of W.
-void make_filters(const Filtering& plan, int64_t begin, int64_t end) {
-  const Weight& weight = plan.call.weight;
-  const int64_t at = begin * plan.terms, plane = plan.weight_plane();
-  float* decoded = plan.decoded != nullptr ? plan.decoded.get() + 3 * at : nullptr;
-  const float* data = rows_of(weight, begin, end - begin, decoded);
-  float *centres = plan.filters.get() + at, *radii = centres + plan.centres.filters * plane;
-  plan.table.filter.weights({data, (end - begin) * plan.terms, plan.quads, plan.strided, centres,
-                             plan.tiled ? nullptr : radii, plane});
-}
+  static int64_t size(const Filtering& plan, int64_t rows) {
+    const int64_t decoded = plan.call.weight.packed != nullptr ? 3 : 0;
+    return whole_lines(rows * plan.terms * (plan.centres.filters + plan.radii.filters + decoded));
+  }
+  int64_t plane(const Filtering& plan) const { return rows * plan.terms; }
+  const float* of_centres(const Filtering& plan, int64_t n) const {
+    return values + (n - first) * plan.terms;
+  }
+  const float* of_radii(const Filtering& plan, int64_t n) const {
+    return of_centres(plan, n) + plan.centres.filters * plane(plan);
+  }
+
+  // Those of rows [begin, end), which may be decoded behind all filters.
+  void make(const Filtering& plan, int64_t begin, int64_t end) const {
+    const int64_t at = (begin - first) * plan.terms, count = (end - begin) * plan.terms;
+    float* centres = values + at;
+    float* radii = centres + plan.centres.filters * plane(plan);
+    float* decoded = values + (plan.centres.filters + plan.radii.filters) * plane(plan) + 3 * at;
+    plan.table.filter.weights({rows_of(plan.call.weight, begin, end - begin, decoded), count,
+                               plan.quads, plan.strided, centres, plan.tiled ? nullptr : radii,
+                               plane(plan)});
+  }
+};
 
 // The tiles of an image.
 struct Tiling {
@@ -195,9 +206,10 @@ struct Tiling {
   }
 };
 
-// The buffers of one thread, and the tiles that it makes and reads.
+// The buffers of one thread, the tiles that it makes, and filters.
 struct FilterBuffers {
   float *lines[2], *centre_sums, *radius_sums;
+  FilterSet filters;
   Tiling tiles;
 
   static int64_t sums_size(const Filtering& plan, const Filtering::Planes& planes) {
@@ -207,18 +219,24 @@ struct FilterBuffers {
     return plan.tiled ? coarse_rows(plan.step()) * kTiledPixels : sums_size(plan, plan.radii);
   }
   static int64_t size(const Filtering& plan) {
-    return 2 * kRowsAtOnce * plan.line + sums_size(plan, plan.centres) + radius_sums_size(plan);
+    return 2 * kRowsAtOnce * plan.line + sums_size(plan, plan.centres) + radius_sums_size(plan) +
+           Tiling::size(plan);
   }
 
-  FilterBuffers(const Filtering& plan, float* memory, const Tiling& tiles) : tiles(tiles) {
-    // zeros beside lines, which rows of one width keep
-    std::fill_n(memory, 2 * kRowsAtOnce * plan.line, 0.0f);
+  FilterBuffers(const Filtering& plan, const FilterSet& filters, float* memory)
+      : filters(filters), tiles(plan, memory + size(plan) - Tiling::size(plan)) {
     for (float*& line : lines) {
       line = memory + kLineMargin;
       memory += kRowsAtOnce * plan.line;
     }
     centre_sums = memory;
     radius_sums = centre_sums + sums_size(plan, plan.centres);
+  }
+
+  // Before the first tiles: zeros beside lines, which rows of one width keep, and behind tiles.
+  void clear(const Filtering& plan) const {
+    std::fill_n(lines[0] - kLineMargin, 2 * kRowsAtOnce * plan.line, 0.0f);
+    tiles.clear(plan);
   }
 };
 
@@ -269,56 +287,61 @@ float tiles_of_rows(const Filtering& plan, int64_t image, int64_t channel, int64
   return largest;
 }
 
-// All rows of channels [begin, end) of an image as tiles, in the order of memory, as each is
-// written in whole registers. Returns the largest |x|.
+// Rows [begin, end) of all channels of an image and its padding as tiles, in the order of memory,
+// as each is written in whole registers. Returns the largest |x|.
 float make_tiles(const Filtering& plan, int64_t image, int64_t begin, int64_t end,
                  const FilterBuffers& own) {
   const int64_t top = plan.window.pad_top;
-  const int64_t seen = std::min(plan.images.height, plan.height - top);  // rows of the image
+  const int64_t first = std::clamp(top, begin, end);  // of the image's rows, and behind the last
+  const int64_t last = std::clamp(top + plan.images.height, first, end);
   float largest = 0.0f;
-  for (int64_t channel = begin; channel < end; ++channel) {
+  for (int64_t channel = 0; channel < plan.images.channels; ++channel) {
     const auto clear = [&](int64_t row, int64_t rows) {
       clear_rows(plan, plan.centres, channel, row, rows, own.tiles.centre);
       if (!plan.tiled) clear_rows(plan, plan.radii, channel, row, rows, own.tiles.radius);
     };
-    clear(0, top);
-    for (int64_t row = 0; row < seen; row += kRowsAtOnce) {
-      const int64_t rows = std::min(kRowsAtOnce, seen - row);
-      largest = std::max(largest, tiles_of_rows(plan, image, channel, row, rows, own));
+    clear(begin, first - begin);
+    for (int64_t row = first; row < last; row += kRowsAtOnce) {
+      const int64_t rows = std::min(kRowsAtOnce, last - row);
+      largest = std::max(largest, tiles_of_rows(plan, image, channel, row - top, rows, own));
     }
-    clear(top + seen, plan.height - top - seen);
+    clear(last, end - last);
   }
   return largest;
 }
 
 // The sums of pixels [first, first + count) for rows [n, n + rows) of W, whose filters are given.
 void multiply_tiles(const Filtering& plan, const Filtering::Planes& planes, const float* tiles,
-                    const float* filters, int64_t rows, int64_t first, int64_t count, float* sums) {
+                    const float* filters, int64_t filter_plane, int64_t rows, int64_t first,
+                    int64_t count, float* sums) {
   const int64_t stride = plan.block_pixels() / planes.outputs;
   const int64_t groups = blocks(blocks(count, planes.outputs), kTileGroup);
   for (int64_t group = 0; group < groups; group += kGroupsOfBlock) {
     const int64_t at = group * kTileGroup;
     plan.table.filter.product({planes.filters, tiles + first / planes.outputs + at, planes.size,
-                               planes.places.data(), filters, plan.weight_plane(), rows, plan.terms,
+                               planes.places.data(), filters, filter_plane, rows, plan.terms,
                                std::min(kGroupsOfBlock, groups - group), sums + at, stride});
   }
 }
 
-// The ends of a block of pixels from `first` on, of rows [n, n + rows) of W.
-void filter_block(const Filtering& plan, const LateSteps& late, int64_t image, int64_t first,
-                  int64_t n, int64_t rows, float offset, const FilterBuffers& own) {
-  const float* filters = plan.filters.get() + n * plan.terms;
-  const int64_t pixels = plan.pixels();
-  const int64_t count = std::min(plan.block_pixels(), pixels - first);
-  multiply_tiles(plan, plan.centres, own.tiles.centre, filters, rows, first, count,
-                 own.centre_sums);
+// Some rows of W and neighbouring pixels of an image: [begin, end) of both.
+struct Part {
+  int64_t rows_begin, rows_end, pixels_begin, pixels_end;
+};
+
+// The ends of a block of pixels, of a few rows of W.
+void filter_block(const Filtering& plan, const LateSteps& late, int64_t image, const Part& block,
+                  float offset, const FilterBuffers& own) {
+  const int64_t n = block.rows_begin, rows = block.rows_end - n, pixels = plan.pixels();
+  const int64_t first = block.pixels_begin, count = block.pixels_end - first;
+  multiply_tiles(plan, plan.centres, own.tiles.centre, own.filters.of_centres(plan, n),
+                 own.filters.plane(plan), rows, first, count, own.centre_sums);
   if (plan.tiled) {
     multiply_radii(plan.plain, plan.window, plan.table, own.tiles.words, n, rows, first, count,
                    own.radius_sums);
   } else {
-    multiply_tiles(plan, plan.radii, own.tiles.radius,
-                   filters + plan.centres.filters * plan.weight_plane(), rows, first, count,
-                   own.radius_sums);
+    multiply_tiles(plan, plan.radii, own.tiles.radius, own.filters.of_radii(plan, n),
+                   own.filters.plane(plan), rows, first, count, own.radius_sums);
   }
   const int64_t to = (image * plan.call.weight.rows + n) * pixels + first;
   const bool streams = past_cache(output_bytes(plan.call, plan.images, plan.window));
@@ -332,78 +355,17 @@ void filter_block(const Filtering& plan, const LateSteps& late, int64_t image, i
              });
 }
 
-// An image by one thread.
-void filter_image(const Filtering& plan, const LateSteps& late, int64_t image,
-                  const FilterBuffers& own) {
-  const int64_t rows = plan.call.weight.rows, step = plan.step();
-  const float offset = offset_for(plan.call, make_tiles(plan, image, 0, plan.images.channels, own));
-  for (int64_t first = 0; first < plan.pixels(); first += plan.block_pixels()) {
-    for (int64_t n = 0; n < rows; n += step) {
-      filter_block(plan, late, image, first, n, std::min(step, rows - n), offset, own);
+// The ends of a part of an image whose tiles are made.
+void filter_part(const Filtering& plan, const LateSteps& late, int64_t image, const Part& part,
+                 float offset, const FilterBuffers& own) {
+  const int64_t step = plan.step(), size = plan.block_pixels();
+  for (int64_t first = part.pixels_begin; first < part.pixels_end; first += size) {
+    for (int64_t n = part.rows_begin; n < part.rows_end; n += step) {
+      const Part block{n, std::min(n + step, part.rows_end), first,
+                       std::min(first + size, part.pixels_end)};
+      filter_block(plan, late, image, block, offset, own);
     }
   }
-}
-
-// Part `rank` of [0, count) in `size` nearly equal ones.
-int64_t share_of(int64_t count, int64_t rank, int64_t size) { return count * rank / size; }
-
-// An image by all threads. Each makes the tiles of some channels, and then the ends of some rows of
-// W, whose filters its cache holds, or of some blocks of pixels; `largest` has a place for each.
-void share_image(const Filtering& plan, const LateSteps& late, int64_t image, const Team& team,
-                 float* largest, const FilterBuffers& own) {
-  // words of radii hold two channels
-  const int64_t pairs = blocks(plan.images.channels, 2), rows = plan.call.weight.rows;
-  const int64_t begin = 2 * share_of(pairs, team.rank, team.size);
-  const int64_t end = 2 * share_of(pairs, team.rank + 1, team.size);
-  largest[team.rank] = make_tiles(plan, image, begin, std::min(end, plan.images.channels), own);
-  team.meet();
-  const float offset = offset_for(plan.call, *std::max_element(largest, largest + team.size));
-  const int64_t of_rows = blocks(plan.pixels(), plan.block_pixels());
-  int64_t parts = plan.passes();
-  while (of_rows * parts % team.size != 0) ++parts;
-  const int64_t last = share_of(of_rows * parts, team.rank + 1, team.size);
-  for (int64_t at = share_of(of_rows * parts, team.rank, team.size); at < last; ++at) {
-    const int64_t n = share_of(rows, at / of_rows, parts);
-    const int64_t count = share_of(rows, at / of_rows + 1, parts) - n;
-    if (count == 0) continue;
-    filter_block(plan, late, image, at % of_rows * plan.block_pixels(), n, count, offset, own);
-  }
-}
-
-void convolve_by_filters(const Call& call, const Images& images, const Window& window,
-                         const IntervalKernels& table, int num_threads) {
-  Filtering plan = plan_filters(call, images, window, table);
-  take_filters(plan);
-  const LateSteps late(call, table);
-  const double work = static_cast<double>(images.batch * plan.pixels()) *
-                      static_cast<double>(2 * kFilters * plan.weight_plane()) / 8;
-  const int64_t threads = Shares(images.batch * plan.pixels(), 1, work, num_threads).number;
-  const int64_t tilings = std::min(threads, images.batch);
-  const int64_t of_tiles = Tiling::size(plan), of_thread = FilterBuffers::size(plan);
-  const Floats memory = floats(tilings * of_tiles + threads * of_thread);
-  std::vector<float> largest(static_cast<size_t>(threads));
-  run_together(static_cast<int>(threads), [&](const Team& team) {
-    const DefaultFloatEnvironment environment;
-    const auto share = [&](int64_t count, int64_t after) {
-      return share_of(count, team.rank + after, team.size);
-    };
-    make_filters(plan, share(call.weight.rows, 0), share(call.weight.rows, 1));
-    const int64_t alone = images.batch - images.batch % team.size;  // images of one thread
-    float* own_memory = memory.get() + tilings * of_tiles + team.rank * of_thread;
-    const Tiling first(plan, memory.get());
-    const Tiling own(plan, memory.get() + (alone > 0 ? team.rank : 0) * of_tiles);
-    if (alone > 0 || team.rank == 0) own.clear(plan);
-    const FilterBuffers buffers(plan, own_memory, own);
-    team.meet();
-    for (int64_t image = share(alone, 0); image < share(alone, 1); ++image) {
-      filter_image(plan, late, image, buffers);
-    }
-    const FilterBuffers together(plan, own_memory, first);
-    for (int64_t image = alone; image < images.batch; ++image) {
-      if (image > 0) team.meet();  // the tiles of the image before have been read
-      share_image(plan, late, image, team, largest.data(), together);
-    }
-  });
 }
 
 }  // namespace
