@@ -413,9 +413,10 @@ def test_small_results_and_large_weights_do_not_wait():
     small, shape = layer_of("panels")
     assert small(box_of(*shape))._deferred is None
     wide = nn.Conv2d(256, 256, 3, padding=1).requires_grad_(False)
-    assert wide(box_of(4, 256, 8, 8))._deferred is None
+    assert wide(box_of(16, 256, 8, 8))._deferred is None
     conv = nn.Conv2d(16, 16, 3, padding=1).requires_grad_(False)
-    assert conv(box_of(4, 16, 32, 32))._deferred is not None
+    assert conv(box_of(15, 16, 32, 32))._deferred is None
+    assert conv(box_of(16, 16, 32, 32))._deferred is not None
 
 
 @pytest.mark.parametrize("reader", ["inference", "grad", "jvp", "vmap", "no_grad"])
