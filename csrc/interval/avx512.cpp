@@ -10,6 +10,7 @@
 #include "interval/avx512_filters.h"
 #include "interval/avx512_integers.h"
 #include "interval/avx512_packed.h"
+#include "interval/avx512_squares.h"
 #include "interval/avx512_sums.h"
 #include "interval/curve_loops.h"
 #include "interval/few_inputs.h"
@@ -271,7 +272,11 @@ constexpr IntervalKernels kKernels = {
     fused_columns,
     fused_order,
     fused_dots,
-    {filter_tiles, filter_weights, filter_product, filter_ends},
+    {filter_tiles,
+     filter_weights,
+     filter_product,
+     filter_ends,
+     {square_tiles, square_weights, square_ends}},
 };
 
 }  // namespace

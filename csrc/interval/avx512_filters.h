@@ -85,7 +85,7 @@ void filter_tiles(const FilterRows& work) {
 // 24 accumulators, four columns of tiles and a weight: 29 of the 32 registers.
 constexpr int kFilterRows = 6;
 // Terms whose tiles stay in a first-level cache while all rows of W meet them.
-constexpr int64_t kFilterChunk = 3 * kFilterRun;
+constexpr int64_t kFilterChunk = 96;
 
 struct FilterPart {
   const float* tiles;
@@ -146,8 +146,8 @@ void filter_plane(const FilterProduct& work, const FilterPart& all) {
       FilterPart part = all;
       part.weight += n * work.terms;
       part.sums += n * part.sum_stride;
-      for (int64_t begin = chunk; begin < last; begin += kFilterRun) {
-        const int64_t end = last < begin + kFilterRun ? last : begin + kFilterRun;
+      for (int64_t begin = chunk; begin < last; begin += work.run) {
+        const int64_t end = last < begin + work.run ? last : begin + work.run;
         kRuns[static_cast<size_t>(next - n - 1)](part, begin, end);
       }
       n = next;
@@ -182,12 +182,19 @@ void filter_product(const FilterProduct& work) {
 // --- outputs
 // --------------------------------------------------------------------------------------
 
+// N sums of sixteen tiles, which lie `plane` apart.
+template <int N>
+struct TileSums {
+  __m512 m[N];
+
+  TileSums(const float* sums, int64_t plane) {
+    for (int i = 0; i < N; ++i) m[i] = _mm512_loadu_ps(sums + i * plane);
+  }
+};
+
 inline Pixels pixels_of(bool strided, const float* sums, int64_t plane) {
-  if (strided) return strided_pixels_of(sums, plane);
-  const __m512 m0 = _mm512_loadu_ps(sums), m1 = _mm512_loadu_ps(sums + plane);
-  const __m512 m2 = _mm512_loadu_ps(sums + 2 * plane), m3 = _mm512_loadu_ps(sums + 3 * plane);
-  return interleaved(_mm512_add_ps(_mm512_add_ps(m0, m1), m2),
-                     _mm512_sub_ps(_mm512_sub_ps(m1, m2), m3));
+  if (strided) return pixels_of_products(TileSums<kStridedFilters>(sums, plane).m);
+  return pixels_of_products(TileSums<kFilters>(sums, plane).m);
 }
 
 // Radii of pixels [pixel, pixel + 64) of row n; without quads the first half is there.
@@ -198,7 +205,7 @@ inline QuadPixels radii_of(const FilterEnds& work, int64_t n, int64_t pixel) {
   }
   const float* sums = work.radius + n * kBlockTiles;
   const int64_t plane = work.rows * kBlockTiles;
-  if (work.quads) return quad_pixels_of(sums + pixel / 4, plane);
+  if (work.quads) return quad_pixels_of(TileSums<kQuadFilters>(sums + pixel / 4, plane).m);
   const Pixels pixels = pixels_of(work.strided, sums + pixel / 2, plane);
   return {{pixels.left, pixels.right}};
 }

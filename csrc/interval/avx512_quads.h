@@ -70,21 +70,23 @@ inline Quad radius_errors(const Quad& r) {
            _mm512_add_ps(inner(2.6666668f), outer(d[1], d[3], d[5]))}};
 }
 
+// A radius that takes up an error, rounded up.
+inline __m512 widened(__m512 radius, __m512 error, float gain) {
+  const __m512 part = _mm512_mul_ps(error, _mm512_set1_ps(gain));
+  return _mm512_mul_ps(_mm512_add_ps(radius, part), _mm512_set1_ps(kSlack));
+}
+
 // r'' of filtering.h: `errors` gives e of values >= 0.
 template <typename Errors>
 inline Quad grown(const FilterRows& work, const Quad& of_centre, const Quad& radius,
                   const Errors& errors) {
-  const __m512 slack = _mm512_set1_ps(kSlack), floor = _mm512_set1_ps(work.input_floor);
-  const auto plus = [&](__m512 r, __m512 error, float gain) {
-    const __m512 part = _mm512_mul_ps(error, _mm512_set1_ps(gain));
-    return _mm512_mul_ps(_mm512_add_ps(r, part), slack);
-  };
+  const __m512 floor = _mm512_set1_ps(work.input_floor);
   Quad out;
   for (int i = 0; i < 6; ++i) {
-    out.d[i] = _mm512_add_ps(plus(radius.d[i], of_centre.d[i], work.centre_error), floor);
+    out.d[i] = _mm512_add_ps(widened(radius.d[i], of_centre.d[i], work.centre_error), floor);
   }
   const Quad own = errors(out);
-  for (int i = 0; i < 6; ++i) out.d[i] = plus(out.d[i], own.d[i], work.radius_error);
+  for (int i = 0; i < 6; ++i) out.d[i] = widened(out.d[i], own.d[i], work.radius_error);
   return out;
 }
 
@@ -143,9 +145,7 @@ struct QuadPixels {
   __m512 part[4];
 };
 
-inline QuadPixels quad_pixels_of(const float* sums, int64_t plane) {
-  __m512 m[6];
-  for (int i = 0; i < 6; ++i) m[i] = _mm512_loadu_ps(sums + i * plane);
+inline QuadPixels quad_pixels_of(const __m512 (&m)[kQuadFilters]) {
   const __m512 a = _mm512_add_ps(m[1], m[2]), b = _mm512_sub_ps(m[1], m[2]);
   const __m512 c = _mm512_add_ps(m[3], m[4]), d = _mm512_sub_ps(m[3], m[4]);
   const __m512 unit = _mm512_set1_ps(1.0f / 24.0f), two = _mm512_set1_ps(2.0f);

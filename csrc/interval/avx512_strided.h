@@ -18,10 +18,15 @@ inline Quad strided_errors(const Quad& v) {
            _mm512_setzero_ps()}};
 }
 
-inline Quad strided_grown(const FilterRows& work, const Quad& centre, const Quad& radius) {
+inline Quad strided_centre_errors(const Quad& centre) {
   Quad size;
   for (int i = 0; i < 6; ++i) size.d[i] = magnitude(centre.d[i]);
-  return grown(work, strided_errors(size), radius, [](const Quad& v) { return strided_errors(v); });
+  return strided_errors(size);
+}
+
+inline Quad strided_grown(const FilterRows& work, const Quad& centre, const Quad& radius) {
+  return grown(work, strided_centre_errors(centre), radius,
+               [](const Quad& v) { return strided_errors(v); });
 }
 
 inline void store_strided(const Quad& tile, int64_t plane, float* to) {
@@ -48,9 +53,7 @@ void filter_strided(const FilterRows& work) {
   }
 }
 
-inline Pixels strided_pixels_of(const float* sums, int64_t plane) {
-  __m512 m[5];
-  for (int i = 0; i < 5; ++i) m[i] = _mm512_loadu_ps(sums + i * plane);
+inline Pixels pixels_of_products(const __m512 (&m)[kStridedFilters]) {
   return interleaved(_mm512_add_ps(_mm512_add_ps(m[0], m[1]), m[3]),
                      _mm512_add_ps(_mm512_sub_ps(m[1], m[2]), m[4]));
 }

@@ -39,6 +39,11 @@ inline Pixels interleaved(__m512 first, __m512 second) {
   return {_mm512_permutex2var_ps(first, low, second), _mm512_permutex2var_ps(first, high, second)};
 }
 
+inline Pixels pixels_of_products(const __m512 (&m)[4]) {
+  return interleaved(_mm512_add_ps(_mm512_add_ps(m[0], m[1]), m[2]),
+                     _mm512_sub_ps(_mm512_sub_ps(m[1], m[2]), m[3]));
+}
+
 }  // namespace
 }  // namespace interval
 }  // namespace pyrobust

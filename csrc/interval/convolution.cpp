@@ -8,6 +8,7 @@
 #include "interval/direct_convolution.h"
 #include "interval/epilogue.h"
 #include "interval/filter_parts.h"
+#include "interval/square_convolution.h"
 #include "runtime/check.h"
 
 namespace pyrobust {
@@ -258,6 +259,9 @@ void interval_conv2d(const Call& asked, const Images& images, const Window& wind
   const int64_t bytes = output_bytes(call, images, window);
   prefer_large_pages(call.out_lower, bytes);
   prefer_large_pages(call.out_upper, bytes);
+  if (filters && squares_apply(call, images, window, table)) {
+    return convolve_by_squares(call, images, window, table, num_threads);
+  }
   if (filters) return convolve_by_filters(call, images, window, table, num_threads);
   Convolution conv = plan(call, images, window, table);
   if (direct_applies(conv)) {

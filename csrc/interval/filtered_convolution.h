@@ -320,7 +320,8 @@ void multiply_tiles(const Filtering& plan, const Filtering::Planes& planes, cons
     const int64_t at = group * kTileGroup;
     plan.table.filter.product({planes.filters, tiles + first / planes.outputs + at, planes.size,
                                planes.places.data(), filters, filter_plane, rows, plan.terms,
-                               std::min(kGroupsOfBlock, groups - group), sums + at, stride});
+                               kFilterRun, std::min(kGroupsOfBlock, groups - group), sums + at,
+                               stride});
   }
 }
 

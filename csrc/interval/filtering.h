@@ -1,4 +1,5 @@
-// Convolutions with windows of 3 x 3 by minimal filtering (Winograd 1980) along rows. F(2, 3) makes
+// Convolutions with windows of 3 x 3 by minimal filtering (Winograd 1980) along rows, and along
+// columns where "Squares" below says so. F(2, 3) makes
 // two neighbouring outputs of three weights from four products instead of six: the pixels d0 ... d3
 // of a tile and the weights g0, g1, g2 of a row of the window become
 //
@@ -60,6 +61,19 @@
 // beyond the range of float, which may be reached earlier than by the plain sum, give infinite
 // ends.
 //
+// Squares. Where output rows are a multiple of kPartPixels and few enough, and even in number, the
+// columns of a tile are filtered as well as its rows: two output rows of four lines (stride 2:
+// five) by F(2, 3) (stride 2: F(2, 2)), of centres and of radii, whose rows keep F(4, 3). With By,
+// Gy, Ay for the columns V = By D Bx', U = Gy G Gx' and the outputs Ay M Ax', so an output meets a
+// weight and a pixel with a product of a factor for rows and one for columns, and the magnitudes
+// that T sums up are such products too. Each factor is at most the entry of its own e, or f, by
+// which T is at most the convolution of |W| with ey(ex(v)): ex along each line, then ey down each
+// column. As such functions of rows and of columns commute and have entries >= 0,
+//   ey(ex(ey(ex(v)))) = ey(ey(ex(ex(v)))) <= 4 * 256 ey(ex(v)),
+// of which 1024 takes the place of 256 in g. Each form rounds as often as before, one after the
+// other: a term passes those of rows, those of columns and those of the sum, which runs over
+// channels alone.
+//
 // Radii on tiles. Where they may be multiplied in bfloat16 on AMX, radii of rows of a multiple of
 // 16 outputs are not filtered: their product as it is takes a sixteenth of an FMA's time. A pixel
 // then has one radius for all of its tiles: r' takes the largest of its e, from the tile that
@@ -80,7 +94,10 @@ constexpr int64_t kStridedFilters = 5;  // of a tile of a convolution of stride 
 constexpr int64_t kTileGroup = 16;      // tiles of a register
 constexpr int64_t kGroupsOfBlock = 4;   // of a block, whose products share a pass over W
 constexpr int64_t kBlockTiles = kTileGroup * kGroupsOfBlock;
-constexpr int64_t kFilterRun = 32;   // terms of a sum in registers
+constexpr int64_t kFilterRun = 32;  // terms of a sum in registers
+// the same of squares: 32 would save 3% of time (128 channels) for half as much widening again
+constexpr int64_t kSquareRun = 16;
+constexpr double kSquareGrowth = 1024.0;
 constexpr int64_t kLineMargin = 16;  // zeros before a line
 constexpr int64_t kLineEnd = 64;     // and after its tiles
 
@@ -134,6 +151,7 @@ struct FilterProduct {
   int64_t weight_plane;
   int64_t rows;
   int64_t terms;
+  int64_t run;  // terms of a sum in registers
   int64_t groups;
   float* sums;  // (filters, rows, sum_stride)
   int64_t sum_stride;
@@ -193,11 +211,58 @@ struct TiledFilterKernels {
   void (*product)(const RadiusProduct& work) = nullptr;
 };
 
+// Some lines of a channel as tiles of two output rows, J products down a column: 4, with stride 2
+// kStridedFilters. Outputs are parts, sixteen pixels of both rows, which go along rows and then
+// down.
+constexpr int64_t kPartPixels = 16;  // of a row
+constexpr int64_t kSquareParts = 8;  // at most
+struct SquareRows {
+  int64_t parts;
+  int64_t of_row;
+  int64_t line;  // lines as in FilterRows
+  const float* centre;
+  const float* radius;
+  bool strided;
+  float centre_error;  // as in FilterRows
+  float radius_error;
+  float input_floor;
+  // (J, products along a row, tiles), `plane` apart; whole registers are written
+  float* centre_tiles;
+  int64_t plane;
+  float* radius_tiles;  // along rows of kQuadFilters, with stride 2 as of centres
+  int64_t radius_plane;
+};
+
+// Ends of such parts, which begin with a row: out[n * row_stride + pixel].
+struct SquareEnds {
+  bool strided;
+  const float* centre;  // sums of 8 kSquareParts tiles
+  const float* radius;  // of 4 kSquareParts, with stride 2 as of centres
+  const float* bias;    // (rows) or null
+  float offset;
+  int64_t rows;          // of the sums
+  int64_t first, count;  // as in FilterEnds
+  int64_t parts;
+  int64_t of_row;
+  int64_t row_stride;
+  float* out_lower;
+  float* out_upper;
+  bool past_cache;
+};
+
+struct SquareKernels {
+  void (*tiles)(const SquareRows& work) = nullptr;
+  // of (count, 3, 3) kernels, to (J, products along a row) planes
+  void (*weights)(const FilterWeights& work) = nullptr;
+  bool (*ends)(const SquareEnds& work, const Constants& constants) = nullptr;
+};
+
 struct FilterKernels {
   void (*tiles)(const FilterRows& work) = nullptr;
   void (*weights)(const FilterWeights& work) = nullptr;
   void (*product)(const FilterProduct& work) = nullptr;
   bool (*ends)(const FilterEnds& work, const Constants& constants) = nullptr;  // whether all finite
+  SquareKernels squares = {};
 };
 
 }  // namespace interval

@@ -46,7 +46,7 @@
 // an input is flushed (covered by the 2^-100 in r') and 2^-126 |x| where a weight is; together
 // below kFlush (K + 8) (1 + max |x|), kFlush = 2^-124, which is added in both modes and covers the
 // K 2^-149 as well. n is counted for each input, in convolutions by panels for each patch, and
-// what joins the results of several takes the largest; other convolutions take n = K. Finally
+// what joins results takes the largest, as filtered bands do; other convolutions n = K. Finally
 //   R = fl(yr inflate + offset) with inflate >= (1 + 8u) / (1 - gamma_D) bounds the distance from
 // yc + b, and the ends are below(below(yc + b) - R), above(above(yc + b) + R), where below and
 // above step over at least one neighbour and so cover the rounding of each sum.

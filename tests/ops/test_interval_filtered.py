@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,13 @@ SHAPES = [  # images, rows of W, padding; at least 64 output pixels, 16 channels
     ((8, 20, 19, 22), 33, (2, 0)),
     ((3, 18, 31, 28), 97, (0, 3)),
     ((5, 16, 20, 72), 16, "same"),
+    # rows of whole parts of 16 outputs: along columns too, a band of some pairs of rows at a time
+    ((4, 17, 22, 48), 50, 1),
+    ((3, 35, 22, 32), 97, (2, 1)),
+    ((2, 16, 10, 112), 20, 1),
+    # and not so where rows are odd in number or long
+    ((3, 18, 21, 48), 33, 1),
+    ((1, 16, 18, 144), 17, 1),
 ]
 STRIDED = [  # by two: output rows of a multiple of 8, at least 256 output pixels of all images
     ((1, 17, 33, 31), 19, 1),
@@ -36,6 +45,9 @@ STRIDED = [  # by two: output rows of a multiple of 8, at least 256 output pixel
     ((40, 16, 16, 17), 50, (1, 0)),
     ((6, 20, 33, 48), 33, (0, 0)),
     ((6, 18, 32, 46), 97, (2, 1)),
+    ((3, 19, 44, 96), 35, 1),
+    ((2, 16, 36, 223), 16, 1),
+    ((3, 16, 33, 96), 35, 1),
 ]
 CASES = [(1, *case) for case in SHAPES] + [(2, *case) for case in STRIDED]
 
@@ -62,7 +74,7 @@ def test_ends_enclose_float64_and_are_tight(isa, stride, shape, rows, padding, r
     assert (ends[0] <= low).all()
     assert (ends[1] >= high).all()
     widening = (ends[1].double() - ends[0]).sum() / (high - low).sum()
-    assert widening < (1.0004 if rounding == "real" else 1.002)
+    assert widening < (1.0008 if rounding == "real" else 1.002)
 
 
 @pytest.mark.parametrize("rounding", [*SOUND, "nearest"])
@@ -184,6 +196,35 @@ def test_deployed_ends_hold_other_orders_of_summation(isa, scale):
         assert (value <= ends[1]).all()
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_deployed_ends_count_the_terms_that_may_round(isa, stride):
+    lower, upper, weight, bias = problem((8, 64, 32, 32), 16)
+    lower[:, 4:], upper[:, 4:] = lower[:, 4:].abs().neg(), -0.0
+    options = {"padding": 1, "stride": stride}
+    ends = interval_conv2d(
+        lower, upper, weight, bias, rectified=True, rounding="deployed", **options
+    )
+    low, high = exact(lower.relu(), upper.relu(), weight, bias, **options)
+    assert (ends[0] <= low).all()
+    assert (ends[1] >= high).all()
+    widening = (ends[1].double() - ends[0]).sum() / (high - low).sum()
+    if isa in ("avx512", "amx"):
+        assert widening < 1.001  # 1.0018, by stride 2 1.0013, if all 576 counted
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_ends_do_not_depend_on_threads(isa, stride):
+    tensors, found = problem((3, 16, 44, 96), 20), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(interval_conv2d(*tensors, padding=1, stride=stride))
+    finally:
+        torch.set_num_threads(1)
+    for ends in found[1:]:
+        assert all(torch.equal(*pair) for pair in zip(ends, found[0], strict=True))
+
+
 def test_numbers_near_the_largest_give_infinite_ends_and_no_nan(isa):
     x = torch.full((8, 16, 16, 16), 3e38) * torch.randn(8, 16, 16, 16).sign()
     ends = interval_conv2d(x, x, torch.randn(16, 16, 3, 3), None, padding=1, allow_infinite=True)
@@ -282,6 +323,26 @@ QUADS = {
     "growth": 256,
     "stride": 1,
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(PAIRS, PAIRS), (QUADS, PAIRS), (TWOS, TWOS)])
+def test_the_bounds_of_squares(rows, columns):
+    """Sizes of what a product of products adds up, and e of e, are at most those of the proof."""
+    sizes, errors = [], []
+    for form in (rows, columns):
+        a, g, b, e = (
+            torch.tensor(form[name], dtype=torch.int64) for name in ("A", "G", "B", "errors")
+        )
+        sizes.append(torch.einsum("oi,ik,il->okl", a.abs(), g.abs(), b.abs()))
+        errors.append(e)
+    for o, k in itertools.product(range(len(sizes[0])), range(3)):
+        for p, q in itertools.product(range(len(sizes[1])), range(3)):
+            bound = torch.kron(
+                errors[1][columns["stride"] * p + q], errors[0][rows["stride"] * o + k]
+            )
+            assert (torch.kron(sizes[1][p, q], sizes[0][o, k]) <= 4 * bound).all()
+    both = torch.kron(errors[1], errors[0])
+    assert (both @ both <= 144 * 1024 * both).all()
 
 
 @pytest.mark.parametrize("form", [PAIRS, TWOS, QUADS], ids=["pairs", "twos", "quads"])
