@@ -21,8 +21,9 @@ RESULTS = Path(__file__).parent / "results"
 LEGEND = """\
 A cell: microseconds, GB/s of packed weights, for ours the fastest other product of the same width
 (or dense) over it, and the share of the limit: bytes over the bandwidth measured in the same run
-for weights of this size, or multiplications over those of `vpdpbusd` from registers, whichever is
-longer. "hot" uses a weight again and again, "beyond cache" reads 128 MiB of other data in between,
+for weights of this size, or multiplications over those of `vpdpbusd` from registers (1 bit: or of
+sums of five looked up by `vpermw`, if these are more), whichever is longer.
+"hot" uses a weight again and again, "beyond cache" reads 128 MiB of other data in between,
 then multiplies x with another weight of 256 rows, so that only the weight is out of cache.
 Times are the least of interleaved rounds; one thread is timed by its own clock, since the machine
 is shared. Products that are far too slow with few rows are left out with more.
@@ -76,7 +77,10 @@ class Section:
         }
         size = BEYOND_CACHE if self.cold else 8 << 20
         speed, rate = bandwidth(size, self.threads), self.threads * product_rate()
-        self.bounds[batch] = f"{speed / 1e9:.1f} GB/s, {rate / 1e9:.0f} GOP/s"
+        signs = self.threads * product_rate(1)
+        self.bounds[batch] = (
+            f"{speed / 1e9:.1f} GB/s, {rate / 1e9:.0f} GOP/s, {signs / 1e9:.0f} with 1 bit"
+        )
 
     def best_peer(self, bits: float, batch: int) -> float:
         """Seconds of the fastest other product of that width, or dense."""
@@ -90,7 +94,7 @@ class Section:
         """Seconds that the machine needs at least, by memory and by 8-bit arithmetic."""
         work = 2 * batch * self.shape[0] * self.shape[1]
         size = BEYOND_CACHE if self.cold else kind.nbytes
-        return least_seconds(kind.nbytes, work, self.threads, size=size)
+        return least_seconds(kind.nbytes, work, self.threads, bits=kind.bits, size=size)
 
     def cell(self, name: str, batch: int) -> str:
         """One cell of the table; empty where the kind was left out as far too slow."""

@@ -1,7 +1,8 @@
 """What this machine can do at most, measured in the run that it judges.
 
 Reading is timed over a buffer that has the size of what is to be judged, again and again, so that
-the caches serve it as they would serve that. 8-bit products are timed from registers.
+the caches serve it as they would serve that. 8-bit products are timed from registers, those with
+one bit also as look-ups of sums of five.
 """
 
 from __future__ import annotations
@@ -38,34 +39,44 @@ def bandwidth(nbytes: int, threads: int) -> float:
 
 
 @functools.cache
-def product_rate() -> float:
+def product_rate(bits: float = 8) -> float:
     """8-bit multiplications and additions a second of one thread; 0: unknown on this processor.
 
-    Known where AVX-512 VNNI is the fastest way: tiles (AMX) do more, and have no rate here.
+    Known where AVX-512 VNNI is the fastest way: tiles (AMX) do more, and have no rate here. With
+    weights of one bit it is the rate of sums looked up where these are faster.
     """
     if "amx" in _native.supported_isas():
         return 0.0
-    operations = 2 * _native.multiply_bytes(1)
+    if bits == 1:
+        return max(product_rate(), _rate(_native.look_words_up))
+    return _rate(_native.multiply_bytes)
+
+
+def _rate(multiply: Callable[[int], int]) -> float:
+    operations = 2 * multiply(1)
     if operations == 0:
         return 0.0
-    seconds = _fastest(lambda: _native.multiply_bytes(_PRODUCT_ROUNDS), 1, 30)
+    seconds = _fastest(lambda: multiply(_PRODUCT_ROUNDS), 1, 30)
     return operations * _PRODUCT_ROUNDS / seconds
 
 
-def least_seconds(nbytes: int, operations: int, threads: int, *, size: int | None = None) -> float:
+def least_seconds(
+    nbytes: int, operations: int, threads: int, *, bits: float = 8, size: int | None = None
+) -> float:
     """Seconds to read ``nbytes`` or to do 8-bit ``operations``, whichever takes longer.
 
     Args:
         nbytes: to be read.
         operations: multiplications and additions; free where their rate is unknown.
         threads: at work.
+        bits: of the weights; what is not 1 has the rate of 8.
         size: bytes over which reading is timed; None for ``nbytes``.
 
     Returns:
         Seconds, for a product that neither unpacks nor scales.
     """
     reading = nbytes / bandwidth(nbytes if size is None else size, threads)
-    rate = threads * product_rate()
+    rate = threads * product_rate(bits)
     return max(reading, operations / rate if rate else 0.0)
 
 

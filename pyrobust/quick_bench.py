@@ -97,6 +97,7 @@ class _Pair:
     peers: Mapping[str, _Call] | None = None
     nbytes: int = 0
     operations: int = 0
+    bits: float = 8
 
 
 def _row(pair: _Pair, rounds: int) -> dict[str, Any]:
@@ -112,7 +113,8 @@ def _row(pair: _Pair, rounds: int) -> dict[str, Any]:
     }
     if peers:
         peer_seconds, peer = min(zip(others, peers, strict=True))
-        limit = least_seconds(pair.nbytes, pair.operations, torch.get_num_threads())
+        threads = torch.get_num_threads()
+        limit = least_seconds(pair.nbytes, pair.operations, threads, bits=pair.bits)
         row |= {"peer": peer, "peer_seconds": peer_seconds}
         row |= {"nbytes": pair.nbytes, "limit_seconds": limit}
     return row
@@ -151,6 +153,7 @@ def _matmul_pairs(generator: torch.Generator) -> Iterator[_Pair]:
                     peers,
                     packed.nbytes,
                     2 * rows * large.numel(),
+                    bits,
                 )
 
 

@@ -163,7 +163,9 @@ def test_limits_read_all_that_they_are_given():
         expected ^= word % 2**64
     assert [_native.read_words(words, threads) for threads in (1, 2, 3)] == [expected] * 3
     assert _native.multiply_bytes(3) in (0, 3 * 16 * 64)
+    assert _native.look_words_up(3) in (0, 3 * 16 * 32 * 5)
     assert _machine_limits.least_seconds(1 << 16, 0, 1) > 0
+    assert _machine_limits.product_rate(1) >= _machine_limits.product_rate()
 
 
 def test_bench_compares_three_families(capsys):

@@ -17,6 +17,10 @@ void bind_limits(py::module_& m) {
     const py::gil_scoped_release release;
     return multiply_bytes(rounds);
   });
+  m.def("look_words_up", [](int64_t rounds) {
+    const py::gil_scoped_release release;
+    return look_words_up(rounds);
+  });
 }
 
 }  // namespace pyrobust

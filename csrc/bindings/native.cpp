@@ -26,6 +26,11 @@ PYBIND11_MODULE(_native, m) {
   m.def("isa", [] { return std::string(pyrobust::isa_name(pyrobust::current_isa())); });
   m.def("set_isa", [](const std::string& name) { pyrobust::set_isa(pyrobust::parse_isa(name)); });
   m.def("supported_isas", &supported_isas);
+  m.def("set_word_lookups", [](bool allowed) {
+    const bool before = pyrobust::looks_words_up();
+    pyrobust::set_word_lookups(allowed);
+    return before;
+  });
   pyrobust::bind_matmul(m);
   pyrobust::bind_additions(m);
   pyrobust::bind_eager_linear(m);

@@ -8,6 +8,7 @@
 #include "matmul/avx512_panel_columns.h"
 #include "matmul/avx512_panels.h"
 #include "matmul/avx512_rows.h"
+#include "matmul/avx512_sign_products.h"
 
 namespace pyrobust::matmul {
 namespace {
@@ -23,7 +24,11 @@ bool is_wide(const PackedMatrix& w, Mode mode) { return mode != Mode::kExact && 
 int64_t wide_prepared_bytes(const PackedMatrix& w, Mode mode, int64_t rows) {
   if (by_columns(w, mode)) return rows * column_row_bytes(w);
   if (!is_wide(w, mode)) return prepared_bytes(w, mode, rows);
-  if (reads_panels(w)) return PanelRows(nullptr, w, rows, mode).used;
+  if (reads_panels(w)) {
+    const int64_t own = takes_signs(w, mode, rows) ? SignRows(nullptr, w, rows).used : 0;
+    const int64_t other = PanelRows(nullptr, w, rows, mode).used;  // of a last block of fewer rows
+    return own > other ? own : other;
+  }
   return WideRows(nullptr, w, rows, mode).used;
 }
 
@@ -32,7 +37,9 @@ int64_t wide_scratch_bytes(const PackedMatrix& w, Mode mode, int64_t rows) {
   if (!is_wide(w, mode)) return scratch_bytes(w, mode, rows);
   if (reads_panels(w)) {
     const int64_t padded = padded_rows_bytes(w), products = panel_scratch_bytes(w, mode, rows);
-    return padded > products ? padded : products;
+    const int64_t signs = takes_signs(w, mode, rows) ? sign_scratch_bytes(w, rows) : 0;
+    const int64_t multiply = signs > products ? signs : products;
+    return padded > multiply ? padded : multiply;
   }
   return WideScratch(nullptr, w, rows).used;
 }
@@ -55,6 +62,9 @@ void wide_prepare(const PackedMatrix& w, Mode mode, const Activations& x, int64_
                   int64_t rows, RowRange part, void* prepared, double* step, void* scratch) {
   if (by_columns(w, mode)) return prepare_column_rows(w, x, first, part, prepared, step);
   if (!is_wide(w, mode)) return prepare(w, mode, x, first, rows, part, prepared, step, scratch);
+  if (takes_signs(w, mode, rows)) {
+    return prepare_sign_rows(w, x, first, rows, part, prepared, step, scratch);
+  }
   if (reads_panels(w)) {
     return prepare_panel_rows(w, mode, x, first, rows, part, prepared, step, scratch);
   }
@@ -121,6 +131,9 @@ void wide_multiply(const PackedMatrix& w, Mode mode, const Block& block, int64_t
                    const Output& out, void* scratch) {
   if (by_columns(w, mode)) return multiply_from_panels(w, mode, block, begin, end, out, scratch);
   if (!is_wide(w, mode)) return multiply(w, mode, block, begin, end, out, scratch);
+  if (takes_signs(w, mode, block.rows)) {
+    return multiply_signs(w, block, begin, end, out, scratch);
+  }
   if (reads_panels(w)) return multiply_from_panels(w, mode, block, begin, end, out, scratch);
   static const bool has_vbmi = __builtin_cpu_supports("avx512vbmi") != 0;
   switch (stored_bits(w)) {

@@ -123,6 +123,10 @@ struct PanelLayout {
     panel_bytes = groups * head_bytes + code_bytes(columns);
   }
 
+  int64_t columns_of(int64_t group) const {
+    const int64_t left = columns - group * group_columns;
+    return left < group_columns ? left : group_columns;
+  }
   int64_t code_bytes(int64_t count) const { return count / kQuadColumns * bits * kLineBytes; }
   int64_t bytes() const { return panels * panel_bytes; }
 };

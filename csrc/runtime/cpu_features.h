@@ -24,6 +24,14 @@ bool has_bfloat16_products();
 // True where tiles of them may be multiplied: Isa::kAmx, and AMX-BF16.
 bool has_bfloat16_tiles();
 
+// Whether 8-bit activations times one bit are looked up (matmul/sign_tables.h) rather than
+// multiplied where Isa::kAvx512 serves: PYROBUST_LOOKUPS=0 or 1 if set, else where the CPU is known
+// to be faster so; decided at the first call. Throws if the variable is neither.
+bool looks_words_up();
+
+// For tests: the choice from now on. Not to be changed while a product runs.
+void set_word_lookups(bool allowed);
+
 // PYROBUST_ISA if set, else the best; decided at the first call. Throws if the variable names an
 // unknown or unsupported set.
 Isa current_isa();

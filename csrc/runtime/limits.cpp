@@ -49,6 +49,25 @@ uint64_t read_narrow(const Words* at, int64_t steps) { return read_steps(at, ste
         "xmm23", "xmm24", "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30", "xmm31");
 }
 #undef PYROBUST_DOT
+
+#define PYROBUST_LOOK(n)            \
+  "vpermw %%zmm0, %%zmm1, %%zmm2\n" \
+  "vpaddw %%zmm2, %%zmm" #n ", %%zmm" #n "\n"
+[[gnu::target("avx512f,avx512bw")]] void look_up_registers(int64_t rounds) {
+  __asm__ volatile(
+      "vpxor %%xmm0, %%xmm0, %%xmm0\n vpxor %%xmm1, %%xmm1, %%xmm1\n"
+      // clang-format off
+      "1:\n" PYROBUST_LOOK(16) PYROBUST_LOOK(17) PYROBUST_LOOK(18) PYROBUST_LOOK(19)
+      PYROBUST_LOOK(20) PYROBUST_LOOK(21) PYROBUST_LOOK(22) PYROBUST_LOOK(23) PYROBUST_LOOK(24)
+      PYROBUST_LOOK(25) PYROBUST_LOOK(26) PYROBUST_LOOK(27) PYROBUST_LOOK(28) PYROBUST_LOOK(29)
+      PYROBUST_LOOK(30) PYROBUST_LOOK(31) "dec %0\n jnz 1b\n"
+      // clang-format on
+      : "+r"(rounds)
+      :
+      : "cc", "xmm0", "xmm1", "xmm2", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22",
+        "xmm23", "xmm24", "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30", "xmm31");
+}
+#undef PYROBUST_LOOK
 #endif
 
 bool has_wide_registers() {
@@ -80,6 +99,14 @@ int64_t multiply_bytes(int64_t rounds) {
   multiply_registers(rounds);
 #endif
   return 16 * 64 * rounds;
+}
+
+int64_t look_words_up(int64_t rounds) {
+  if (rounds < 1 || !has_wide_registers()) return 0;
+#if defined(PYROBUST_X86)
+  look_up_registers(rounds);
+#endif
+  return 16 * 32 * 5 * rounds;
 }
 
 }  // namespace pyrobust

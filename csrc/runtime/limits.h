@@ -14,4 +14,8 @@ uint64_t read_words(const void* data, int64_t bytes, int num_threads);
 // were made and added; 0 where the processor has no AVX-512 VNNI.
 int64_t multiply_bytes(int64_t rounds);
 
+// Looks 32 sums of five bytes up and adds them (matmul/sign_tables.h), from registers, 16 times a
+// round, and returns how many products of a byte and a sign these are; 0 as above.
+int64_t look_words_up(int64_t rounds);
+
 }  // namespace pyrobust
