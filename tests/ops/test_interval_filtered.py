@@ -90,15 +90,21 @@ def test_the_kernel_clips_for_a_relu_before_it(isa, stride, rounding):
 
 @pytest.mark.parametrize("rounding", SOUND)
 @pytest.mark.parametrize("stride", [1, 2])
-def test_packed_weights_are_the_floats_they_stand_for(isa, stride, rounding):
-    shape, rows = (33, 16, 16, 16), 24
+@pytest.mark.parametrize(("images", "threads"), [(33, 1), (1, 3)])
+def test_packed_weights_are_the_floats_they_stand_for(isa, images, threads, stride, rounding):
+    shape, rows = (images, 16, 32, 32), 24
     form = {"bits": 4, "group_size": 48}
     packed = round_to_nearest(torch.randn(rows, 144), **form)
     lower, upper, weight, bias = problem(shape, rows, packed.dequantize().reshape(rows, 16, 3, 3))
-    ends = interval_packed_conv2d(
-        lower, upper, packed.codes, packed.scale, packed.zero, bias, in_channels=16, kernel_size=3,
-        padding=1, stride=stride, rounding=rounding, **form,
-    )  # fmt: skip
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        ends = interval_packed_conv2d(
+            lower, upper, packed.codes, packed.scale, packed.zero, bias, in_channels=16, kernel_size=3,
+            padding=1, stride=stride, rounding=rounding, **form,
+        )  # fmt: skip
+    finally:
+        torch.set_num_threads(before)
     low, high = exact(lower, upper, weight, bias, padding=1, stride=stride)
     assert (ends[0] <= low).all()
     assert (ends[1] >= high).all()
@@ -263,7 +269,7 @@ def test_avx512_filters_where_there_are_enough_channels_and_pixels(isa):
 
 @pytest.mark.parametrize("rounding", [*SOUND, "nearest"])
 @pytest.mark.parametrize(("stride", "shape", "rows"), [
-    (1, (3, 17, 16, 16), 19), (1, (1, 64, 31, 32), 97), (1, (1, 34, 8, 8), 64),
+    (1, (3, 17, 16, 16), 19), (1, (1, 64, 31, 32), 97), (1, (1, 34, 8, 8), 64), (1, (7, 34, 8, 8), 64),
     (2, (5, 18, 33, 48), 50), (2, (1, 33, 32, 32), 64),
 ])  # fmt: skip
 def test_threads_and_other_images_change_no_bit(isa, stride, shape, rows, rounding):
