@@ -100,8 +100,8 @@ def test_packed_weights_are_the_floats_they_stand_for(isa, images, threads, stri
     torch.set_num_threads(threads)
     try:
         ends = interval_packed_conv2d(
-            lower, upper, packed.codes, packed.scale, packed.zero, bias, in_channels=16, kernel_size=3,
-            padding=1, stride=stride, rounding=rounding, **form,
+            lower, upper, packed.codes, packed.scale, packed.zero, bias, in_channels=16,
+            kernel_size=3, padding=1, stride=stride, rounding=rounding, **form,
         )  # fmt: skip
     finally:
         torch.set_num_threads(before)
@@ -269,7 +269,8 @@ def test_avx512_filters_where_there_are_enough_channels_and_pixels(isa):
 
 @pytest.mark.parametrize("rounding", [*SOUND, "nearest"])
 @pytest.mark.parametrize(("stride", "shape", "rows"), [
-    (1, (3, 17, 16, 16), 19), (1, (1, 64, 31, 32), 97), (1, (1, 34, 8, 8), 64), (1, (7, 34, 8, 8), 64),
+    (1, (3, 17, 16, 16), 19), (1, (1, 64, 31, 32), 97), (1, (1, 34, 8, 8), 64),
+    (1, (7, 34, 8, 8), 64),
     (2, (5, 18, 33, 48), 50), (2, (1, 33, 32, 32), 64),
 ])  # fmt: skip
 def test_threads_and_other_images_change_no_bit(isa, stride, shape, rows, rounding):
