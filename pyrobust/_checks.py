@@ -28,7 +28,7 @@ __all__ = [
 
 def check_choice(subject: str, name: str, value: Any, accepted: Iterable[Any]) -> None:
     """Raise ValueError unless ``value`` is one of ``accepted``."""
-    options = list(accepted)
+    options = accepted if isinstance(accepted, tuple) else list(accepted)
     if value not in options:
         listed = ", ".join(str(option) for option in options)
         raise ValueError(f"{subject}: {name} must be one of {listed}; got {value!r}.")
