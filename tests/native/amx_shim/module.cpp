@@ -10,6 +10,7 @@ namespace pyrobust {
 Isa current_isa() { return Isa::kAmx; }
 bool has_bfloat16_products() { return false; }
 bool has_bfloat16_tiles() { return true; }
+bool looks_words_up() { return false; }
 
 namespace {
 
