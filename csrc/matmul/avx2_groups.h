@@ -18,6 +18,12 @@ namespace {
 // 32 of a row: below it, adding up lanes would cost more than bringing four rows together.
 constexpr int64_t kShortGroup = 8;
 
+// More rows of x than kFusedRows take panels (avx2_group_panel.h), whose steps are of four columns.
+constexpr int64_t kGroupStep = 4;
+bool takes_group_panels(const PackedMatrix& w, int64_t rows) {
+  return rows > kFusedRows && w.group_size <= kMaxIntegerRun;
+}
+
 // Products of codes above 4 bits do not fit in pairs in 16 bits: x then has 16 bits too.
 bool takes_words(const PackedMatrix& w) { return bits_of(w) == 8; }
 
@@ -33,7 +39,7 @@ struct GroupRows {
 
   GroupRows(void* data, const PackedMatrix& w, int64_t rows) {
     const int64_t group = w.group_size < w.cols ? w.group_size : w.cols;
-    unit = group <= kShortGroup ? 4 : 32;
+    unit = group <= kShortGroup || takes_group_panels(w, rows) ? kGroupStep : 32;
     row_bytes = groups_of(w) * round_up(group, unit) * (takes_words(w) ? 2 : 1);
     runs = groups_of(w) * ceil_div(group, kMaxIntegerRun);
     Arena arena{static_cast<char*>(data)};

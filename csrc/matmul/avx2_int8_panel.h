@@ -128,7 +128,9 @@ inline void panel_sums(const uint8_t* panel, int64_t steps, const char* x, int64
   for (int64_t s = 0; s < steps;) {
     __m256i pairs[kRows][kLaneHalves];
     for (int m = 0; m < kRows; ++m) pairs[m][0] = pairs[m][1] = _mm256_setzero_si256();
-    for (const int64_t stop = s + kShortSteps<kBits>; s < stop; ++s, panel += 64) {
+    const int64_t left = steps - s, some = left < kShortSteps<kBits> ? left : kShortSteps<kBits>;
+#pragma GCC unroll 1
+    for (const int64_t stop = s + some; s < stop; ++s, panel += 64) {
       const __m256i a = load_256(panel), b = load_256(panel + 32);
 #pragma GCC unroll 4
       for (int m = 0; m < kRows; ++m) {
@@ -145,28 +147,33 @@ inline void panel_sums(const uint8_t* panel, int64_t steps, const char* x, int64
   }
 }
 
+// Rows of x as panels meet them, four bytes a step.
+struct StepRows {
+  const char* q;
+  const int32_t* q_sum;  // (rows, groups)
+  int64_t row_bytes;
+};
+
 // What some rows of x meet: the groups [from, to) of a panel.
 struct PanelRun {
   const Scratch* scratch;
-  int64_t groups;     // of a row
-  int64_t per_group;  // blocks
-  int64_t blocks;     // of a row
+  int64_t groups;       // of a row
+  int64_t group_steps;  // of all groups but the last
+  int64_t steps;        // of a row
   int64_t from, to;
 };
 
 // totals of rows [m, m + kRows) += scale * (sums - zero * sum of q), in the order and to the bits
 // of integer_blocks().
 template <int kBits, int kRows>
-void add_panel_groups(const PanelRun& run, const IntegerRows& x, int64_t m) {
-  const int64_t stride = x.stride * x.step;
+void add_panel_groups(const PanelRun& run, const StepRows& x, int64_t m) {
   double* total = run.scratch->total + m * kPanelWidth;
   for (int64_t g = run.from; g < run.to; ++g) {
-    const int64_t first = g * run.per_group;
-    const int64_t left = run.blocks - first, blocks = left < run.per_group ? left : run.per_group;
-    const int64_t steps = blocks * kBlockSteps<kBits>, at = first * kBlockSteps<kBits>;
+    const int64_t at = g * run.group_steps, left = run.steps - at;
+    const int64_t steps = left < run.group_steps ? left : run.group_steps;
     __m256i sum[kRows][kLaneHalves];
-    panel_sums<kBits, kRows>(run.scratch->bytes + 64 * at, steps, x.q + m * stride + 4 * at, stride,
-                             sum);
+    panel_sums<kBits, kRows>(run.scratch->bytes + 64 * at, steps, x.q + m * x.row_bytes + 4 * at,
+                             x.row_bytes, sum);
     for (int i = 0; i < kRows; ++i) {
       const __m256i all = _mm256_set1_epi32(x.q_sum[(m + i) * run.groups + g]);
       for (int v = 0; v < kLaneHalves; ++v) {
@@ -187,12 +194,18 @@ void add_panel_groups(const PanelRun& run, const IntegerRows& x, int64_t m) {
   }
 }
 
+// All rows of x against a panel, some groups of it at a time.
 template <int kBits>
-void add_panel_rows(const PanelRun& run, const IntegerRows& x, int64_t rows) {
-  int64_t m = 0;
-  for (; m + kTogether <= rows; m += kTogether) add_panel_groups<kBits, kTogether>(run, x, m);
-  for (; m + 2 <= rows; m += 2) add_panel_groups<kBits, 2>(run, x, m);
-  if (m < rows) add_panel_groups<kBits, 1>(run, x, m);
+void add_panel_rows(PanelRun run, const StepRows& x, int64_t rows) {
+  const int64_t some = kNearPanel / (64 * (run.group_steps > 0 ? run.group_steps : 1));
+  const int64_t chunk = some > 0 ? some : 1;
+  for (run.from = 0; run.from < run.groups; run.from = run.to) {
+    run.to = run.groups - run.from < chunk ? run.groups : run.from + chunk;
+    int64_t m = 0;
+    for (; m + kTogether <= rows; m += kTogether) add_panel_groups<kBits, kTogether>(run, x, m);
+    for (; m + 2 <= rows; m += 2) add_panel_groups<kBits, 2>(run, x, m);
+    if (m < rows) add_panel_groups<kBits, 1>(run, x, m);
+  }
 }
 
 // store_result() of 16 float32 results.
@@ -227,34 +240,40 @@ void store_panel(const Output& out, const Block& block, int64_t first, int64_t e
   }
 }
 
+// Scales and zeros of the 16 rows of W from `first` on; totals of 0.
+inline void begin_panel(const PackedMatrix& w, int64_t first, int64_t rows,
+                        const Scratch& scratch) {
+  const int64_t groups = groups_of(w);
+  for (int64_t t = 0; t < kIntegerTiles; ++t) {
+    load_group_scales(w, first + t * kTile, scratch.group_scale + t * kTile * groups,
+                      scratch.group_zero + t * kTile * groups);
+  }
+  load_lane_zeros(w, scratch);
+  __builtin_memset(scratch.total, 0, static_cast<size_t>(rows * kPanelWidth) * sizeof(double));
+}
+
 template <int kBits>
 void multiply_integer_panels(const PackedMatrix& w, const Block& block, int64_t begin, int64_t end,
                              const Output& out, const Scratch& scratch) {
   const IntegerRows x(const_cast<void*>(block.data), w, block.rows);
-  const int64_t groups = groups_of(w), blocks = blocks_of(w), per_group = group_blocks(w);
-  const int64_t some = kNearPanel / (64 * kBlockSteps<kBits> * (per_group > 0 ? per_group : 1));
-  const int64_t chunk = some > 0 ? some : 1;
+  const StepRows rows{x.q, x.q_sum, x.stride * x.step};
+  const int64_t blocks = blocks_of(w);
+  const PanelRun run{
+      &scratch, groups_of(w), group_blocks(w) * kBlockSteps<kBits>, blocks * kBlockSteps<kBits>, 0,
+      0};
   for (int64_t first = begin; first < end; first += kPanelWidth) {
+    begin_panel(w, first, block.rows, scratch);
     for (int64_t t = 0; t < kIntegerTiles; ++t) {
       load_tile(w, first + t * kTile, scratch.expanded + t * kTile * expanded_row_bytes(w),
                 scratch.rows + t);
-      load_group_scales(w, first + t * kTile, scratch.group_scale + t * kTile * groups,
-                        scratch.group_zero + t * kTile * groups);
     }
-    load_lane_zeros(w, scratch);
     for (int64_t b = 0; b < blocks; ++b) {
       for (int64_t v = 0; v < kLaneHalves; ++v) {
         uint8_t* at = scratch.bytes + 64 * b * kBlockSteps<kBits> + 32 * v;
         unpack_panel_block<kBits>(scratch.rows + 2 * v, b, at);
       }
     }
-    __builtin_memset(scratch.total, 0,
-                     static_cast<size_t>(block.rows * kPanelWidth) * sizeof(double));
-    PanelRun run{&scratch, groups, per_group, blocks, 0, 0};
-    for (; run.from < groups; run.from = run.to) {
-      run.to = groups - run.from < chunk ? groups : run.from + chunk;
-      add_panel_rows<kBits>(run, x, block.rows);
-    }
+    add_panel_rows<kBits>(run, rows, block.rows);
     store_panel(out, block, first, end, scratch.total);
   }
 }

@@ -7,8 +7,7 @@
 #include "core/activation_int8.h"
 #include "matmul/avx2_complex.h"
 #include "matmul/avx2_exact.h"
-#include "matmul/avx2_groups.h"
-#include "matmul/avx2_int8_panel.h"
+#include "matmul/avx2_group_panel.h"
 #include "matmul/avx2_plain.h"
 #include "matmul/sparse.h"
 
@@ -133,6 +132,9 @@ void multiply_bits(const PackedMatrix& w, Mode mode, const Block& block, int64_t
       }
       return multiply_integer_blocks<kBits>(w, block, begin, end, out, scratch);
     case Path::kIntegerGroups:
+      if (takes_group_panels(w, block.rows)) {
+        return multiply_group_panels<kBits>(w, block, begin, end, out, scratch);
+      }
       return multiply_integer_groups(w, block, begin, end, out, scratch);
     case Path::kPlain:
       return multiply_plain(w, block, begin, end, out, scratch);

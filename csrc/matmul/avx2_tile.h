@@ -215,10 +215,11 @@ struct Scratch {
     const int64_t blocks = blocks_of(w), rows_of_w = kPanelTiles * kTile;
     const int64_t grouped =  // rows of W whose scales are kept
         path == Path::kBlocks || path == Path::kIntegerBlocks ? rows_of_w
-        : groups                                              ? kTile
+        : groups                                              ? kIntegerTiles * kTile
                                                               : 0;
     const bool plain = groups || path == Path::kPlain;
-    expanded = arena.take<uint8_t>(plain ? 0 : rows_of_w * expanded_row_bytes(w));
+    const int64_t plain_rows = groups ? 8 * (round_up(w.cols, kBlock) + kBlock) : 0;
+    expanded = arena.take<uint8_t>(plain ? plain_rows : rows_of_w * expanded_row_bytes(w));
     rows = arena.take<TileRows>(plain ? 0 : kPanelTiles);
     group_scale = arena.take<double>(grouped * groups_of(w));
     group_zero = arena.take<float>(grouped * groups_of(w));
@@ -227,11 +228,13 @@ struct Scratch {
     column_zero = arena.take<float>(columns ? rows_of_w * blocks * kBlock : 0);
     const int64_t depth = path == Path::kDoubleColumns ? blocks : rows_of_w / kTile * kPanelBlocks;
     panel = arena.take<float>(path == Path::kIntegerBlocks || groups ? 0 : depth * kTile * kBlock);
-    total = arena.take<double>(groups ? 0 : rows_of_x * rows_of_w);
-    const int64_t unpacked = path == Path::kIntegerBlocks ? kIntegerTiles : groups ? 1 : 0;
-    const int64_t code_bytes = path == Path::kIntegerBlocks && bits_of(w) == 8 ? 2 : 1;
-    lane_zero = arena.take<int32_t>(groups ? 0 : unpacked * kTile * groups_of(w));
-    bytes = arena.take<uint8_t>(unpacked * kTile * (blocks + 1) * kBlock * code_bytes);
+    total = arena.take<double>(rows_of_x * rows_of_w);
+    const int64_t unpacked = path == Path::kIntegerBlocks || groups ? kIntegerTiles * kTile : 0;
+    lane_zero = arena.take<int32_t>(unpacked * groups_of(w));
+    // Groups that are no whole blocks are filled up to four columns there.
+    const int64_t group = w.group_size < w.cols ? w.group_size : w.cols;
+    const int64_t width = groups ? groups_of(w) * round_up(group, 4) : blocks * kBlock;
+    bytes = arena.take<uint8_t>(unpacked * (width + kBlock) * (bits_of(w) == 8 ? 2 : 1));
     used = arena.used;
   }
 };
