@@ -276,7 +276,7 @@ constexpr IntervalKernels kKernels = {
      filter_weights,
      filter_product,
      filter_ends,
-     {square_tiles, square_weights, square_ends}},
+     {count_nonzero_pixels, square_tiles, square_weights, square_ends}},
 };
 
 }  // namespace

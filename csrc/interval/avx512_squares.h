@@ -167,6 +167,22 @@ inline void strided_parts(const SquareRows& work, const int64_t (&places)[4], in
   }
 }
 
+void count_nonzero_pixels(const Ends& ends, int32_t* counts) {
+  const __m512 zero = _mm512_setzero_ps(), floor = _mm512_set1_ps(ends.floor);
+  const auto vanishes = [&](__m512 x) {
+    return _mm512_cmp_ps_mask(x, zero, _CMP_EQ_OQ) | _mm512_cmp_ps_mask(x, floor, _CMP_LT_OQ);
+  };
+  for (int64_t x = 0; x < ends.count; x += 16) {
+    const int64_t rest = ends.count - x;  // absent lanes are zero
+    const int zeros =
+        vanishes(load_lanes(ends.lower + x, rest)) & vanishes(load_lanes(ends.upper + x, rest));
+    const __m512i before = _mm512_maskz_loadu_epi32(lanes_mask(rest), counts + x);
+    const __m512i after =
+        _mm512_mask_add_epi32(before, static_cast<__mmask16>(~zeros), before, _mm512_set1_epi32(1));
+    _mm512_mask_storeu_epi32(counts + x, lanes_mask(rest), after);
+  }
+}
+
 // Parts beyond the last count as it.
 void square_tiles(const SquareRows& work) {
   const int64_t step = work.strided ? 2 : 1;

@@ -87,6 +87,7 @@ namespace pyrobust {
 namespace interval {
 
 struct Constants;
+struct Ends;
 
 constexpr int64_t kQuadFilters = 6;     // of a tile of four outputs
 constexpr int64_t kFilters = 4;         // products of a tile
@@ -251,6 +252,8 @@ struct SquareEnds {
 };
 
 struct SquareKernels {
+  // adds 1 where an input may be other than zero, as nonzero_terms counts
+  void (*count)(const Ends& ends, int32_t* counts) = nullptr;
   void (*tiles)(const SquareRows& work) = nullptr;
   // of (count, 3, 3) kernels, to (J, products along a row) planes
   void (*weights)(const FilterWeights& work) = nullptr;

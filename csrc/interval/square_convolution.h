@@ -184,15 +184,7 @@ std::vector<int32_t> nonzero_channels(const Squares& plan, const Band& band) {
   for (int64_t channel = 0; channel < plan.images.channels; ++channel) {
     for (int64_t y = 0; y < plan.lines; ++y) {
       if (!in_image(plan, band, y)) continue;
-      const Ends ends = ends_of_line(plan, band, channel, y);
-      int32_t* to = out.data() + y * width;
-      for (int64_t x = 0; x < width; ++x) {  // without branches, to become vectors
-        const float low = ends.lower[x], high = ends.upper[x];
-        const int32_t zero =
-            (static_cast<int32_t>(low == 0.0f) | static_cast<int32_t>(low < ends.floor)) &
-            (static_cast<int32_t>(high == 0.0f) | static_cast<int32_t>(high < ends.floor));
-        to[x] += 1 - zero;
-      }
+      plan.table.filter.squares.count(ends_of_line(plan, band, channel, y), out.data() + y * width);
     }
   }
   return out;
