@@ -15,8 +15,7 @@ namespace {
 constexpr double kLeftOut = 3.2 / 65536.0;
 
 Constants constants_with(const LinearCall& call, double centre, double radius) {
-  const bool packed = call.kind == WeightKind::kPacked || call.decoded;
-  return constants_of({centre, radius}, call.terms, call.rounding, packed);
+  return constants_of({centre, radius}, call.terms, call.rounding, bounds_packed(call));
 }
 
 Constants constants_for(const LinearCall& call, int parts) {

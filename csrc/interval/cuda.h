@@ -26,8 +26,10 @@
 //   warpgroups     centre n = 2 * 64, or 2 * 128 of packed weights; radius n = 128 of packed
 //   weights,
 //                  else all terms of a part, as it has no totals; d = 2 stages + parts + 2
+// float32 scales: W is the float nearest to scale times code, off by u, and 0.75 n in place of n
+// leaves more.
 // Underflow: a product of denormal size is lost to at most 2^-126, three of them a term, so the
-// absolute term is twice that of interval.h.
+// absolute term is twice that of interval.h; so it is where scales may be flushed (flush_of).
 #pragma once
 
 #include "cuda/queue.h"
@@ -62,6 +64,11 @@ struct LinearCall {
   bool clusters;    // the device has them: compute capability 9.0 and above
   bool warpgroups;  // their products too: compute capability 9.0 alone
 };
+
+// Whether kDeployed speaks of the packed product.
+inline bool bounds_packed(const LinearCall& call) {
+  return call.kind == WeightKind::kPacked || call.decoded;
+}
 
 bool packed_fits(const matmul::PackedMatrix& weight);
 

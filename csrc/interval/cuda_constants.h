@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "core/rounding.h"
 #include "interval/interval.h"
@@ -51,8 +52,19 @@ inline Constants constants_of(const SumErrors& own, int64_t terms, Rounding mode
   if (!deployed) return out;
   out.bias_gain = to_float_up((least > half ? least : half) * kRoundings);
   out.value_gain = to_float_up(half * (1.0 + 2.0 * rounding::kUnit));
+  out.least = std::numeric_limits<float>::min();
   out.limit = rounding::to_float_down(half * kLimit);
   return out;
+}
+
+// What flushing and underflow lose of an output, times 1 + 2 max |x| (cuda.h) or alone
+// (cuda_library.h); 512 times as much where scales may be flushed that multiply whole numbers up to
+// 511 (interval.h).
+inline float flush_of(int64_t terms, Rounding mode, bool packed) {
+  constexpr double kTwiceFlush = 9.40395480657830e-38;  // 2^-123
+  if (mode == Rounding::kNearest) return 0.0f;
+  const double times = packed && mode == Rounding::kDeployed ? 512.0 : 1.0;
+  return rounding::to_float_up(times * kTwiceFlush * (static_cast<double>(terms) + 8.0));
 }
 
 }  // namespace gpu

@@ -21,12 +21,6 @@ Constants library_constants(const LibrarySum& sum) {
   return constants_of({centre, of_all}, sum.terms, sum.rounding, sum.packed);
 }
 
-float constant_offset(const LibrarySum& sum, const Constants& constants) {
-  constexpr double kTwiceFlush = 9.4039548065783e-38;  // 2^-123
-  const double offset = kTwiceFlush * (static_cast<double>(sum.terms) + 8.0);
-  return constants.outward ? rounding::to_float_up(offset) : 0.0f;
-}
-
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 unsigned blocks_of(int64_t count, int64_t each) {
@@ -93,7 +87,8 @@ cuda::Status finish(const Finish& work, const cuda::Queue& queue) {
   const bool whole = work.inner % kFour == 0;
   const bool outputs = (work.pixels != 0 ? work.pixels : work.stride) % kFour == 0 &&
                        aligned(work.out_lower) && aligned(work.out_upper);
-  const FinishWork with = {work, constants, constant_offset(work.sum, constants),
+  const FinishWork with = {work, constants,
+                           flush_of(work.sum.terms, work.sum.rounding, work.sum.packed),
                            whole && aligned(work.first) && aligned(work.low) &&
                                aligned(work.second) && aligned(work.radius),
                            whole && outputs};

@@ -27,6 +27,10 @@
 // denormal, which costs at most 4 * 2^-126 (|c| + r), |W| < 2^-101 and |W|^ r' exceeds |W| r' by
 // 2^-101 (g_c |c| + r), which is more, since g_c >= 8 * 2^-22. Four products a term and a deployed
 // evaluation lose at most 2^-126 each, together below 2^-123 (K + 8), whatever the inputs are.
+// Where a packed weight's scale may be flushed, a deployed evaluation loses at most 511 2^-126 (|c|
+// + r) of a term with |W| < 2^-117, and |W|^ r' exceeds |W| r' by 2^-101 (g_c |c| + r), g_c >=
+// 2^-15; where the scale's product with x is, 511 2^-126, for which the absolute term counts 512
+// times.
 //
 // Not finite. The radius of such an input becomes infinite, and with it, or as a NaN, the radius of
 // every output that the term reaches, whatever its weight.

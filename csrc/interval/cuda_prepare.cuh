@@ -23,6 +23,7 @@ struct PrepareWork {
   int count;
   int image_inputs;
   TermStrides strides;
+  float flush;  // flush_of()
 };
 
 constexpr size_t kPrepareShared = 128;
@@ -100,13 +101,10 @@ PYROBUST_DEVICE void store_eight(const PrepareWork& work, const Prepared (&terms
   }
 }
 
-PYROBUST_DEVICE float offset_of(float largest, int64_t terms, const Constants& constants) {
-  // An input that is not finite shows in its outputs by an infinite offset, in every mode.
+// An input that is not finite shows in its outputs by an infinite offset, in every mode.
+PYROBUST_DEVICE float offset_of(float largest, float flush) {
   if (!(largest < rounding::infinity())) return rounding::infinity();
-  if (!constants.outward) return 0.0f;
-  constexpr float kTwiceFlush = 9.4039548065783e-38f;  // 2^-123
-  const float scale = cuda::mul_up(kTwiceFlush, cuda::add_up(static_cast<float>(terms), 8.0f));
-  return cuda::mul_up(scale, cuda::fma_up(2.0f, largest, 1.0f));
+  return flush == 0.0f ? 0.0f : cuda::mul_up(flush, cuda::fma_up(2.0f, largest, 1.0f));
 }
 
 // Over all blocks of the input; before the end of any block all must have read its maxima.
@@ -151,7 +149,7 @@ prepare_kernel(const __grid_constant__ PrepareWork work) {
   }
   maxima = maxima_of_input(work, maxima);
   if (part == 0 && threadIdx.x == 0) {
-    work.offsets[input] = offset_of(maxima.largest, work.terms, work.constants);
+    work.offsets[input] = offset_of(maxima.largest, work.flush);
   }
   if (!work.int8) return;
   const float extra =

@@ -286,8 +286,12 @@ PYROBUST_DEVICE void finish_sums(const ProductWork<Source>& work,
   }
 }
 
+// Faults for tests to find: a stage is read while its copies may be under way; inputs are copied
+// before they are prepared; products meet a stage that no fence has shown to them (cuda_wide.cuh).
+enum Fault : int { kNoFault, kLateCopies, kEarlyInputs, kNoFence };
+
 // Weights are under way before the inputs are prepared.
-template <class Source, int kTiles>
+template <class Source, int kTiles, int kFault = kNoFault>
 PYROBUST_KERNEL_OF(kProductThreads, 1)
 product_kernel(const __grid_constant__ ProductWork<Source> work) {
   using Shape_ = ProductShape<Source, kTiles>;
@@ -303,7 +307,7 @@ product_kernel(const __grid_constant__ ProductWork<Source> work) {
   }
   Factors<Source> factors, next;
   factors.load(work, block.row + warp_row, block.part);
-  cuda::await_grid();
+  if (kFault != kEarlyInputs) cuda::await_grid();
   for (int i = 0; i < kStages - 1; ++i) {
     const int64_t step = block.part + i * work.parts;
     if (step < steps) block.copy_inputs(work, steps, step, ring + i * Shape_::kStageBytes);
@@ -313,7 +317,7 @@ product_kernel(const __grid_constant__ ProductWork<Source> work) {
   int stage = 0, free = kStages - 1;
 #pragma unroll 1
   for (int64_t step = block.part; step < steps; step += work.parts) {
-    cuda::wait_copies<kStages - 2>();
+    cuda::wait_copies<kStages - 2 + (kFault == kLateCopies ? 1 : 0)>();
     cuda::sync_threads();
     const int64_t ahead = step + (kStages - 1) * work.parts;
     if (ahead < steps) {

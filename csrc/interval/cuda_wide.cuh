@@ -254,7 +254,7 @@ PYROBUST_DEVICE void load_partials(const WideWork<Source>& work, int64_t outputs
   }
 }
 
-template <class Source, int kEights>
+template <class Source, int kEights, int kFault>
 PYROBUST_DEVICE void run_wide(const WideWork<Source>& work) {
   using S = WideShape<Source, kEights>;
   constexpr int kAhead = S::kStages - 1;
@@ -282,7 +282,7 @@ PYROBUST_DEVICE void run_wide(const WideWork<Source>& work) {
     }
   };
   load_factors(unit_at(now), factors);
-  cuda::await_grid();
+  if (kFault != kEarlyInputs) cuda::await_grid();
   ahead = now;
   for (int i = 0; i < kAhead; ++i, advance(&ahead)) {
     if (i < now.count) block.copy_inputs(work, unit_at(ahead), ring + i * S::kStageBytes);
@@ -292,8 +292,8 @@ PYROBUST_DEVICE void run_wide(const WideWork<Source>& work) {
   int stage = 0, free = kAhead;
 #pragma unroll 1
   for (int i = 0; i < now.count; ++i, advance(&ahead)) {
-    cuda::wait_copies<kAhead - 1>();
-    cuda::show_to_products();
+    cuda::wait_copies<kAhead - 1 + (kFault == kLateCopies ? 1 : 0)>();
+    if (kFault != kNoFence) cuda::show_to_products();
     cuda::sync_threads();
     if (i + kAhead < now.count) {
       const cuda::SharedPlace to = ring + free * S::kStageBytes;
@@ -326,11 +326,11 @@ PYROBUST_DEVICE void run_wide(const WideWork<Source>& work) {
   }
 }
 
-template <class Source, int kEights>
+template <class Source, int kEights, int kFault = kNoFault>
 PYROBUST_KERNEL_OF((WideShape<Source, kEights>::kThreads), 1)
 wide_kernel(const __grid_constant__ WideWork<Source> work) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  run_wide<Source, kEights>(work);
+  run_wide<Source, kEights, kFault>(work);
 #endif
 }
 

@@ -21,6 +21,9 @@ PYROBUST_HD void finish_one(float centre, float radius, float shift, float offse
     high = rounding::above(rounding::above(centre) + radius);
   }
   const bool bounded = rounding::is_finite(centre) && radius < constants.limit;
+  // An end between zero and `least` may be read as zero: it becomes that on the outer side.
+  if (low > 0.0f && low < constants.least) low = 0.0f;
+  if (high < 0.0f && high > -constants.least) high = 0.0f;
   *out_lower = bounded ? low : -rounding::infinity();
   *out_upper = bounded ? high : rounding::infinity();
 }

@@ -134,12 +134,10 @@ void tiles(const Tiles& work) {
   }
 }
 
-// finish_one, with what flushing of denormals may make of the ends; whether they are finite.
+// finish_one, and whether the ends are finite.
 bool finish(float centre, float radius, float shift, float offset, const Constants& constants,
             float* lower, float* upper) {
   finish_one(centre, radius, shift, offset, constants, lower, upper);
-  if (*lower > 0.0f && *lower < constants.least) *lower = 0.0f;
-  if (*upper < 0.0f && *upper > -constants.least) *upper = 0.0f;
   return rounding::is_finite(*lower) && rounding::is_finite(*upper);
 }
 

@@ -14,7 +14,7 @@ constexpr int kThreads = 256;
 constexpr int kRun = 8;                        // columns a thread decodes at a time
 constexpr int64_t kSegment = kThreads * kRun;  // columns of a thread block
 
-PYROBUST_KERNEL(kThreads) repack_kernel(Format format, Codes codes, uint32_t* out) {
+PYROBUST_KERNEL_OF(kThreads, 4) repack_kernel(Format format, Codes codes, uint32_t* out) {
   const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (index < steps_of(codes.rows, codes.cols)) pack_indexed_step(format, codes, index, out);
 }
@@ -234,7 +234,7 @@ bool for_warpgroups(Format format, const LinearArguments& p) {
 }
 
 // Products of warpgroups scale every 128 columns. They take 64 rows whatever the count: on an H200
-// 32 rows and 4 bits took 28.6 us by them and 24.8 by warps, 64 rows 30 and 45.
+// 32 rows and 4 bits took 28.6 us by them and 24.8 by warps, 64 rows 30 and 45 (in one launch).
 Path path_of(Format format, const LinearArguments& p) {
   if (p.count > kMaxFusedRows && p.rounds && takes_many_rows(format, p, p.x_type)) {
     return Path::kBroad;
@@ -293,7 +293,9 @@ int64_t partial_floats(Format format, const LinearArguments& p) {
   return thread_blocks_of(p.schedule) * teams_of(rows) * tile_strips(rows) * sums * kStrip * rows;
 }
 
-int64_t arrival_words(const LinearArguments& p) { return p.schedule.tiles; }
+int64_t arrival_words(const LinearArguments& p) {
+  return p.schedule.tiles * divide_up(p.count, kMostWarpRows);
+}
 
 cuda::Status linear(Format format, const LinearArguments& p, cuda::Stream stream) {
   constexpr cuda::Status kInvalidValue = 1;

@@ -49,7 +49,7 @@ struct LinearArguments {
   void* out = nullptr;      // (count, rows) of out_type
   int32_t* sums = nullptr;  // complex only: (2, count, rows), sums with u and with v
   float* partials = nullptr;
-  int32_t* arrivals = nullptr;  // (tiles), zeros
+  int32_t* arrivals = nullptr;  // (tiles) a launch, zeros
   FloatType scale_type = FloatType::kFloat16;
   FloatType x_type = FloatType::kFloat16;
   FloatType out_type = FloatType::kFloat16;

@@ -18,7 +18,7 @@ namespace pyrobust::matmul::gpu {
 template <Format kFormat, int kRows>
 struct FewShape {
   static constexpr int kBits = stored_bits(kFormat);
-  static constexpr int kSums = 1, kStrips = 1, kHalves = 1, kTiles = 4;
+  static constexpr int kSums = 1, kStrips = 1, kTiles = 4;
   static constexpr int kEights = kRows / 8;
   static constexpr int kTeams = kFewTeams, kTeam = kLanes, kThreads = kTeams * kTeam;
   static constexpr int kBlocksPerSm = 2;

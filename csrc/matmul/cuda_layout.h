@@ -241,10 +241,7 @@ constexpr int kEightBytes = 8 * 128;  // eight rows of a stage
 constexpr int kWarps = 8;
 
 PYROBUST_HD constexpr int tile_strips(int rows) { return rows <= 16 ? 1 : 2; }
-PYROBUST_HD constexpr int row_halves(int rows) { return rows <= 32 ? 1 : 2; }
-PYROBUST_HD constexpr int teams_of(int rows) {
-  return kWarps / (tile_strips(rows) * row_halves(rows));
-}
+PYROBUST_HD constexpr int teams_of(int rows) { return kWarps / tile_strips(rows); }
 // Thread blocks that a multiprocessor holds.
 PYROBUST_HD constexpr int resident_blocks(int rows) { return rows <= 16 ? 2 : 1; }
 
@@ -364,12 +361,15 @@ PYROBUST_HD int last_of_run(const Schedule& s, int run) { return first_of_run(s,
 
 // --- instances ----------------------------------------------------------------------------------
 // Rows of x that the kernel for `count` rows takes; every instance costs seconds of compilation.
-// Instances of 8 and of 16 rows add in the same order. Groups along output features are multiplied
-// for at most kMostColumnwiseRows at a time: twice 16 rows took an H200 as long as 64.
+// Instances of 8 and of 16 rows add in the same order. More than kMostWarpRows are several launches
+// of that many: an H200 took 40 to 44 us for twice 32 rows, 40 to 45 for an instance of 64. Groups
+// along output features are multiplied for at most kMostColumnwiseRows at a time: twice 16 rows
+// took it as long as 64.
+constexpr int kMostWarpRows = 32;
 constexpr int kMostColumnwiseRows = 16;
 PYROBUST_HD constexpr int instance_rows(Format format, int group_dim, int64_t count) {
   if (count <= 8 && (group_dim == 1 || format == Format::kComplex)) return 8;
-  return count <= 16 || group_dim == 0 ? 16 : count <= 32 ? 32 : 64;
+  return count <= 16 || group_dim == 0 ? 16 : kMostWarpRows;
 }
 
 }  // namespace pyrobust::matmul::gpu

@@ -1,5 +1,5 @@
 // The fused product of few activations with a packed weight on tensor cores: y = x W^T + bias for
-// at most 64 rows of x at a time. Differs from portable.cpp in arithmetic: codes become halves
+// at most 32 rows of x at a time. Differs from portable.cpp in arithmetic: codes become halves
 // exactly, products of halves are summed in float32, and scales multiply
 //
 //     group_dim 1   the float32 sums of a group: no weight is rounded
@@ -9,8 +9,8 @@
 // that 8 rows of x cost half of what 16 do. The columns of a team of warps come block after block
 // through its own ring of stages in shared memory (cuda_stage.cuh), filled by asynchronous copies;
 // the codes of a lane are read by that lane alone, without a dequantized copy in shared memory. The
-// warps of a team share its rows of x and wait for each other at every stage, teams never do. Up to
-// 32 rows of x a team is two warps: with a warp alone, 16 rows of x came from the second cache at
+// warps of a team share its rows of x and wait for each other at every stage, teams never do. Above
+// 16 rows of x a team is two warps: with a warp alone, 16 rows of x came from the second cache at
 // as many bytes as codes of 4 bits. How teams and thread blocks share W: cuda_layout.h; how their
 // sums meet: cuda_results.cuh.
 #pragma once
@@ -28,7 +28,7 @@ struct Linear {
 
   PYROBUST_DEVICE WarpPlace place() {
     const int warp = static_cast<int>(threadIdx.x) % S::kTeam / kLanes;
-    return {static_cast<int>(threadIdx.x) % kLanes, warp % S::kStrips, warp / S::kStrips, 0};
+    return {static_cast<int>(threadIdx.x) % kLanes, warp, 0, 0};
   }
 
   PYROBUST_DEVICE void run(const LinearArguments& p) {
@@ -106,6 +106,18 @@ cuda::Status start(const LinearArguments& p, cuda::Stream stream) {
                       launch_shape<Shape<kFormat, kRows>>(p), stream, p);
 }
 
+// Rows [first, first + kMostWarpRows) of x, with tickets of their own; launches without clusters
+// follow each other, so that they may share the memory of partial sums.
+inline LinearArguments rows_from(const LinearArguments& p, int64_t first) {
+  const int64_t out_bytes = p.out_type == FloatType::kFloat32 ? 4 : 2;
+  LinearArguments part = p;
+  part.x = static_cast<const uint16_t*>(p.x) + first * p.cols;
+  part.out = static_cast<uint8_t*>(p.out) + first * p.rows * out_bytes;
+  part.count = p.count - first < kMostWarpRows ? p.count - first : kMostWarpRows;
+  if (p.arrivals != nullptr) part.arrivals = p.arrivals + first / kMostWarpRows * p.schedule.tiles;
+  return part;
+}
+
 template <Format kFormat, class Act, int kGroupDim>
 cuda::Status start_rows(const LinearArguments& p, cuda::Stream stream) {
   switch (instance_rows(kFormat, kGroupDim, p.count)) {
@@ -116,19 +128,18 @@ cuda::Status start_rows(const LinearArguments& p, cuda::Stream stream) {
       break;
     case 16:
       return start<kFormat, Act, 16, kGroupDim>(p, stream);
-    case 32:
-      if constexpr (instance_rows(kFormat, kGroupDim, 32) == 32) {
-        return start<kFormat, Act, 32, kGroupDim>(p, stream);
-      }
-      break;
   }
-  if constexpr (instance_rows(kFormat, kGroupDim, 64) == 64) {
-    return start<kFormat, Act, 64, kGroupDim>(p, stream);
+  if constexpr (instance_rows(kFormat, kGroupDim, kMostWarpRows) == kMostWarpRows) {
+    for (int64_t first = 0; first < p.count; first += kMostWarpRows) {
+      const LinearArguments part = rows_from(p, first);
+      const cuda::Status status = start<kFormat, Act, kMostWarpRows, kGroupDim>(part, stream);
+      if (status != 0) return status;
+    }
   }
   return 0;
 }
 
-// The instances of one width: two types of x, two directions of groups, one or four sizes of M.
+// The instances of one width: two types of x, two directions of groups, one or three sizes of M.
 template <Format kFormat>
 cuda::Status start_format(const LinearArguments& p, cuda::Stream stream) {
   if (p.x_type == FloatType::kFloat16) {

@@ -175,8 +175,7 @@ struct Multiplier {
   // second half's chunks are those of the first with one bit of their place turned.
   PYROBUST_DEVICE void load_operands(cuda::SharedPlace stage, const WarpPlace& at, int half,
                                      uint32_t (&x)[kEights][4]) {
-    const auto first =
-        static_cast<uint32_t>(activation_offset(at.half * kEights * 8 + at.lane % 8, at.lane / 8));
+    const auto first = static_cast<uint32_t>(activation_offset(at.lane % 8, at.lane / 8));
 #pragma unroll
     for (int m = 0; m < kEights; ++m) {
       cuda::ldmatrix_x4(x[m], stage + (first ^ 64 * half) + m * kEightBytes);

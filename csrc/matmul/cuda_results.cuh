@@ -109,7 +109,7 @@ struct Results {
 
   // The first of two rows of x that vector i is of.
   PYROBUST_DEVICE int64_t row_of_vector(const WarpPlace& at, int i) {
-    return (at.half * S::kEights + i % S::kEights) * 8 + 2 * (at.lane % 4);
+    return i % S::kEights * 8 + 2 * (at.lane % 4);
   }
 
   // Of vector i: rows 16 r + g and 16 r + 8 + g of the strip, two rows of x.

@@ -16,11 +16,10 @@ struct Shape {
   static constexpr int kBits = stored_bits(kFormat);
   static constexpr int kSums = kFormat == Format::kComplex ? 2 : 1;
   static constexpr int kStrips = tile_strips(kRows);
-  static constexpr int kHalves = row_halves(kRows);    // warps that share a strip, by rows of x
-  static constexpr int kEights = kRows / kHalves / 8;  // rows of x of a warp, by eights
-  static constexpr int kTiles = 4;                     // of 16 rows of W of a warp
+  static constexpr int kEights = kRows / 8;  // rows of x, by eights
+  static constexpr int kTiles = 4;           // of 16 rows of W of a warp
   static constexpr int kTeams = teams_of(kRows);
-  static constexpr int kTeam = kStrips * kHalves * kLanes;  // threads, a row of x for every eight
+  static constexpr int kTeam = kStrips * kLanes;  // threads, a row of x for every eight
   static constexpr int kThreads = kWarps * kLanes;
   static constexpr int kBlocksPerSm = resident_blocks(kRows);
   // What registers are for: shared memory of compute capability 8.0 has room for one block.
@@ -72,8 +71,9 @@ cuda::LaunchShape launch_shape(const LinearArguments& p) {
 
 // Which warp of its team a thread is in.
 struct WarpPlace {
-  int lane, strip, half;  // strip within the tile; half of the rows of x
-  int tile;               // first of the strip's tiles of 16 rows
+  int lane, strip;  // strip within the tile
+  int half;         // of the rows of x, where warps share them (cuda_broad.cuh), else 0
+  int tile;         // first of the strip's tiles of 16 rows
 };
 
 // Where a team is: columns [64 block, ...) of its tile. `ends`: the last block of the group, or of
@@ -159,12 +159,11 @@ struct Loader {
     const uint32_t* from = p.codes + int64_t{codes} * 4;
 #pragma unroll
     for (int j = 0; j < S::kBits; ++j) {
-      if (S::kHalves > 1 && j % S::kHalves != at.half) continue;
       cuda::copy16_async(stage + w_to + j * kLanes * 16, from + j * kLanes * 4);
     }
     // Scales multiply the sums of a group at its end; zeros may be wanted at its beginning.
     const bool scaled = kGroupDim == 0 || p.zero != nullptr || p.two_groups || unit.at_end();
-    if (kFormat != Format::kComplex && at.half == 0 && scaled) load_scales(p, at, stage);
+    if (kFormat != Format::kComplex && scaled) load_scales(p, at, stage);
   }
 
   // Rows of x are apart by a multiple of eight, which have the same order of chunks, or by four.

@@ -82,6 +82,25 @@ def test_packed_layers_are_bounded(bits, activations, batch):
         assert (y - slack <= bounds.upper).all()
 
 
+@pytest.mark.parametrize("batch", [1, 12, 300])
+@pytest.mark.parametrize("size", [1e-39, 1.1e-38])
+@pytest.mark.parametrize("activations", [None, "int8"])
+def test_packed_layers_hold_evaluations_whose_scales_are_flushed(activations, size, batch):
+    layer = pyrobust.nn.PackedLinear(
+        256, 8, bias=False, bits=8, group_size=128, activations=activations
+    ).cuda()
+    with torch.no_grad():
+        layer.codes.random_(0, 256)
+        layer.zero.zero_()
+        layer.scale = torch.full(layer.scale.shape, size).cuda()
+    for x in (torch.rand(batch, 256).cuda(), torch.rand(batch, 256).cuda() * 2.0**20):
+        box = layer(Interval(x, x, rounding="deployed"))
+        y = layer(x)
+        assert bool(y.all())
+        for value in (y, torch.zeros_like(y)):  # scales, or weights, read as zero
+            assert bool(box.contains(value).all())
+
+
 def test_a_convolutional_network():
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10)

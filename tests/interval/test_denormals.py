@@ -241,12 +241,14 @@ def test_packed_layers_hold_evaluations_whose_scales_are_flushed(isa, activation
     layer = PackedLinear(64, 8, bias=False, bits=8, group_size=32, activations=activations)
     with torch.no_grad():
         layer.codes.random_(0, 256)
-        layer.scale.fill_(size)
+        layer.scale = torch.full(layer.scale.shape, size)  # float16 has none so small
+        layer.zero.zero_()
     x = torch.rand(batch, 64)
     weight = layer.dequantize()
     for scale in (1.0, 2.0**20):
         box = layer(Interval(x * scale, x * scale, rounding="deployed"))
         assert bool(box.contains(torch.zeros(batch, 8)).all())  # scales, or weights, read as zero
+        assert bool(layer(x * scale).all())
         assert bool(box.contains(layer(x * scale)).all())
         assert bool(box.contains(F.linear(x * scale, weight)).all())
         with denormals(True):

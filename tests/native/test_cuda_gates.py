@@ -50,10 +50,10 @@ def plain_products(request, tmp_path_factory):
 
 def test_decoding_has_the_loads_of_four_rows_under_way(plain_products):
     """Which takes registers: 80 leave room for 768 threads."""
+    assert all(kernel.spills == 0 for kernel in plain_products.values())
     kernels = matching(plain_products, "decode_rows_kernel")
     assert len(kernels) == 5
     for kernel in kernels:
-        assert kernel.spills == 0
         assert kernel.registers <= 80
         if kernel.code:
             assert kernel.has("STG.E.128")
@@ -184,7 +184,7 @@ def test_interval_products_stay_within_their_instructions(interval, source, copi
     of a lane is 64 weights, four rows of 16 (of float32 32, two rows); weights and inputs come by
     16-byte copies and leave shared memory 16 bytes at a time. Dense weights count the path of odd
     rows too."""
-    (kernel,) = matching(interval, rf"product_kernel<.*{source} *, {tiles}>")
+    (kernel,) = matching(interval, rf"product_kernel<.*{source} *, {tiles}, 0>")
     assert not kernel.has("LDL|STL")
     # |W| of 1 bit is the same for all rows, which the compiler sees for compute capability 9.0.
     products = (24 if source in ("Float32Source", "PackedSource<1>") else 32) * tiles
@@ -229,7 +229,7 @@ def test_interval_products_of_warpgroups_stay_within_their_instructions(
     rows too."""
     dense = source == "BFloat16Source"  # of 9 inputs and more
     for eights, least in ((2 if dense else 1, most[0]), (8, most[1])):
-        (kernel,) = matching(interval_warpgroups, rf"wide_kernel<.*{source} *, {eights}>")
+        (kernel,) = matching(interval_warpgroups, rf"wide_kernel<.*{source} *, {eights}, 0>")
         loop = min(
             (loop for loop in kernel.loops() if kernel.counts(*loop)["HGMMA"]),
             key=lambda loop: loop[1] - loop[0],
@@ -246,7 +246,7 @@ UNITS |= {"interval/cuda_wide": ["90a"], "interval/cuda_warps": ["80"]}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("architecture", "most"), [("80", 103), ("90", 112), ("90a", 43)])
+@pytest.mark.parametrize(("architecture", "most"), [("80", 100), ("90", 100), ("90a", 100)])
 def test_there_are_few_instances_of_templates(architecture, most, tmp_path):
     """Every one costs a third of a second of compilation."""
     instances = 0

@@ -232,6 +232,60 @@ def test_it_is_about_as_tight_as_the_cpu(emulated_cuda, batch, most, rounding):
     assert ((ends[1] - ends[0]) / (cpu[1] - cpu[0])).max() < most
 
 
+# --- denormals ----------------------------------------------------------------------------------
+
+TINY = torch.finfo(torch.float32).tiny
+
+
+@pytest.fixture(params=["fused", "library"])
+def either_path(request, emulated_cuda, monkeypatch):
+    """The fused kernel, or decoded weights by the library's path."""
+    if request.param == "library":
+        for name in ("MOST_FUSED_INPUTS", "MOST_FUSED_PACKED_INPUTS", "LEAST_PRODUCTS"):
+            monkeypatch.setattr(library, name, 0)
+        for name in ("LEAST_INPUTS", "LEAST_PACKED_INPUTS"):
+            monkeypatch.setattr(library, name, 1)
+    return request.param
+
+
+@pytest.mark.parametrize("batch", [1, 9])
+@pytest.mark.parametrize("size", [1e-40, 1.1e-38, 1.5e-38])
+@pytest.mark.parametrize("activations", [None, "int8"])
+def test_packed_bounds_hold_evaluations_whose_scales_are_flushed(
+    either_path, batch, size, activations
+):
+    from pyrobust.ops._interval_packed import _linear_cuda
+
+    codes = torch.randint(0, 256, (8, 256), dtype=torch.uint8)
+    scale, zero = torch.full((8, 2), size), torch.zeros(8, 2, dtype=torch.uint8)
+    options = {"in_features": 256, "bits": 8, "group_size": 128, "activations": activations}
+    for x in (torch.rand(batch, 256), torch.rand(batch, 256) * 2.0**20):
+        low, high = _linear_cuda(
+            x, x, codes, scale, zero, None, 256, 8, 128, 1, activations, "deployed",
+            *(None,) * 5,
+        )  # fmt: skip
+        y = ops.packed_linear(x, codes, scale, zero, **options)
+        assert y.all()
+        for value in (y, torch.zeros_like(y), torch.where(y.abs() < TINY, 0.0, y)):
+            assert (low <= value).all()
+            assert (value <= high).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [1, 9])
+def test_no_deployed_end_is_read_as_zero_inside_the_box(either_path, batch, dtype):
+    """Biases so near to the absolute term that ends are denormal by ordinary rounding."""
+    x, weight = torch.zeros(batch, 1), torch.zeros(1000, 1, dtype=dtype)
+    for sign in (1, -1):
+        bias = sign * torch.linspace(0, 200, 1000) * TINY
+        low, high = _cuda_interval.linear(x, x, weight, bias, "deployed")
+        assert (low > 0).any() == (sign > 0)
+        assert not ((low > 0) & (low < TINY)).any()
+        assert not ((high < 0) & (high > -TINY)).any()
+        real = _cuda_interval.linear(x, x, weight, bias, "real")
+        assert any(((end != 0) & (end.abs() < TINY)).any() for end in real)
+
+
 # --- layout -------------------------------------------------------------------------------------
 
 

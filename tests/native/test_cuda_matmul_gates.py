@@ -230,4 +230,4 @@ def test_products_of_warpgroups_with_many_rows(tmp_path):
 def test_no_instance_spills(unit, architecture, tmp_path):
     kernels = gates.compile_kernels(f"matmul/cuda_{unit}.cu", architecture, tmp_path)
     assert max(kernel.spills for kernel in kernels.values()) == 0
-    assert len(kernels) == (2 if unit == "complex" else 10)
+    assert len(kernels) == (2 if unit == "complex" else 8)

@@ -4,6 +4,8 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pyrobust.ops import pack_codes
 from pyrobust.ops._cuda_matmul import _strip_order
@@ -102,30 +104,50 @@ def test_chunks_of_x_read_together_lie_in_different_banks():
 @pytest.mark.parametrize("rows", [1, 256, 257, 1024, 28672])
 @pytest.mark.parametrize("cols", [1, 64, 1000, 8192])
 @pytest.mark.parametrize("multiprocessors", [1, 3, 132])
-@pytest.mark.parametrize("count", [8, 16, 32, 64])
+@pytest.mark.parametrize("count", [8, 16, 32])
 def test_runs_cover_every_block_of_columns_once(rows, cols, multiprocessors, count):
     s = shim.layout_schedule(count, rows, cols, multiprocessors)
     assert s["tiles"] == -(-rows // (64 if count <= 16 else 128))
     assert s["blocks"] == -(-cols // 64)
     assert s["parts"] in (1, 2)
-    assert len(s["runs"]) == s["parts"] * {8: 8, 16: 8, 32: 4, 64: 2}[count]
+    assert len(s["runs"]) == s["parts"] * {8: 8, 16: 8, 32: 4}[count]
     ends = [0, *(last for _, last in s["runs"])]
     assert [first for first, _ in s["runs"]] == ends[:-1]
     assert ends[-1] == s["blocks"]
     assert all(0 <= last - first <= s["per"] for first, last in s["runs"])
 
 
+@pytest.mark.parametrize(
+    ("kernel", "strips", "teams", "multiple"),
+    [("few", 1, 8, 2), ("wide", 2, 2, 2), ("broad", 4, 1, 1)],
+)
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 4096), st.integers(1, 2**20), st.integers(1, 2**20), st.integers(1, 200))
+def test_other_schedules_cover_every_block_of_columns_once(
+    kernel, strips, teams, multiple, count, rows, cols, multiprocessors
+):
+    s = shim.layout_schedule_of(kernel, count, rows, cols, multiprocessors)
+    assert s["tiles"] == -(-rows // (64 * strips))
+    assert s["blocks"] == -(-cols // 64)
+    assert s["parts"] in (1, 2)
+    assert s["per"] % multiple == 0  # such blocks are copied together
+    assert len(s["runs"]) == s["parts"] * teams
+    ends = [0, *(last for _, last in s["runs"])]
+    assert [first for first, _ in s["runs"]] == ends[:-1]
+    assert ends[-1] == s["blocks"]
+
+
 def test_schedules_fill_the_multiprocessors():
     """Of an H200: 256 of the 264 thread blocks that run together, 128 of 132 for many rows."""
     assert shim.layout_schedule(16, 8192, 8192, 132)["parts"] == 2
-    assert shim.layout_schedule(64, 8192, 8192, 132)["parts"] == 2
+    assert shim.layout_schedule(32, 8192, 8192, 132)["parts"] == 2
     assert shim.layout_schedule(16, 4096, 4096, 132)["parts"] == 2
     assert shim.layout_schedule(16, 28672, 8192, 132)["parts"] == 1
     assert shim.layout_schedule(16, 64, 64, 132)["parts"] == 1
 
 
 @pytest.mark.parametrize(("count", "rows", "fills"), [
-    (16, 8192, True), (16, 28672, True), (16, 4096, False), (16, 64, False), (64, 8192, True),
+    (16, 8192, True), (16, 28672, True), (16, 4096, False), (16, 64, False), (32, 8192, True),
 ])  # fmt: skip
 def test_launches_that_leave_places_free_do_not_overlap(count, rows, fills):
     assert shim.layout_schedule(count, rows, 8192, 132)["fills"] == fills

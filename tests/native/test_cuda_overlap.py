@@ -4,6 +4,7 @@ Every first launch is held until the second has come, whose thread blocks then r
 where they wait (Options::hold_launches of csrc/cuda/fibres.h).
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -78,3 +79,44 @@ def test_packed_products_wait_for_the_rows_of_x(emulated, descending, count, gro
     expected = both()  # and from then on launches may overlap
     assert expected.isfinite().all()
     assert torch.equal(held(descending, both), expected)
+
+
+# --- planted faults -----------------------------------------------------------------------------
+
+LATE_COPIES, EARLY_INPUTS, NO_FENCE = 1, 2, 3
+FAULTY = pytest.mark.parametrize(
+    ("name", "batch", "fault"),
+    [
+        ("interval_product_faulty", 5, LATE_COPIES),
+        ("interval_product_faulty", 5, EARLY_INPUTS),
+        ("interval_wide_faulty", 12, LATE_COPIES),
+        ("interval_wide_faulty", 12, EARLY_INPUTS),
+        ("interval_wide_faulty", 12, NO_FENCE),
+    ],
+)
+
+
+@ORDERS
+@FAULTY
+def test_planted_faults_of_interval_products_show(emulated, descending, name, batch, fault):
+    """Copies that are read too early, inputs that are copied before they are prepared, stages that
+    no fence has shown to products: a message, or other ends."""
+    lower, upper = boxes(batch, 2048)
+    weight = torch.randn(70, 2048).bfloat16()
+
+    def ends(planted):
+        out = torch.zeros(2, batch, 70)
+        scratch = torch.full((16 * 2048 * 16,), 0xFF, dtype=torch.uint8)
+        tensors = (lower, upper, weight, out[0], out[1], scratch)
+        getattr(shim, name)([t.data_ptr() for t in tensors], (batch, 70, 2048), planted)
+        return out
+
+    expected = held(descending, lambda: ends(0))
+    assert expected.isfinite().all()
+    assert torch.equal(ends(0), expected)
+    try:
+        found = held(descending, lambda: ends(fault))
+    except RuntimeError as error:
+        assert re.search("wait|fence|copies", str(error)), error  # noqa: PT017
+    else:
+        assert not torch.equal(found, expected)

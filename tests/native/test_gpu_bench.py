@@ -81,6 +81,24 @@ def test_peers_that_are_not_installed_are_named(bench, emulated_cuda):
     assert all(row.verdict() == "not measured" for row in rows)
 
 
+def test_the_best_peer_of_a_cell_has_a_row(bench, emulated_cuda, monkeypatch):
+    timing, (_, matmul, *_) = bench
+
+    def fast(bits, weight):
+        return lambda x: x @ weight.T
+
+    monkeypatch.setattr(matmul, "PEERS", {"fast one": fast, "slow one": fast})
+    times = iter([1e-3, 2e-3, 4e-3, 2e-3] * 2)
+    monkeypatch.setattr(matmul, "_PEER_ROWS", (2,))
+    monkeypatch.setattr(matmul, "seconds_of", lambda calls, **_: next(times))
+    rows = [row for row in matmul._peers(timing.Clock(600)) if row.unit == "x the best peer"]
+    (row,) = rows
+    assert row.what == "4 bits, M = 2, against the best peer"
+    assert row.detail == "fast one"
+    assert row.value == 0.5
+    assert row.verdict() == "NO"
+
+
 def test_a_cell_of_intervals_that_fails_is_a_row(bench, emulated_cuda, monkeypatch):
     timing, (*_, interval) = bench
 

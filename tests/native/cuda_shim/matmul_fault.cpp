@@ -4,6 +4,7 @@
 #include "matmul/cuda_broad.cuh"
 #include "matmul/cuda_few.cuh"
 #include "matmul/cuda_linear.cuh"
+#include "matmul/cuda_wide.cuh"
 #include "shim.h"
 
 namespace pyrobust {
@@ -44,6 +45,17 @@ void broad_4_late(const cuda_matmul::Linear& weight, uintptr_t x, int64_t count,
   late == 0 ? run_broad<0>(p) : run_broad<1>(p);
 }
 
+// 33 to 64 rows of float16 x, 4 bits, groups of a multiple of 128.
+void wide_4_late(const cuda_matmul::Linear& weight, uintptr_t x, int64_t count, uintptr_t out,
+                 int late) {
+  LinearArguments p = weight.for_rows(count, static_cast<int>(FloatType::kFloat16), false);
+  p.x = device_pointer<const void>(x);
+  p.out = device_pointer<void>(out);
+  const auto kernel = late == 0 ? wide_linear_kernel<Format::k4, Float16, 0>
+                                : wide_linear_kernel<Format::k4, Float16, 1>;
+  cuda::launch(kernel, launch_shape<WideShape<Format::k4>>(p), 0, p);
+}
+
 // At most 16 rows of bfloat16 x, 4 bits, groups of a multiple of 128.
 void few_4_faulty(const cuda_matmul::Linear& weight, uintptr_t x, int64_t count, uintptr_t out,
                   int fault) {
@@ -63,6 +75,7 @@ void few_4_faulty(const cuda_matmul::Linear& weight, uintptr_t x, int64_t count,
 void bind_matmul_fault(pybind11::module_& m) {
   m.def("linear_4_late", &linear_4_late);
   m.def("broad_4_late", &broad_4_late);
+  m.def("wide_4_late", &wide_4_late);
   m.def("few_4_faulty", &few_4_faulty);
 }
 

@@ -1,6 +1,7 @@
 // The index mathematics of matmul/cuda_layout.h as plain functions.
 #include <pybind11/stl.h>
 
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -61,10 +62,9 @@ void read(int format, py::handle stored_, py::handle codes_) {
 }
 
 // Blocks of columns of every run of a tile, and the sizes of the schedule.
-py::dict schedule(int count, int64_t rows, int64_t cols, int multiprocessors) {
-  const gpu::Schedule s = gpu::make_schedule(count, rows, cols, multiprocessors);
+py::dict described(const gpu::Schedule& s, int teams) {
   std::vector<std::pair<int64_t, int64_t>> runs;
-  for (int64_t run = 0; run < int64_t{s.parts} * gpu::teams_of(count); ++run) {
+  for (int64_t run = 0; run < int64_t{s.parts} * teams; ++run) {
     runs.emplace_back(gpu::first_of_run(s, run), gpu::last_of_run(s, run));
   }
   py::dict result;
@@ -75,6 +75,22 @@ py::dict schedule(int count, int64_t rows, int64_t cols, int multiprocessors) {
   result["per"] = s.per;
   result["fills"] = s.fills;
   return result;
+}
+
+py::dict schedule(int count, int64_t rows, int64_t cols, int multiprocessors) {
+  return described(gpu::make_schedule(count, rows, cols, multiprocessors), gpu::teams_of(count));
+}
+
+// Of the kernels that are not cuda_linear.cuh: "few", "wide" or "broad".
+py::dict schedule_of(const std::string& kernel, int64_t count, int64_t rows, int64_t cols,
+                     int multiprocessors) {
+  if (kernel == "few") {
+    return described(gpu::make_few_schedule(rows, cols, multiprocessors), gpu::kFewTeams);
+  }
+  if (kernel == "wide") {
+    return described(gpu::make_wide_schedule(rows, cols, multiprocessors), gpu::kWideTeams);
+  }
+  return described(gpu::make_broad_schedule(count, rows, cols, multiprocessors), 1);
 }
 
 }  // namespace
@@ -95,6 +111,7 @@ void bind_matmul_layout(py::module_& m) {
   m.def("layout_scale_place", &gpu::scale_place);
   m.def("layout_activation_offset", &gpu::activation_offset);
   m.def("layout_schedule", &schedule);
+  m.def("layout_schedule_of", &schedule_of);
 }
 
 }  // namespace pyrobust

@@ -47,6 +47,7 @@ PYBIND11_MODULE(_cuda_shim, m) {
   pyrobust::bind_sampling_places(m);
   pyrobust::bind_cuda_interval(m);
   pyrobust::bind_cuda_sampling(m);
+  pyrobust::bind_interval_fault(m);
   pyrobust::bind_interval_layout(m);
   pyrobust::bind_matmul_layout(m);
   pyrobust::bind_matmul_fault(m);

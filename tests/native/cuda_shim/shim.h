@@ -5,6 +5,7 @@
 
 namespace pyrobust {
 
+void bind_interval_fault(pybind11::module_& m);
 void bind_interval_layout(pybind11::module_& m);
 void bind_probes(pybind11::module_& m);
 void bind_sampling_places(pybind11::module_& m);
