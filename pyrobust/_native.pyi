@@ -107,6 +107,28 @@ def interval_curve_backward(
     num_threads: int,
 ) -> None: ...
 def interval_curve_values(x: Tensor, curve: str, numbers: Sequence[float], out: Tensor) -> None: ...
+def interval_pair(
+    low_x: Tensor,
+    high_x: Tensor,
+    low_y: Tensor,
+    high_y: Tensor,
+    operation: str,
+    rounding: str,
+    out_lower: Tensor,
+    out_upper: Tensor,
+    num_threads: int,
+) -> bool: ...
+def interval_pair_backward(
+    of_lower: Tensor,
+    of_upper: Tensor,
+    low_x: Tensor,
+    high_x: Tensor,
+    low_y: Tensor,
+    high_y: Tensor,
+    operation: str,
+    to: Sequence[Tensor],
+    num_threads: int,
+) -> None: ...
 def interval_add_weight_gradient(
     from_centre: Tensor, from_radius: Tensor, weight: Tensor, num_threads: int
 ) -> None: ...
@@ -495,6 +517,7 @@ def box_scale(
     upper: Tensor,
     first: Tensor,
     last: Tensor,
+    bend: bool,
     rounding: str,
     out_lower: Tensor,
     out_upper: Tensor,

@@ -48,9 +48,9 @@ bool ends_in_denormals(const T* lower, const T* upper, int64_t count) {
   return found != 0;
 }
 
-// What `run(lower, upper, count)` says of two tensors of few elements that agree.
+// What `run(lower, upper, count)` says of two tensors that agree, of at most so many elements.
 template <typename Run>
-bool of_few_ends(PyObject* const* a, const Run& run) {
+bool of_ends(PyObject* const* a, int64_t most, const Run& run) {
   for (int i : {0, 1}) {
     if (a[i] == Py_None) throw NotPlain();
     require_tensor(a[i], false);
@@ -62,7 +62,7 @@ bool of_few_ends(PyObject* const* a, const Run& run) {
     if (low.shape[i] != high.shape[i]) throw NotPlain();
   }
   const int64_t count = low.numel();
-  if (count > kMostElements) throw NotPlain();
+  if (count > most) throw NotPlain();
   if (low.dtype == DType::kFloat32) return run(low.as<float>(), high.as<float>(), count);
   if (low.dtype != DType::kFloat64) throw NotPlain();
   return run(low.as<double>(), high.as<double>(), count);
@@ -70,15 +70,18 @@ bool of_few_ends(PyObject* const* a, const Run& run) {
 
 // lower, upper -> True, or False where it is not so
 py::object box_is_finite(PyObject* const* a) {
-  return py::bool_(of_few_ends(a, [](const auto* lower, const auto* upper, int64_t count) {
-    return in_order(lower, upper, count);
-  }));
+  return py::bool_(
+      of_ends(a, kMostElements, [](const auto* lower, const auto* upper, int64_t count) {
+        return in_order(lower, upper, count);
+      }));
 }
 
 // lower, upper -> whether flushing may take zero from the box
 py::object box_ends_in_denormals(PyObject* const* a) {
   const DefaultFloatEnvironment environment;  // the caller's may read denormals as zeros
-  return py::bool_(of_few_ends(a, [](const auto* lower, const auto* upper, int64_t count) {
+  // of any number: torch operations in its place would pass over memory several times
+  constexpr int64_t kAny = std::numeric_limits<int64_t>::max();
+  return py::bool_(of_ends(a, kAny, [](const auto* lower, const auto* upper, int64_t count) {
     return ends_in_denormals(lower, upper, count);
   }));
 }
@@ -92,10 +95,11 @@ Promise promise_of(py::handle rounding) {
 py::object hold_ends(PyObject* const* a) {
   const bool deployed = promise_of(a[3]).rounding == interval::Rounding::kDeployed;
   const DefaultFloatEnvironment environment;
-  const bool right = of_few_ends(a + 1, [deployed](const auto* lower, const auto* upper,
-                                                   int64_t count) {
-    return in_order(lower, upper, count) && !(deployed && ends_in_denormals(lower, upper, count));
-  });
+  const bool right = of_ends(a + 1, kMostElements,
+                             [deployed](const auto* lower, const auto* upper, int64_t count) {
+                               return in_order(lower, upper, count) &&
+                                      !(deployed && ends_in_denormals(lower, upper, count));
+                             });
   if (!right) return py::none();
   const BoxNames& names = box_names();
   fill_box(a[0], a[1], a[2], a[3], false, Py_False);

@@ -1,4 +1,4 @@
-// Python entry points of boxes under functions of one number.
+// Python entry points of boxes under functions of one number, and of pairs of boxes.
 #include <pybind11/stl.h>
 
 #include <vector>
@@ -7,6 +7,7 @@
 #include "bindings/interval_call.h"
 #include "bindings/tensor_view.h"
 #include "interval/curves.h"
+#include "interval/pairs.h"
 #include "runtime/check.h"
 
 namespace pyrobust {
@@ -34,6 +35,12 @@ constexpr NamedCurve kNamed[] = {
     {"expm1", interval::Curve::kExpm1, 0},
     {"elu", interval::Curve::kElu, 3},
     {"log", interval::Curve::kLog, 1},
+    {"log1p", interval::Curve::kLog1p, 0},
+    {"erf", interval::Curve::kErf, 0},
+    {"atan", interval::Curve::kAtan, 0},
+    {"sqrt", interval::Curve::kSqrt, 0},
+    {"rsqrt", interval::Curve::kRsqrt, 0},
+    {"square", interval::Curve::kSquare, 0},
 };
 
 interval::CurveOf parse_curve(const std::string& name, const std::vector<double>& numbers) {
@@ -90,12 +97,47 @@ void interval_curve_values(py::handle x_, const std::string& curve,
   interval::evaluate_curve(of, x.as<const float>(), x.shape[0], out.as<double>());
 }
 
+interval::Pairing parse_pairing(const std::string& name) {
+  if (name == "add") return interval::Pairing::kSum;
+  if (name == "sub") return interval::Pairing::kDifference;
+  if (name == "mul") return interval::Pairing::kProduct;
+  check(name == "div", "interval_pair: no native operation is called '", name, "'.");
+  return interval::Pairing::kQuotient;
+}
+
+bool interval_pair(py::handle low_x, py::handle high_x, py::handle low_y, py::handle high_y,
+                   const std::string& operation, const std::string& rounding, py::handle out_lower,
+                   py::handle out_upper, int num_threads) {
+  int64_t count;
+  const auto t = alike<6>({low_x, high_x, low_y, high_y, out_lower, out_upper}, &count);
+  const interval::BoxPair work{parse_pairing(operation),          t[0], t[1], t[2], t[3], count,
+                               parse_rounding(rounding).rounding, t[4], t[5]};
+  const py::gil_scoped_release release;
+  return interval::bound_pair(work, num_threads);
+}
+
+// `to`: gradients of the ends of x and y.
+void interval_pair_backward(py::handle of_lower, py::handle of_upper, py::handle low_x,
+                            py::handle high_x, py::handle low_y, py::handle high_y,
+                            const std::string& operation, const std::array<py::handle, 4>& to,
+                            int num_threads) {
+  int64_t count;
+  const auto t = alike<10>(
+      {of_lower, of_upper, low_x, high_x, low_y, high_y, to[0], to[1], to[2], to[3]}, &count);
+  const interval::PairBackward work{
+      parse_pairing(operation), t[0], t[1], t[2], t[3], t[4], t[5], count, t[6], t[7], t[8], t[9]};
+  const py::gil_scoped_release release;
+  interval::bound_pair_backward(work, num_threads);
+}
+
 }  // namespace
 
 void bind_curves(py::module_& m) {
   m.def("interval_curve", &interval_curve);
   m.def("interval_curve_backward", &interval_curve_backward);
   m.def("interval_curve_values", &interval_curve_values);
+  m.def("interval_pair", &interval_pair);
+  m.def("interval_pair_backward", &interval_pair_backward);
 }
 
 }  // namespace pyrobust

@@ -95,8 +95,9 @@ bool softmax(py::handle lower, py::handle upper, int64_t count, const std::strin
   return transformer::row_softmax(work, num_threads);
 }
 
-// Constants between `first` and `last`: float64, one or as many as a row has.
-bool scale(py::handle lower, py::handle upper, py::handle first_, py::handle last_,
+// Constants between `first` and `last`: float64, one or as many as a row has; `bent`: of what is
+// below zero.
+bool scale(py::handle lower, py::handle upper, py::handle first_, py::handle last_, bool bent,
            const std::string& rounding, py::handle out_lower, py::handle out_upper,
            int num_threads) {
   const int64_t elements = view(lower, "lower").numel();
@@ -113,6 +114,7 @@ bool scale(py::handle lower, py::handle upper, py::handle first_, py::handle las
                                    first.as<double>(),
                                    last.as<double>(),
                                    constants == 1,
+                                   bent,
                                    deployed(rounding),
                                    numbers(out_lower, "out_lower", elements),
                                    numbers(out_upper, "out_upper", elements)};

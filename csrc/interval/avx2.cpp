@@ -9,6 +9,7 @@
 #include "interval/ends.h"
 #include "interval/few_inputs.h"
 #include "interval/integer_loops.h"
+#include "interval/pair_loops.h"
 #include "interval/patches.h"
 #include "interval/radius_loops.h"
 
@@ -393,17 +394,9 @@ bool finish_panel(const FinishPanel& work, const Constants& constants) {
 }
 
 constexpr IntervalKernels kKernels = {
-    prepare,
-    pack,
-    pack_patches,
-    spread,
-    dots<FewInputs>,
-    tiles,
-    finish_row,
-    finish_panel,
-    kElementLoops,
-    kCurveLoops,
-    {widen_panel<0>, widen_row<8, 0>, count_nonzero},
+    prepare,         pack,        pack_patches, spread,
+    dots<FewInputs>, tiles,       finish_row,   finish_panel,
+    kElementLoops,   kCurveLoops, kPairLoops,   {widen_panel<0>, widen_row<8, 0>, count_nonzero},
     &kIntegerLoops,
 };
 

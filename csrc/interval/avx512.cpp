@@ -14,6 +14,7 @@
 #include "interval/avx512_sums.h"
 #include "interval/curve_loops.h"
 #include "interval/few_inputs.h"
+#include "interval/pair_loops.h"
 #include "interval/radius_loops.h"
 
 namespace pyrobust {
@@ -266,6 +267,7 @@ constexpr IntervalKernels kKernels = {
     finish_pixels,
     kRegisterLoops,
     kCurveLoops,
+    kPairLoops,
     {widen_panel<0>, widen_row<16, 0>, count_nonzero},
     &kIntegers,
     direct,

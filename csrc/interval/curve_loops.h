@@ -8,6 +8,7 @@
 #include "core/rounding.h"
 #include "interval/curve_functions.h"
 #include "interval/element_loops.h"
+#include "interval/half_lanes.h"
 #include "interval/kernels.h"
 
 namespace pyrobust {
@@ -17,8 +18,6 @@ namespace {
 struct CurveEnds {
   HalfFloats lower, upper;
 };
-
-inline HalfFloats to_nearest(Doubles value) { return __builtin_convertvector(value, HalfFloats); }
 
 // Constants of a call in double.
 template <typename F>
@@ -55,24 +54,32 @@ struct CurveBounds {
   }
 
   template <Rounding kRounding>
+  void widen(Doubles low, Doubles high, Doubles* lower, Doubles* upper) const {
+    Doubles below = magnitude_of(*lower) * kOwnError + kLeastError;
+    Doubles above = magnitude_of(*upper) * kOwnError + kLeastError;
+    if (kRounding == Rounding::kDeployed && F::kByValue) {
+      below = below + magnitude_of(*lower) * deployed.value;
+      above = above + magnitude_of(*upper) * deployed.value;
+    } else if (kRounding == Rounding::kDeployed) {
+      const Doubles more = slack(*lower, *upper, low, high);
+      below = below + more;
+      above = above + more;
+    }
+    *lower = *lower - below;
+    *upper = *upper + above;
+  }
+
+  template <Rounding kRounding>
   CurveEnds ends(Doubles low, Doubles high) const {
     const Doubles first = function.value(low), last = function.value(high);
-    Doubles lower = first, upper = last;
+    Doubles lower = F::kFalls ? last : first, upper = F::kFalls ? first : last;
     if (F::kValley) {
       const Doubles inside = high > F::kTurn ? all_lanes(bottom) : last;
       lower = low < F::kTurn ? inside : first;
       upper = larger_of(last, first);
     }
     if (kRounding == Rounding::kNearest) return {to_nearest(lower), to_nearest(upper)};
-    Doubles below = magnitude_of(lower) * kOwnError + kLeastError;
-    Doubles above = magnitude_of(upper) * kOwnError + kLeastError;
-    if (kRounding == Rounding::kDeployed) {
-      const Doubles more = slack(lower, upper, low, high);
-      below = below + more;
-      above = above + more;
-    }
-    lower = lower - below;
-    upper = upper + above;
+    if (!F::kExact) widen<kRounding>(low, high, &lower, &upper);
     if (F::kHasFloor) lower = larger_of(lower, all_lanes(F::kFloor));
     if (F::kHasCeiling) upper = smaller_of(upper, all_lanes(F::kCeiling));
     if (kRounding == Rounding::kDeployed) {  // what a processor that flushes denormals reads
@@ -82,28 +89,6 @@ struct CurveBounds {
     return {floats_below(lower), floats_above(upper)};
   }
 };
-
-// Lanes of what is left of an array, the others one, where every function is finite.
-struct Rest {
-  float values[kDoubleLanes];
-  Rest(const float* from, int64_t count) {
-    for (float& value : values) value = 1.0f;
-    std::memcpy(values, from, static_cast<size_t>(count) * sizeof(float));
-  }
-};
-
-inline void store_lanes_of(float* to, int64_t count, HalfFloats values) {
-  const int64_t lanes = count < kDoubleLanes ? count : kDoubleLanes;
-  if (lanes == kDoubleLanes) {
-    std::memcpy(to, &values, sizeof(values));
-  } else {
-    std::memcpy(to, &values, static_cast<size_t>(lanes) * sizeof(float));
-  }
-}
-
-inline Doubles load_lanes_of(const float* from, int64_t count) {
-  return count >= kDoubleLanes ? load_doubles(from) : load_doubles(Rest(from, count).values);
-}
 
 template <Rounding kRounding, typename F>
 bool curve_ends(const CurveBounds<F>& bounds, const CurveLoop& work) {
@@ -131,7 +116,8 @@ void curve_gradients(const F& f, const CurveGradients& work) {
     const Doubles high = load_lanes_of(work.upper + i, rest);
     const Doubles of_lower = load_lanes_of(work.of_lower + i, rest);
     const Doubles of_upper = load_lanes_of(work.of_upper + i, rest);
-    Doubles from_low = of_lower, from_high = of_upper;
+    Doubles from_low = F::kFalls ? of_upper : of_lower;
+    Doubles from_high = F::kFalls ? of_lower : of_upper;
     if (F::kValley) {
       const Doubles first = f.value(low), last = f.value(high), zero = {};
       const Doubles half = of_upper * 0.5;
@@ -186,6 +172,18 @@ auto with_curve(const CurveOf& of, const Body& body) {
       return body(Expm1{});
     case Curve::kElu:
       return body(Elu{{}, of.numbers[0], of.numbers[1], of.numbers[2]});
+    case Curve::kLog1p:
+      return body(Log1p{});
+    case Curve::kErf:
+      return body(Erf{});
+    case Curve::kAtan:
+      return body(Atan{});
+    case Curve::kSqrt:
+      return body(Sqrt{});
+    case Curve::kRsqrt:
+      return body(Rsqrt{});
+    case Curve::kSquare:
+      return body(Square{});
     case Curve::kLog:
       break;
   }

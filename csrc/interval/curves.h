@@ -27,8 +27,14 @@ enum class Curve : int {
   kExpm1,
   kElu,
   kLog,
+  kLog1p,
+  kErf,
+  kAtan,
+  kSqrt,
+  kRsqrt,
+  kSquare,
 };
-constexpr int kCurves = 15;
+constexpr int kCurves = 21;
 constexpr int kCurveNumbers = 3;
 
 // What a float32 evaluation may err by: `value` units of 2^-24 of the largest value in the box,

@@ -33,6 +33,7 @@ IntervalKernels pick_kernels() {
     }
     if (faster->elements.sum != nullptr) table.elements = faster->elements;
     if (faster->curves.ends != nullptr) table.curves = faster->curves;
+    if (faster->pairs.ends != nullptr) table.pairs = faster->pairs;
     if (faster->filter.product != nullptr) table.filter = faster->filter;
     if (faster->widen.panel != nullptr) table.widen = faster->widen;
     if (faster->integers != nullptr) table.integers = faster->integers;

@@ -6,6 +6,7 @@
 #include "core/rounding.h"
 #include "interval/curves.h"
 #include "interval/filtering.h"
+#include "interval/pairs.h"
 #include "matmul/matmul.h"
 
 namespace pyrobust {
@@ -416,6 +417,11 @@ struct CurveLoops {
   void (*values)(const CurveValues& work) = nullptr;
 };
 
+struct PairLoops {
+  bool (*ends)(const BoxPair& work) = nullptr;  // as bound_pair
+  void (*gradients)(const PairBackward& work) = nullptr;
+};
+
 struct RadiusLoops {
   void (*panel)(const WidenPanel& work) = nullptr;
   void (*row)(const WidenRow& work, const Constants& constants) = nullptr;
@@ -437,6 +443,7 @@ struct IntervalKernels {
   bool (*finish_panel)(const FinishPanel& work, const Constants& constants) = nullptr;
   ElementLoops elements = {};  // all or none
   CurveLoops curves = {};      // all or none
+  PairLoops pairs = {};        // all or none
   RadiusLoops widen = {};      // all or none
   const IntegerKernels* integers = nullptr;
   // Null from here on: the set has no such path, nor does the portable one.

@@ -7,6 +7,7 @@
 #include "interval/ends.h"
 #include "interval/integer_loops.h"
 #include "interval/kernels.h"
+#include "interval/pair_loops.h"
 #include "interval/patches.h"
 #include "interval/radius_loops.h"
 
@@ -169,17 +170,10 @@ bool finish_panel(const FinishPanel& work, const Constants& constants) {
 }  // namespace
 
 const IntervalKernels kPortableKernels = {
-    prepare,
-    pack,
-    pack_patches,
-    spread,
-    dots,
-    tiles,
-    finish_row,
-    finish_panel,
-    kElementLoops,
-    kCurveLoops,
-    {widen_panel<1>, widen_row<kDotLanes, 1>, count_nonzero},
+    prepare,        pack,         pack_patches,
+    spread,         dots,         tiles,
+    finish_row,     finish_panel, kElementLoops,
+    kCurveLoops,    kPairLoops,   {widen_panel<1>, widen_row<kDotLanes, 1>, count_nonzero},
     &kIntegerLoops,
 };
 

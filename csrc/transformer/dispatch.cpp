@@ -223,6 +223,7 @@ bool box_scale(const BoxScale& work, int num_threads) {
   loop.first = work.first;
   loop.last = work.last;
   loop.single = work.single;
+  loop.bent = work.bent;
   loop.least = work.deployed ? static_cast<float>(kTiny) : 0.0f;
   const auto run = [&](int64_t at, int64_t count) {
     ScaleLoop own = loop;

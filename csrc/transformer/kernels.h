@@ -41,14 +41,15 @@ struct SoftmaxConstants {
 // The numbers of a row, and whole groups of them.
 inline int64_t padded_count(int64_t count) { return (count + 7) / 8 * 8; }
 
-// Numbers times a constant that lies between `first` and `last`: one for all, or one for each.
+// Numbers times a constant that lies between `first` and `last`: one for all, or one for each;
+// `bent`: those below zero, the others as they are.
 struct ScaleLoop {
   const float* lower;
   const float* upper;
   int64_t count;
   const double* first;
   const double* last;
-  bool single;
+  bool single, bent;
   float least;
   float* out_lower;
   float* out_upper;

@@ -9,6 +9,7 @@
 #include <cmath>
 
 #include "interval/exponential.h"
+#include "interval/half_lanes.h"
 #include "transformer/norm_loops.h"
 
 namespace pyrobust {
@@ -99,28 +100,45 @@ struct SoftmaxTerms {
   double relative;  // error
 };
 
+inline interval::Doubles load_terms(const double* from) {
+  interval::Doubles terms;
+  std::memcpy(&terms, from, sizeof(terms));
+  return terms;
+}
+
+// By registers: gcc makes none of one loop with doubles, floats and conditions of both.
 template <bool kDeployed>
 bool put_softmax(const RowSoftmax& work, const SoftmaxConstants& constants, int64_t at,
                  const SoftmaxTerms& terms) {
-  const double *low = terms.low, *high = terms.high;
-  const double *of_low = terms.of_low, *of_high = terms.of_high;
-  const double relative = terms.relative, tiny = constants.tiny;
-  const float least = constants.least;
-  float* __restrict lower = work.out_lower + at;
-  float* __restrict upper = work.out_upper + at;
-  int32_t unbounded = 0;
-  for (int64_t i = 0; i < work.count; ++i) {
-    const double below = low[i] + of_high[i], above = high[i] + of_low[i];
-    const double a = low[i] / below, b = high[i] / above;
-    const double most = relative * b + tiny, error = kDeployed ? most : relative * a;
-    const float end = float_down(a - error - kStep * a), down = end < least ? 0.0f : end;
-    // cut as floats: in float64 the compiler makes branches of it
-    const float over = float_up(b + most + kStep * b), up = over > 1.0f ? 1.0f : over;
-    unbounded |= (below > kLeastSum ? 0 : 1) | (above > kLeastSum ? 0 : 1) | odd(down) | odd(up);
-    lower[i] = down;
-    upper[i] = up;
+  using interval::Doubles;
+  using interval::HalfFloats;
+  using interval::Longs;
+  const HalfFloats none = {}, one = none + 1.0f;
+  Longs lost = {};  // where a sum is too small
+  HalfFloats odd = {};
+  for (int64_t i = 0; i < work.count; i += interval::kDoubleLanes) {
+    const int64_t rest = work.count - i;
+    const Doubles low = load_terms(terms.low + i), high = load_terms(terms.high + i);
+    Doubles below = low + load_terms(terms.of_high + i);
+    Doubles above = high + load_terms(terms.of_low + i);
+    for (int64_t lane = rest; lane < interval::kDoubleLanes; ++lane)
+      below[lane] = above[lane] = 1.0;
+    lost |= ~(below > kLeastSum) | ~(above > kLeastSum);
+    const Doubles a = low / below, b = high / above, most = terms.relative * b + constants.tiny;
+    const Doubles error = kDeployed ? most : terms.relative * a;
+    const HalfFloats end = interval::floats_below(a - error - kStep * a);
+    const HalfFloats down = end < constants.least ? none : end;
+    const HalfFloats over = interval::floats_above(b + most + kStep * b);
+    const HalfFloats up = over > 1.0f ? one : over;
+    odd = odd + ((down - down) + (up - up));
+    interval::store_lanes_of(work.out_lower + at + i, rest, down);
+    interval::store_lanes_of(work.out_upper + at + i, rest, up);
   }
-  return unbounded == 0;
+  bool bounded = true;
+  for (int lane = 0; lane < interval::kDoubleLanes; ++lane) {
+    bounded &= lost[lane] == 0 && odd[lane] == 0.0f;
+  }
+  return bounded;
 }
 
 bool softmax_row(const RowSoftmax& work, const SoftmaxConstants& constants, int64_t row,

@@ -54,14 +54,14 @@ struct RowSoftmax {
 };
 
 // Rows of `count` neighbours times constants that lie between `first` and `last`: `count` of each,
-// or one for all.
+// or one for all; `bent`: what is below zero, the rest as it is.
 struct BoxScale {
   const float* lower;
   const float* upper;
   int64_t rows, count;
   const double* first;
   const double* last;
-  bool single;
+  bool single, bent;
   bool deployed;
   float* out_lower;
   float* out_upper;

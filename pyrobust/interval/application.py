@@ -11,7 +11,6 @@ from torch import Tensor
 from pyrobust.interval.dynamo import UNKNOWN, list_as_overridable, swapped_operator
 from pyrobust.interval.errors import MissingRule, missing, name_of
 from pyrobust.interval.finite import check_result
-from pyrobust.ops._interval_checks import finite_ends
 from pyrobust.ops._library import autocasting
 
 __all__ = ["QUICK", "RULES", "apply_rule", "install"]
@@ -33,8 +32,7 @@ def install(
         rules: torch function to rule.
         kinds: the functions whose results are ``"finite"`` already where operands are, those whose
             rules see to it (``"checks itself"``), those that ``"takes infinity"`` from operands
-            that are no boxes, those whose ends, where a kernel made them, are those that it
-            told of (``"told by kernels"``), and those that are ``"ambiguous"`` in compiled code.
+            that are no boxes, and those that are ``"ambiguous"`` in compiled code.
         quick: torch function to what is asked before its rule in plain eager mode, and may answer
             None.
     """
@@ -70,18 +68,12 @@ def apply_rule(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             "Interval: autocast must be off, as it would round the bounds inwards; wrap the call "
             "in torch.autocast(device_type, enabled=False)."
         )
-    told = func in _kinds["told by kernels"]
-    if told:
-        finite_ends.start()
     result = rule(*args, **kwargs)
-    if func not in _seen_to and not (told and _all_finite()):
-        box = result[0] if isinstance(result, tuple) else result
+    if func in _seen_to:
+        return result
+    box = result[0] if isinstance(result, tuple) else result
+    if not box.finite_by_kernel:
         takes_infinity = func in _kinds["takes infinity"]
         operands = (*args, *kwargs.values())
         check_result(name_of(func), box.lower, box.upper, operands, takes_infinity=takes_infinity)
     return result
-
-
-def _all_finite() -> bool:
-    """Whether a kernel has told since it was asked that all ends are finite."""
-    return not torch.compiler.is_compiling() and finite_ends.all is True

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyrobust.interval.curve_pass import passed
+from pyrobust.interval.curves import CURVES
 from pyrobust.interval.errors import reject
-from pyrobust.interval.operands import common_dtype, ends_of, refuse, require_box, working
+from pyrobust.interval.operands import common_dtype, ends_of, is_held, refuse, require_box, working
 from pyrobust.interval.outward import UNIT, Ends, enclose, step_where, sum_ends
 from pyrobust.interval.type import Interval, weakest, wrap
 from pyrobust.ops._interval_checks import is_deployed
@@ -23,6 +25,7 @@ from pyrobust.ops._interval_checks import is_deployed
 __all__ = [
     "RULES",
     "add",
+    "bent",
     "div",
     "maximum",
     "minimum",
@@ -98,6 +101,15 @@ def scaled_ends(ends: Ends, constant: Ends, rounding: str, dtype: torch.dtype) -
     return _outward_corners(corners, rounding, dtype, inexact)
 
 
+def bent(x: Interval, slope: Ends) -> Interval:
+    """``x``, below zero ``slope x``; a slope below 0 makes a valley at 0."""
+    ends = [end.clamp(max=0.0) for end in working(x)]
+    below = wrap(*scaled_ends((ends[0], ends[1]), slope, x.rounding, x.dtype), x.rounding)
+    lower = torch.where(x.lower >= 0, x.lower, below.lower)
+    upper = torch.where(x.lower >= 0, x.upper, torch.maximum(below.upper, x.upper))
+    return wrap(lower, torch.where(x.upper <= 0, below.upper, upper), x.rounding)
+
+
 def _product_in(rounding: str) -> Callable[[Tensor, Tensor], Tensor]:
     return torch.mul if is_deployed(rounding) else _product
 
@@ -155,11 +167,13 @@ def _outward_product(lower: Tensor, upper: Tensor, dtype: torch.dtype) -> Ends:
 
 def square(x: Interval) -> Interval:
     """``x^2``."""
+    done = passed(CURVES["square"], x)
+    if done is not None:
+        return done
     low, high = working(x)
     dtype, rounding = x.dtype, x.rounding
     least = torch.clamp(torch.maximum(low, -high), min=0.0)
-    most = torch.maximum(high, -low)
-    lower, upper = least * least, most * most
+    lower, upper = least * least, torch.maximum(low * low, high * high)
     if rounding == "nearest":
         return wrap(lower, upper, rounding)
     lower, upper = _outward_product(lower, upper, dtype)
@@ -244,8 +258,7 @@ def _rising_power(box: Interval, exponent: float) -> Interval:
     lower, upper = low**exponent, high**exponent
     if box.rounding == "nearest":
         return wrap(lower, upper, box.rounding)
-    scaled = exponent * (2.0**29 + 1)
-    if box.dtype == torch.float32 and scaled - (scaled - exponent) != exponent:  # over 24 bits
+    if not is_held(exponent, box.dtype):
         narrow = torch.full((), exponent, dtype=torch.float32, device=low.device).double()
         lower, upper = torch.minimum(lower, low**narrow), torch.maximum(upper, high**narrow)
     units, smallest = 2.0**-50, 0.0
@@ -265,8 +278,11 @@ def root(x: Interval) -> Interval:
     Raises:
         ValueError: the box holds negative numbers.
     """
+    reject("sqrt: the box must be at least 0", x.lower < 0)
+    done = passed(CURVES["sqrt"], x)
+    if done is not None:
+        return done
     low, high = working(x)
-    reject("sqrt: the box must be at least 0", low < 0)
     lower, upper = low.sqrt(), high.sqrt()
     if x.rounding == "nearest":
         return wrap(lower, upper, x.rounding)
@@ -281,8 +297,11 @@ def root(x: Interval) -> Interval:
 
 def inverse_root(x: Interval) -> Interval:
     """``1 / sqrt(x)``, widened in deployed mode since implementations approximate it."""
+    reject("rsqrt: the box must be greater than 0", x.lower <= 0)
+    done = passed(CURVES["rsqrt"], x)
+    if done is not None:
+        return done
     low, high = working(x)
-    reject("rsqrt: the box must be greater than 0", low <= 0)
     lower, upper = high.rsqrt(), low.rsqrt()
     if x.rounding == "nearest":
         return wrap(lower, upper, x.rounding)
@@ -290,10 +309,19 @@ def inverse_root(x: Interval) -> Interval:
     return wrap(*enclose(lower, upper, (lower * units, upper * units), x.dtype), x.rounding)
 
 
+def _end(value: Interval | Tensor, side: str) -> Tensor:
+    end: Tensor = getattr(value, side) if isinstance(value, Interval) else value
+    return end
+
+
 def _extreme(name: str, choose: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Any]:
     def rule(x: Any, y: Any, *, out: None = None) -> Interval:
         if out is not None:
             raise refuse("out=")
+        dtype, rounding = common_dtype(x, y), weakest(x, y)
+        if all(isinstance(v, (Interval, Tensor)) and v.dtype == dtype for v in (x, y)):
+            lows, highs = ([_end(v, side) for v in (x, y)] for side in ("lower", "upper"))
+            return wrap(choose(*lows), choose(*highs), rounding)
         (low_x, high_x), (low_y, high_y), dtype, rounding = _operands(x, y)
         lower, upper = choose(low_x, low_y), choose(high_x, high_y)
         if rounding == "nearest":

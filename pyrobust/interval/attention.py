@@ -13,10 +13,10 @@ from torch import Tensor
 
 from pyrobust.interval.errors import check_shape, where
 from pyrobust.interval.linear import linear
-from pyrobust.interval.operands import Rule, ends_of, refuse, require_box
+from pyrobust.interval.operands import Rule, refuse, require_box, working
 from pyrobust.interval.outward import enclose, error_of_products
+from pyrobust.interval.pair_pass import mul
 from pyrobust.interval.product_pass import matmul, softmax
-from pyrobust.interval.scale_pass import mul
 from pyrobust.interval.type import Interval, wrap
 from pyrobust.ops._interval_checks import is_deployed
 
@@ -68,7 +68,9 @@ def attention(
         box = require_box(value, "scaled_dot_product_attention")
         query = Interval(query, query, rounding=box.rounding)
     weights = mul(matmul(query, key.mT), factor)
-    bounded = (weights.lower.isfinite() & weights.upper.isfinite()).all(-1, keepdim=True)
+    bounded = None
+    if not weights.finite_by_kernel:
+        bounded = (weights.lower.isfinite() & weights.upper.isfinite()).all(-1, keepdim=True)
     mask = attn_mask
     if is_causal:
         size = weights.shape[-2:]
@@ -79,6 +81,8 @@ def attention(
         else:
             weights = weights + mask
     mixed = _cut_to_range(matmul(softmax(weights, -1), value), value)
+    if bounded is None:
+        return mixed
     # scores that overflow, in boxes or in an evaluation, are no scores
     lower = torch.where(bounded, mixed.lower, -math.inf)
     return wrap(lower, torch.where(bounded, mixed.upper, math.inf), mixed.rounding)
@@ -86,8 +90,10 @@ def attention(
 
 def _cut_to_range(mixed: Interval, value: Any) -> Interval:
     """A mean of values lies between the least and the greatest of them, up to its own rounding."""
-    low, high = ends_of(value, mixed, mixed.rounding)
-    least, most = low.amin(-2, keepdim=True), high.amax(-2, keepdim=True)
+    low, high = (value.lower, value.upper) if isinstance(value, Interval) else (value, value)
+    # readings of an end rise with it: those of the least are the least
+    ends = low.amin(-2, keepdim=True), high.amax(-2, keepdim=True)
+    least, most = working(wrap(*ends, mixed.rounding))
     if is_deployed(mixed.rounding):
         terms = 2 * low.shape[-2] + 64
         slack = error_of_products(terms, mixed.dtype, mixed.rounding)

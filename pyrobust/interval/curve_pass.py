@@ -20,7 +20,7 @@ from pyrobust.interval.pass_operator import NativeGradients, PassOperator, pass_
 from pyrobust.interval.type import Interval, wrap
 from pyrobust.ops._interval_checks import Ends, dense, finite_ends
 
-__all__ = ["trace"]
+__all__ = ["passed", "trace"]
 
 
 def _native_ends(
@@ -94,11 +94,19 @@ _curve = PassOperator(
 )
 
 
+def passed(curve: Curve, x: Interval) -> Interval | None:
+    """The image of ``x`` under ``curve`` by the native pass, or None where it does not serve."""
+    if curve.native is None or not pass_serves(x, nearest=True):
+        return None
+    deployed = curve.deployed, curve.deployed_input, curve.deployed_absolute
+    return _curve(x.rounding, x.lower, x.upper, *curve.native, deployed, x.rounding)
+
+
 def trace(curve: Curve, x: Interval) -> Interval:
     """The image of ``x`` under ``curve``."""
-    if curve.native is not None and pass_serves(x, nearest=True):
-        deployed = curve.deployed, curve.deployed_input, curve.deployed_absolute
-        return _curve(x.rounding, x.lower, x.upper, *curve.native, deployed, x.rounding)
+    done = passed(curve, x)
+    if done is not None:
+        return done
     low, high = working(x)
     ends = image(curve, low, high)
     if x.rounding != "nearest":

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -193,12 +193,16 @@ CURVES = {
     ),
     "exp": Curve(torch.exp, floor=0.0, native=("exp", ())),
     "expm1": Curve(torch.expm1, floor=-1.0, native=("expm1", ())),
-    "erf": Curve(torch.erf, floor=-1.0, ceiling=1.0),
-    "atan": Curve(torch.atan),
+    "erf": Curve(torch.erf, floor=-1.0, ceiling=1.0, native=("erf", ())),
+    "atan": Curve(torch.atan, native=("atan", ())),
     "log": Curve(torch.log, native=("log", (1.0,))),
     "log2": Curve(torch.log2, native=("log", (1.0 / math.log(2.0),))),
     "log10": Curve(torch.log10, native=("log", (1.0 / math.log(10.0),))),
-    "log1p": Curve(torch.log1p),
+    "log1p": Curve(torch.log1p, native=("log1p", ())),
+    # of these three the rules in torch operations are those of arithmetic.py, which are tighter
+    "sqrt": Curve(torch.sqrt, relative=2.0, deployed=2.0, native=("sqrt", ())),
+    "rsqrt": Curve(torch.rsqrt, falling=True, native=("rsqrt", ())),
+    "square": Curve(torch.square, turn=0.0, relative=2.0, deployed=2.0, native=("square", ())),
 }
 
 
@@ -223,7 +227,10 @@ def celu_curve(alpha: float) -> Curve:
 
 
 _SELU_ALPHA, _SELU_SCALE = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
-SELU = _bent(_SELU_SCALE, _SELU_SCALE * _SELU_ALPHA, 1.0, 8.0)
+SELU = replace(
+    _bent(_SELU_SCALE, _SELU_SCALE * _SELU_ALPHA, 1.0, 8.0),
+    function=lambda x: _SELU_SCALE * elu_curve(_SELU_ALPHA).function(x),
+)
 
 
 def native_curve(name: str, numbers: tuple[float, ...]) -> Curve:

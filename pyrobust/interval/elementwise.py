@@ -9,16 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyrobust import _native
+from pyrobust.interval import arithmetic
 from pyrobust.interval.arithmetic import div, mul
 from pyrobust.interval.curve_pass import trace
 from pyrobust.interval.curves import CURVES, SELU, Curve, celu_curve, elu_curve
 from pyrobust.interval.errors import check_shape, reject
-from pyrobust.interval.operands import Rule, refuse, require_box, spellings
+from pyrobust.interval.operands import Rule, ends_of, is_held, refuse, require_box, spellings
 from pyrobust.interval.outward import Ends, straight_through
+from pyrobust.interval.scale_pass import bent
 from pyrobust.interval.type import Interval, assign, rectify, wrap
 from pyrobust.ops._interval_fallback import round_outward
 
-__all__ = ["QUICK", "RULES", "TRACED"]
+__all__ = ["QUICK", "RULES"]
 
 
 def _curve(curve: Curve) -> Rule:
@@ -50,9 +52,16 @@ def _clamp(input: Any, min: Any = None, max: Any = None, inplace: bool = False) 
     if isinstance(min, Interval) or isinstance(max, Interval):
         raise refuse("clamp with an interval as bound")
     low, high = box.lower.clamp(min, max), box.upper.clamp(min, max)
-    if box.rounding != "nearest":
+    if box.rounding != "nearest" and not (_is_held(min, box) and _is_held(max, box)):
         low, high = _both_readings(low, high, box, min, max)
     return _finish(box, wrap(low, high, box.rounding), inplace)
+
+
+def _is_held(bound: Any, box: Interval) -> bool:
+    """Whether the dtype of the box holds a bound."""
+    if isinstance(bound, Tensor):
+        return bound.dtype == box.dtype
+    return bound is None or is_held(bound, box.dtype)
 
 
 def _both_readings(low: Tensor, high: Tensor, box: Interval, least: Any, most: Any) -> Ends:
@@ -79,13 +88,11 @@ def prelu(input: Any, weight: Any, inplace: bool = False) -> Interval:
         slopes = weight.numel()
         accepted = box.ndim > 1 and box.shape[1] == slopes
         check_shape("prelu", accepted, f"{slopes} channels, one a slope", box.shape)
-        weight = weight.reshape(-1, *[1] * (box.ndim - 2))
-    low, high = box.lower, box.upper
-    below = mul(wrap(low.clamp(max=0.0), high.clamp(max=0.0), box.rounding), weight)
-    lower = torch.where(low >= 0, low, below.lower)
-    upper = torch.where(low >= 0, high, torch.maximum(below.upper, high))
-    upper = torch.where(high <= 0, below.upper, upper)
-    return _finish(box, wrap(lower, upper, box.rounding), inplace)
+        weight = weight.reshape(-1, *[1] * (box.ndim - 2)).expand(box.shape[1:])
+    done = bent(box, weight)
+    if done is None:
+        done = arithmetic.bent(box, ends_of(weight, box, box.rounding))
+    return _finish(box, done, inplace)
 
 
 def _elu(input: Any, alpha: float = 1.0, inplace: bool = False) -> Interval:
@@ -173,12 +180,6 @@ RULES: dict[str, Rule] = {
     "log10": _log("log10", 0.0),
     "log1p": _log("log1p", -1.0),
 }
-
-TRACED = (
-    *("elu", "selu", "celu", "gelu", "silu", "mish", "hardswish", "logsigmoid"),
-    *("exp", "expm1", "log", "log2", "log10"),
-)
-"""Rules that return what :func:`trace` does, and whose ends may be infinite."""
 
 QUICK: dict[Any, Rule] = dict.fromkeys(spellings("relu"), _quick_relu)
 """Asked before the rule in plain eager mode; None where the rule is needed."""

@@ -17,6 +17,7 @@ __all__ = [
     "common_dtype",
     "ends_of",
     "in_place",
+    "is_held",
     "on_ends",
     "refuse",
     "require_box",
@@ -51,6 +52,14 @@ def common_dtype(*values: Any) -> torch.dtype:
     """The dtype of an operation's result: float64 where a tensor operand has it, else float32."""
     dtypes = [v.dtype for v in values if isinstance(v, (Interval, Tensor))]
     return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def is_held(value: float, dtype: torch.dtype) -> bool:
+    """Whether ``value`` is a normal number of ``dtype``, or zero."""
+    if dtype == torch.float64 or value == 0:
+        return True
+    split = value * (2.0**29 + 1)
+    return 2.0**-126 <= abs(value) < 2.0**127 and split - (split - value) == value  # 24 bits
 
 
 def working(x: Interval) -> Ends:

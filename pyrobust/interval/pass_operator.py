@@ -104,8 +104,14 @@ class PassOperator:
         """The box of the ends of ``operands``, which :func:`pass_serves` has seen."""
         tensors = [operand for operand in operands if isinstance(operand, Tensor)]
         through = self._operator if dispatcher_needed(*tensors) else self._kernel
+        if torch.compiler.is_compiling():
+            lower, upper = through(*operands)
+            return wrap(lower, upper, rounding)
+        finite_ends.start()
         lower, upper = through(*operands)
-        return (wrap if torch.compiler.is_compiling() else adopt)(lower, upper, rounding)
+        box = adopt(lower, upper, rounding)
+        box.finite_by_kernel = finite_ends.all is True
+        return box
 
 
 def _name(schema: str) -> str:
@@ -141,7 +147,8 @@ def _by_elements(schema: str) -> Callable[..., Any]:
             for tensor, d in zip(tensors, dims, strict=False)
         ]
         operator = getattr(torch.ops.pyrobust, name)
-        return operator(*mapped, *args[len(tensors) :]), (0, 0)
+        results = operator(*mapped, *args[len(tensors) :])
+        return results, (0,) * len(results)
 
     return rule
 
@@ -152,13 +159,17 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Ends) -> None:
     ctx.save_for_backward(*(inputs[i] for i in ctx.places))
 
 
+def _leaf(value: Tensor) -> Tensor:
+    return value.detach().requires_grad_()
+
+
 def _gradients(
     rule: Callable[..., Ends], operands: list[Any], of_ends: tuple[Tensor, ...], needed: Any
 ) -> tuple[Tensor | None, ...]:
     again = torch.is_grad_enabled()  # whether the gradients are to be differentiated
-    with torch.enable_grad():
+    with torch.enable_grad():  # aliases, as one tensor may be two operands
         leaves = [
-            value.detach().requires_grad_() if wanted and not again else value
+            value if not wanted else value.view_as(value) if again else _leaf(value)
             for value, wanted in zip(operands, needed, strict=True)
         ]
         ends = rule(*leaves)

@@ -1,4 +1,7 @@
-"""Boxes times constants in one native pass, where it serves: ``csrc/transformer/transformer.h``."""
+"""Boxes times constants in one native pass, where it serves: ``csrc/transformer/transformer.h``.
+
+All of a box, or what is below zero of it (LeakyReLU, PReLU).
+"""
 
 from __future__ import annotations
 
@@ -10,28 +13,35 @@ from torch import Tensor
 
 from pyrobust import _native
 from pyrobust.interval import arithmetic
-from pyrobust.interval.operands import Rule, ends_of
+from pyrobust.interval.operands import ends_of
 from pyrobust.interval.pass_operator import PassOperator, pass_serves
-from pyrobust.interval.type import Interval
+from pyrobust.interval.type import Interval, wrap
 from pyrobust.ops._interval_checks import Ends, dense
 
-__all__ = ["RULES", "mul"]
+__all__ = ["bent", "scaled"]
 
 
 def _native_scale(
-    lower: Tensor, upper: Tensor, first: Tensor, last: Tensor, rounding: str
+    lower: Tensor, upper: Tensor, first: Tensor, last: Tensor, bend: bool, rounding: str
 ) -> Ends | None:
     lower, upper = dense(lower), dense(upper)
     out = torch.empty_like(lower), torch.empty_like(lower)
     constants = dense(first), dense(last)
     threads = torch.get_num_threads()
-    finite = _native.box_scale(lower, upper, *constants, rounding, *out, threads)
+    finite = _native.box_scale(lower, upper, *constants, bend, rounding, *out, threads)
     return out if finite else None
 
 
-def _rule(lower: Tensor, upper: Tensor, first: Tensor, last: Tensor, rounding: str) -> Ends:
-    ends = lower.double(), upper.double()
-    return arithmetic.scaled_ends(ends, (first, last), rounding, lower.dtype)
+def _rule(
+    lower: Tensor, upper: Tensor, first: Tensor, last: Tensor, bend: bool, rounding: str
+) -> Ends:
+    if bend:
+        result = arithmetic.bent(wrap(lower, upper, rounding), (first, last))
+    else:
+        ends = lower.double(), upper.double()
+        scaled = arithmetic.scaled_ends(ends, (first, last), rounding, lower.dtype)
+        result = wrap(*scaled, rounding)
+    return result.lower, result.upper
 
 
 def _fake(lower: Tensor, *_: Any) -> Ends:
@@ -40,8 +50,8 @@ def _fake(lower: Tensor, *_: Any) -> Ends:
 
 
 _scale = PassOperator(
-    "interval_scale(Tensor lower, Tensor upper, Tensor first, Tensor last, str rounding)"
-    " -> (Tensor, Tensor)",
+    "interval_scale(Tensor lower, Tensor upper, Tensor first, Tensor last, bool bend,"
+    " str rounding) -> (Tensor, Tensor)",
     _native_scale,
     _rule,
     _fake,
@@ -60,16 +70,22 @@ def _ending_of(value: Any, box: Interval) -> bool:
     return shape == tuple(box.shape[box.ndim - len(shape) :])
 
 
-def mul(x: Any, y: Any, *, out: None = None) -> Interval:
-    """``x y``; the square where both are the same box."""
+def _by_constant(box: Interval, constant: Any, bend: bool) -> Interval | None:
+    tensor = constant if isinstance(constant, Tensor) else None
+    if not math.prod(box.shape) or not pass_serves(box, tensor):
+        return None
+    ends = ends_of(constant, box, box.rounding)
+    return _scale(box.rounding, box.lower, box.upper, *ends, bend, box.rounding)
+
+
+def scaled(x: Any, y: Any) -> Interval | None:
+    """``x y`` where one is a box and the other constants that its rows share, or None."""
     box, other = (x, y) if isinstance(x, Interval) else (y, x)
-    boxes = isinstance(box, Interval) and isinstance(other, Interval)
-    if out is None and isinstance(box, Interval) and not boxes and _ending_of(other, box):
-        tensor = other if isinstance(other, Tensor) else None
-        if math.prod(box.shape) and pass_serves(box, tensor):
-            ends = ends_of(other, box, box.rounding)
-            return _scale(box.rounding, box.lower, box.upper, *ends, box.rounding)
-    return arithmetic.mul(x, y, out=out)
+    if isinstance(other, Interval) or not _ending_of(other, box):
+        return None
+    return _by_constant(box, other, False)
 
 
-RULES: dict[str, Rule] = {"mul": mul, "multiply": mul}
+def bent(box: Interval, slope: Any) -> Interval | None:
+    """``x``, below zero ``slope x``, of constants that rows share, or None."""
+    return _by_constant(box, slope, True) if _ending_of(slope, box) else None

@@ -20,9 +20,9 @@ from pyrobust.interval import (
     linear,
     norm_pass,
     normalization,
+    pair_pass,
     pooling,
     reduction,
-    scale_pass,
     shape,
     single_pass,
 )
@@ -32,14 +32,14 @@ __all__ = ["BY_NAME", "KINDS", "QUICK", "RULES"]
 
 _CHANGES_IN_PLACE = {
     **arithmetic.RULES,
-    **scale_pass.RULES,
+    **pair_pass.RULES,
     **elementwise.RULES,
     "masked_fill": shape.RULES["masked_fill"],
 }
 
 BY_NAME: dict[str, Rule] = {
     **arithmetic.RULES,
-    **scale_pass.RULES,
+    **pair_pass.RULES,
     **elementwise.RULES,
     **linear.RULES,
     **convolution.RULES,
@@ -95,7 +95,6 @@ KINDS: dict[str, frozenset[Any]] = {
     "finite": _functions([*_BOUNDED, *set(shape.RULES).difference(_CONVERSIONS, _JOINS)]),
     "checks itself": _functions(["linear", *convolution.RULES]) | frozenset(linear.PACKED_RULES),
     "takes infinity": _functions(_TAKES_INFINITY),
-    "told by kernels": _functions(elementwise.TRACED),
     # what dynamo calls for + += * *= @ of a box and a tensor, the tensor first in any case
     "ambiguous": frozenset({torch.Tensor.add, torch.Tensor.mul, torch.Tensor.matmul}),
 }

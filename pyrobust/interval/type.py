@@ -106,6 +106,7 @@ class Interval(Operators):
     _seen: int  # the count at which this object is current
     _rectified: bool  # whether a ReLU of the ends is still to come: layers do it on the way in
     _graded: bool  # whether gradients were on when it was asked for
+    finite_by_kernel: bool = False  # what made the ends has told that they are
 
     def __init__(self, lower: Tensor, upper: Tensor, *, rounding: str = "real") -> None:
         if not dispatcher_watched() and _native.hold_ends(self, lower, upper, rounding):
@@ -455,6 +456,7 @@ def assign(box: Interval, result: Interval) -> Interval:
         for name in ("_lower", "_upper"):
             box.__dict__.pop(name, None)
     box._rectified, box._graded = result._rectified, result._graded
+    box.finite_by_kernel = result.finite_by_kernel
     return box
 
 
@@ -521,6 +523,7 @@ def hold(box: Interval, lower: Tensor, upper: Tensor, rounding: str) -> None:
     box._kept, box._deferred, box._source, box.rounding = None, None, None, rounding
     box._settled_lower, box._settled_upper = lower, upper
     box._rectified, box._graded = False, False
+    box.finite_by_kernel = False
 
 
 def with_flushed(lower: Tensor, upper: Tensor, dtype: torch.dtype) -> Ends:

@@ -111,7 +111,7 @@ const char* name_of(int i) {
   return i < (int)(sizeof kFunctions / sizeof kFunctions[0]) ? kFunctions[i].name : 0;
 }
 
-/* As in pyrobust.interval.elementwise.Curve. */
+/* As in pyrobust.interval.curves.Curve. */
 typedef struct {
   double relative, steep, deployed, deployed_input, deployed_absolute;
   double range; /* evaluations in float32 may overflow from here on */

@@ -18,7 +18,8 @@ FUNCTIONS = {
     **{name: getattr(F, name) for name in ("gelu", "silu", "mish", "hardswish", "hardsigmoid")},
     **{name: getattr(F, name) for name in ("softplus", "logsigmoid", "softsign", "elu", "selu")},
     **{name: getattr(torch, name) for name in ("sigmoid", "tanh", "exp", "expm1")},
-    **{name: getattr(torch, name) for name in ("log", "log2", "log10")},
+    **{name: getattr(torch, name) for name in ("log", "log2", "log10", "log1p")},
+    **{name: getattr(torch, name) for name in ("erf", "atan", "sqrt", "rsqrt", "square")},
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "celu": partial(F.celu, alpha=0.75),
     "elu 0": partial(F.elu, alpha=0.0),
@@ -29,6 +30,7 @@ VALLEYS = {
     "silu": curves.SILU_TURN,
     "mish": curves.MISH_TURN,
     "hardswish": curves.HARDSWISH_TURN,
+    "square": 0.0,
 }
 each = pytest.mark.parametrize("name", FUNCTIONS)
 
@@ -55,7 +57,7 @@ def ends_for(name, count=1003):
     )
     width[:, ::5] = 0.0
     lower, upper = middle - width.abs(), middle + width.abs()
-    if name.startswith("log") and name != "logsigmoid":
+    if name in ("sqrt", "rsqrt") or (name.startswith("log") and name != "logsigmoid"):
         lower, upper = lower.abs() + 1e-30, (lower.abs() + 1e-30) + width.abs()
     return lower, upper
 

@@ -1,0 +1,163 @@
+"""Sums, differences, products and quotients in one native pass each, where it serves.
+
+``csrc/interval/pairs.h``: the least float32 boxes around the exact ones, as the rules of
+:mod:`pyrobust.interval.arithmetic` give them. Operands are brought to one shape.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyrobust import _native
+from pyrobust.interval import arithmetic
+from pyrobust.interval.operands import Rule, is_held
+from pyrobust.interval.pass_operator import NativeGradients, PassOperator, pass_serves
+from pyrobust.interval.scale_pass import scaled
+from pyrobust.interval.type import Interval, weakest, with_flushed, wrap
+from pyrobust.ops._interval_checks import Ends, dense, finite_ends, is_deployed
+
+__all__ = ["RULES", "mul"]
+
+
+def _line(tensor: Tensor) -> Tensor:
+    return dense(tensor).view(-1)
+
+
+def _native_ends(
+    low_x: Tensor, high_x: Tensor, low_y: Tensor, high_y: Tensor, operation: str, rounding: str
+) -> Ends | None:
+    x, y = (_line(low_x), _line(high_x)), (_line(low_y), _line(high_y))
+    low, high = (low_x.new_empty(low_x.shape) for _ in range(2))
+    out, threads = (low.view(-1), high.view(-1)), torch.get_num_threads()
+    finite = _native.interval_pair(*x, *y, operation, rounding, *out, threads)
+    if not finite:
+        if operation in ("mul", "div") or bool(low.isnan().any() | high.isnan().any()):
+            return None
+        finite_ends.note(False)  # a mask, or beyond the range
+    return low, high
+
+
+def _native_gradients(
+    of_lower: Tensor,
+    of_upper: Tensor,
+    low_x: Tensor,
+    high_x: Tensor,
+    low_y: Tensor,
+    high_y: Tensor,
+    operation: str,
+) -> tuple[Tensor, ...]:
+    of = _line(of_lower), _line(of_upper)
+    x, y = (_line(low_x), _line(high_x)), (_line(low_y), _line(high_y))
+    out = [torch.empty_like(of[0]) for _ in range(4)]
+    _native.interval_pair_backward(*of, *x, *y, operation, out, torch.get_num_threads())
+    return tuple(gradient.view(low_x.shape) for gradient in out)
+
+
+def _rule(
+    low_x: Tensor, high_x: Tensor, low_y: Tensor, high_y: Tensor, operation: str, rounding: str
+) -> Ends:
+    rule = arithmetic.RULES[operation]
+    result = rule(wrap(low_x, high_x, rounding), wrap(low_y, high_y, rounding))
+    return result.lower, result.upper
+
+
+def _fake(low_x: Tensor, *_: Any) -> Ends:
+    out = low_x.new_empty(low_x.shape)
+    return out, torch.empty_like(out)
+
+
+def _fake_gradients(of_lower: Tensor, of_upper: Tensor, low_x: Tensor, *_: Any) -> Any:
+    return tuple(low_x.new_empty(low_x.shape) for _ in range(4))
+
+
+_pair = PassOperator(
+    "interval_pair(Tensor low_x, Tensor high_x, Tensor low_y, Tensor high_y, str operation,"
+    " str rounding) -> (Tensor, Tensor)",
+    _native_ends,
+    _rule,
+    _fake,
+    gradients=NativeGradients(
+        "interval_pair_gradients(Tensor of_lower, Tensor of_upper, Tensor low_x, Tensor high_x,"
+        " Tensor low_y, Tensor high_y, str operation) -> (Tensor, Tensor, Tensor, Tensor)",
+        _native_gradients,
+        _fake_gradients,
+    ),
+    by_elements=True,
+)
+
+
+def _ends(value: Any, box: Interval, rounding: str) -> Ends | None:
+    """The ends of an operand beside ``box``, or None where they are no float32 numbers."""
+    if isinstance(value, Interval):
+        return (value.lower, value.upper) if pass_serves(value, nearest=True) else None
+    if not isinstance(value, Tensor):
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            return None
+        if not is_held(value, torch.float32):
+            return None
+        value = torch.full((), value, dtype=torch.float32)
+    if not pass_serves(box, value, nearest=True):
+        return None
+    if not is_deployed(rounding):
+        return value, value
+    return with_flushed(value, value, torch.float32)
+
+
+def _passed(operation: str, x: Any, y: Any) -> Interval | None:
+    """``x operation y`` by the pass, or None where it does not serve."""
+    box = x if isinstance(x, Interval) else y
+    if not pass_serves(box, nearest=True):
+        return None
+    rounding = weakest(x, y)
+    ends_x, ends_y = _ends(x, box, rounding), _ends(y, box, rounding)
+    if ends_x is None or ends_y is None:
+        return None
+    ends = torch.broadcast_tensors(*ends_x, *ends_y)
+    return _pair(rounding, *ends, operation, rounding) if ends[0].numel() else None
+
+
+def _add(x: Any, y: Any, *, alpha: float = 1, out: None = None) -> Interval:
+    """``x + alpha y``."""
+    done = _passed("add", x, y) if alpha == 1 and out is None else None
+    return arithmetic.add(x, y, alpha=alpha, out=out) if done is None else done
+
+
+def _sub(x: Any, y: Any, *, alpha: float = 1, out: None = None) -> Interval:
+    """``x - alpha y``; 0 for an interval less itself."""
+    done = _passed("sub", x, y) if alpha == 1 and out is None and x is not y else None
+    return arithmetic.sub(x, y, alpha=alpha, out=out) if done is None else done
+
+
+def _rsub(x: Any, y: Any, *, alpha: float = 1) -> Interval:
+    """``y - alpha x``."""
+    return _sub(y, x, alpha=alpha)
+
+
+def mul(x: Any, y: Any, *, out: None = None) -> Interval:
+    """``x y``; the square where both are the same box."""
+    if out is None and x is not y:
+        done = scaled(x, y)
+        done = _passed("mul", x, y) if done is None else done
+        if done is not None:
+            return done
+    return arithmetic.mul(x, y, out=out)
+
+
+def _div(x: Any, y: Any, *, rounding_mode: None = None, out: None = None) -> Interval:
+    """``x / y`` for a divisor whose box does not hold zero."""
+    done = _passed("div", x, y) if rounding_mode is None and out is None else None
+    return arithmetic.div(x, y, rounding_mode=rounding_mode, out=out) if done is None else done
+
+
+RULES: dict[str, Rule] = {
+    "add": _add,
+    **dict.fromkeys(("sub", "subtract"), _sub),
+    **dict.fromkeys(("rsub", "__rsub__"), _rsub),
+    **dict.fromkeys(("mul", "multiply"), mul),
+    **dict.fromkeys(("div", "divide", "true_divide"), _div),
+    **dict.fromkeys(("__rdiv__", "__rtruediv__"), lambda x, y: _div(y, x)),
+    "reciprocal": lambda x: _div(1.0, x),
+}
