@@ -334,7 +334,7 @@ struct Rsqrt : Rising {
   Doubles slope(Doubles x) const { return -0.5 / (x * root_of(x)); }
 };
 
-struct Square : Valley {
+struct SecondPower : Valley {
   static constexpr bool kExact = true;
   static constexpr double kTurn = 0.0;
   Doubles value(Doubles x) const { return x * x; }

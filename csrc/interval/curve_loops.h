@@ -183,7 +183,7 @@ auto with_curve(const CurveOf& of, const Body& body) {
     case Curve::kRsqrt:
       return body(Rsqrt{});
     case Curve::kSquare:
-      return body(Square{});
+      return body(SecondPower{});
     case Curve::kLog:
       break;
   }
