@@ -16,7 +16,12 @@ from pyrobust import _native
 from pyrobust.interval.curves import Curve, error_of, image, native_curve
 from pyrobust.interval.operands import working
 from pyrobust.interval.outward import enclose
-from pyrobust.interval.pass_operator import NativeGradients, PassOperator, pass_serves
+from pyrobust.interval.pass_operator import (
+    NativeGradients,
+    PassOperator,
+    ends_like,
+    pass_serves,
+)
 from pyrobust.interval.type import Interval, wrap
 from pyrobust.ops._interval_checks import Ends, dense, finite_ends
 
@@ -73,22 +78,16 @@ def _rule(lower: Tensor, upper: Tensor, curve: str, numbers: tuple[float, ...], 
     return low.to(lower.dtype), high.to(lower.dtype)
 
 
-def _fake(lower: Tensor, *_: Any) -> Ends:
-    out = lower.new_empty(lower.shape)
-    return out, torch.empty_like(out)
-
-
 _curve = PassOperator(
     "interval_curve(Tensor lower, Tensor upper, str curve, float[] numbers, float[] deployed,"
     " str rounding) -> (Tensor, Tensor)",
     _native_ends,
     _rule,
-    _fake,
     gradients=NativeGradients(
         "interval_curve_gradients(Tensor of_lower, Tensor of_upper, Tensor lower, Tensor upper,"
         " str curve, float[] numbers) -> (Tensor, Tensor)",
         _native_gradients,
-        lambda of_lower, of_upper, lower, *_: _fake(lower),
+        lambda of_lower, of_upper, lower, *_: ends_like(lower),
     ),
     by_elements=True,
 )

@@ -64,11 +64,6 @@ def _rule(
     return result.lower, result.upper
 
 
-def _fake(low_x: Tensor, *_: Any) -> Ends:
-    out = low_x.new_empty(low_x.shape)
-    return out, torch.empty_like(out)
-
-
 def _fake_gradients(of_lower: Tensor, of_upper: Tensor, low_x: Tensor, *_: Any) -> Any:
     return tuple(low_x.new_empty(low_x.shape) for _ in range(4))
 
@@ -78,7 +73,6 @@ _pair = PassOperator(
     " str rounding) -> (Tensor, Tensor)",
     _native_ends,
     _rule,
-    _fake,
     gradients=NativeGradients(
         "interval_pair_gradients(Tensor of_lower, Tensor of_upper, Tensor low_x, Tensor high_x,"
         " Tensor low_y, Tensor high_y, str operation) -> (Tensor, Tensor, Tensor, Tensor)",

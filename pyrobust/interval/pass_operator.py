@@ -18,9 +18,15 @@ from pyrobust.interval.type import Interval, adopt, wrap
 from pyrobust.ops._interval_checks import Ends, finite_ends
 from pyrobust.ops._library import define, differentiation_transforms, dispatcher_needed
 
-__all__ = ["NativeGradients", "PassOperator", "pass_serves"]
+__all__ = ["NativeGradients", "PassOperator", "ends_like", "pass_serves"]
 
 Pass = Callable[..., Ends | None]
+
+
+def ends_like(tensor: Tensor, *_: Any) -> Ends:
+    """Both ends without numbers, of the shape of a pass's first operand."""
+    out = tensor.new_empty(tensor.shape)
+    return out, torch.empty_like(out)
 
 
 def pass_serves(box: Interval, *operands: Any, nearest: bool = False) -> bool:
@@ -65,7 +71,7 @@ class PassOperator:
         native: the pass: the ends, or None where it declines. It tells ``finite_ends`` of ends that
             are not finite; the others are.
         rule: the same of the same operands, in torch operations.
-        fake: both ends without numbers.
+        fake: both ends without numbers; those of the first operand's shape if not given.
         gradients: a native pass of the gradients; else they are the rule's.
         by_elements: whether every element is on its own, so that ``torch.vmap`` takes all slices at
             once.
@@ -76,7 +82,7 @@ class PassOperator:
         schema: str,
         native: Pass,
         rule: Callable[..., Ends],
-        fake: Callable[..., Ends],
+        fake: Callable[..., Ends] = ends_like,
         *,
         gradients: NativeGradients | None = None,
         by_elements: bool = False,

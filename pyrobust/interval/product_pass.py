@@ -95,16 +95,10 @@ def _softmax_rule(lower: Tensor, upper: Tensor, rounding: str) -> Ends:
     return result.lower, result.upper
 
 
-def _fake_softmax(lower: Tensor, upper: Tensor, rounding: str) -> Ends:
-    out = lower.new_empty(lower.shape)
-    return out, torch.empty_like(out)
-
-
 _softmax = PassOperator(
     "interval_softmax(Tensor lower, Tensor upper, str rounding) -> (Tensor, Tensor)",
     _native_softmax,
     _softmax_rule,
-    _fake_softmax,
 )
 
 

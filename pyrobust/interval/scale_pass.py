@@ -44,17 +44,11 @@ def _rule(
     return result.lower, result.upper
 
 
-def _fake(lower: Tensor, *_: Any) -> Ends:
-    out = lower.new_empty(lower.shape)
-    return out, torch.empty_like(out)
-
-
 _scale = PassOperator(
     "interval_scale(Tensor lower, Tensor upper, Tensor first, Tensor last, bool bend,"
     " str rounding) -> (Tensor, Tensor)",
     _native_scale,
     _rule,
-    _fake,
 )
 
 

@@ -91,10 +91,9 @@ def test_a_bound_keeps_within_its_memory(name, method, rounding):
 
 @pytest.mark.parametrize("rounding", ["nearest", "real"])
 def test_intervals_keep_within_their_memory(rounding):
-    # a rule in torch operations
     between = nn.LeakyReLU(0.1)
-    model = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), between, nn.Conv2d(8, 8, 3, padding=1))
-    box = Interval.ball(torch.rand(24, 1, 16, 16), 0.05, rounding=rounding)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), between, nn.Conv2d(8, 1, 3, padding=1))
+    box = Interval.ball(torch.rand(96, 1, 16, 16), 0.05, rounding=rounding)
     with torch.no_grad():
         whole = model(box)
         free = peak(lambda: bound(model, box))
@@ -105,7 +104,8 @@ def test_intervals_keep_within_their_memory(rounding):
                     bounds=bound(model, box, max_memory=limit)
                 )
             )
-            assert used <= 1.1 * limit + 16 * whole.numel()  # the result itself, twice
+            allowed = 1.1 * limit + 16 * whole.numel()  # the result itself, twice
+            assert used <= allowed < free
             torch.testing.assert_close(split["bounds"].lower, whole.lower, rtol=1e-5, atol=1e-5)
 
 
