@@ -3,9 +3,7 @@
 // convolution.cpp alone; see filtering.h.
 #pragma once
 
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
+#include <algorithm>
 #include <vector>
 
 #include "interval/convolution_plan.h"
@@ -15,9 +13,6 @@
 namespace pyrobust {
 namespace interval {
 namespace {
-
-thread_local unsigned long long T_[8];
-static inline unsigned long long now_() { return __builtin_ia32_rdtsc(); }
 
 // Rows as whole parts, of which a band has at least a pair of rows, and bands for all threads:
 // fewer pixels are shared by threads as rows of tiles. Radii in bfloat16 are not filtered.
@@ -264,15 +259,10 @@ void finish_band(const Squares& plan, const LateSteps& late, const Band& band, i
                  int64_t rows, float offset, const SquareBuffers& own) {
   const int64_t parts = band.tall * plan.of_row, of_rows = 2 * plan.window.out_width;
   const float* filters = plan.filters.get() + n * plan.images.channels;
-  auto t0 = now_();
   multiply_squares(plan, plan.centres, own.centre, filters, rows, parts, own.centre_sums);
-  auto t01 = now_();
-  T_[1] += t01 - t0;
   multiply_squares(plan, plan.radii, own.radius,
                    filters + plan.centres.filters * plan.weight_plane(), rows, parts,
                    own.radius_sums);
-  auto t1 = now_();
-  T_[3] += t1 - t01;
   const int64_t to =
       (band.image * plan.call.weight.rows + n) * plan.pixels() + band.first * of_rows;
   const bool streams = past_cache(output_bytes(plan.call, plan.images, plan.window));
@@ -284,7 +274,6 @@ void finish_band(const Squares& plan, const LateSteps& late, const Band& band, i
                     ends.row_stride, ends.lower, ends.upper, ends.past_cache},
                    band.constants);
              });
-  T_[2] += now_() - t1;
 }
 
 void convolve_by_squares(const Call& call, const Images& images, const Window& window,
@@ -301,17 +290,11 @@ void convolve_by_squares(const Call& call, const Images& images, const Window& w
     const SquareBuffers own(plan, memory.get() + share * size);
     for (int64_t index = begin; index < end; ++index) {
       const Band band(plan, index);
-      auto t0 = now_();
       const float offset = make_tiles(plan, band, own);
-      T_[0] += now_() - t0;
       for (int64_t n = 0; n < call.weight.rows; n += step) {
         finish_band(plan, late, band, n, std::min(step, call.weight.rows - n), offset, own);
       }
     }
-    if (getenv("TT"))
-      fprintf(stderr, "share %d tiles %.2f centre %.2f radius %.2f ends %.2f ms\n", (int)share,
-              T_[0] / 2.596e6, T_[1] / 2.596e6, T_[3] / 2.596e6, T_[2] / 2.596e6);
-    T_[0] = T_[1] = T_[2] = T_[3] = 0;
   });
 }
 
