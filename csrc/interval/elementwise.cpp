@@ -4,7 +4,7 @@
 #include <cmath>
 #include <limits>
 
-#include "interval/plan.h"
+#include "interval/element_shares.h"
 
 namespace pyrobust {
 namespace interval {
@@ -17,11 +17,6 @@ float floor_of(bool rectified) { return rectified ? 0.0f : -rounding::infinity()
 
 float least_of(Rounding rounding) {
   return rounding == Rounding::kDeployed ? std::numeric_limits<float>::min() : 0.0f;
-}
-
-void ask_for_large_pages(float* lower, float* upper, int64_t count) {
-  prefer_large_pages(lower, count * static_cast<int64_t>(sizeof(float)));
-  prefer_large_pages(upper, count * static_cast<int64_t>(sizeof(float)));
 }
 
 // What a channel's loop adds outward. In float64, (x - mean) scale errs by 7 units at most, and the
@@ -230,36 +225,31 @@ void channel_affine_backward(const ChannelAffineBackward& work, int num_threads)
 
 bool add_boxes(const BoxSum& work, int num_threads) {
   const IntervalKernels table = pick_kernels();
-  ask_for_large_pages(work.out_lower, work.out_upper, work.count);
-  std::atomic<bool> finite{true};
-  parallel_for(work.count, kGrain, 16, num_threads, [&](int64_t begin, int64_t end) {
-    const DefaultFloatEnvironment environment;
-    SumLoop loop = sum_loop(work.x.rectified, work.y.rectified, work.rounding);
-    loop.low_x = work.x.lower + begin;
-    loop.high_x = work.x.upper + begin;
-    loop.low_y = work.y.lower + begin;
-    loop.high_y = work.y.upper + begin;
-    loop.count = end - begin;
-    loop.out_lower = work.out_lower + begin;
-    loop.out_upper = work.out_upper + begin;
-    if (!table.elements.sum(loop)) finite.store(false, std::memory_order_relaxed);
-  });
-  return finite;
+  return bound_elements(work.out_lower, work.out_upper, work.count, kGrain, num_threads,
+                        [&](int64_t begin, int64_t end) {
+                          SumLoop loop =
+                              sum_loop(work.x.rectified, work.y.rectified, work.rounding);
+                          loop.low_x = work.x.lower + begin;
+                          loop.high_x = work.x.upper + begin;
+                          loop.low_y = work.y.lower + begin;
+                          loop.high_y = work.y.upper + begin;
+                          loop.count = end - begin;
+                          loop.out_lower = work.out_lower + begin;
+                          loop.out_upper = work.out_upper + begin;
+                          return table.elements.sum(loop);
+                        });
 }
 
 bool ball_ends(const Ball& work, int num_threads) {
   const IntervalKernels table = pick_kernels();
-  ask_for_large_pages(work.out_lower, work.out_upper, work.count);
   const float least = least_of(work.rounding);
-  std::atomic<bool> right{true};
-  parallel_for(work.count, kGrain, 16, num_threads, [&](int64_t begin, int64_t end) {
-    const DefaultFloatEnvironment environment;
-    const bool done = table.elements.ball({work.x + begin, end - begin, work.radius, work.first,
-                                           work.last, least, work.rounding != Rounding::kNearest,
-                                           work.out_lower + begin, work.out_upper + begin});
-    if (!done) right.store(false, std::memory_order_relaxed);
-  });
-  return right;
+  return bound_elements(
+      work.out_lower, work.out_upper, work.count, kGrain, num_threads,
+      [&](int64_t begin, int64_t end) {
+        return table.elements.ball({work.x + begin, end - begin, work.radius, work.first, work.last,
+                                    least, work.rounding != Rounding::kNearest,
+                                    work.out_lower + begin, work.out_upper + begin});
+      });
 }
 
 }  // namespace interval
