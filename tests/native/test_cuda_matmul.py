@@ -470,18 +470,14 @@ def test_a_missing_wait_shows():
     assert torch.equal(out, expected)
 
 
-@pytest.mark.parametrize("descending", [False, True], ids=["ascending", "descending"])
-def test_a_missing_wait_shows_with_many_rows(descending):
-    shim.set_options(descending=descending)
-    drawn = draw(64, 1024, 4, 128)
-    x = torch.randn(130, 1024).half()
-    expected = check_rounded(drawn, x)
+def assert_a_missing_wait_shows(multiply_late, drawn, x, expected):
+    """``multiply_late(native, x, rows, out, late)`` is right in time, and wrong or told so late."""
     native = drawn.device.fused_for(torch.float16).native
     out = torch.zeros_like(expected)
-    shim.broad_4_late(native, x.data_ptr(), 130, out.data_ptr(), 0)
+    multiply_late(native, x.data_ptr(), len(x), out.data_ptr(), 0)
     assert torch.equal(out, expected)
     try:
-        shim.broad_4_late(native, x.data_ptr(), 130, out.data_ptr(), 1)
+        multiply_late(native, x.data_ptr(), len(x), out.data_ptr(), 1)
         fault = ""
     except RuntimeError as error:  # what lands meets a product under way, in one order of threads
         fault = str(error)
@@ -489,18 +485,16 @@ def test_a_missing_wait_shows_with_many_rows(descending):
 
 
 @pytest.mark.parametrize("descending", [False, True], ids=["ascending", "descending"])
+def test_a_missing_wait_shows_with_many_rows(descending):
+    shim.set_options(descending=descending)
+    drawn = draw(64, 1024, 4, 128)
+    x = torch.randn(130, 1024).half()
+    assert_a_missing_wait_shows(shim.broad_4_late, drawn, x, check_rounded(drawn, x))
+
+
+@pytest.mark.parametrize("descending", [False, True], ids=["ascending", "descending"])
 def test_a_missing_wait_shows_with_warpgroups(descending):
     shim.set_options(descending=descending)
     drawn = draw(64, 2048, 4, 128)
     x = torch.randn(40, 2048).half()
-    expected = check(drawn, x)
-    native = drawn.device.fused_for(torch.float16).native
-    out = torch.zeros_like(expected)
-    shim.wide_4_late(native, x.data_ptr(), 40, out.data_ptr(), 0)
-    assert torch.equal(out, expected)
-    try:
-        shim.wide_4_late(native, x.data_ptr(), 40, out.data_ptr(), 1)
-        fault = ""
-    except RuntimeError as error:
-        fault = str(error)
-    assert "that no fence has shown to it" in fault or not torch.equal(out, expected)
+    assert_a_missing_wait_shows(shim.wide_4_late, drawn, x, check(drawn, x))
