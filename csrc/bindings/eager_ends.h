@@ -10,6 +10,7 @@
 #include <functional>
 #include <numeric>
 
+#include "bindings/kept_ends.h"
 #include "bindings/plain_arguments.h"
 #include "bindings/tensor_view.h"
 
@@ -108,8 +109,8 @@ struct Result {
       return;
     }
     if (!like) throw NotPlain();
-    first = new_output(like, sizes, ndim);
-    second = new_output(like, sizes, ndim);
+    first = new_end(like, sizes, ndim);
+    second = new_end(like, sizes, ndim);
     low = view(first, "lower").as<float>();
     high = view(second, "upper").as<float>();
   }

@@ -13,6 +13,7 @@ void bind_eager_boxes(pybind11::module_& m);
 void bind_eager_chain(pybind11::module_& m);
 void bind_settled_ends(pybind11::module_& m);
 void bind_panel_cache(pybind11::module_& m);
+void bind_kept_ends(pybind11::module_& m);
 void bind_limits(pybind11::module_& m);
 void bind_sampling(pybind11::module_& m);
 void bind_interval(pybind11::module_& m);

@@ -39,6 +39,7 @@ PYBIND11_MODULE(_native, m) {
   pyrobust::bind_eager_chain(m);
   pyrobust::bind_settled_ends(m);
   pyrobust::bind_panel_cache(m);
+  pyrobust::bind_kept_ends(m);
   pyrobust::bind_limits(m);
   pyrobust::bind_sampling(m);
   pyrobust::bind_interval(m);

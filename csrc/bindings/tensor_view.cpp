@@ -1,27 +1,10 @@
 #include "bindings/tensor_view.h"
 
+#include "bindings/dlpack.h"
+
 namespace pyrobust {
 namespace {
 
-// The published DLPack ABI (major version 1), as far as it is used here.
-struct DLDevice {
-  int32_t type;
-  int32_t id;
-};
-struct DLDataType {
-  uint8_t code;
-  uint8_t bits;
-  uint16_t lanes;
-};
-struct DLTensor {
-  void* data;
-  DLDevice device;
-  int32_t ndim;
-  DLDataType dtype;
-  int64_t* shape;
-  int64_t* strides;
-  uint64_t byte_offset;
-};
 struct ExchangeTable {
   uint32_t major;
   uint32_t minor;
@@ -32,11 +15,7 @@ struct ExchangeTable {
   int (*tensor_from_object)(void* object, DLTensor* out);
   void* current_work_stream;
 };
-static_assert(sizeof(DLTensor) == 48, "DLPack ABI");
 static_assert(sizeof(ExchangeTable) == 56, "DLPack ABI");
-
-constexpr int kDeviceCpu = 1;
-constexpr int kCodeInt = 0, kCodeUInt = 1, kCodeFloat = 2, kCodeBFloat = 4, kCodeBool = 6;
 
 DType from_dlpack(DLDataType type) {
   if (type.lanes != 1) return DType::kOther;

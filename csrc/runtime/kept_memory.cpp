@@ -10,6 +10,7 @@ namespace pyrobust {
 namespace {
 
 constexpr int64_t kSmallPage = 4096, kLargePage = int64_t{2} << 20;
+constexpr int64_t kAnySmallPage = int64_t{64} << 10;  // of every processor
 // Smaller blocks are malloc's business, which keeps them itself.
 constexpr int64_t kLeastKept = int64_t{64} << 10;
 constexpr int64_t kLeastLarge = int64_t{1} << 20;
@@ -18,8 +19,15 @@ std::align_val_t alignment_of(int64_t bytes) {
   return static_cast<std::align_val_t>(bytes >= kLeastLarge ? kLargePage : 64);
 }
 
+// What the size of a block is a multiple of. The last large page of results that somebody holds for
+// long would be half empty on average: theirs ends in small ones.
+int64_t unit_of(int64_t bytes) {
+  if (bytes >= kLeastLent) return kAnySmallPage;
+  return bytes >= kLeastLarge ? kLargePage : bytes >= kLeastKept ? kSmallPage : 64;
+}
+
 KeptBlock fresh_block(int64_t bytes) {
-  const int64_t unit = bytes >= kLeastLarge ? kLargePage : bytes >= kLeastKept ? kSmallPage : 64;
+  const int64_t unit = unit_of(bytes);
   const int64_t whole = std::max(unit, (bytes + unit - 1) / unit * unit);
   void* memory = operator new[](static_cast<size_t>(whole), alignment_of(whole));
   if (whole >= kLeastLarge) ask_large_pages(memory, whole);
@@ -34,10 +42,14 @@ void free_block(const KeptBlock& block) noexcept {
 // threads may give back while the process ends.
 struct Shelf {
   static constexpr int kPlaces = 16;
+  std::atomic<int64_t> limit;
+  const bool lends;
   std::atomic_flag taken = ATOMIC_FLAG_INIT;
   KeptBlock blocks[kPlaces] = {};
   int count = 0;
-  int64_t bytes = 0;
+  std::atomic<int64_t> bytes{0};
+
+  constexpr Shelf(int64_t limit, bool lends) : limit(limit), lends(lends) {}
 
   KeptBlock remove(int at) {
     const KeptBlock block = blocks[at];
@@ -47,61 +59,88 @@ struct Shelf {
     return block;
   }
 
-  // The smallest that is large enough, and not so large that another call would miss it.
+  void free_beyond(int64_t most) {
+    while (count > 0 && bytes > most) free_block(remove(0));
+  }
+
+  void add(const KeptBlock& block) {
+    const int64_t most = limit;
+    if (block.bytes > most) return free_block(block);
+    if (count == kPlaces) free_block(remove(0));
+    free_beyond(most - block.bytes);
+    blocks[count++] = block;
+    bytes += block.bytes;
+  }
+
+  // The smallest that is large enough, and not so large that another call would miss it, or that
+  // results which somebody holds for long would hold much more than they need.
   int find(int64_t wanted) const {
+    const int64_t most = lends ? wanted + wanted / 4 : std::max(2 * wanted, kLargePage);
     int best = -1;
     for (int i = 0; i < count; ++i) {
       const int64_t size = blocks[i].bytes;
-      if (size < wanted || size > std::max(2 * wanted, kLargePage)) continue;
+      if (size < wanted || size > most) continue;
       if (best < 0 || size < blocks[best].bytes) best = i;
     }
     return best;
   }
 };
 
-Shelf shelf;
+Shelf small_shelf(kKeptBytes, false), large_shelf(kLentBytes, true);
+
+Shelf* shelf_of(int64_t bytes) {
+  if (bytes < kLeastKept) return nullptr;
+  Shelf* const shelf = bytes >= kLeastLent ? &large_shelf : &small_shelf;
+  return bytes <= shelf->limit ? shelf : nullptr;
+}
 
 // Whoever finds the shelf in use goes to the system instead: nobody waits, and a process forked
 // meanwhile does not wait for ever.
 class Turn {
  public:
-  Turn() : granted_(!shelf.taken.test_and_set(std::memory_order_acquire)) {}
+  explicit Turn(Shelf& shelf)
+      : shelf_(shelf), granted_(!shelf.taken.test_and_set(std::memory_order_acquire)) {}
   ~Turn() {
-    if (granted_) shelf.taken.clear(std::memory_order_release);
+    if (granted_) shelf_.taken.clear(std::memory_order_release);
   }
   Turn(const Turn&) = delete;
   Turn& operator=(const Turn&) = delete;
   bool granted() const { return granted_; }
 
  private:
+  Shelf& shelf_;
   const bool granted_;
 };
 
 }  // namespace
 
 KeptBlock take_block(int64_t bytes) {
-  if (bytes >= kLeastKept && bytes <= kKeptBytes) {
-    const Turn turn;
-    const int at = turn.granted() ? shelf.find(bytes) : -1;
-    if (at >= 0) return shelf.remove(at);
+  if (Shelf* const shelf = shelf_of(bytes)) {
+    const Turn turn(*shelf);
+    const int at = turn.granted() ? shelf->find(bytes) : -1;
+    if (at >= 0) return shelf->remove(at);
   }
   return fresh_block(bytes);
 }
 
 void give_back(const KeptBlock& block) noexcept {
   if (block.memory == nullptr) return;
-  if (block.bytes >= kLeastKept && block.bytes <= kKeptBytes) {
-    const Turn turn;
-    if (turn.granted()) {
-      while (shelf.count == Shelf::kPlaces || shelf.bytes + block.bytes > kKeptBytes) {
-        free_block(shelf.remove(0));
-      }
-      shelf.blocks[shelf.count++] = block;
-      shelf.bytes += block.bytes;
-      return;
-    }
+  Shelf* const shelf = shelf_of(block.bytes);
+  if (shelf != nullptr && (!shelf->lends || lend_pages(block.memory, block.bytes))) {
+    const Turn turn(*shelf);
+    if (turn.granted()) return shelf->add(block);
   }
   free_block(block);
+}
+
+int64_t lent_limit() { return large_shelf.limit; }
+
+int64_t lent_bytes() { return large_shelf.bytes; }
+
+void set_lent_limit(int64_t bytes) {
+  large_shelf.limit = bytes;
+  const Turn turn(large_shelf);
+  if (turn.granted()) large_shelf.free_beyond(bytes);
 }
 
 }  // namespace pyrobust

@@ -24,6 +24,7 @@ from pyrobust.interval.pass_operator import (
 )
 from pyrobust.interval.type import Interval, wrap
 from pyrobust.ops._interval_checks import Ends, dense, finite_ends
+from pyrobust.ops._kept_memory import new_ends
 
 __all__ = ["passed", "trace"]
 
@@ -48,7 +49,7 @@ def _native_ends(
         rounding: the promise.
     """
     flat = dense(lower).view(-1), dense(upper).view(-1)
-    low, high = torch.empty_like(flat[0]), torch.empty_like(flat[0])
+    low, high = new_ends(flat[0])
     threads = torch.get_num_threads()
     finite = _native.interval_curve(*flat, curve, numbers, deployed, rounding, low, high, threads)
     finite_ends.note(finite)

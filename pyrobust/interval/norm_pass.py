@@ -20,6 +20,7 @@ from pyrobust.interval.operands import Rule
 from pyrobust.interval.pass_operator import PassOperator, pass_serves
 from pyrobust.interval.type import Interval, wrap
 from pyrobust.ops._interval_checks import Ends, dense
+from pyrobust.ops._kept_memory import new_ends
 
 __all__ = ["RULES"]
 
@@ -34,7 +35,7 @@ def _native_rows(
     centred: bool,
 ) -> Ends | None:
     lower, upper = dense(lower), dense(upper)
-    out = torch.empty_like(lower), torch.empty_like(lower)
+    out = new_ends(lower)
     weight, bias = (None if value is None else dense(value) for value in (weight, bias))
     count, threads = lower.shape[-1], torch.get_num_threads()
     finite = _native.box_row_norm(

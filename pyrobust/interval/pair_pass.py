@@ -18,6 +18,7 @@ from pyrobust.interval.pass_operator import NativeGradients, PassOperator, pass_
 from pyrobust.interval.scale_pass import scaled
 from pyrobust.interval.type import Interval, weakest, with_flushed, wrap
 from pyrobust.ops._interval_checks import Ends, dense, finite_ends, is_deployed
+from pyrobust.ops._kept_memory import new_ends
 
 __all__ = ["RULES", "mul"]
 
@@ -30,7 +31,7 @@ def _native_ends(
     low_x: Tensor, high_x: Tensor, low_y: Tensor, high_y: Tensor, operation: str, rounding: str
 ) -> Ends | None:
     x, y = (_line(low_x), _line(high_x)), (_line(low_y), _line(high_y))
-    low, high = (low_x.new_empty(low_x.shape) for _ in range(2))
+    low, high = new_ends(low_x)
     out, threads = (low.view(-1), high.view(-1)), torch.get_num_threads()
     finite = _native.interval_pair(*x, *y, operation, rounding, *out, threads)
     if not finite:

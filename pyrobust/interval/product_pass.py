@@ -18,6 +18,7 @@ from pyrobust.interval.outward import error_of_products
 from pyrobust.interval.pass_operator import PassOperator, pass_serves
 from pyrobust.interval.type import Interval, weakest, wrap
 from pyrobust.ops._interval_checks import Ends, dense, is_deployed
+from pyrobust.ops._kept_memory import new_ends
 
 __all__ = ["matmul", "softmax"]
 
@@ -28,8 +29,7 @@ def _native_product(
     terms = low_a.shape[-1]
     transposed = low_b.mT.is_contiguous() and high_b.mT.is_contiguous() and not low_b.is_neg()
     ends_b = (low_b.mT, high_b.mT) if transposed else (dense(low_b), dense(high_b))
-    below = low_a.new_empty((*low_a.shape[:2], low_b.shape[-1]))
-    out = below, torch.empty_like(below)
+    out = new_ends(low_a, (*low_a.shape[:2], low_b.shape[-1]))
     gain = error_of_products(terms + 4, torch.float32, rounding) if is_deployed(rounding) else 0.0
     threads = torch.get_num_threads()
     finite = _native.box_product(
@@ -84,7 +84,7 @@ def _product_of_batches(a: Interval, b: Interval) -> Interval | None:
 
 def _native_softmax(lower: Tensor, upper: Tensor, rounding: str) -> Ends | None:
     lower, upper = dense(lower), dense(upper)
-    out = torch.empty_like(lower), torch.empty_like(lower)
+    out = new_ends(lower)
     threads = torch.get_num_threads()
     finite = _native.box_softmax(lower, upper, lower.shape[-1], rounding, *out, threads)
     return out if finite else None

@@ -17,6 +17,7 @@ from pyrobust.interval.operands import ends_of
 from pyrobust.interval.pass_operator import PassOperator, pass_serves
 from pyrobust.interval.type import Interval, wrap
 from pyrobust.ops._interval_checks import Ends, dense
+from pyrobust.ops._kept_memory import new_ends
 
 __all__ = ["bent", "scaled"]
 
@@ -25,7 +26,7 @@ def _native_scale(
     lower: Tensor, upper: Tensor, first: Tensor, last: Tensor, bend: bool, rounding: str
 ) -> Ends | None:
     lower, upper = dense(lower), dense(upper)
-    out = torch.empty_like(lower), torch.empty_like(lower)
+    out = new_ends(lower)
     constants = dense(first), dense(last)
     threads = torch.get_num_threads()
     finite = _native.box_scale(lower, upper, *constants, bend, rounding, *out, threads)

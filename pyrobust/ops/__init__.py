@@ -1,6 +1,7 @@
 """The three kernel families as torch operators."""
 
 from pyrobust.ops._decompositions import decompositions
+from pyrobust.ops._kept_memory import set_kept_memory
 from pyrobust.ops._panel_copies import set_panel_copies
 from pyrobust.ops.add_packed import add_dequantized_, add_levels_
 from pyrobust.ops.complex_matmul import complex_2bit_matmul, complex_2bit_sums
@@ -43,6 +44,7 @@ __all__ = [
     "packed_embedding",
     "packed_linear",
     "radius_precision",
+    "set_kept_memory",
     "set_panel_copies",
     "split_gaussian_samples",
     "substituted_tokens",

@@ -37,6 +37,7 @@ from pyrobust.ops._interval_gradients import (
     weight_gradient,
 )
 from pyrobust.ops._interval_nearest import nearest_image, taken_by_torch
+from pyrobust.ops._kept_memory import new_ends
 from pyrobust.ops._library import define, dispatcher_needed, plain_eager, refuse_forward_mode
 
 __all__ = ["flat_ends", "grad_of_ends", "interval_linear", "map_boxes"]
@@ -158,8 +159,7 @@ def _linear_cpu(
     if lower.dtype != torch.float32:
         return _linear_fallback(lower, upper, weight, bias, rounding, rectified)
     shape, low, high = flat_ends(lower, upper)
-    out_low = low.new_empty((low.shape[0], weight.shape[0]))
-    out_high = torch.empty_like(out_low)
+    out_low, out_high = new_ends(low, (low.shape[0], weight.shape[0]))
     finite = _native.interval_linear(
         low,
         high,

@@ -35,6 +35,7 @@ from pyrobust.ops._interval_checks import (
 )
 from pyrobust.ops._interval_fallback import half_step_of_int8, outward_image
 from pyrobust.ops._interval_gradients import coarse_serves, split_gradients
+from pyrobust.ops._kept_memory import new_ends
 from pyrobust.ops._late_products import Product, hand_over
 from pyrobust.ops._library import define, dispatcher_needed, refuse_forward_mode
 from pyrobust.ops.formats import levels_of
@@ -297,8 +298,7 @@ def _linear_cpu(
             packed=True,
         )
     shape, low, high = linear.flat_ends(lower, upper)
-    out_low = low.new_empty((low.shape[0], codes.shape[0]))
-    out_high = torch.empty_like(out_low)
+    out_low, out_high = new_ends(low, (low.shape[0], codes.shape[0]))
     finite = _native.interval_packed_linear(
         low,
         high,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyrobust.ops import _interval_precision
 from pyrobust.ops._interval_checks import Ends
+from pyrobust.ops._kept_memory import new_ends
 
 __all__ = ["Norm", "Product", "Sum", "Unchanged", "collector", "hand_over"]
 
@@ -86,8 +87,7 @@ class Product:
             RuntimeError: the input was changed in place since the product was made.
         """
         self._input.check()
-        lower = self.before[0].new_empty(self.shape)
-        upper = torch.empty_like(lower)
+        lower, upper = new_ends(self.before[0], self.shape)
         if total is not None:
             total = total[0].view(self.shape), total[1].view(self.shape), *total[2:]
         late = None if norm is None and total is None else (norm, total)
