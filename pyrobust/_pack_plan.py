@@ -182,7 +182,7 @@ def check_plans(
     if not plans and not settled:
         reasons = "; ".join(f"{row.name or 'it'}: {row.skipped}" for row in rows.values())
         raise ValueError(
-            "pack: model must have a Linear, Conv2d or Embedding layer to pack; got "
+            "pack: model must have a Linear, Conv1d, Conv2d or Embedding layer to pack; got "
             f"{type(model).__name__} ({reasons or 'no layer with a weight'})."
         )
     if inplace and model in {*settled, *(plan.layer for plan in plans.values())}:

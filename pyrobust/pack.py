@@ -1,8 +1,9 @@
 """pack: any torch model with the weights of its layers in 1 to 8 bits.
 
-``torch.nn.Linear``, ``Conv2d`` and ``Embedding`` become their packed twins, and so do the
-``Conv1D`` layers of Hugging Face, which are linear; everything else stays. A weight that several
-layers share is packed once and stays shared. A plain ``Sequential`` with several packed linear
+``torch.nn.Linear``, ``Conv1d``, ``Conv2d`` and ``Embedding`` become their packed twins, and so do
+the ``Conv1D`` layers of Hugging Face, which are linear; everything else stays, ``Conv3d``,
+transposed convolutions and recurrent layers among it. A weight that several layers share is packed
+once and stays shared. A plain ``Sequential`` with several packed linear
 layers becomes a :class:`~pyrobust.nn.PackedSequential`, which computes the same. What was packed,
 what was left and why, is told by :func:`pyrobust.pack_report`.
 """
@@ -81,6 +82,11 @@ def pack(
     resume: str | os.PathLike[str] | None = None,
 ) -> nn.Module:
     """Convert the layers of ``model`` to packed ones.
+
+    Layers of exactly the types ``torch.nn.Linear``, ``Conv1d``, ``Conv2d`` and ``Embedding`` are
+    converted. All others keep their float weights: ``Conv3d``, transposed convolutions, recurrent
+    layers, ``MultiheadAttention``, norms. :func:`pyrobust.pack_report` names each layer with a
+    weight that was left, and why.
 
     Modules that simulated low bits while they trained (:class:`~pyrobust.quantize.QuantLinear` and
     others) become the packed modules that they simulated, whatever the options say; the options

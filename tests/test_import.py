@@ -41,6 +41,7 @@ PUBLIC_NAMES = [
     "save",
     "load",
     "nn.PackedLinear",
+    "nn.PackedConv1d",
     "nn.PackedConv2d",
     "nn.PackedEmbedding",
     "nn.SmoothedClassifier",

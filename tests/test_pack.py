@@ -151,7 +151,8 @@ def test_layers_that_packing_would_change_are_skipped_with_the_reason():
             "normed": nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
             "hooked": hooked,
             "patched": patched,
-            "conv1d": nn.Conv1d(4, 4, 1),
+            "conv3d": nn.Conv3d(4, 4, 1),
+            "transposed": nn.ConvTranspose1d(4, 4, 1),
             "attention": nn.MultiheadAttention(4, 2),
             "table": nn.Embedding(3, 4, max_norm=1.0),
             "complex": nn.Linear(4, 4, dtype=torch.cfloat),
@@ -165,7 +166,8 @@ def test_layers_that_packing_would_change_are_skipped_with_the_reason():
     assert why["normed"] == "ParametrizedLinear is not exactly Linear"
     assert "hooks" in why["hooked"]
     assert "replaced" in why["patched"]
-    assert why["conv1d"] == "no packed twin of Conv1d"
+    assert why["conv3d"] == "no packed twin of Conv3d"
+    assert why["transposed"] == "no packed twin of ConvTranspose1d"
     assert "raw weight" in why["attention"]
     assert "MultiheadAttention" in why["attention.out_proj"]
     assert "max_norm" in why["table"]

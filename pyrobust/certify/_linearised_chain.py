@@ -9,12 +9,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyrobust.nn.packed_conv import PackedConv2d
+from pyrobust.nn.packed_conv import PackedConv
 from pyrobust.nn.packed_linear import PackedLinear
 from pyrobust.nn.packed_sequential import PackedSequential
 
-_PACKED = (PackedLinear, PackedConv2d)
-_PLAIN = (nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+_PACKED = (PackedLinear, PackedConv)
+_CONVS = {3: F.conv1d, 4: F.conv2d}  # by the dimensions of their weights
+_PLAIN = (
+    nn.Flatten,
+    nn.Identity,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.AvgPool1d,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool1d,
+    nn.AdaptiveAvgPool2d,
+)
 
 
 def linearisation_point(
@@ -81,9 +92,10 @@ def _widening(subject: str, name: str, layer: nn.Module) -> Callable[[Tensor], T
     if isinstance(layer, (nn.Linear, PackedLinear)):
         size = weight_of(layer).abs()
         return lambda radius: F.linear(radius, size.to(radius))
-    if isinstance(layer, (nn.Conv2d, PackedConv2d)) and layer.padding_mode == "zeros":
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d, PackedConv)) and layer.padding_mode == "zeros":
         kernel, geometry = weight_of(layer).abs(), layer
-        return lambda radius: F.conv2d(
+        convolve = _CONVS[kernel.ndim]
+        return lambda radius: convolve(
             radius,
             kernel.to(radius),
             None,

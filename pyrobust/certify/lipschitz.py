@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrobust.nn._hooks import is_customised
-from pyrobust.nn.packed_conv import PackedConv2d
+from pyrobust.nn.packed_conv import PackedConv, PackedConv1d, PackedConv2d
 from pyrobust.nn.packed_linear import PackedLinear
 from pyrobust.nn.packed_sequential import PackedSequential
 
@@ -105,7 +105,7 @@ def _linear(module: nn.Module) -> float:
 
 
 def _packed(module: nn.Module) -> float:
-    assert isinstance(module, PackedLinear | PackedConv2d)
+    assert isinstance(module, PackedLinear | PackedConv)
     if module.activations is not None:
         raise NotImplementedError(
             f"lipschitz_bound: {type(module).__name__} with activations={module.activations!r} "
@@ -198,7 +198,7 @@ _ONE = (
 )
 _RULES: list[tuple[tuple[type[nn.Module], ...], Callable[[nn.Module], float]]] = [
     ((nn.Linear,), _linear),
-    ((PackedLinear, PackedConv2d), _packed),
+    ((PackedLinear, PackedConv1d, PackedConv2d), _packed),
     ((nn.Conv1d, nn.Conv2d, nn.Conv3d), _conv),
     (_NORMS, _batch_norm),
     (_POOLS, _pool),

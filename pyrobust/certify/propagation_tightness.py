@@ -42,7 +42,7 @@ from pyrobust.certify._linearised_chain import (
 from pyrobust.certify._linearised_graph import graph_ranges, has_branches
 from pyrobust.certify.bound import bound, margin_specification
 from pyrobust.interval import Interval
-from pyrobust.nn.packed_conv import PackedConv2d
+from pyrobust.nn.packed_conv import PackedConv
 from pyrobust.nn.packed_linear import PackedLinear
 
 __all__ = [
@@ -56,7 +56,7 @@ __all__ = [
 ]
 
 _FLOOR = 1e-8
-_WEIGHTED = (nn.Linear, PackedLinear, nn.Conv2d, PackedConv2d)
+_WEIGHTED = (nn.Linear, PackedLinear, nn.Conv1d, nn.Conv2d, PackedConv)
 
 
 def interval_bounds(model: nn.Module, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,8 @@ from pyrobust.interval.outward import (
 from pyrobust.interval.type import Interval, adopt, unclipped, wrap
 from pyrobust.ops import matmul as packed_matmul
 from pyrobust.ops import packed_conv
-from pyrobust.ops._interval_checks import finite_ends, is_deployed
+from pyrobust.ops._conv_window import check_input, window_of
+from pyrobust.ops._interval_checks import Ends, finite_ends, is_deployed
 from pyrobust.ops._interval_fallback import outward_image
 from pyrobust.ops._library import differentiation_transforms
 from pyrobust.ops.interval import (
@@ -189,24 +190,44 @@ def _packed_linear(
     )
 
 
-def _packed_conv2d(
-    x: Any,
-    codes: Tensor,
-    scale: Tensor,
-    zero: Tensor | None = None,
-    bias: Tensor | None = None,
-    **options: Any,
-) -> Interval:
-    box = require_box(x, "packed_conv2d")
-    shift = None if bias is None else bias.to(box.dtype)
-    lower, upper, options["rectified"] = unclipped(box)
-    options |= {"rounding": box.rounding, **UNCHECKED}
-    return image(
-        box,
-        packed_conv.packed_conv2d,
-        lambda: interval_packed_conv2d(lower, upper, codes, scale, zero, shift, **options),
-        waits=box.ndim == 4,
-    )
+def _packed_conv(function: Any, axes: int) -> Rule:
+    """The rule of a packed convolution of lines or of images; lines are images of height 1."""
+    subject = function.__name__
+
+    def rule(
+        x: Any,
+        codes: Tensor,
+        scale: Tensor,
+        zero: Tensor | None = None,
+        bias: Tensor | None = None,
+        **options: Any,
+    ) -> Interval:
+        box = require_box(x, subject)
+        shift = None if bias is None else bias.to(box.dtype)
+        lower, upper, options["rectified"] = unclipped(box)
+        options |= {"rounding": box.rounding, **UNCHECKED}
+        if axes == 1:
+            options |= _image_window(subject, lower, codes.shape[0], options)
+            lower, upper = lower.unsqueeze(-2), upper.unsqueeze(-2)
+
+        def call() -> Ends:
+            ends = interval_packed_conv2d(lower, upper, codes, scale, zero, shift, **options)
+            return (ends[0].squeeze(-2), ends[1].squeeze(-2)) if axes == 1 else ends
+
+        return image(box, function, call, waits=box.ndim == axes + 2)
+
+    return rule
+
+
+def _image_window(subject: str, x: Tensor, rows: int, options: dict[str, Any]) -> dict[str, Any]:
+    """The window that lines ``x`` are given, as that of images; checked in the words of lines."""
+    names = ("kernel_size", "stride", "padding", "dilation")
+    window, pad = window_of(subject, 1, *(options[name] for name in names))
+    channels, groups = options["in_channels"], options["groups"]
+    check_input(subject, 1, x, channels, groups, rows, window, pad)
+    kernel, stride, dilation = window
+    same = options["padding"] if isinstance(options["padding"], str) else (0, pad[0])
+    return dict(zip(names, (kernel, stride, same, dilation), strict=True))
 
 
 def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Interval:
@@ -247,5 +268,6 @@ QUICK: dict[Any, Rule] = {F.linear: _quick_linear}
 
 PACKED_RULES: dict[Any, Rule] = {
     packed_matmul.packed_linear: _packed_linear,
-    packed_conv.packed_conv2d: _packed_conv2d,
+    packed_conv.packed_conv1d: _packed_conv(packed_conv.packed_conv1d, 1),
+    packed_conv.packed_conv2d: _packed_conv(packed_conv.packed_conv2d, 2),
 }

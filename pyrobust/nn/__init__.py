@@ -22,7 +22,7 @@ from pyrobust.nn.mixing_network import MixingNetwork
 from pyrobust.nn.noise_conditioned import NoiseConditionedClassifier, NoiseConditionedEncoder
 from pyrobust.nn.orthogonal_fusion import FusionOutput, LateFusion, OrthogonalFusion
 from pyrobust.nn.packed_complex_linear import PackedComplexLinear
-from pyrobust.nn.packed_conv import PackedConv2d
+from pyrobust.nn.packed_conv import PackedConv1d, PackedConv2d
 from pyrobust.nn.packed_embedding import PackedEmbedding
 from pyrobust.nn.packed_linear import PackedLinear, QuantizedLinear
 from pyrobust.nn.packed_qk_attention import PackedQKAttention
@@ -79,6 +79,7 @@ __all__ = [
     "VeRA",
     "weight_checksum",
     "OrthogonalFusion",
+    "PackedConv1d",
     "PackedConv2d",
     "PackedEmbedding",
     "PackedLinear",

@@ -67,7 +67,7 @@ def rounded_as_stored(
     wrapped = {
         modules[place]: RoundedInput(AffineRounding(), modules[place])
         for place in places
-        if isinstance(modules.get(place), nn.Linear | nn.Conv2d)
+        if isinstance(modules.get(place), nn.Linear | nn.Conv1d | nn.Conv2d)
         and all(f"{place}.activation.{name}" in tensors for name in _BUFFERS)
     }
     _replace(model, dict(wrapped))

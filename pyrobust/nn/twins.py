@@ -8,7 +8,7 @@ from torch import nn
 
 from pyrobust.nn.dense_sparse_linear import DenseSparseLinear
 from pyrobust.nn.packed_complex_linear import PackedComplexLinear
-from pyrobust.nn.packed_conv import PackedConv2d
+from pyrobust.nn.packed_conv import PackedConv1d, PackedConv2d
 from pyrobust.nn.packed_embedding import PackedEmbedding
 from pyrobust.nn.packed_linear import PackedLinear
 from pyrobust.nn.packed_module import PackedModule
@@ -18,6 +18,7 @@ __all__ = ["TWINS", "VARIANTS", "leave_fused_paths", "replace_layers", "twin_nam
 
 TWINS: dict[type[nn.Module], type[PackedModule]] = {
     nn.Linear: PackedLinear,
+    nn.Conv1d: PackedConv1d,
     nn.Conv2d: PackedConv2d,
     nn.Embedding: PackedEmbedding,
 }

@@ -15,7 +15,7 @@ from pyrobust.ops.interval import (
 )
 from pyrobust.ops.masking import masked_samples, split_gaussian_samples
 from pyrobust.ops.matmul import dequantize_codes, pack_codes, packed_linear, unpack_codes
-from pyrobust.ops.packed_conv import packed_conv2d
+from pyrobust.ops.packed_conv import packed_conv1d, packed_conv2d
 from pyrobust.ops.packed_embedding import packed_embedding
 from pyrobust.ops.packed_weight import WeightExtras
 from pyrobust.ops.sampling import gaussian_samples, laplace_samples, uniform_samples
@@ -40,6 +40,7 @@ __all__ = [
     "laplace_samples",
     "masked_samples",
     "pack_codes",
+    "packed_conv1d",
     "packed_conv2d",
     "packed_embedding",
     "packed_linear",

@@ -1,7 +1,8 @@
-"""Convolution on packed weights: the packed product of patches, unfolded in blocks.
+"""Convolutions on packed weights: the packed product of patches, unfolded in blocks.
 
 A few output rows of a few images are unfolded at a time (:data:`COLUMN_BYTES`), so its scratch
-memory does not grow with the batch or the image.
+memory does not grow with the batch or the image. A line is an image of height 1, and such an image
+is laid on its side, so that a long one has rows to take a few of.
 """
 
 from __future__ import annotations
@@ -14,15 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from pyrobust._checks import check_choice, check_integer
+from pyrobust._checks import check_choice
 from pyrobust.ops._conv_window import (
-    Pair,
+    Sizes,
     Window,
     check_input,
-    four_sides,
     input_rows,
     output_size,
-    pair,
+    window_of,
 )
 from pyrobust.ops._decompositions import operator
 from pyrobust.ops._library import define, dispatcher_needed, refuse_forward_mode
@@ -37,10 +37,66 @@ from pyrobust.ops.packed_weight import (
     check_weight,
 )
 
-__all__ = ["COLUMN_BYTES", "packed_conv2d"]
+__all__ = ["COLUMN_BYTES", "packed_conv1d", "packed_conv2d"]
 
 # Unfolded input held at a time; 1.8 times faster than 16 MiB (3 x 3, 32 channels).
 COLUMN_BYTES = 1 << 20
+
+
+def packed_conv1d(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    in_channels: int,
+    kernel_size: Sizes,
+    stride: Sizes = 1,
+    padding: Sizes | str = 0,
+    dilation: Sizes = 1,
+    groups: int = 1,
+    bits: float,
+    group_size: int,
+    group_dim: int = 1,
+    activations: str | None = None,
+    extras: WeightExtras | None = None,
+) -> Tensor:
+    """One-dimensional convolution with a packed weight, as ``torch.nn.functional.conv1d``.
+
+    The packed matrix is ``(O, in_channels / groups * k)`` in torch's order. All else is as in
+    :func:`packed_conv2d`, of images of height 1.
+
+    Args:
+        x: ``(B, in_channels, L)`` or ``(in_channels, L)``, of a type that ``packed_conv2d`` takes.
+        codes: packed codes, uint8 ``(O, row_bytes)``.
+        scale: scales of the groups.
+        zero: zero-points, or None where symmetric.
+        bias: ``(O,)`` or None.
+        in_channels: channels of ``x``.
+        kernel_size: one number, like the next three, alone or in a tuple.
+        stride: steps of the window, ``>= 1``.
+        padding: zeros on both sides, ``"same"`` (stride 1 only) or ``"valid"``.
+        dilation: steps inside the window, ``>= 1``.
+        groups: divides ``in_channels`` and ``O``.
+        bits: format of the codes: 1, 1.58, 2, 3, 4 or 8.
+        group_size: weights that share a scale.
+        group_dim: 1 groups along a row, 0 along a column.
+        activations: None or ``"int8"``.
+        extras: row scales, codebook and sparse remainder, where the weight has them.
+
+    Returns:
+        ``(B, O, L')`` in the dtype of ``x``; differentiable in ``x`` and ``bias``.
+
+    Raises:
+        TypeError: ``x`` is not a floating-point tensor.
+        ValueError: shapes disagree, or an option is out of range.
+    """
+    options: dict[str, Any] = {"in_channels": in_channels, "kernel_size": kernel_size}
+    options |= {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    options |= {"bits": bits, "group_size": group_size, "group_dim": group_dim}
+    options |= {"activations": activations, "extras": extras}
+    return _packed_conv(packed_conv1d, 1, x, codes, scale, zero, bias, options)
 
 
 def packed_conv2d(
@@ -51,10 +107,10 @@ def packed_conv2d(
     bias: Tensor | None = None,
     *,
     in_channels: int,
-    kernel_size: Pair,
-    stride: Pair = 1,
-    padding: Pair | str = 0,
-    dilation: Pair = 1,
+    kernel_size: Sizes,
+    stride: Sizes = 1,
+    padding: Sizes | str = 0,
+    dilation: Sizes = 1,
     groups: int = 1,
     bits: float,
     group_size: int,
@@ -94,41 +150,61 @@ def packed_conv2d(
         TypeError: ``x`` is not a floating-point tensor.
         ValueError: shapes disagree, or an option is out of range.
     """
+    options: dict[str, Any] = {"in_channels": in_channels, "kernel_size": kernel_size}
+    options |= {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    options |= {"bits": bits, "group_size": group_size, "group_dim": group_dim}
+    options |= {"activations": activations, "extras": extras}
+    return _packed_conv(packed_conv2d, 2, x, codes, scale, zero, bias, options)
+
+
+def _packed_conv(
+    function: Any,
+    axes: int,
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """The public ``function`` over 1 or 2 ``axes``, with its keyword arguments as ``options``."""
     if has_torch_function_unary(x):
         result: Tensor = handle_torch_function(
-            packed_conv2d,
-            (x,),
-            x,
-            codes,
-            scale,
-            zero,
-            bias,
-            in_channels=in_channels,
-            kernel_size=kernel_size,
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            groups=groups,
-            bits=bits,
-            group_size=group_size,
-            group_dim=group_dim,
-            activations=activations,
-            extras=extras,
+            function, (x,), x, codes, scale, zero, bias, **options
         )
         return result
-    window = (
-        pair("kernel_size", kernel_size),
-        pair("stride", stride),
-        pair("dilation", dilation),
-    )
-    check_integer("packed_conv2d", "groups", groups, 1)
-    pad = four_sides(padding, *window)
-    check_input(x, in_channels, groups, codes.shape[0], window, pad)
-    check_choice("packed_conv2d", "activations", activations, (None, "int8"))
+    return _convolved(function.__name__, axes, x, codes, scale, zero, bias, **options)
+
+
+def _convolved(
+    subject: str,
+    axes: int,
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    *,
+    in_channels: int,
+    kernel_size: Sizes,
+    stride: Sizes,
+    padding: Sizes | str,
+    dilation: Sizes,
+    groups: int,
+    bits: float,
+    group_size: int,
+    group_dim: int,
+    activations: str | None,
+    extras: WeightExtras | None,
+) -> Tensor:
+    window, pad = window_of(subject, axes, kernel_size, stride, padding, dilation)
+    check_input(subject, axes, x, in_channels, groups, codes.shape[0], window, pad)
+    check_choice(subject, "activations", activations, (None, "int8"))
     extras = extras or NO_EXTRAS
     terms = in_channels // groups * window[0][0] * window[0][1]
-    check_weight("packed_conv2d", codes, scale, zero, terms, bits, group_size, group_dim, extras)
-    images = x if x.ndim == 4 else x.unsqueeze(0)
+    check_weight(subject, codes, scale, zero, terms, bits, group_size, group_dim, extras)
+    images = x if x.ndim == axes + 2 else x.unsqueeze(0)
+    images = images if axes == 2 else images.unsqueeze(-2)
     if x.dtype == torch.float64 and activations is None:
         weight = dequantize_codes(
             codes,
@@ -142,13 +218,14 @@ def packed_conv2d(
         )
         out = _double_convolution(images, weight, bias, window, pad, groups)
     else:
-        refuse_forward_mode("packed_conv2d", x, bias)
+        refuse_forward_mode(subject, x, bias)
         kernel_type = torch.float32 if x.dtype == torch.float64 else x.dtype
         weight_format = (float(bits), group_size, group_dim)
         tensors = (images.to(kernel_type), codes, scale, zero, bias)
         run = operator("packed_conv2d") if dispatcher_needed(*tensors) else _conv_kernel
         out = run(*tensors, *window, pad, groups, *weight_format, activations, *extras).to(x.dtype)
-    return out if x.ndim == 4 else out.squeeze(0)
+    out = out if axes == 2 else out.squeeze(-2)
+    return out if x.ndim == axes + 2 else out.squeeze(0)
 
 
 # -- kernels -----------------------------------------------------------------------------------
@@ -196,7 +273,38 @@ def _unfold(
     return patches.flatten(3)
 
 
+def _lies(shape: Sequence[int], kernel: Sequence[int], pad: Sequence[int]) -> bool:
+    """Whether images are of height 1 throughout, so that they have one row to unfold."""
+    return (shape[2], kernel[0], pad[2], pad[3]) == (1, 1, 0, 0)
+
+
+def _turned(
+    kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], pad: Sequence[int]
+) -> tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int]]:
+    """The window for images whose height and width change places."""
+    return kernel[::-1], stride[::-1], dilation[::-1], (*pad[2:], *pad[:2])
+
+
 def _conv_kernel(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    pad: Sequence[int],
+    *options: Any,
+) -> Tensor:
+    weight, window = (codes, scale, zero, bias), (kernel, stride, dilation, pad)
+    if not _lies(x.shape, kernel, pad):
+        return _by_rows(x, *weight, *window, *options)
+    out = _by_rows(x.mT, *weight, *_turned(*window), *options)
+    return out.view(out.shape[0], out.shape[1], 1, out.shape[2])
+
+
+def _by_rows(
     x: Tensor,
     codes: Tensor,
     scale: Tensor,
@@ -269,13 +377,33 @@ def _input_grad_kernel(
     stride: Sequence[int],
     dilation: Sequence[int],
     pad: Sequence[int],
+    *options: Any,
+) -> Tensor:
+    """Gradient to the input of the convolution, accumulated in float32."""
+    weight, window = (codes, scale, zero), (kernel, stride, dilation, pad)
+    if not _lies(shape, kernel, pad):
+        return _input_grad_by_rows(grad, *weight, shape, *window, *options)
+    turned = (*shape[:2], shape[3], shape[2])
+    out = _input_grad_by_rows(grad.mT, *weight, turned, *_turned(*window), *options)
+    return out.view(tuple(shape))
+
+
+def _input_grad_by_rows(
+    grad: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    shape: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    pad: Sequence[int],
     groups: int,
     bits: float,
     group_size: int,
     group_dim: int,
     *extras: Tensor | None,
 ) -> Tensor:
-    """Gradient to the input of the convolution, accumulated in float32."""
     left, right, top, bottom = pad
     out = grad.new_empty(tuple(shape))
     channels, outputs = shape[1] // groups, codes.shape[0] // groups

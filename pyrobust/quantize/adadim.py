@@ -29,6 +29,7 @@ from pyrobust.quantize.block_layout import find_blocks, first_output
 from pyrobust.quantize.calibration import Call, read_calibration
 from pyrobust.quantize.calibration_block import CalibrationBlock
 from pyrobust.quantize.gptq import gptq_weight
+from pyrobust.quantize.hessian import CONVOLUTIONS
 from pyrobust.quantize.qtensor import QTensor
 from pyrobust.quantize.round_to_nearest import round_to_nearest
 
@@ -186,7 +187,7 @@ class AdaDim:
             layers = {
                 name: module
                 for name, module in model.named_modules()
-                if type(module) in (nn.Linear, nn.Conv2d)
+                if type(module) in (nn.Linear, *CONVOLUTIONS)
             }
             layout = find_blocks("AdaDim", model, layers, calls[0], blocks)
         inside = {name for names in layout.inside.values() for name in names}

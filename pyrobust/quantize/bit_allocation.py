@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from pyrobust._checks import check_choice, check_eval_mode, check_instance, check_integer
 from pyrobust.quantize.calibration import Call, read_calibration
 from pyrobust.quantize.call_rows import batch_size, rows_of
+from pyrobust.quantize.hessian import CONVOLUTIONS
 from pyrobust.quantize.rounding_grid import GRID_BITS, search_grid
 from pyrobust.quantize.sensitivity import sensitivity
 
@@ -238,7 +239,7 @@ def _checked_choices(subject: str, choices: Sequence[int]) -> list[int]:
 
 
 def _layers(subject: str, model: nn.Module, skip: tuple[str, ...]) -> dict[str, Any]:
-    found = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    found = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, *CONVOLUTIONS))}
     for name in skip:
         if name not in found:
             raise ValueError(f"{subject}: skip must name layers of the model; got {name!r}.")
@@ -249,7 +250,9 @@ def _layers(subject: str, model: nn.Module, skip: tuple[str, ...]) -> dict[str, 
             owners.add(id(layer.weight))
             layers[name] = layer
     if not layers:
-        raise ValueError(f"{subject}: model must have a Linear or Conv2d layer; it has none.")
+        raise ValueError(
+            f"{subject}: model must have a Linear, Conv1d or Conv2d layer; it has none."
+        )
     return layers
 
 

@@ -78,7 +78,8 @@ class CalibrationBlock:
         index: position among the blocks of the conversion.
         name: of the module in the model; "" for the model itself.
         module: the block.
-        layers: the layers to quantize by full name, in the order they run: ``Linear``, ``Conv2d``.
+        layers: the layers to quantize by full name, in the order they run: ``Linear``,
+            ``Conv1d``, ``Conv2d``.
         formats: for each, ``bits``, ``group_size``, ``group_dim`` and ``symmetric`` as asked for.
         calls: the arguments of the block, one call a batch (or more), in the stream that the
             quantizer propagates.

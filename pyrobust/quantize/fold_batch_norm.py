@@ -81,13 +81,17 @@ def _sequential_pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _fits(layer: nn.Module, norm: nn.Module) -> bool:
-    pairs = ((nn.Linear, nn.BatchNorm1d), (nn.Conv2d, nn.BatchNorm2d))
+    pairs = (
+        (nn.Linear, nn.BatchNorm1d),
+        (nn.Conv1d, nn.BatchNorm1d),
+        (nn.Conv2d, nn.BatchNorm2d),
+    )
     kinds = any(type(layer) is a and type(norm) is b for a, b in pairs)
     return kinds and getattr(norm, "running_mean", None) is not None
 
 
 def _fold(layer: nn.Module, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> None:
-    assert isinstance(layer, nn.Linear | nn.Conv2d)
+    assert isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d)
     assert norm.running_mean is not None
     assert norm.running_var is not None
     statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)

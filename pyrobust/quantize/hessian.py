@@ -14,7 +14,10 @@ from torch.nn import functional as F
 
 from pyrobust._checks import check_finite, check_float_tensor, check_integer, check_shape
 
-__all__ = ["HessianAccumulator", "layer_columns", "relative_output_error"]
+__all__ = ["CONVOLUTIONS", "HessianAccumulator", "layer_columns", "relative_output_error"]
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+"""The convolutions whose inputs can be accumulated, and that have packed twins."""
 
 _UNFOLDED_ELEMENTS = 1 << 24  # of a convolution's patches at a time: 64 MiB of float32
 
@@ -24,7 +27,7 @@ class HessianAccumulator:
 
     Args:
         in_features: columns of the weight (of one group of a grouped convolution).
-        groups: independent parts of the outputs with inputs of their own, as in ``Conv2d``.
+        groups: independent parts of the outputs with inputs of their own, as in convolutions.
         dtype: of the sums; float32 or float64.
         device: where the sums live.
 
@@ -59,9 +62,9 @@ class HessianAccumulator:
 
     @classmethod
     def of(cls, layer: nn.Module) -> HessianAccumulator:
-        """An empty accumulator for the inputs of a ``Linear`` or ``Conv2d``."""
+        """An empty accumulator for the inputs of a ``Linear``, ``Conv1d`` or ``Conv2d``."""
         weight = _weight_of(layer)
-        groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+        groups = layer.groups if isinstance(layer, CONVOLUTIONS) else 1
         dtype = torch.promote_types(weight.dtype, torch.float32)
         return cls(weight[0].numel(), groups=groups, dtype=dtype, device=weight.device)
 
@@ -83,7 +86,7 @@ class HessianAccumulator:
         self.count += x.shape[1]
 
     def add_inputs(self, layer: nn.Module, x: Tensor) -> None:
-        """Add the inputs of a ``Linear`` or ``Conv2d`` as the layer receives them."""
+        """Add the inputs of a layer as :func:`layer_columns` takes them."""
         for part in layer_columns(layer, x):
             self.add(part)
 
@@ -103,7 +106,7 @@ def layer_columns(layer: nn.Module, x: Tensor) -> Iterator[Tensor]:
     """The rows that multiply the columns of a layer's weight, in parts.
 
     Args:
-        layer: a ``Linear`` or ``Conv2d``.
+        layer: a ``Linear``, ``Conv1d`` or ``Conv2d``.
         x: its input.
 
     Yields:
@@ -113,15 +116,19 @@ def layer_columns(layer: nn.Module, x: Tensor) -> Iterator[Tensor]:
     if isinstance(layer, nn.Linear):
         yield x.reshape(-1, x.shape[-1])
         return
-    if not isinstance(layer, nn.Conv2d):
-        raise TypeError(f"layer must be a Linear or Conv2d; got {type(layer).__name__}.")
-    x = x if x.ndim == 4 else x[None]
+    if not isinstance(layer, CONVOLUTIONS):
+        raise TypeError(f"layer must be a Linear, Conv1d or Conv2d; got {type(layer).__name__}.")
+    x = x if x.ndim == _weight_of(layer).ndim else x[None]
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+    kernel, dilation, stride = layer.kernel_size, layer.dilation, layer.stride
+    if isinstance(layer, nn.Conv1d):  # a line is an image of height 1
+        x = x.unsqueeze(-2)
+        kernel, dilation, stride = (1, *kernel), (1, *dilation), (1, *stride)
     columns = _weight_of(layer)[0].numel() * layer.groups
     images = max(1, _UNFOLDED_ELEMENTS // max(1, columns * x.shape[-1] * x.shape[-2]))
     for part in x.split(images):
-        patches = F.unfold(part, layer.kernel_size, dilation=layer.dilation, stride=layer.stride)
+        patches = F.unfold(part, kernel, dilation=dilation, stride=stride)
         patches = patches.transpose(1, 2).reshape(-1, layer.groups, columns // layer.groups)
         yield patches.transpose(0, 1)
 

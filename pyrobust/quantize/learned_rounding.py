@@ -34,6 +34,7 @@ from pyrobust._checks import (
 )
 from pyrobust.quantize.calibration_block import CalibrationBlock
 from pyrobust.quantize.fold_batch_norm import fold_batch_norm
+from pyrobust.quantize.hessian import CONVOLUTIONS
 from pyrobust.quantize.power_quantizer import PowerQuantizer
 from pyrobust.quantize.reconstruction import LOSSES, OPTIMIZERS, Schedule
 from pyrobust.quantize.rounding_data import RoundingOptions
@@ -280,7 +281,7 @@ def _check_shared(model: nn.Module) -> None:
     owners: dict[int, str] = {}
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
-        if weight is None or not isinstance(module, nn.Linear | nn.Conv2d):
+        if weight is None or not isinstance(module, (nn.Linear, *CONVOLUTIONS)):
             continue
         first = owners.setdefault(weight.data_ptr() if weight.numel() else id(weight), name)
         if first != name:

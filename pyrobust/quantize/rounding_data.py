@@ -16,7 +16,7 @@ from pyrobust.quantize.block_layout import first_output
 from pyrobust.quantize.calibration import Call
 from pyrobust.quantize.calibration_block import CalibrationBlock
 from pyrobust.quantize.call_rows import batch_size, mixed_call, rows_of
-from pyrobust.quantize.hessian import HessianAccumulator
+from pyrobust.quantize.hessian import CONVOLUTIONS, HessianAccumulator
 from pyrobust.quantize.learned_activation import LearnedActivation, rounding_inputs
 from pyrobust.quantize.power_quantizer import PowerQuantizer
 from pyrobust.quantize.qtensor import QTensor
@@ -68,7 +68,7 @@ class LayerData:
     def __init__(self, block: CalibrationBlock, name: str, options: RoundingOptions) -> None:
         self.layer: Any = block.layers[name]
         self.options = options
-        self.is_conv = isinstance(self.layer, nn.Conv2d)
+        self.is_conv = isinstance(self.layer, CONVOLUTIONS)
         quantized: list[Tensor] = []
         floats: list[Tensor] = []
         outputs: list[Tensor] = []
@@ -112,7 +112,7 @@ class LayerData:
     def _flat(self, x: Tensor) -> Tensor:
         x = x.detach().float()
         if self.is_conv:
-            return x if x.ndim == 4 else x[None]
+            return x if x.ndim == self.layer.weight.ndim else x[None]
         return x.reshape(-1, x.shape[-1])
 
     def _joined(self, parts: list[Tensor], name: str) -> Tensor:
@@ -146,7 +146,7 @@ class LayerData:
 
     def rows(self, y: Tensor) -> Tensor:
         """Outputs as ``(rows, channels)``."""
-        return y.movedim(1, -1).flatten(0, 2) if self.is_conv else y
+        return y.movedim(1, -1).flatten(0, -2) if self.is_conv else y
 
     def parts(self, inputs: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """All inputs as the quantized model gives them, and float outputs as rows, in pieces."""
@@ -248,7 +248,9 @@ class BlockData:
         return float(torch.stack(losses).mean())
 
 
-def as_rows(y: Tensor) -> Tensor:
-    """Outputs as ``(rows, channels)``."""
-    y = y.float()
-    return y.movedim(1, -1).reshape(-1, y.shape[1]) if y.ndim == 4 else y.reshape(-1, y.shape[-1])
+def as_rows(y: Tensor, layer: nn.Module | None = None) -> Tensor:
+    """Outputs, of ``layer`` if known, as ``(rows, channels)``."""
+    y, axis = y.float(), 1 if y.ndim == 4 else -1
+    if isinstance(layer, CONVOLUTIONS):
+        axis = 1 - layer.weight.ndim
+    return y.movedim(axis, -1).reshape(-1, y.shape[axis])

@@ -164,7 +164,7 @@ def _mean_output(block: CalibrationBlock, name: str, stream: str) -> Tensor:
 
     def see(_: str, __: Tensor, y: Tensor) -> None:
         nonlocal rows
-        flat = as_rows(y)
+        flat = as_rows(y, block.layers[name])
         sums.append(flat.sum(0))
         rows += len(flat)
 

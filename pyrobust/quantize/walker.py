@@ -56,7 +56,8 @@ def quantize_blockwise(
 
     Args:
         model: in evaluation mode, with data.
-        layers: ``Linear``, ``Conv2d`` and ``Embedding`` layers by name, each weight once.
+        layers: ``Linear``, ``Conv1d``, ``Conv2d`` and ``Embedding`` layers by name, each weight
+            once.
         formats: for each, ``bits``, ``group_size``, ``group_dim`` and ``symmetric``.
         calibration: see :func:`~pyrobust.quantize.calibration.read_calibration`.
         quantizer: see :class:`~pyrobust.quantize.calibration_block.BlockQuantizer`.

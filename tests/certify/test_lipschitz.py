@@ -8,7 +8,7 @@ from torch import nn
 
 from pyrobust import pack
 from pyrobust.certify import conv_norm_bound, lipschitz_bound
-from pyrobust.nn import PackedConv2d, PackedLinear, PackedSequential
+from pyrobust.nn import PackedConv1d, PackedConv2d, PackedLinear, PackedSequential
 
 
 def jacobian_norm(layer, shape):
@@ -113,6 +113,9 @@ def test_packed_layers():
     layers = [lipschitz_bound(layer) for layer in joined]
     assert lipschitz_bound(joined) == pytest.approx(math.prod(layers))
     assert lipschitz_bound(packed_conv) == pytest.approx(lipschitz_bound(conv), rel=0.05)
+    line = nn.Conv1d(4, 6, 5, padding=2).eval()
+    packed_line = PackedConv1d.from_conv1d(line, bits=8, group_size=10).eval()
+    assert lipschitz_bound(packed_line) == pytest.approx(lipschitz_bound(line), rel=0.05)
     rounding = PackedLinear.from_linear(linear, bits=4, group_size=8, activations="int8").eval()
     with pytest.raises(NotImplementedError, match="rounds its input"):
         lipschitz_bound(rounding)

@@ -253,15 +253,16 @@ def test_packed_models_are_measured():
 
 
 @pytest.mark.parametrize("relu", ["local", "identity"])
-def test_packed_convolutions_are_measured_as_what_they_stand_for(relu):
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d])
+def test_packed_convolutions_are_measured_as_what_they_stand_for(kind, relu):
     torch.manual_seed(0)
-    layers = [nn.Conv2d(1, 4, 3, padding=1, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)]
+    x = torch.rand(4, 1, 8, 8) if kind is nn.Conv2d else torch.rand(4, 1, 32)
+    layers = [kind(1, 4, 3, padding=1, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)]
     model = nn.Sequential(*layers).eval()
     packed = pyrobust.pack(copy.deepcopy(model), bits=4, group_size=16)
     plain = copy.deepcopy(model)
     for place in (0, 3):
         plain[place].weight.data = packed[place].dequantize().view_as(plain[place].weight)
-    x = torch.rand(4, 1, 8, 8)
     torch.testing.assert_close(
         propagation_tightness(packed, x, 0.1, None, relu),
         propagation_tightness(plain, x, 0.1, None, relu),

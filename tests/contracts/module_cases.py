@@ -88,6 +88,20 @@ def _conv(**options: object) -> ModuleCase:
     )
 
 
+def _line(**options: object) -> ModuleCase:
+    options = {"bits": 4, **options}
+    return ModuleCase(
+        make=_seeded(lambda: rnn.PackedConv1d(4, 6, 3, group_size=8, **options)),
+        batch=_floats(4, 11),
+        bad=(
+            (lambda: torch.zeros(2, 3, 11), ValueError, r"\(B, 4, L\)"),
+            (lambda: torch.zeros(3, 11), ValueError, "shape"),
+            (lambda: torch.zeros(2, 4, 11, dtype=torch.int64), TypeError, "floating-point"),
+        ),
+        other=lambda: rnn.PackedConv1d(4, 6, 3, group_size=9, **options),
+    )
+
+
 def _embedding(**options: object) -> ModuleCase:
     return ModuleCase(
         make=_seeded(lambda: rnn.PackedEmbedding(13, 10, group_size=4, **options)),
@@ -121,6 +135,9 @@ CASES: dict[str, ModuleCase] = {
     "PackedConv2d": _conv(padding=1),
     "PackedConv2d-groups-reflect": _conv(groups=2, padding=1, padding_mode="reflect", group_dim=0),
     "PackedConv2d-same-int8": _conv(padding="same", dilation=2, activations="int8", bias=False),
+    "PackedConv1d": _line(padding=1, stride=2),
+    "PackedConv1d-groups-reflect": _line(groups=2, padding=2, padding_mode="reflect", group_dim=0),
+    "PackedConv1d-same-int8": _line(padding="same", dilation=2, activations="int8", bias=False),
     "DenseSparseLinear": _dense_sparse(),
     "DenseSparseLinear-symmetric-second-level": _dense_sparse(
         symmetric=True, second_level=True, bits=3

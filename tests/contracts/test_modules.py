@@ -185,7 +185,7 @@ def float_twin(module: nn.Module) -> nn.Module:
     else:
         sizes = (module.in_channels, module.out_channels, module.kernel_size, module.stride)
         options = (module.padding, module.dilation, module.groups, bias, module.padding_mode)
-        twin = nn.Conv2d(*sizes, *options)
+        twin = module.layer_type(*sizes, *options)
     twin.weight = nn.Parameter(module.dequantize(), requires_grad=False)
     if bias:
         twin.bias = nn.Parameter(module.bias.detach(), requires_grad=False)

@@ -99,6 +99,7 @@ FORMS = [
     *("filtered by fours", "filtered by pairs", "filtered by stride 2", "direct"),
     *("direct in groups", "panels", "one pixel wide", "1 x 1 by stride 2", "lines", "short lines"),
     *("4 bits, filtered by fours", "4 bits, direct", "8-bit activations, panels"),
+    *("4 bits, lines", "4 bits, short lines", "8-bit activations, lines"),
 ]
 STEPS = {
     "norm": lambda y, norm, other: norm(y),

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pyrobust import Interval
+from pyrobust import Interval, pack
 from pyrobust import nn as rnn
+from pyrobust.certify import bound
 
 
 class Block(nn.Module):
@@ -171,6 +172,32 @@ def test_residual_networks_and_transformers_run_unchanged(model, eps):
     exact = copy.deepcopy(model).double()
     for rounding in ("real", "deployed"):
         assert exceptions(model, exact, (1, 2, 6, 6), eps, rounding) == 0
+
+
+@pytest.mark.parametrize("activations", [None, "int8"])
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "circular"])
+def test_packed_convolutions_of_lines_bound_what_they_compute(mode, activations):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv1d(2, 6, 5, padding=2, padding_mode=mode), nn.BatchNorm1d(6), nn.ReLU(),
+        nn.Conv1d(6, 4, 3, stride=2, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 7, 3),
+    ).eval()  # fmt: skip
+    random_statistics(model)
+    packed = pack(model, bits=3, group_size=4, activations=activations)
+    ball = Interval.ball(torch.rand(1, 2, 16), 0.02, rounding="deployed")
+    points = inside(ball.lower, ball.upper, 500).float()
+    points = torch.minimum(torch.maximum(points, ball.lower), ball.upper)
+    with torch.no_grad():
+        values = packed(points)
+    bounds = packed(ball)
+    assert bool(bounds.contains(values).all())
+    if activations is None:
+        for method in ("crown", "alpha-crown"):
+            tighter = bound(packed, Interval(ball.lower, ball.upper), method=method)
+            assert bool(tighter.contains(values).all())
+            assert tighter.width().sum() < bounds.width().sum()
+    alone = packed[0](Interval(ball.lower[0], ball.upper[0], rounding="deployed"))
+    assert torch.equal(alone.upper, packed[0](ball).upper[0])
 
 
 def test_layers_with_8_bit_activations_bound_what_they_compute():

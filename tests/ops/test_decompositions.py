@@ -90,6 +90,15 @@ def test_convolutions_agree(geometry, activations):
     assert torch.allclose(program.module()(x), layer(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("activations", [None, "int8"])
+def test_convolutions_of_lines_agree(activations):
+    layer = rnn.PackedConv1d(4, 6, 3, 2, 1, 2, 2, group_size=5, activations=activations)
+    x = torch.randn(2, 4, 19)
+    program = torch.export.export(layer, (x,)).run_decompositions(decompositions())
+    assert not any("pyrobust" in str(node.target) for node in program.graph.nodes)
+    assert torch.allclose(program.module()(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
 def test_complex_products_have_the_same_bits():
     layer = rnn.PackedComplexLinear(37, 11)
     a, b = (torch.randint(-127, 128, (3, 37), dtype=torch.int8) for _ in range(2))

@@ -10,6 +10,17 @@ from pyrobust.ops import packed_conv
 from pyrobust.quantize import round_to_nearest
 
 
+def line_arguments(groups=1, group_dim=1, requires_grad=False):
+    """Images of height 1, which the kernels lay on their side."""
+    qtensor = round_to_nearest(
+        torch.randn(6, 4 // groups * 3), bits=3, group_size=5, group_dim=group_dim
+    )
+    x = torch.randn(3, 4, 1, 23, requires_grad=requires_grad)
+    bias = torch.randn(6, requires_grad=requires_grad)
+    tensors = (x, qtensor.codes, qtensor.scale, qtensor.zero, bias)
+    return (*tensors, (1, 3), (1, 2), (1, 2), (1, 2, 0, 0), groups, 3.0, 5, group_dim)
+
+
 def conv_arguments(groups=1, group_dim=1, requires_grad=False):
     qtensor = round_to_nearest(
         torch.randn(6, 4 // groups * 6), bits=3, group_size=5, group_dim=group_dim
@@ -22,13 +33,14 @@ def conv_arguments(groups=1, group_dim=1, requires_grad=False):
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("group_dim", [0, 1])
-def test_conv_passes_opcheck(groups, group_dim):
-    arguments = conv_arguments(groups, group_dim, requires_grad=True)
+@pytest.mark.parametrize("given", [conv_arguments, line_arguments])
+def test_conv_passes_opcheck(given, groups, group_dim):
+    arguments = given(groups, group_dim, requires_grad=True)
     opcheck(torch.ops.pyrobust.packed_conv2d.default, (*arguments, None))
-    _x, codes, scale, zero, _bias, *rest = arguments
+    x, codes, scale, zero, _bias, *rest = arguments
     out = torch.ops.pyrobust.packed_conv2d(*arguments, None)
     grad = torch.randn_like(out, requires_grad=True)
-    gradient = (grad, codes, scale, zero, (3, 4, 7, 6), *rest)
+    gradient = (grad, codes, scale, zero, tuple(x.shape), *rest)
     opcheck(torch.ops.pyrobust.packed_conv2d_input_grad.default, gradient)
 
 
@@ -39,12 +51,13 @@ def test_embedding_passes_opcheck():
     opcheck(operator, (*arguments, 9, 3.0, 5, 1, torch.float32))
 
 
-@pytest.mark.parametrize("budget", [1, 1000, 5000])
-def test_small_blocks_change_no_bit_of_the_result(monkeypatch, budget):
-    arguments = conv_arguments(groups=2)
+@pytest.mark.parametrize("budget", [1, 100, 1000, 5000])
+@pytest.mark.parametrize("given", [conv_arguments, line_arguments])
+def test_small_blocks_change_no_bit_of_the_result(monkeypatch, given, budget):
+    arguments = given(groups=2)
     whole = torch.ops.pyrobust.packed_conv2d(*arguments, None)
-    _x, codes, scale, zero, _bias, *rest = arguments
-    gradient = (torch.randn_like(whole), codes, scale, zero, (3, 4, 7, 6), *rest)
+    x, codes, scale, zero, _bias, *rest = arguments
+    gradient = (torch.randn_like(whole), codes, scale, zero, tuple(x.shape), *rest)
     whole_gradient = torch.ops.pyrobust.packed_conv2d_input_grad(*gradient)
     monkeypatch.setattr(packed_conv, "COLUMN_BYTES", budget)
     assert torch.equal(torch.ops.pyrobust.packed_conv2d(*arguments, None), whole)

@@ -188,8 +188,11 @@ def test_hessian_of_a_convolution_gives_its_output_energy():
     for conv in (
         nn.Conv2d(4, 6, 3, groups=2, padding=1, stride=2, bias=False),
         nn.Conv2d(3, 5, (2, 3), dilation=2, padding="same", padding_mode="reflect", bias=False),
+        nn.Conv1d(4, 6, 5, groups=2, padding=1, stride=2, dilation=2, bias=False),
+        nn.Conv1d(3, 5, 4, padding=2, padding_mode="circular", bias=False),
     ):
-        conv, x = conv.double(), torch.randn(7, conv.in_channels, 9, 8).double()
+        size = (9, 8)[: conv.weight.ndim - 2]
+        conv, x = conv.double(), torch.randn(7, conv.in_channels, *size).double()
         accumulator = HessianAccumulator.of(conv)
         for part in x.split(3):
             accumulator.add_inputs(conv, part)

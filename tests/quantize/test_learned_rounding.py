@@ -355,21 +355,24 @@ def test_result_is_the_same_for_equal_seeds_and_after_a_killed_conversion(tmp_pa
     assert same(first, run(resume=tmp_path))
 
 
-def test_convolutions_with_groups_and_batch_norms_are_folded_first():
+@pytest.mark.parametrize("conv", [nn.Conv1d, nn.Conv2d])
+def test_convolutions_with_groups_and_batch_norms_are_folded_first(conv):
     torch.manual_seed(0)
+    flat = conv is nn.Conv1d
+    batch_norm = nn.BatchNorm1d if flat else nn.BatchNorm2d
     net = nn.Sequential(
-        nn.Conv2d(4, 8, 3, padding=1, groups=2, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
-        nn.Conv2d(8, 6, 3, stride=2), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(54, 3),
+        conv(4, 8, 3, padding=1, groups=2, bias=False), batch_norm(8), nn.ReLU(),
+        conv(8, 6, 3, stride=2), batch_norm(6), nn.Flatten(), nn.Linear(18 if flat else 54, 3),
     )  # fmt: skip
     for norm in (net[1], net[4]):
         nn.init.uniform_(norm.weight, 0.5, 2.0)
         norm.running_mean.uniform_(-1, 1)
         norm.running_var.uniform_(0.5, 2)
     net.eval()
-    x = randn(32, 4, 8, 8)
+    x = randn(*((64, 4, 8) if flat else (32, 4, 8, 8)))
     packed = learned_rounding(net, [x], 4, **FAST)
     assert isinstance(packed[1], nn.Identity)
-    assert isinstance(net[1], nn.BatchNorm2d)
+    assert isinstance(net[1], batch_norm)
     with torch.no_grad():
         assert float((packed(x) - net(x)).norm() / net(x).norm()) < 0.15
 

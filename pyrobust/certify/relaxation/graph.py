@@ -39,7 +39,7 @@ from pyrobust.certify.relaxation.selections import (
     magnitude_of_selection,
 )
 from pyrobust.interval.type import Interval
-from pyrobust.nn.packed_conv import PackedConv2d
+from pyrobust.nn.packed_conv import PackedConv
 from pyrobust.nn.packed_linear import PackedLinear
 
 __all__ = ["Affine", "Step", "step_of", "trace_graph"]
@@ -102,7 +102,7 @@ class _Tracer(fx.Tracer):
     """Keeps the library's layers whole, as torch's own."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        packed = isinstance(m, PackedLinear | PackedConv2d)
+        packed = isinstance(m, PackedLinear | PackedConv)
         return packed or super().is_leaf_module(m, module_qualified_name)
 
 
@@ -218,7 +218,7 @@ def _sort_module(step: Step, module: nn.Module, dtype: torch.dtype) -> None:
         step.affine = _linear(module.weight, module.bias, dtype)
     elif isinstance(module, PackedLinear) and module.activations is None:
         step.affine = _linear(module.dequantize(), module.bias, dtype)
-    elif kind in _CONVS or (isinstance(module, PackedConv2d) and module.activations is None):
+    elif kind in _CONVS or (isinstance(module, PackedConv) and module.activations is None):
         step.affine = _convolution(module, dtype)
     elif kind in _TRANSPOSED:
         step.affine = _with_parameters(module, dtype)
@@ -267,8 +267,9 @@ def _linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Affine:
 
 
 def _convolution(module: Any, dtype: torch.dtype) -> Affine:
-    function = _CONVS[nn.Conv2d if isinstance(module, PackedConv2d) else type(module)]
-    stored = module.dequantize() if isinstance(module, PackedConv2d) else module.weight
+    packed = isinstance(module, PackedConv)
+    function = _CONVS[module.layer_type if packed else type(module)]
+    stored = module.dequantize() if packed else module.weight
     w, b = stored.to(dtype), None if module.bias is None else module.bias.to(dtype)
     options = {
         "stride": module.stride,

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from pyrobust.certify.relaxation.hidden import ALPHA_COPIES, COPIES
 from pyrobust.interval.type import Interval
-from pyrobust.nn.packed_conv import PackedConv2d
+from pyrobust.nn.packed_conv import PackedConv
 from pyrobust.nn.packed_linear import PackedLinear
 
 __all__ = ["Split", "gradients_recorded", "images_at_a_time", "split_of"]
@@ -123,7 +123,7 @@ def _weights(root: nn.Module, dtype: torch.dtype, item: int) -> int:
     """Bytes of the weights in the working type, and of the magnitudes or parts of one of them."""
     copied = largest = 0
     for module in root.modules():
-        if isinstance(module, PackedLinear | PackedConv2d):
+        if isinstance(module, PackedLinear | PackedConv):
             count = module.dequantize().numel()
             copied += count * item
             largest = max(largest, count)
