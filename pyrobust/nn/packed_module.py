@@ -256,7 +256,7 @@ class PackedModule(nn.Module):
         return SparseRemainder(values, columns, offsets)
 
     def dequantize(self) -> Tensor:
-        """The weight that this layer computes with, exactly: float32, in torch's layout."""
+        """The weight that this layer computes with, exactly: float32, in torch's layout, a copy."""
         weight = dequantize_codes(
             self.codes,
             self.scale,
@@ -273,9 +273,38 @@ class PackedModule(nn.Module):
     def weight(self) -> Tensor:
         """:meth:`dequantize` in the dtype that a float layer here would have.
 
-        Decoded anew on each access: for foreign code that reads weights, or their dtype.
+        A fresh copy on each access, for foreign code that reads weights, or their dtype. The layer
+        holds codes only: what is written into the copy never reaches it, and no tensor could tell.
+
+        Raises:
+            AttributeError: on assignment. To change the weight, pack the float layer anew, or hand
+                codes over with :meth:`adopt`.
         """
         return self.dequantize().to(self.weight_dtype)
+
+    @weight.setter
+    def weight(self, value: object) -> None:
+        raise self._weight_is_read_only()
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As in torch, which calls it for ``layer.weight = parameter`` too; that is refused."""
+        if name == "weight":
+            raise self._weight_is_read_only()
+        super().register_parameter(name, param)
+
+    def _weight_is_read_only(self) -> AttributeError:
+        return AttributeError(
+            f"{type(self).__name__}: weight cannot be set, it is decoded from the packed codes on "
+            "each access; change the float layer and pack it anew (pyrobust.pack), or hand codes "
+            "over with adopt(qtensor)."
+        )
+
+    def __prepare_scriptable__(self) -> Self:
+        """Called by ``torch.jit.script``, which cannot compile what a packed layer runs."""
+        raise NotImplementedError(
+            f"{type(self).__name__}: packed layers cannot be compiled by torch.jit.script; use "
+            "torch.compile or torch.export (or torch.jit.trace)."
+        )
 
     @property
     def nbytes_packed(self) -> int:

@@ -156,8 +156,21 @@ def test_wrong_layers_and_weights_are_refused():
 def test_weight_is_readable_for_foreign_code_and_cannot_be_assigned():
     layer = rnn.PackedLinear(8, 3, group_size=4)
     assert torch.equal(layer.weight, layer.dequantize())
-    with pytest.raises((AttributeError, KeyError)):
-        layer.weight = nn.Parameter(torch.zeros(3, 8))
+    for value in (torch.zeros(3, 8), nn.Parameter(torch.zeros(3, 8)), None):
+        with pytest.raises(AttributeError, match=r"PackedLinear: weight cannot be set.*adopt"):
+            layer.weight = value
+    before = layer.dequantize()
+    with torch.no_grad():
+        layer.weight.zero_()  # a copy
+    assert torch.equal(layer.dequantize(), before)
+
+
+def test_scripts_are_refused_and_traces_are_not():
+    model = nn.Sequential(rnn.PackedConv1d(2, 4, 3), nn.Flatten(), rnn.PackedLinear(16, 3))
+    with pytest.raises(NotImplementedError, match=r"PackedConv1d: .*torch\.jit\.script.*export"):
+        torch.jit.script(model)
+    x = torch.randn(2, 2, 6)
+    assert torch.equal(torch.jit.trace(model, x)(x + 1), model(x + 1))
 
 
 def test_the_printed_form_tells_the_format():
