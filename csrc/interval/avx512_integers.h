@@ -6,7 +6,7 @@
 // every product of bytes of the packed layer there are four here, and codes are unpacked once for
 // all.
 //
-// Codes of at most four bits less a zero of at most 128 are signed bytes. Others (8 bits, entries
+// Codes of at most four bits less a zero below 128 are signed bytes. Others (8 bits, entries
 // of a codebook) are moved down by 128, and the sum of q times 128 - zero is added to their sums.
 #pragma once
 
@@ -34,6 +34,21 @@ inline __m512i four_bytes(const uint8_t* from) {
   int32_t four;
   __builtin_memcpy(&four, from, sizeof(four));
   return _mm512_set1_epi32(four);
+}
+
+// Sixteen bytes, each in the four bytes of a lane.
+inline __m512i four_times(__m128i bytes) {
+  const __m512i from =
+      _mm512_setr_epi32(0, 0x01010101, 0x02020202, 0x03030303, 0x04040404, 0x05050505, 0x06060606,
+                        0x07070707, 0x08080808, 0x09090909, 0x0a0a0a0a, 0x0b0b0b0b, 0x0c0c0c0c,
+                        0x0d0d0d0d, 0x0e0e0e0e, 0x0f0f0f0f);
+  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(bytes), from);
+}
+
+// The zeros of a panel's rows as its head has them, or the one of all.
+inline __m256i panel_zeros(const matmul::PackedMatrix& w, const uint8_t* zeros) {
+  if (w.zero == nullptr) return _mm256_set1_epi8(static_cast<char>(matmul::symmetric_zero(w)));
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(zeros));
 }
 
 // What a code less its zero is, as signed bytes and as magnitudes. `zero` holds a row's in each of
@@ -141,7 +156,7 @@ __attribute__((always_inline)) inline void add_group(const PanelGroup& group, co
     const __m512d r = joined_lanes(sums.p_high, sums.p_low, group.narrow, half);
     __m512d moved = _mm512_setzero_pd();
     if (group.wide) {
-      moved = _mm512_sub_pd(_mm512_set1_pd(128.0), eight_lanes(zero, half));
+      moved = _mm512_sub_pd(_mm512_set1_pd(128.0), eight_lanes(_mm512_srli_epi32(zero, 24), half));
       c = _mm512_fmadd_pd(moved, _mm512_set1_pd(static_cast<double>(input.total[group.g])), c);
     }
     if constexpr (kShifted) {
@@ -161,29 +176,31 @@ __attribute__((always_inline)) inline void add_group(const PanelGroup& group, co
 template <int kBits, bool kBook, bool kShifted, int P>
 void panel_sums(const matmul::PackedMatrix& w, const PanelLayout& layout, const uint8_t* panel,
                 const IntegerInput& input, double* centre, double* radius) {
+  // what gcc makes of std::fill, `rep stos`, took 4% of a layer (Zen 4)
+  for (int64_t i = 0; i < P * kPanelRows; i += 8) {
+    _mm512_storeu_pd(centre + i, _mm512_setzero_pd());
+    _mm512_storeu_pd(radius + i, _mm512_setzero_pd());
+  }
   constexpr bool kAlwaysWide = kBits == 8 || kBook;
   const __m512i table = matmul::codebook_table(w);
   const bool narrow = input.group <= 128;  // 255 * 65535 * 128 < 2^31
   for (int64_t g = 0; g < input.groups; ++g) {
     const uint8_t* head = panel + g * layout.group_bytes;
-    __m512i lanes[2 * P], zero[2 * P];  // zeros of rows, in 32 bits and in four bytes
-    __m512i largest = _mm512_setzero_si512();
-    for (int h = 0; h < 2 * P; ++h) {
-      const uint8_t* zeros =
-          head + h / 2 * layout.panel_bytes + kPanelRows * layout.scale_bytes + 16 * (h % 2);
-      lanes[h] =
-          w.zero == nullptr
-              ? _mm512_set1_epi32(matmul::symmetric_zero(w))
-              : _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros)));
-      zero[h] = _mm512_mullo_epi32(lanes[h], _mm512_set1_epi32(0x01010101));
-      largest = _mm512_max_epi32(largest, lanes[h]);
+    __m512i zero[2 * P];  // of a row in each of its four bytes
+    int large = 0;
+#pragma GCC unroll 2
+    for (int p = 0; p < P; ++p) {
+      const __m256i zeros =
+          panel_zeros(w, head + p * layout.panel_bytes + kPanelRows * layout.scale_bytes);
+      large |= _mm256_movemask_epi8(zeros);
+      zero[2 * p] = four_times(_mm256_castsi256_si128(zeros));
+      zero[2 * p + 1] = four_times(_mm256_extracti128_si256(zeros, 1));
     }
     const int64_t quads = matmul::ceil_div(input.count(g), kQuadColumns);  // the rest is padding
     const uint8_t *codes = head + layout.head_bytes, *x = input.quads + 4 * g * input.stride;
     const uint8_t* ones = input.ones + g * input.stride;
     HalfSums sums[2 * P];
-    const bool large = _mm512_cmpgt_epi32_mask(largest, _mm512_set1_epi32(128)) != 0;
-    const PanelGroup group{&input, g, kAlwaysWide || large, narrow};
+    const PanelGroup group{&input, g, kAlwaysWide || large != 0, narrow};
     if (group.wide) {
       group_sums<kBits, kBook, true, kShifted, P>(codes, layout.panel_bytes, x, ones, quads, table,
                                                   zero, sums);
@@ -197,7 +214,7 @@ void panel_sums(const matmul::PackedMatrix& w, const PanelLayout& layout, const 
       matmul::load_panel_scales<0>(w, head + p * layout.panel_bytes, scale);
 #pragma GCC unroll 2
       for (int h = 0; h < 2; ++h) {
-        add_group<kShifted>(group, sums[2 * p + h], scale + 2 * h, lanes[2 * p + h],
+        add_group<kShifted>(group, sums[2 * p + h], scale + 2 * h, zero[2 * p + h],
                             centre + kPanelRows * p + 16 * h, radius + kPanelRows * p + 16 * h);
       }
     }
@@ -208,14 +225,9 @@ template <int kBits, bool kBook>
 void panel_rows(const IntegerDots& work) {
   const matmul::PackedMatrix& w = *work.weight;
   const PanelLayout layout(w);
-  alignas(64) double centre[2 * kPanelRows], radius[2 * kPanelRows];
   for (int64_t n = 0; n < work.rows;) {
     const uint8_t* panel = w.panels + (work.first + n) / kPanelRows * layout.panel_bytes;
-    // what gcc makes of std::fill, `rep stos`, took 4% of a layer (Zen 4)
-    for (int64_t i = 0; i < 2 * kPanelRows; i += 8) {
-      _mm512_store_pd(centre + i, _mm512_setzero_pd());
-      _mm512_store_pd(radius + i, _mm512_setzero_pd());
-    }
+    double *centre = work.centre_sums + n, *radius = work.radius_sums + n;
     int64_t rows = kPanelRows;
     if (work.input->shifted) {
       panel_sums<kBits, kBook, true, 1>(w, layout, panel, *work.input, centre, radius);
@@ -226,10 +238,10 @@ void panel_rows(const IntegerDots& work) {
       panel_sums<kBits, kBook, false, 1>(w, layout, panel, *work.input, centre, radius);
     }
     const int64_t count = work.rows - n < rows ? work.rows - n : rows;
-    for (int64_t i = 0; i < count; ++i) {
-      const double outer = w.row_scale != nullptr ? w.row_scale[work.first + n + i] : 1.0;
-      work.centre_sums[n + i] = centre[i] * outer;
-      work.radius_sums[n + i] = radius[i] * std::fabs(outer);
+    for (int64_t i = 0; i < count && w.row_scale != nullptr; ++i) {
+      const double outer = w.row_scale[work.first + n + i];
+      centre[i] *= outer;
+      radius[i] *= std::fabs(outer);
     }
     n += rows;
   }

@@ -16,9 +16,6 @@ enum class CodeSource {
   kPanels,  // panels that were made before
 };
 
-// Rows that meet the input before their ends are made: a multiple of a panel's.
-constexpr int64_t kIntegerRows = 64;
-
 // Lays arrays out one after another, each from a cache line on.
 class Places {
  public:

@@ -43,6 +43,8 @@ namespace interval {
 
 constexpr int64_t kMostColumns = int64_t{1} << 16;  // of a group
 constexpr double kMostWidening = 1.0 / 1024.0;
+// Rows that meet the input before their ends are made: a multiple of a panel's.
+constexpr int64_t kIntegerRows = 64;
 constexpr int64_t kIntegerBlock = 64;  // groups of an input begin at multiples of it
 
 PYROBUST_HD int64_t columns_of_group(const matmul::PackedMatrix& w) {
@@ -69,15 +71,15 @@ struct IntegerInput {
   int64_t group;    // columns of all groups but the last
   int64_t stride;   // from a group's first column to the next one's
   int64_t groups;
-  int16_t* centre;     // q - 2^15
-  int16_t* radius;     // p
-  float* step;         // s
-  float* radius_step;  // t
-  int32_t* shift;      // m
-  int64_t* total;      // sum of q
-  uint8_t* quads;      // for panels: see order_quads
-  uint8_t* ones;       // for panels: 1 where there is a column
-  bool shifted;        // whether any m is not 0
+  int16_t* centre;      // q - 2^15
+  int16_t* radius;      // p
+  double* step;         // s
+  double* radius_step;  // t
+  int32_t* shift;       // m
+  int64_t* total;       // sum of q
+  uint8_t* quads;       // for panels: see order_quads
+  uint8_t* ones;        // for panels: 1 where there is a column
+  bool shifted;         // whether any m is not 0
 
   int64_t count(int64_t g) const {
     const int64_t left = columns - g * group;
@@ -97,8 +99,8 @@ struct IntegerDots {
   const matmul::PackedMatrix* weight;
   const IntegerInput* input;
   int64_t first, rows;
-  uint8_t* scratch;  // row_scratch() bytes
-  double* centre_sums;
+  uint8_t* scratch;     // row_scratch() bytes
+  double* centre_sums;  // with room for kIntegerRows rows, as the next
   double* radius_sums;
 };
 
