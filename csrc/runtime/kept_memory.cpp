@@ -42,10 +42,15 @@ void free_block(const KeptBlock& block) noexcept {
 // threads may give back while the process ends.
 struct Shelf {
   static constexpr int kPlaces = 16;
+  // A block makes room for others once so many came after it. Were it at once, passes that need
+  // more than the limit, each block at its time, would find none of theirs.
+  static constexpr int64_t kPatience = 64;
   std::atomic<int64_t> limit;
   const bool lends;
   std::atomic_flag taken = ATOMIC_FLAG_INIT;
   KeptBlock blocks[kPlaces] = {};
+  int64_t times[kPlaces] = {};  // when they came, in blocks given back
+  int64_t now = 0;
   int count = 0;
   std::atomic<int64_t> bytes{0};
 
@@ -54,6 +59,7 @@ struct Shelf {
   KeptBlock remove(int at) {
     const KeptBlock block = blocks[at];
     std::copy(blocks + at + 1, blocks + count, blocks + at);
+    std::copy(times + at + 1, times + count, times + at);
     --count;
     bytes -= block.bytes;
     return block;
@@ -64,11 +70,14 @@ struct Shelf {
   }
 
   void add(const KeptBlock& block) {
-    const int64_t most = limit;
-    if (block.bytes > most) return free_block(block);
-    if (count == kPlaces) free_block(remove(0));
-    free_beyond(most - block.bytes);
-    blocks[count++] = block;
+    const int64_t room = limit - block.bytes;
+    ++now;
+    while (count > 0 && (count == kPlaces || bytes > room) && now - times[0] > kPatience) {
+      free_block(remove(0));
+    }
+    if (count == kPlaces || bytes > room) return free_block(block);
+    blocks[count] = block;
+    times[count++] = now;
     bytes += block.bytes;
   }
 

@@ -20,7 +20,7 @@ KeptBlock take_block(int64_t bytes);
 void give_back(const KeptBlock& block) noexcept;
 
 // Blocks of so many bytes and more are lent to the system while nobody has them (lend_pages), up to
-// a limit; up to kKeptBytes of smaller ones stay. What came first goes first.
+// a limit; up to kKeptBytes of smaller ones stay. What nobody took for long makes room.
 constexpr int64_t kLeastLent = int64_t{4} << 20;
 
 // With AddressSanitizer nothing stays unless it is asked for, so that it sees what is used too
