@@ -11,6 +11,7 @@
 #include "interval/integer_loops.h"
 #include "interval/pair_loops.h"
 #include "interval/patches.h"
+#include "interval/plane_loops.h"
 #include "interval/radius_loops.h"
 
 namespace pyrobust {
@@ -393,11 +394,58 @@ bool finish_panel(const FinishPanel& work, const Constants& constants) {
   return finite(largest);
 }
 
+// --- planes of one channel
+// -----------------------------------------------------------------------------
+
+struct EightLanes {
+  using Floats = __m256;
+  static constexpr int kWidth = 8;
+
+  static __m256 all(float x) { return _mm256_set1_ps(x); }
+  static __m256 size(__m256 x) { return magnitude(x); }
+  static __m256 larger(__m256 x, __m256 y) { return _mm256_max_ps(x, y); }
+  static __m256 multiply_add(__m256 x, __m256 y, __m256 z) { return _mm256_fmadd_ps(x, y, z); }
+  static __m256 first(__m256 x, int64_t count) {
+    return _mm256_and_ps(x, _mm256_castsi256_ps(tail_mask(count)));
+  }
+  static __m256 load(const float* from) { return _mm256_loadu_ps(from); }
+  static __m256 load(const float* from, int64_t count) { return interval::load(from, count); }
+  static void store(float* to, __m256 x) { _mm256_storeu_ps(to, x); }
+  static void store_end(float* to, int64_t count, __m256 x, bool) { interval::store(to, count, x); }
+  static float largest(__m256 x) { return max_of(x); }
+  static bool all_finite(__m256 x) { return finite(x); }
+
+  static PreparedLanes<__m256> prepare(__m256 low, __m256 high, __m256 floor,
+                                       const Constants& constants) {
+    const Eight out = prepare_eight(low, high, floor, constants);
+    const __m256 infinite = _mm256_set1_ps(rounding::infinity());
+    return {out.centre, out.radius, _mm256_blendv_ps(out.magnitude, infinite, out.unbounded)};
+  }
+  static EndLanes<__m256> finish(__m256 centre, __m256 radius, __m256 shift, __m256 offset,
+                                 const Constants& constants, __m256* largest) {
+    EndLanes<__m256> out;
+    finish_eight(centre, radius, shift, offset, constants, &out.lower, &out.upper, largest);
+    return out;
+  }
+};
+
 constexpr IntervalKernels kKernels = {
-    prepare,         pack,        pack_patches, spread,
-    dots<FewInputs>, tiles,       finish_row,   finish_panel,
-    kElementLoops,   kCurveLoops, kPairLoops,   {widen_panel<0>, widen_row<8, 0>, count_nonzero},
+    prepare,
+    pack,
+    pack_patches,
+    spread,
+    dots<FewInputs>,
+    tiles,
+    finish_row,
+    finish_panel,
+    kElementLoops,
+    kCurveLoops,
+    kPairLoops,
+    {widen_panel<0>, widen_row<8, 0>, count_nonzero},
     &kIntegerLoops,
+    nullptr,
+    fill_plane<EightLanes>,
+    plane_ends<EightLanes>,
 };
 
 }  // namespace

@@ -10,6 +10,7 @@
 #include "interval/avx512_filters.h"
 #include "interval/avx512_integers.h"
 #include "interval/avx512_packed.h"
+#include "interval/avx512_planes.h"
 #include "interval/avx512_squares.h"
 #include "interval/avx512_sums.h"
 #include "interval/curve_loops.h"
@@ -271,6 +272,8 @@ constexpr IntervalKernels kKernels = {
     {widen_panel<0>, widen_row<16, 0>, count_nonzero},
     &kIntegers,
     direct,
+    fill_sixteen,
+    plane_of_sixteen,
     fused_columns,
     fused_order,
     fused_dots,

@@ -44,34 +44,44 @@ inline void store_end(float* to, int64_t count, __m512 value, bool past_cache) {
 // Floats ahead: rows are short and neighbours, and the processor looks ahead within a page only.
 constexpr int64_t kAhead = 1024;
 
-float prepare(const Ends& ends, const Constants& constants, float* centre, float* radius) {
+struct Sixteen {
+  __m512 centre, radius, magnitude;
+  __mmask16 unbounded;
+};
+
+inline Sixteen prepare_sixteen(__m512 low, __m512 high, __m512 floor, const Constants& constants) {
   const __m512 half = _mm512_set1_ps(0.5f), zero = _mm512_setzero_ps();
-  const __m512 floor = _mm512_set1_ps(ends.floor), slack = _mm512_set1_ps(kSlack);
-  const __m512 radius_gain = _mm512_set1_ps(constants.radius_gain);
-  const __m512 centre_gain = _mm512_set1_ps(constants.centre_gain);
-  const __m512 input_floor = _mm512_set1_ps(constants.input_floor);
-  __m512 largest = zero;
+  low = _mm512_max_ps(floor, low);  // in this order a NaN stays
+  high = _mm512_max_ps(floor, high);
+  const __m512 middle = _mm512_add_ps(_mm512_mul_ps(half, low), _mm512_mul_ps(half, high));
+  const __m512 c = _mm512_mask_mov_ps(middle, _mm512_cmp_ps_mask(low, high, _CMP_EQ_OQ), low);
+  __m512 r = _mm512_max_ps(_mm512_sub_ps(high, c), _mm512_sub_ps(c, low));
+  const auto unbounded =
+      static_cast<__mmask16>(_mm512_cmp_ps_mask(_mm512_sub_ps(c, c), zero, _CMP_NEQ_UQ) |
+                             _mm512_cmp_ps_mask(_mm512_sub_ps(r, r), zero, _CMP_NEQ_UQ));
+  if (constants.outward) {
+    const __m512 grown = _mm512_mul_ps(r, _mm512_set1_ps(constants.radius_gain));
+    const __m512 error = _mm512_mul_ps(magnitude(c), _mm512_set1_ps(constants.centre_gain));
+    r = _mm512_add_ps(_mm512_mul_ps(_mm512_add_ps(grown, error), _mm512_set1_ps(kSlack)),
+                      _mm512_set1_ps(constants.input_floor));
+  }
+  return {c, r, _mm512_max_ps(magnitude(low), magnitude(high)), unbounded};
+}
+
+float prepare(const Ends& ends, const Constants& constants, float* centre, float* radius) {
+  const __m512 floor = _mm512_set1_ps(ends.floor);
+  __m512 largest = _mm512_setzero_ps();
   __mmask16 unbounded = 0;
   for (int64_t i = 0; i < ends.count; i += 16) {
     const int64_t rest = ends.count - i;
     _mm_prefetch(reinterpret_cast<const char*>(ends.lower + i + kAhead), _MM_HINT_T0);
     _mm_prefetch(reinterpret_cast<const char*>(ends.upper + i + kAhead), _MM_HINT_T0);
-    // in this order a NaN stays
-    const __m512 low = _mm512_max_ps(floor, load_lanes(ends.lower + i, rest));
-    const __m512 high = _mm512_max_ps(floor, load_lanes(ends.upper + i, rest));
-    const __m512 middle = _mm512_add_ps(_mm512_mul_ps(half, low), _mm512_mul_ps(half, high));
-    const __m512 c = _mm512_mask_mov_ps(middle, _mm512_cmp_ps_mask(low, high, _CMP_EQ_OQ), low);
-    __m512 r = _mm512_max_ps(_mm512_sub_ps(high, c), _mm512_sub_ps(c, low));
-    unbounded |= _mm512_cmp_ps_mask(_mm512_sub_ps(c, c), zero, _CMP_NEQ_UQ) |
-                 _mm512_cmp_ps_mask(_mm512_sub_ps(r, r), zero, _CMP_NEQ_UQ);
-    if (constants.outward) {
-      const __m512 grown = _mm512_mul_ps(r, radius_gain);
-      const __m512 error = _mm512_mul_ps(magnitude(c), centre_gain);
-      r = _mm512_add_ps(_mm512_mul_ps(_mm512_add_ps(grown, error), slack), input_floor);
-    }
-    store_lanes(centre + i, rest, c);
-    store_lanes(radius + i, rest, r);
-    largest = _mm512_max_ps(_mm512_max_ps(magnitude(low), magnitude(high)), largest);
+    const Sixteen now = prepare_sixteen(load_lanes(ends.lower + i, rest),
+                                        load_lanes(ends.upper + i, rest), floor, constants);
+    store_lanes(centre + i, rest, now.centre);
+    store_lanes(radius + i, rest, now.radius);
+    largest = _mm512_max_ps(now.magnitude, largest);
+    unbounded |= now.unbounded;
   }
   return unbounded != 0 ? rounding::infinity() : _mm512_reduce_max_ps(largest);
 }

@@ -1,13 +1,15 @@
-// The convolution, in two forms. Where output rows have 16 pixels or more, kernels read the
-// prepared images themselves (direct_convolution.h). Else patches of a few output pixels are copied
-// to panels, and the panel kernels do the rest; a few images at a time are in slots of a
-// cache-sized buffer. The work is split over threads by output pixels.
+// The convolution, in three forms. Groups of one channel are planes that become ends in registers
+// (plane_convolution.h). Where output rows have 16 pixels or more, kernels read the prepared images
+// themselves (direct_convolution.h). Else patches of a few output pixels are copied to panels, and
+// the panel kernels do the rest; a few images at a time are in slots of a cache-sized buffer. The
+// work is split over threads by output pixels, or by planes.
 #include <vector>
 
 #include "interval/convolution_plan.h"
 #include "interval/direct_convolution.h"
 #include "interval/epilogue.h"
 #include "interval/filter_parts.h"
+#include "interval/plane_convolution.h"
 #include "interval/square_convolution.h"
 #include "runtime/check.h"
 
@@ -264,7 +266,9 @@ void interval_conv2d(const Call& asked, const Images& images, const Window& wind
   }
   if (filters) return convolve_by_filters(call, images, window, table, num_threads);
   Convolution conv = plan(call, images, window, table);
-  if (direct_applies(conv)) {
+  if (planes_apply(conv)) {
+    convolve_planes(conv, num_threads);
+  } else if (direct_applies(conv)) {
     convolve_directly(conv, num_threads);
   } else {
     convolve_panels(conv, num_threads);

@@ -77,6 +77,7 @@ struct Prepared {
   float* centre;
   float* radius;
   float* lines;  // line_size() of them
+  int64_t first_channel = 0;
 };
 
 // Rows whose columns are spread together: loads wait where they read what was just stored.
@@ -93,8 +94,8 @@ float prepare_rows(const Convolution& conv, int64_t image, int64_t first, int64_
   const bool direct = conv.window.stride_width == 1;
   float* line_radius = own.lines + kSpreadRows * images.width;
   const auto place = [&](int64_t row) {
-    return (row / images.height * conv.height + conv.window.pad_top + row % images.height) *
-           conv.row_size;
+    const int64_t plane = row / images.height - own.first_channel;
+    return (plane * conv.height + conv.window.pad_top + row % images.height) * conv.row_size;
   };
   float largest = 0.0f;
   for (int64_t row = first; row < first + count; ++row) {
@@ -119,14 +120,21 @@ float prepare_rows(const Convolution& conv, int64_t image, int64_t first, int64_
   return largest;
 }
 
+// Rows [first, last) of all channels, as above.
+float prepare_lines(const Convolution& conv, int64_t image, int64_t first, int64_t last,
+                    const Prepared& own) {
+  float largest = 0.0f;
+  for (int64_t row = first; row < last; row += kSpreadRows) {
+    const int64_t count = std::min(kSpreadRows, last - row);
+    largest = std::max(largest, prepare_rows(conv, image, row, count, own));
+  }
+  return largest;
+}
+
 // Returns the absolute term of the image.
 float prepare_image(const Convolution& conv, int64_t image, const Prepared& own) {
   const int64_t rows = conv.images.channels * conv.images.height;
-  float largest = 0.0f;
-  for (int64_t row = 0; row < rows; row += kSpreadRows) {
-    largest =
-        std::max(largest, prepare_rows(conv, image, row, std::min(kSpreadRows, rows - row), own));
-  }
+  const float largest = prepare_lines(conv, image, 0, rows, own);
   return offset_for(conv.call, largest);
 }
 

@@ -24,6 +24,10 @@ IntervalKernels pick_kernels() {
     if (faster->dots != nullptr) table.dots = faster->dots;
     if (faster->tiles != nullptr) table.tiles = faster->tiles;
     if (faster->direct != nullptr) table.direct = faster->direct;
+    if (faster->plane != nullptr) {
+      table.fill_plane = faster->fill_plane;
+      table.plane = faster->plane;
+    }
     if (faster->finish_row != nullptr) table.finish_row = faster->finish_row;
     if (faster->finish_panel != nullptr) table.finish_panel = faster->finish_panel;
     if (faster->fused_dots != nullptr) {

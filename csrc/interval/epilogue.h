@@ -71,6 +71,19 @@ class LateSteps {
     }
   }
 
+  bool none() const { return call_.epilogue == nullptr; }
+
+  // The outputs of `pixels` neighbouring ones of row n of W, from the convolution's own ends.
+  void follow(int64_t n, int64_t pixels, const float* lower, const float* upper, int64_t at,
+              bool past_cache) const {
+    auto* const between = static_cast<float*>(
+        thread_scratch(ScratchSlot::kEnds, 2 * kPixelsOfBlock * int64_t{sizeof(float)}));
+    for (int64_t i = 0; i < pixels; i += kPixelsOfBlock) {
+      const int64_t count = std::min(kPixelsOfBlock, pixels - i);
+      call_.report(row(n, count, lower + i, upper + i, between, at + i, past_cache));
+    }
+  }
+
  private:
   static constexpr int64_t kRowsAtOnceHere = 8;  // 16 KB
 

@@ -27,7 +27,8 @@
 // nothing: d_k counts the terms of k's run (of its lane, for few inputs) from k on whose centre is
 // not zero, its product where that is rounded by itself, the runs of its chunk and the chunks that
 // are added later, and the tree of lanes (radius_loops.h); gamma_d <= d gamma_D / D. Convolutions
-// without panels take the most that a term of a channel passes.
+// without panels take the most that a term of a channel passes; where groups have one channel, all
+// terms are one run (plane_loops.h) and d_k = K, which is at most D.
 //
 // kDeployed. Let t_k = W[n,k] x_k and let n be the number of k whose box is not {0}: the others add
 // an exact zero, which no order rounds. An evaluation is a tree of n additions over n + 1 leaves,

@@ -18,7 +18,7 @@ namespace interval {
 constexpr int64_t kRun = 32;
 constexpr int64_t kRunsOfChunk = 8;
 constexpr int64_t kChunk = kRun * kRunsOfChunk;
-PYROBUST_HD int64_t sum_depth(int64_t terms) {
+PYROBUST_HD constexpr int64_t sum_depth(int64_t terms) {
   return (terms < kRun ? terms : kRun) + kRunsOfChunk + (terms + kChunk - 1) / kChunk + 8;
 }
 
@@ -241,6 +241,37 @@ struct Direct {
   int64_t sum_stride;  // from one panel's to the next
 };
 
+// A channel of an image into its plane, whose rows follow one another at `row_size`. What lies past
+// the last pixel of a row becomes zero, up to kPixels floats of it.
+struct FillPlane {
+  Ends ends;  // (rows, width)
+  int64_t width;
+  int64_t row_size;
+  float* centre;
+  float* radius;
+};
+
+// Ends of a convolution of one channel. kPixels floats past the plane may be read.
+struct Plane {
+  const float* centre;  // with its padding
+  const float* radius;
+  const int64_t* columns;  // (kernel_width) offsets within a row
+  int64_t kernel_height, kernel_width;
+  int64_t kernel_step;  // floats from a row of the kernel to the next
+  int64_t row_step;     // and from an output row to the next
+  int64_t out_height, out_width;
+  const float* weight;  // (kernel_height, kernel_width)
+  float shift;
+  float offset;
+  float* out_lower;  // (out_height, out_width)
+  float* out_upper;
+  bool past_cache;
+};
+
+// The most terms that are summed in one run: as sum_depth allows.
+constexpr int64_t kMostTaps = 49;
+static_assert(sum_depth(kMostTaps) >= kMostTaps, "a run rounds its first term kMostTaps times");
+
 // The same with radii and |W| rounded up to bfloat16. The terms of a pair are the same place of two
 // neighbouring channels; pairs run over (pair of channels, place of the window).
 struct CoarseDirect {
@@ -448,6 +479,9 @@ struct IntervalKernels {
   const IntegerKernels* integers = nullptr;
   // Null from here on: the set has no such path, nor does the portable one.
   void (*direct)(const Direct& work) = nullptr;
+  // Both or none; the first returns the largest |x| as `prepare` does.
+  float (*fill_plane)(const FillPlane& work, const Constants& constants) = nullptr;
+  bool (*plane)(const Plane& work, const Constants& constants) = nullptr;
   // Packed weights without decoding to memory: how many columns an ordered input takes, 0 for a
   // format that must be decoded; and one row's order.
   int64_t (*fused_columns)(const matmul::PackedMatrix& weight) = nullptr;
