@@ -397,6 +397,11 @@ bool finish_panel(const FinishPanel& work, const Constants& constants) {
 // --- planes of one channel
 // -----------------------------------------------------------------------------
 
+// Pairs of a, b, a, b become those of a and then of b.
+inline __m256 in_order(__m256 x) {
+  return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(x), 0xd8));
+}
+
 struct EightLanes {
   using Floats = __m256;
   static constexpr int kWidth = 8;
@@ -410,6 +415,8 @@ struct EightLanes {
   }
   static __m256 load(const float* from) { return _mm256_loadu_ps(from); }
   static __m256 load(const float* from, int64_t count) { return interval::load(from, count); }
+  static __m256 even(__m256 a, __m256 b) { return in_order(_mm256_shuffle_ps(a, b, 0x88)); }
+  static __m256 odd(__m256 a, __m256 b) { return in_order(_mm256_shuffle_ps(a, b, 0xdd)); }
   static void store(float* to, __m256 x) { _mm256_storeu_ps(to, x); }
   static void store_end(float* to, int64_t count, __m256 x, bool) { interval::store(to, count, x); }
   static float largest(__m256 x) { return max_of(x); }

@@ -24,6 +24,13 @@ struct SixteenLanes {
     _mm_prefetch(reinterpret_cast<const char*>(from + kAhead), _MM_HINT_T0);
     return load_lanes(from, count);
   }
+  static __m512 even(__m512 a, __m512 b) { return _mm512_permutex2var_ps(a, every_second(0), b); }
+  static __m512 odd(__m512 a, __m512 b) { return _mm512_permutex2var_ps(a, every_second(1), b); }
+  static __m512i every_second(int first) {
+    const __m512i even =
+        _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    return _mm512_add_epi32(even, _mm512_set1_epi32(first));
+  }
   static void store(float* to, __m512 x) { _mm512_storeu_ps(to, x); }
   static void store_end(float* to, int64_t count, __m512 x, bool past_cache) {
     interval::store_end(to, count, x, past_cache);

@@ -44,7 +44,9 @@ Convolution plan(const Call& call, const Images& images, const Window& window,
   const int64_t width =
       padded_size(images.width, window.pad_left, window.out_width, window.stride_width,
                   window.kernel_width, window.dilation_width);
-  const int64_t phase = blocks(width, window.stride_width);
+  // planes of one channel are written by whole registers (FillPlane)
+  const int64_t spare = images.channels == window.groups && window.stride_width == 2 ? kPixels : 0;
+  const int64_t phase = blocks(width, window.stride_width) + spare;
   Convolution conv{call,
                    images,
                    window,

@@ -241,12 +241,14 @@ struct Direct {
   int64_t sum_stride;  // from one panel's to the next
 };
 
-// A channel of an image into its plane, whose rows follow one another at `row_size`. What lies past
-// the last pixel of a row becomes zero, up to kPixels floats of it.
+// A channel of an image into its plane, whose rows follow one another at `row_size`. Up to kPixels
+// floats after the last column of a row, or of either half of it, become zeros.
 struct FillPlane {
   Ends ends;  // (rows, width)
   int64_t width;
   int64_t row_size;
+  int64_t even;  // where the first column goes in a row, and every second one after it
+  int64_t odd;   // and where the others; 0 where all are neighbours
   float* centre;
   float* radius;
 };

@@ -10,10 +10,16 @@ namespace pyrobust {
 namespace interval {
 namespace {
 
-// Where the lanes of a panel start in the image, and whether they are neighbours there.
+// The lanes of a panel as one vector of the compiler's.
+typedef float LaneFloats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t LaneBits __attribute__((vector_size(4 * kLanes)));
+
+// Where the lanes of a panel start in the image. Neighbours there are a run.
 struct Lanes {
   int64_t base[kLanes];
-  bool adjacent;
+  bool adjacent;       // one run
+  int64_t second;      // where lane 0 of a second run would be; 0 where there are not two runs
+  LaneBits of_second;  // its lanes
 };
 
 inline Lanes lanes_of(const PackPatches& work, int64_t panel) {
@@ -27,7 +33,21 @@ inline Lanes lanes_of(const PackPatches& work, int64_t panel) {
   }
   // lanes without a pixel repeat the last: with steps to other rows they may end in the same place
   out.adjacent = present == kLanes && out.base[kLanes - 1] == out.base[0] + kLanes - 1;
+  out.second = 0;
+  const int64_t row = work.out_width - first % work.out_width;  // lanes of its first row
+  if (out.adjacent || present < kLanes || row + work.out_width < kLanes) return out;
+  out.second = out.base[row] - row;  // an earlier row of the same image lies before
+  for (int64_t lane = 0; lane < kLanes; ++lane) out.of_second[lane] = lane < row ? 0 : -1;
   return out;
+}
+
+inline void copy_two_runs(const float* first, const float* second, const LaneBits& of_second,
+                          float* to) {
+  LaneFloats a, b;
+  std::memcpy(&a, first, sizeof(a));
+  std::memcpy(&b, second, sizeof(b));
+  const LaneFloats both = of_second ? b : a;
+  std::memcpy(to, &both, sizeof(both));
 }
 
 // Terms run over (channel, kernel row, kernel column). Every term of all panels at once: they share
@@ -47,6 +67,11 @@ void pack_patches(const PackPatches& work) {
         if (from.adjacent) {
           std::memcpy(to, centre + from.base[0], kLanes * sizeof(float));
           std::memcpy(to + kLanes, radius + from.base[0], kLanes * sizeof(float));
+          continue;
+        }
+        if (from.second != 0) {
+          copy_two_runs(centre + from.base[0], centre + from.second, from.of_second, to);
+          copy_two_runs(radius + from.base[0], radius + from.second, from.of_second, to + kLanes);
           continue;
         }
         for (int64_t lane = 0; lane < kLanes; ++lane) {

@@ -48,13 +48,16 @@ float prepare_plane(const Convolution& conv, int64_t image, int64_t channel, Pla
   const Images& images = conv.images;
   own.plane.first_channel = channel;
   float largest;
-  if (conv.window.stride_width == 1) {
+  const int64_t stride = conv.window.stride_width, pad = conv.window.pad_left;
+  if (stride <= 2) {
     const int64_t from = (image * images.channels + channel) * images.height * images.width;
-    const int64_t to = conv.window.pad_top * conv.row_size + conv.window.pad_left;
+    const int64_t to = conv.window.pad_top * conv.row_size;
+    const auto place = [&](int64_t x) { return x % stride * conv.phase_size + x / stride; };
     const Ends ends{conv.call.lower + from, conv.call.upper + from, images.height * images.width,
                     conv.call.floor()};
     largest = conv.table.fill_plane(
-        {ends, images.width, conv.row_size, own.plane.centre + to, own.plane.radius + to},
+        {ends, images.width, conv.row_size, place(pad), stride == 2 ? place(pad + 1) : 0,
+         own.plane.centre + to, own.plane.radius + to},
         conv.prepared[0]);
   } else {
     const int64_t first = channel * images.height;

@@ -21,31 +21,74 @@ struct EndLanes {
   Floats lower, upper;
 };
 
-// V has V::kWidth floats a register. Rows are shorter than whole registers: those past a row's
-// end are written too, as zeros in a plane, as anything in outputs, where the next row follows.
+// V has V::kWidth floats a register. Rows are shorter than whole registers: those past a row's end
+// are written too, as zeros in a plane, as anything in outputs, where the next row follows.
 template <typename V>
-float fill_plane(const FillPlane& work, const Constants& constants) {
-  using F = typename V::Floats;
-  const F floor = V::all(work.ends.floor);
-  F largest = V::all(0.0f);
+class Filling {
+ public:
+  Filling(const FillPlane& work, const Constants& constants)
+      : work_(work),
+        constants_(constants),
+        floor_(V::all(work.ends.floor)),
+        largest_(V::all(0.0f)) {}
+
+  // Columns [i, i + V::kWidth) of the row that begins at `row`, with zeros past its end.
+  PreparedLanes<typename V::Floats> lanes(int64_t row, int64_t i) {
+    const int64_t at = row + i, left = work_.ends.count - at, of_row = work_.width - i;
+    if (of_row <= 0) return {V::all(0.0f), V::all(0.0f), V::all(0.0f)};
+    auto now = V::prepare(V::load(work_.ends.lower + at, left),
+                          V::load(work_.ends.upper + at, left), floor_, constants_);
+    largest_ = V::larger(now.largest, largest_);
+    if (of_row < V::kWidth) {
+      now.centre = V::first(now.centre, of_row);
+      now.radius = V::first(now.radius, of_row);
+    }
+    return now;
+  }
+
+  float largest() const { return V::largest(largest_); }
+
+ private:
+  const FillPlane& work_;
+  const Constants& constants_;
+  typename V::Floats floor_, largest_;
+};
+
+// Columns by their remainder modulo 2.
+template <typename V>
+float fill_halves(const FillPlane& work, const Constants& constants) {
+  Filling<V> filling(work, constants);
   float *centre = work.centre, *radius = work.radius;
+  const int64_t even = work.even, odd = work.odd;
   for (int64_t row = 0; row < work.ends.count; row += work.width) {
-    for (int64_t i = 0; i < work.width; i += V::kWidth) {
-      const int64_t at = row + i, left = work.ends.count - at, of_row = work.width - i;
-      auto now = V::prepare(V::load(work.ends.lower + at, left),
-                            V::load(work.ends.upper + at, left), floor, constants);
-      largest = V::larger(now.largest, largest);
-      if (of_row < V::kWidth) {
-        now.centre = V::first(now.centre, of_row);
-        now.radius = V::first(now.radius, of_row);
-      }
-      V::store(centre + i, now.centre);
-      V::store(radius + i, now.radius);
+    for (int64_t i = 0; i < work.width; i += 2 * V::kWidth) {
+      const auto left = filling.lanes(row, i), right = filling.lanes(row, i + V::kWidth);
+      V::store(centre + even + i / 2, V::even(left.centre, right.centre));
+      V::store(radius + even + i / 2, V::even(left.radius, right.radius));
+      V::store(centre + odd + i / 2, V::odd(left.centre, right.centre));
+      V::store(radius + odd + i / 2, V::odd(left.radius, right.radius));
     }
     centre += work.row_size;
     radius += work.row_size;
   }
-  return V::largest(largest);
+  return filling.largest();
+}
+
+template <typename V>
+float fill_plane(const FillPlane& work, const Constants& constants) {
+  if (work.odd != 0) return fill_halves<V>(work, constants);
+  Filling<V> filling(work, constants);
+  float *centre = work.centre, *radius = work.radius;
+  for (int64_t row = 0; row < work.ends.count; row += work.width) {
+    for (int64_t i = 0; i < work.width; i += V::kWidth) {
+      const auto now = filling.lanes(row, i);
+      V::store(centre + work.even + i, now.centre);
+      V::store(radius + work.even + i, now.radius);
+    }
+    centre += work.row_size;
+    radius += work.row_size;
+  }
+  return filling.largest();
 }
 
 template <typename V, int N>
