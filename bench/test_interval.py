@@ -23,6 +23,7 @@ import pyrobust
 from pyrobust import _native
 
 from . import interval_peers as peers
+from .depthwise_networks import NETWORKS as DEPTHWISE
 
 THREADS = [int(n) for n in os.environ.get("BENCH_THREADS", "1,2").split(",")]
 ROUNDS = int(os.environ.get("BENCH_ROUNDS", "15"))
@@ -117,11 +118,7 @@ def test_forward(network: Any, batch: int, threads: int) -> None:
         show(f"{name}, forward, batch {batch}", forward_passes(model, x), x)
 
 
-@pytest.mark.parametrize("threads", THREADS, indirect=True)
-@pytest.mark.parametrize("batch", [1, 32])
-def test_residual(batch: int, threads: int) -> None:
-    torch.manual_seed(0)
-    model, x = peers.resnet(), torch.rand(batch, 3, 32, 32)
+def roundings_and_peer(model: Any, x: torch.Tensor) -> dict[str, Any]:
     passes: dict[str, Any] = {
         "torch, plain forward": model,
         "pyrobust, nearest (unsound)": peers.ours(model, "nearest"),
@@ -129,9 +126,26 @@ def test_residual(batch: int, threads: int) -> None:
         "pyrobust, deployed": peers.ours(model, "deployed"),
         "auto_LiRPA, IBP": peers.auto_lirpa(model, x),
     }
+    return {name: run for name, run in passes.items() if run is not None}
+
+
+@pytest.mark.parametrize("threads", THREADS, indirect=True)
+@pytest.mark.parametrize("batch", [1, 32])
+def test_residual(batch: int, threads: int) -> None:
+    torch.manual_seed(0)
+    model, x = peers.resnet(), torch.rand(batch, 3, 32, 32)
     with torch.no_grad():
-        passes = {name: run for name, run in passes.items() if run is not None}
-        show(f"ResNet, forward, batch {batch}", passes, x)
+        show(f"ResNet, forward, batch {batch}", roundings_and_peer(model, x), x)
+
+
+@pytest.mark.parametrize("threads", THREADS, indirect=True)
+@pytest.mark.parametrize("batch", [1, 32])
+@pytest.mark.parametrize("network", DEPTHWISE)
+def test_depthwise(network: str, batch: int, threads: int) -> None:
+    torch.manual_seed(0)
+    model, x = DEPTHWISE[network](), torch.rand(batch, 3, 96, 96)
+    with torch.no_grad():
+        show(f"{network}, forward, batch {batch}", roundings_and_peer(model, x), x)
 
 
 @pytest.mark.parametrize("threads", THREADS, indirect=True)
