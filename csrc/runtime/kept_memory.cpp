@@ -41,7 +41,7 @@ void free_block(const KeptBlock& block) noexcept {
 // The blocks that nobody owns, in the order in which they came. Trivial to destroy, so that
 // threads may give back while the process ends.
 struct Shelf {
-  static constexpr int kPlaces = 16;
+  static constexpr int kPlaces = 32;
   // A block makes room for others once so many came after it. Were it at once, passes that need
   // more than the limit, each block at its time, would find none of theirs.
   static constexpr int64_t kPatience = 64;
