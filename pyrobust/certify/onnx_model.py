@@ -141,7 +141,10 @@ class Reader:
             value = make(self, inputs, options)
         except Unsupported as reason:
             raise ValueError(f"load_onnx: {node.op_type} {where}: {reason}.") from None
-        self.values[node.output[0]] = value
+        if isinstance(value, list):
+            self.values.update(zip(node.output, value, strict=True))
+        else:
+            self.values[node.output[0]] = value
 
     def finish(self, name: str) -> fx.GraphModule:
         """The module whose output is the value ``name``."""

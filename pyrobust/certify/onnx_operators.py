@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyrobust.certify.onnx_shapes import SHAPE_OPERATORS, Unsupported, axes_of, constant
+from pyrobust.certify.onnx_constants import CONSTANT_OPERATORS
+from pyrobust.certify.onnx_shapes import SHAPE_OPERATORS, Unsupported, axes_of, constant, known
 
 if TYPE_CHECKING:
     from pyrobust.certify.onnx_model import Reader
@@ -26,6 +27,12 @@ def _with(function: Callable[..., Any], **names: tuple[str, Any]) -> Callable[..
     return lambda reader, inputs, options: reader.call(
         function, inputs[0], **{key: options.get(a, d) for key, (a, d) in names.items()}
     )
+
+
+def _div(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> Any:
+    if all(isinstance(v, Tensor) and not v.is_floating_point() for v in inputs):
+        return torch.div(*inputs, rounding_mode="trunc")  # of sizes
+    return reader.call(torch.div, *inputs)
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -54,11 +61,19 @@ def _matmul(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> Any:
     return reader.call(torch.matmul, *inputs)
 
 
-def _window(options: dict[str, Any], axes: int) -> tuple[Any, list[int] | None]:
-    """Symmetric padding, or zero and the amounts of ``F.pad``."""
-    if options.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
-        raise Unsupported(f"auto_pad={options['auto_pad'].decode()}")
+def _window(
+    options: dict[str, Any], axes: int, kernel: tuple[int, ...] = ()
+) -> tuple[Any, list[int] | None]:
+    """Symmetric padding, or zero and the amounts of ``F.pad``; with ``kernel``, of stride 1 too."""
     pads = list(options.get("pads", [0] * 2 * axes))
+    auto = options.get("auto_pad", b"NOTSET")
+    if auto in (b"SAME_UPPER", b"SAME_LOWER") and kernel and max(options.get("strides", [1])) == 1:
+        gaps = options.get("dilations", [1] * axes)
+        totals = [gap * (size - 1) for gap, size in zip(gaps, kernel, strict=True)]
+        less, more = [n // 2 for n in totals], [n - n // 2 for n in totals]
+        pads = less + more if auto == b"SAME_UPPER" else more + less
+    elif auto not in (b"NOTSET", b"VALID"):
+        raise Unsupported(f"auto_pad={auto.decode()}")
     begin, end = pads[:axes], pads[axes:]
     if begin == end:
         return tuple(begin), None
@@ -70,7 +85,7 @@ def _conv(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> Any:
     weight = constant(inputs[1], "the weight")
     bias = constant(inputs[2], "the bias") if len(inputs) > 2 else None
     axes = weight.ndim - 2
-    padding, amounts = _window(options, axes)
+    padding, amounts = _window(options, axes, tuple(weight.shape[2:]))
     value = inputs[0] if amounts is None else reader.call(F.pad, inputs[0], amounts)
     groups = options.get("group", 1)
     kinds: list[Any] = [nn.Conv1d, nn.Conv2d, nn.Conv3d]
@@ -164,11 +179,14 @@ def _pool(average: bool) -> Callable[..., Any]:
     return make
 
 
-def _global_pool(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> Any:
-    axes = len(reader.shape)
-    if axes < 3:
-        raise Unsupported(f"an input of {axes} axes")
-    return reader.call(torch.mean, inputs[0], list(range(2, axes)), keepdim=True)
+def _global_pool(function: Callable[..., Any]) -> Callable[..., Any]:
+    def make(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> Any:
+        axes = len(reader.shape)
+        if axes < 3:
+            raise Unsupported(f"an input of {axes} axes")
+        return reader.call(function, inputs[0], list(range(2, axes)), keepdim=True)
+
+    return make
 
 
 def _reduce(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -192,40 +210,38 @@ def _clip(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> Any:
     return reader.call(torch.clamp, inputs[0], *ends)
 
 
+_PAD_MODES = {
+    b"constant": "constant",
+    b"reflect": "reflect",
+    b"edge": "replicate",
+    b"wrap": "circular",
+}
+
+
 def _pad(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> Any:
-    if options.get("mode", b"constant") != b"constant":
-        raise Unsupported(f"mode={options['mode'].decode()}")
+    mode = options.get("mode", b"constant")
     pads = list(options["pads"]) if "pads" in options else constant(inputs[1], "pads").tolist()
     given = inputs[2] if len(inputs) > 2 else None
     value = float(constant(given, "the value")) if given is not None else options.get("value", 0.0)
     half = len(pads) // 2
-    pairs = zip(reversed(pads[:half]), reversed(pads[half:]), strict=True)
-    amounts = [int(n) for pair in pairs for n in pair]
+    axes, rank = list(range(-half, 0)), half
+    if len(inputs) > 3 and inputs[3] is not None:
+        rank = len(reader.shape)
+        axes = [a if a < 0 else a - rank for a in constant(inputs[3], "axes").tolist()]
+        if rank == 0:
+            raise Unsupported("axes of an input of unknown shape")
+    amounts = [0] * (-2 * min(axes))
+    for axis, before, after in zip(axes, pads[:half], pads[half:], strict=True):
+        amounts[-2 * axis - 2 : -2 * axis] = [int(before), int(after)]
+    while amounts and amounts[-2:] == [0, 0]:
+        amounts = amounts[:-2]
+    if len(amounts) == 2 * rank:
+        raise Unsupported("pads of the batch")
     extra = {} if value == 0 else {"value": value}
+    if mode != b"constant":
+        extra = {"mode": _PAD_MODES[mode]}
+        amounts += [0] * (2 * rank - 4 - len(amounts))  # torch wants all but channels
     return reader.call(F.pad, inputs[0], amounts, **extra)
-
-
-def _constant_node(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> Any:
-    from onnx import numpy_helper
-
-    if "value" in options:
-        return torch.from_numpy(numpy_helper.to_array(options["value"]).copy())
-    for name in ("value_float", "value_floats", "value_int", "value_ints"):
-        if name in options:
-            return torch.tensor(options[name])
-    raise Unsupported(f"{', '.join(options)}")
-
-
-def _cast(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> Any:
-    from onnx import TensorProto
-
-    if isinstance(inputs[0], Tensor):
-        kinds = {TensorProto.INT64: torch.int64, TensorProto.FLOAT: torch.float32}
-        if options["to"] in kinds:
-            return inputs[0].to(kinds[options["to"]])
-    elif options["to"] == TensorProto.FLOAT:
-        return inputs[0]
-    raise Unsupported("a type other than float32")
 
 
 def _layer_norm(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> Any:
@@ -267,6 +283,37 @@ def _softmax(function: Callable[..., Any]) -> Callable[..., Any]:
     return make
 
 
+def _instance_norm(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> Any:
+    statistics = (None, None, *(constant(value, "scale and bias") for value in inputs[1:]))
+    fixed = (True, 0.0, options.get("epsilon", 1e-5))
+    return reader.call(F.instance_norm, inputs[0], *statistics, *fixed)
+
+
+def _of_all(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of two tensors, of all inputs one after the other."""
+
+    def make(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> Any:
+        value, *others = [known(v, "sizes") if isinstance(v, Tensor) else v for v in inputs]
+        for other in others:
+            value = reader.call(function, value, other)
+        return value
+
+    return make
+
+
+def _pow(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> Any:
+    exponent = constant(inputs[1], "the exponent")
+    if isinstance(inputs[0], Tensor):
+        return torch.pow(inputs[0], exponent).to(inputs[0].dtype)
+    if exponent.numel() != 1:
+        raise Unsupported("several exponents")
+    return reader.call(torch.pow, inputs[0], exponent.item())
+
+
+def _where(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> Any:
+    return reader.call(torch.where, constant(inputs[0], "the condition"), *inputs[1:])
+
+
 def _hard_sigmoid(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> Any:
     alpha, beta = options.get("alpha", 0.2), options.get("beta", 0.5)
     scaled = reader.call(torch.add, reader.call(torch.mul, inputs[0], alpha), beta)
@@ -274,15 +321,15 @@ def _hard_sigmoid(reader: Reader, inputs: list[Any], options: dict[str, Any]) ->
 
 
 OPERATORS: dict[str, Callable[..., Any]] = {
+    "Abs": _unary(torch.abs),
     "Add": _unary(torch.add),
     "AveragePool": _pool(average=True),
     "BatchNormalization": _batch_norm,
-    "Cast": _cast,
+    "Celu": _with(F.celu, alpha=("alpha", 1.0)),
     "Clip": _clip,
-    "Constant": _constant_node,
     "Conv": _conv,
     "ConvTranspose": _conv_transpose,
-    "Div": _unary(torch.div),
+    "Div": _div,
     "Dropout": lambda reader, inputs, options: inputs[0],
     "Elu": _with(F.elu, alpha=("alpha", 1.0)),
     "Erf": _unary(torch.erf),
@@ -291,30 +338,42 @@ OPERATORS: dict[str, Callable[..., Any]] = {
         F.gelu, inputs[0], approximate=options.get("approximate", b"none").decode()
     ),
     "Gemm": _gemm,
-    "GlobalAveragePool": _global_pool,
+    "GlobalAveragePool": _global_pool(torch.mean),
+    "GlobalMaxPool": _global_pool(torch.amax),
     "HardSigmoid": _hard_sigmoid,
     "HardSwish": _unary(F.hardswish),
     "Identity": lambda reader, inputs, options: inputs[0],
+    "InstanceNormalization": _instance_norm,
     "LayerNormalization": _layer_norm,
     "LeakyRelu": _with(F.leaky_relu, negative_slope=("alpha", 0.01)),
+    "Log": _unary(torch.log),
     "LogSoftmax": _softmax(torch.log_softmax),
     "MatMul": _matmul,
+    "Max": _of_all(torch.maximum),
     "MaxPool": _pool(average=False),
+    "Min": _of_all(torch.minimum),
     "Mish": _unary(F.mish),
     "Mul": _unary(torch.mul),
     "Neg": _unary(torch.neg),
     "Pad": _pad,
     "PRelu": _prelu,
+    "Pow": _pow,
+    "Reciprocal": _unary(torch.reciprocal),
     "ReduceMax": _reduce(torch.amax),
     "ReduceMean": _reduce(torch.mean),
+    "ReduceMin": _reduce(torch.amin),
     "ReduceSum": _reduce(torch.sum),
     "Relu": _unary(torch.relu),
     "Selu": _unary(F.selu),
     "Sigmoid": _unary(torch.sigmoid),
     "Softmax": _softmax(torch.softmax),
     "Softplus": _unary(F.softplus),
+    "Softsign": _unary(F.softsign),
     "Sqrt": _unary(torch.sqrt),
     "Sub": _unary(torch.sub),
+    "Sum": _of_all(torch.add),
     "Tanh": _unary(torch.tanh),
+    "Where": _where,
+    **CONSTANT_OPERATORS,
     **SHAPE_OPERATORS,
 }

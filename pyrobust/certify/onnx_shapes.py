@@ -17,7 +17,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from pyrobust.certify.onnx_model import Reader
 
-__all__ = ["SHAPE_OPERATORS", "Unsupported", "axes_of", "constant", "leaves"]
+__all__ = ["SHAPE_OPERATORS", "Unsupported", "axes_of", "constant", "known", "leaves"]
 
 # stands for the batch in computations with sizes
 _BATCH = -(2**40)
@@ -39,6 +39,14 @@ def constant(value: Any, what: str) -> Tensor:
     if not isinstance(value, Tensor):
         raise Unsupported(f"{what} must be constant")
     return value
+
+
+def known(value: Any, what: str) -> Tensor:
+    """``value``, which must depend neither on the input nor on the size of the batch."""
+    found = constant(value, what)
+    if found.dtype != torch.bool and bool((found < _BATCH // 16).any()):
+        raise Unsupported(f"{what} must not depend on the batch")
+    return found
 
 
 def axes_of(inputs: list[Any], options: dict[str, Any]) -> tuple[int, ...]:
@@ -66,6 +74,23 @@ def _constant_of_shape(reader: Reader, inputs: list[Any], options: dict[str, Any
     return value.reshape(()).expand(sizes).clone()
 
 
+def _depth_to_space(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> Any:
+    if options.get("mode", b"DCR") != b"CRD":
+        raise Unsupported("mode=DCR")
+    return reader.call(torch.pixel_shuffle, inputs[0], options["blocksize"])
+
+
+def _expand(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> Any:
+    sizes = constant(inputs[1], "the shape").tolist()
+    if isinstance(inputs[0], Tensor):
+        if min(sizes, default=0) < 0:
+            raise Unsupported("a shape that depends on the batch")
+        return inputs[0].expand(torch.broadcast_shapes(inputs[0].shape, sizes))
+    if len(sizes) != len(reader.shape) or sizes[0] not in (1, _BATCH):
+        raise Unsupported("a shape that does not keep the axes and the batch")
+    return reader.method("expand", inputs[0], -1, *(-1 if n == 1 else n for n in sizes[1:]))
+
+
 def _flatten(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> Any:
     if options.get("axis", 1) != 1:
         raise Unsupported(f"axis={options['axis']}")
@@ -76,13 +101,17 @@ def _gather(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> Any:
     index = constant(inputs[1], "the index")
     axis = options.get("axis", 0)
     if isinstance(inputs[0], Tensor):
-        chosen = torch.index_select(inputs[0], axis, index.flatten())
-        return chosen if index.ndim else chosen.squeeze(axis)
-    if index.ndim:
-        raise Unsupported("an index of several elements")
-    if axis == 0:
+        size = inputs[0].shape[axis]
+        places = torch.where(index < 0, index + size, index).flatten()
+        chosen = torch.index_select(inputs[0], axis, places)
+        return chosen.unflatten(axis, index.shape) if index.ndim else chosen.squeeze(axis)
+    if axis == 0 or axis == -len(reader.shape):
         raise Unsupported("an index into the batch")
-    return reader.call(torch.select, inputs[0], axis, int(index))
+    if index.ndim == 0:
+        return reader.call(torch.select, inputs[0], axis, int(index))
+    if index.ndim > 1 or bool((index < 0).any()):
+        raise Unsupported("an index of several axes, or from the end")
+    return reader.call(torch.index_select, inputs[0], axis, index)
 
 
 def _reshape(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> Any:
@@ -110,25 +139,49 @@ def _shape(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> Any:
 
 
 def _slice(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> Any:
-    values = [constant(v, "every bound").tolist() for v in inputs[1:] if v is not None]
+    values = [known(v, "every bound").tolist() for v in inputs[1:] if v is not None]
     starts, ends = values[:2]
     axes = values[2] if len(values) > 2 else list(range(len(starts)))
     steps = values[3] if len(values) > 3 else [1] * len(starts)
-    if any(s != 1 for s in steps):
+    if not isinstance(inputs[0], Tensor) and min(steps, default=1) < 1:
         raise Unsupported(f"steps {steps}")
     value = inputs[0]
-    for axis, start, end in zip(axes, starts, ends, strict=True):
+    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
         place = axis if axis >= 0 else axis + len(reader.shape)
         if place < 0:
             raise Unsupported(f"axis {axis} of an input of unknown shape")
-        index = (*[slice(None)] * place, slice(start, end))
+        index = (*[slice(None)] * place, slice(start, end, step))
         if isinstance(value, Tensor):
-            value = value[index]
+            value = torch.from_numpy(value.numpy()[index].copy())  # backwards too
         elif place == 0:
             raise Unsupported("a part of the batch")
         else:
             value = reader.call(operator.getitem, value, index)
     return value
+
+
+def _split(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> Any:
+    """The parts, in a list."""
+    axis = options.get("axis", 0)
+    rank = len(reader.shape)
+    place = axis if axis >= 0 else axis + rank
+    if not isinstance(inputs[0], Tensor) and place <= 0:
+        raise Unsupported("parts of the batch, or along an axis of an input of unknown shape")
+    if len(inputs) > 1 and inputs[1] is not None:
+        sizes = known(inputs[1], "split").tolist()
+    elif "split" in options:
+        sizes = list(options["split"])
+    elif "num_outputs" in options and rank > place and reader.shape[place]:
+        whole, count = reader.shape[place], options["num_outputs"]
+        size = -(-whole // count)
+        sizes = [min(size, whole - i * size) for i in range(count)]
+    else:
+        raise Unsupported("parts whose sizes are not given")
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [
+        reader.call(torch.narrow, inputs[0], place, start, size)
+        for start, size in zip(starts, sizes, strict=True)
+    ]
 
 
 def _squeeze(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> Any:
@@ -154,11 +207,14 @@ def _unsqueeze(reader: Reader, inputs: list[Any], options: dict[str, Any]) -> An
 SHAPE_OPERATORS: dict[str, Callable[..., Any]] = {
     "Concat": _concat,
     "ConstantOfShape": _constant_of_shape,
+    "DepthToSpace": _depth_to_space,
+    "Expand": _expand,
     "Flatten": _flatten,
     "Gather": _gather,
     "Reshape": _reshape,
     "Shape": _shape,
     "Slice": _slice,
+    "Split": _split,
     "Squeeze": _squeeze,
     "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,

@@ -122,6 +122,35 @@ OPERATORS = [
     ([node("Dropout", ["x"], ["d"]), node("Identity", ["d"], ["y"])], lambda x: x),
     ([node("Constant", [], ["k"], value_floats=[3.0]), node("Add", ["x", "k"], ["y"])],
      lambda x: x + 3),
+    ([node("Abs", ["x"], ["a"]), node("Celu", ["a"], ["c"]), node("Softsign", ["c"], ["y"])],
+     lambda x: F.softsign(F.celu(x.abs()))),
+    ([node("Pow", ["x", "two"], ["p"]), node("Add", ["p", "two"], ["a"]), node("Log", ["a"], ["l"]),
+      node("Reciprocal", ["l"], ["y"])], lambda x: 1 / (x**2 + 2).log()),
+    ([node("Max", ["x", "low", "two"], ["m"]), node("Min", ["m", "x"], ["n"]),
+      node("Sum", ["n", "x", "x"], ["y"])], lambda x: 3 * x),
+    ([node("ReduceMin", ["x"], ["y"], axes=[-1])], lambda x: x.amin(-1, keepdim=True)),
+    ([node("GlobalMaxPool", ["x"], ["y"])], lambda x: x.amax((2, 3), keepdim=True)),
+    ([node("InstanceNormalization", ["x", "pair", "pair"], ["y"], epsilon=1e-3)],
+     lambda x: F.instance_norm(x, None, None, *[torch.tensor([0.5, 2.0])] * 2, True, 0.0, 1e-3)),
+    ([node("Gather", ["x", "order"], ["y"], axis=2)], lambda x: x[:, :, [2, 0]]),
+    ([node("Slice", ["x", "from", "to", "axes", "steps"], ["y"])], lambda x: x[:, :, 1:3:2]),
+    ([node("Split", ["x", "parts"], ["a", "b"], axis=-1),
+      node("Concat", ["b", "a"], ["y"], axis=3)],
+     lambda x: x[..., [3, 0, 1, 2]]),
+    ([node("Div", ["order", "parts"], ["q"]), node("Gather", ["x", "q"], ["y"], axis=1)],
+     lambda x: x[:, [0, 0]]),
+    ([node("ReduceMax", ["x"], ["r"], axes=[1]), node("Expand", ["r", "wide"], ["y"])],
+     lambda x: x.amax(1, keepdim=True).expand(-1, 3, -1, -1)),
+    ([node("Pad", ["x", "pads"], ["y"], mode="edge")],
+     lambda x: F.pad(x, (1, 3, 0, 2), mode="replicate")),
+    ([node("Pad", ["x", "pads"], ["y"], mode="wrap")],
+     lambda x: F.pad(x, (1, 3, 0, 2), mode="circular")),
+    ([node("Where", ["mask", "x", "two"], ["y"])],
+     lambda x: x.where(torch.tensor([True, False, False, True]), torch.tensor(2.0))),
+    ([node("Conv", ["x", "w"], ["y"], auto_pad="SAME_UPPER", dilations=[1, 3])],
+     lambda x: F.conv2d(F.pad(x, (1, 2, 0, 1)), torch.ones(2, 2, 2, 2), dilation=(1, 3))),
+    ([node("Conv", ["x", "w"], ["y"], auto_pad="SAME_LOWER")],
+     lambda x: F.conv2d(F.pad(x, (1, 0, 1, 0)), torch.ones(2, 2, 2, 2))),
 ]
 # fmt: on
 
@@ -133,6 +162,10 @@ def test_operators(tmp_path, nodes, expected):
         "pads": torch.tensor([0, 0, 0, 1, 0, 0, 2, 3]), "from": torch.tensor([1]),
         "to": torch.tensor([3]), "axes": torch.tensor([2]), "low": torch.tensor(-0.5),
         "high": torch.tensor(0.75), "one_axis": torch.tensor([1]),
+        "pair": torch.tensor([0.5, 2.0]), "order": torch.tensor([2, 0]),
+        "w": torch.ones(2, 2, 2, 2),
+        "steps": torch.tensor([2]), "parts": torch.tensor([3, 1]), "edges": torch.tensor([1, 2]),
+        "wide": torch.tensor([1, 3, 1, 1]), "mask": torch.tensor([True, False, False, True]),
     }  # fmt: skip
     used = {name for n in nodes for name in n.input}
     constants = {k: v for k, v in constants.items() if k in used}
@@ -288,6 +321,92 @@ def test_against_an_independent_evaluation(tmp_path):
     torch.testing.assert_close(load_onnx(path)(x), torch.from_numpy(expected), rtol=1e-5, atol=1e-6)
 
 
+CONSTANTS = [
+    [node("Floor", ["c"], ["f"]), node("Ceil", ["d"], ["k"]), node("Sign", ["k"], ["s"]),
+     node("Add", ["f", "s"], ["a"]), node("Round", ["a"], ["v"])],
+    [node("CumSum", ["c", "one"], ["s"]), node("ScatterElements", ["s", "at", "d"], ["v"], axis=1,
+     reduction="add")],
+    [node("ScatterElements", ["c", "at", "d"], ["v"], axis=1)],
+    [node("GatherND", ["c", "places"], ["v"])],
+    [node("Less", ["c", "d"], ["a"]), node("GreaterOrEqual", ["c", "zero"], ["b"]),
+     node("And", ["a", "b"], ["e"]), node("Not", ["e"], ["n"]),
+     node("Where", ["n", "c", "d"], ["v"])],
+    [node("Equal", ["c", "c"], ["a"]), node("Greater", ["c", "d"], ["b"]), node("Or", ["a", "b"],
+     ["e"]), node("Cast", ["e"], ["v"], to=TensorProto.FLOAT)],
+    [node("Range", ["zero", "four", "one_float"], ["v"])],
+    [node("Slice", ["c", "last", "before", "one_list", "back"], ["v"])],
+    [node("Gather", ["c", "ends"], ["v"], axis=1)],
+    [node("Cast", ["c"], ["a"], to=TensorProto.UINT8), node("Cast", ["a"], ["v"],
+     to=TensorProto.FLOAT)],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("nodes", CONSTANTS, ids=lambda nodes: nodes[0].op_type)
+@pytest.mark.parametrize("runtime", ["onnx", "onnxruntime"])
+def test_arithmetic_on_constants_is_done_while_reading(tmp_path, nodes, runtime):
+    constants = {
+        "c": torch.tensor([[0.5, 1.5, 2.0, 3.7]]), "d": torch.tensor([[1.0, -1.25, 7.0, 0.5]]),
+        "one": torch.tensor(1), "at": torch.tensor([[0, -1, 2, 1]]), "zero": torch.tensor(0.0),
+        "places": torch.tensor([[0, 3], [0, 1], [0, 0], [0, 3]]), "four": torch.tensor(4.0),
+        "one_float": torch.tensor(1.0), "last": torch.tensor([-1]), "before": torch.tensor([-9]),
+        "one_list": torch.tensor([1]), "back": torch.tensor([-1]),
+        "ends": torch.tensor([-1, 0, 1, 2]),
+    }  # fmt: skip
+    used = {name for n in nodes for name in n.input}
+    constants = {k: v for k, v in constants.items() if k in used}
+    path = write(tmp_path / "c.onnx", [*nodes, node("Add", ["x", "v"], ["y"])], constants, [4])
+    x = torch.randn(3, 4)
+    if runtime == "onnx":
+        from onnx.reference import ReferenceEvaluator as Session
+    else:
+        Session = pytest.importorskip("onnxruntime").InferenceSession
+    (expected,) = Session(str(path)).run(None, {"x": x.numpy()})
+    assert torch.equal(load_onnx(path)(x), torch.from_numpy(expected))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("onnxscript") is None, reason="needs onnxscript")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("options", [{"bits": 4}, {"quantizer": "nf4"}, {"quantizer": "two-level"}])
+def test_packed_models_come_back_from_their_exports(tmp_path, options):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv1d(8, 32, 5, padding=2, padding_mode="circular"), nn.ReLU(), nn.Flatten(),
+        nn.Linear(640, 32), nn.ReLU(), nn.Linear(32, 3),
+    ).eval()  # fmt: skip
+    packed = pyrobust.pack(model, group_size=16, **options)
+    x, path = torch.randn(2, 8, 20), tmp_path / "p.onnx"
+    torch.onnx.export(packed, (x,), str(path), dynamo=True, dynamic_shapes=({0: "batch"},))
+    loaded = load_onnx(path)
+    torch.testing.assert_close(loaded(x), packed(x), rtol=1e-5, atol=1e-5)
+    bounds = loaded(Interval.ball(x, 0.01, rounding="deployed"))
+    assert bool(bounds.contains(packed(x)).all())
+    runtime = pytest.importorskip("onnxruntime")
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert bool(bounds.contains(torch.from_numpy(out)).all())
+
+
+@pytest.mark.parametrize("axis", [2, 3, -1, 1])
+@pytest.mark.parametrize("mode", ["reflect", "constant"])
+def test_pads_of_single_axes(tmp_path, axis, mode):
+    if (mode, axis) == ("reflect", 1):
+        pytest.skip("torch reflects no channels")
+    nodes = [node("Pad", ["x", "pads", "", "axes"], ["y"], mode=mode)]
+    constants = {"pads": torch.tensor([1, 2]), "axes": torch.tensor([axis])}
+    path = write(tmp_path / "p.onnx", nodes, constants, [2, 4, 4], 4, opset=18)
+    amounts = {1: (0, 0, 0, 0, 1, 2), 2: (0, 0, 1, 2)}.get(axis, (1, 2, 0, 0))
+    same(path, lambda x: F.pad(x, amounts, mode=mode), torch.randn(3, 2, 4, 4))
+
+
+def test_parts_of_equal_size(tmp_path):
+    nodes = [
+        node("Split", ["x"], ["a", "b", "c"], axis=1, num_outputs=3),
+        node("Concat", ["c", "b", "a"], ["y"], axis=1),
+    ]
+    path = write(tmp_path / "q.onnx", nodes, {}, [8], opset=18)
+    same(path, lambda x: torch.cat([x[:, 6:], x[:, 3:6], x[:, :3]], 1), torch.randn(2, 8))
+
+
 def with_sizes(*last):
     """The input reshaped to sizes that are computed, as exporters of a free batch write them."""
     nodes = [
@@ -335,6 +454,19 @@ def test_refusals(tmp_path):
     path = write(tmp_path / "s.onnx", [node("Softmax", ["x"], ["y"])], {}, [4, 4], 3, opset=11)
     with pytest.raises(ValueError, match=r"Softmax .*axis=1 of operator set 11"):
         load_onnx(path)
+    path = write(tmp_path / "f.onnx", [node("Floor", ["x"], ["y"])], {}, [4])
+    with pytest.raises(ValueError, match=r"Floor .*every input must be constant"):
+        load_onnx(path)
+    nodes, constants = with_sizes(
+        node("Max", ["n", "one"], ["t"]), node("Unsqueeze", ["t", "axis"], ["m"])
+    )
+    path = write(tmp_path / "h.onnx", nodes, constants | {"one": torch.tensor(1)}, [2, 3])
+    with pytest.raises(ValueError, match=r"Max .*must not depend on the batch"):
+        load_onnx(path)
+    nodes = [node("Pad", ["x", "pads", "", "axes"], ["y"])]
+    given = {"pads": torch.tensor([1, 0]), "axes": torch.tensor([0])}
+    with pytest.raises(ValueError, match=r"Pad .*pads of the batch"):
+        load_onnx(write(tmp_path / "g.onnx", nodes, given, [4], opset=18))
     broken = tmp_path / "e.onnx"
     broken.write_bytes(b"not a model")
     with pytest.raises(ValueError, match="is not a valid ONNX model"):
