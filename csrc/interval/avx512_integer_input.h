@@ -126,11 +126,11 @@ inline __m512i bytes_of(__m512i first, __m512i second) {
                             _mm512_cvtepi16_epi8(second), 1);
 }
 
-void order_quads(IntegerInput* input) {
-  const int64_t all = input->groups * input->stride;
+void order_quads(IntegerInput* input, int64_t first_group, int64_t last_group) {
+  const int64_t end = last_group * input->stride;
   const __m512i flip = _mm512_set1_epi16(static_cast<int16_t>(0x8000));
   const __m512i half = _mm512_set1_epi16(128);
-  for (int64_t k = 0; k < all; k += kIntegerBlock) {
+  for (int64_t k = first_group * input->stride; k < end; k += kIntegerBlock) {
     __m512i q[2], p[2], up[2];
     for (int i = 0; i < 2; ++i) {
       q[i] = _mm512_xor_si512(_mm512_loadu_si512(input->centre + k + 32 * i), flip);
@@ -140,12 +140,6 @@ void order_quads(IntegerInput* input) {
     const __m512i part[4] = {bytes_of(_mm512_srli_epi16(q[0], 8), _mm512_srli_epi16(q[1], 8)),
                              bytes_of(q[0], q[1]), bytes_of(up[0], up[1]), bytes_of(p[0], p[1])};
     store_step_bytes(part, input->quads + 4 * k);
-  }
-  if (!input->shifted) return;
-  for (int64_t g = 0; g < input->groups; ++g) {
-    for (int64_t k = 0; k < input->stride; ++k) {
-      input->ones[g * input->stride + k] = k < input->count(g) ? 1 : 0;
-    }
   }
 }
 

@@ -170,33 +170,26 @@ struct LoopsOfInput {
 };
 
 template <typename Set>
-bool prepare_integers(const IntegerPrepare& work, float* largest) {
+void prepare_integers(const IntegerPrepare& work) {
   IntegerInput& out = *work.out;
-  out.shifted = false;
-  *largest = 0.0f;
-  double widening = 0.0, radii = 0.0;
-  for (int64_t g = 0; g < out.groups; ++g) {
+  for (int64_t g = work.first; g < work.last; ++g) {
     const int64_t count = out.count(g);
     const Extent extent = Set::extent(work.ends, g * out.group, count);
-    *largest = extent.largest > *largest ? extent.largest : *largest;
-    if (!(extent.defect == 0.0f)) return false;
+    out.largest[g] = rounding::infinity();
+    if (!(extent.defect == 0.0f)) continue;
     const CentreGrid centres(extent);
     const float most = Set::place_centres(work, centres, g);
-    if (!rounding::is_finite(most)) return false;
+    if (!rounding::is_finite(most)) continue;
     const RadiusGrid spread(most);
-    const int64_t sum = Set::place_radii(work, spread, g);
+    out.spread[g] = Set::place_radii(work, spread, g);
     std::fill(out.centre + g * out.stride + count, out.centre + (g + 1) * out.stride,
               int16_t{-32768});
     std::fill(out.radius + g * out.stride + count, out.radius + (g + 1) * out.stride, int16_t{0});
     out.step[g] = centres.step;
     out.shift[g] = centres.shift;
     out.radius_step[g] = spread.step;
-    out.shifted = out.shifted || out.shift[g] != 0;
-    const double step = spread.step;
-    radii += step * static_cast<double>(sum);
-    widening += static_cast<double>(count) * (0.25 * centres.step + 0.5 * step);
+    out.largest[g] = extent.largest;
   }
-  return widening <= kMostWidening * radii;
 }
 
 // --- rows in the canonical layout

@@ -58,6 +58,8 @@ struct IntegerMemory {
     places.place(&input.step, input.groups);
     places.place(&input.radius_step, input.groups);
     places.place(&input.shift, input.groups);
+    places.place(&input.spread, input.groups);
+    places.place(&input.largest, input.groups);
     places.place(&input.total, input.groups);
     places.place(&input.quads, ordered ? 4 * all : 0);
     places.place(&input.ones, ordered ? all : 0);

@@ -84,33 +84,156 @@ void multiply(const IntegerLayer& layer, const IntegerKernels& table, const Inte
   }
 }
 
-// The shares of one thread; false, and nothing is written, where the input does not suit.
-bool serve(const IntegerLayer& layer, const IntegerKernels& table, const Team& team, char* base) {
-  if (team.rank >= layer.shares) return true;
-  const Call& call = layer.call;
-  const int64_t terms = call.weight.terms, rows = call.weight.rows;
-  const Ends ends{call.lower, call.upper, terms, call.floor()};
-  // Every thread makes the integers for itself: sooner than to wait for another core's.
-  fetch_lines(ends.lower, terms * int64_t{sizeof(float)});
-  fetch_lines(ends.upper, terms * int64_t{sizeof(float)});
-  IntegerMemory memory = layer.memory(base);
-  const IntegerConstants constants = integer_constants(call, ends, memory.input.groups);
-  float largest;
-  if (!table.prepare({ends, constants, memory.scratch, &memory.input}, &largest)) return false;
-  if (layer.source != CodeSource::kRows) table.order(&memory.input);
-  const double offset = offset_for(call, largest);
-  const int64_t all = blocks(rows, kIntegerRows), sharers = std::min(layer.shares, team.size);
-  const int64_t begin = all * team.rank / sharers * kIntegerRows;
-  const int64_t end = std::min(rows, all * (team.rank + 1) / sharers * kIntegerRows);
-  for (int64_t n = begin; n < end; n += kIntegerRows) {
-    const int64_t count = std::min(kIntegerRows, end - n);
-    multiply(layer, table, memory, n, count);
-    call.report(table.finish({memory.sums, memory.sums + kIntegerRows, shifted(call.bias, n),
-                              offset, count, call.out_lower + n, call.out_upper + n},
-                             constants));
+// Sums up what is known of each group; false where the input is better served, or only served, by
+// the float kernels. (Groups ascending: the same answer however threads shared them.)
+bool suits(IntegerInput* input, float* largest) {
+  *largest = 0.0f;
+  input->shifted = false;
+  double widening = 0.0, radii = 0.0;
+  for (int64_t g = 0; g < input->groups; ++g) {
+    if (!rounding::is_finite(input->largest[g])) return false;
+    *largest = std::max(*largest, input->largest[g]);
+    input->shifted = input->shifted || input->shift[g] != 0;
+    radii += input->radius_step[g] * static_cast<double>(input->spread[g]);
+    widening += static_cast<double>(input->count(g)) *
+                (0.25 * input->step[g] + 0.5 * input->radius_step[g]);
   }
-  return true;
+  return widening <= kMostWidening * radii;
 }
+
+void mark_columns(const IntegerInput& input) {
+  for (int64_t g = 0; g < input.groups; ++g) {
+    uint8_t* ones = input.ones + g * input.stride;
+    std::fill_n(ones, input.count(g), uint8_t{1});
+    std::fill(ones + input.count(g), ones + input.stride, uint8_t{0});
+  }
+}
+
+// Rows of a layer that one thread of a team makes.
+struct RowShare {
+  int64_t begin = 0, end = 0;
+
+  RowShare(const IntegerLayer& layer, const Team& team) {
+    if (team.rank >= layer.shares) return;
+    begin = border(layer, team, team.rank);
+    end = std::min(layer.weight.rows, border(layer, team, team.rank + 1));
+  }
+
+  static int64_t sharers(const IntegerLayer& layer, const Team& team) {
+    return std::min(layer.shares, team.size);
+  }
+
+  // Where the rows of a thread begin.
+  static int64_t border(const IntegerLayer& layer, const Team& team, int64_t rank) {
+    const int64_t all = blocks(layer.weight.rows, kIntegerRows);
+    return all * rank / sharers(layer, team) * kIntegerRows;
+  }
+};
+
+// One thread's part in a chain. Integers of an input are made by every thread for itself, sooner
+// than to wait for another core's; or, where the rows that each thread makes are whole groups of
+// the next layer's input, by the thread that has their ends at hand, in one of two blocks that all
+// share by turns.
+class ChainThread {
+ public:
+  ChainThread(const IntegerKernels& table, const Team& team, char* own, char* shared, int64_t size)
+      : table_(table), team_(team), own_(own), shared_(shared), size_(size) {}
+
+  // False, and nothing is written, where the input does not suit.
+  bool serve(const IntegerLayer& layer, const IntegerLayer* next) {
+    const bool ready = ready_;
+    ready_ = next != nullptr && hands_on(layer, *next);
+    turn_ = 1 - turn_;
+    if (team_.rank >= layer.shares) return true;
+    IntegerMemory memory = layer.memory(own_);
+    const Ends ends = ends_of(layer.call);
+    if (ready) {
+      take(layer, &memory.input);
+    } else {
+      make(layer, ends, &memory);
+    }
+    float largest;
+    if (!suits(&memory.input, &largest)) return false;
+    if (memory.input.shifted && layer.source != CodeSource::kRows) mark_columns(memory.input);
+    const RowShare rows(layer, team_);
+    make_rows(layer, rows, memory, offset_for(layer.call, largest));
+    if (ready_) hand_on(*next, rows);
+    return true;
+  }
+
+ private:
+  static Ends ends_of(const Call& call) {
+    return {call.lower, call.upper, call.weight.terms, call.floor()};
+  }
+
+  // Whether every thread's rows are whole groups, and no number of all ends is asked for first.
+  bool hands_on(const IntegerLayer& layer, const IntegerLayer& next) const {
+    const bool follows =
+        next.call.lower == layer.call.out_lower && next.call.upper == layer.call.out_upper;
+    if (!follows || next.call.rounding == Rounding::kDeployed) return false;
+    const int64_t group = columns_of_group(next.weight);
+    for (int64_t rank = 1; rank < RowShare::sharers(layer, team_); ++rank) {
+      if (RowShare::border(layer, team_, rank) % group != 0) return false;
+    }
+    return true;
+  }
+
+  void make(const IntegerLayer& layer, const Ends& ends, IntegerMemory* memory) const {
+    fetch_lines(ends.lower, ends.count * int64_t{sizeof(float)});
+    fetch_lines(ends.upper, ends.count * int64_t{sizeof(float)});
+    prepare(layer, ends, *memory, &memory->input, 0, memory->input.groups);
+  }
+
+  void prepare(const IntegerLayer& layer, const Ends& ends, const IntegerMemory& memory,
+               IntegerInput* input, int64_t first, int64_t last) const {
+    const IntegerConstants constants = integer_constants(layer.call, ends, input->groups);
+    table_.prepare({ends, constants, memory.scratch, input, first, last});
+    if (layer.source != CodeSource::kRows) table_.order(input, first, last);
+  }
+
+  // The integers that all threads have made.
+  void take(const IntegerLayer& layer, IntegerInput* input) const {
+    uint8_t* const ones = input->ones;
+    *input = layer.memory(block(turn_)).input;
+    input->ones = ones;
+    const int64_t all = input->groups * input->stride;
+    if (layer.source != CodeSource::kRows) {
+      fetch_lines(input->quads, 4 * all);
+    } else {
+      fetch_lines(input->centre, all * int64_t{sizeof(int16_t)});
+      fetch_lines(input->radius, all * int64_t{sizeof(int16_t)});
+    }
+  }
+
+  void hand_on(const IntegerLayer& next, const RowShare& rows) const {
+    if (rows.begin == rows.end) return;
+    IntegerInput input = next.memory(block(1 - turn_)).input;
+    const int64_t last = rows.end == next.weight.cols ? input.groups : rows.end / input.group;
+    prepare(next, ends_of(next.call), next.memory(own_), &input, rows.begin / input.group, last);
+  }
+
+  void make_rows(const IntegerLayer& layer, const RowShare& rows, const IntegerMemory& memory,
+                 double offset) const {
+    const Call& call = layer.call;
+    const IntegerConstants constants = integer_constants(call, ends_of(call), memory.input.groups);
+    for (int64_t n = rows.begin; n < rows.end; n += kIntegerRows) {
+      const int64_t count = std::min(kIntegerRows, rows.end - n);
+      multiply(layer, table_, memory, n, count);
+      call.report(table_.finish({memory.sums, memory.sums + kIntegerRows, shifted(call.bias, n),
+                                 offset, count, call.out_lower + n, call.out_upper + n},
+                                constants));
+    }
+  }
+
+  char* block(int turn) const { return shared_ + turn * size_; }
+
+  const IntegerKernels& table_;
+  const Team& team_;
+  char *own_, *shared_;
+  int64_t size_;
+  bool ready_ = false;  // whether the next layer's input is made by all
+  int turn_ = 0;
+};
 
 }  // namespace
 
@@ -123,15 +246,17 @@ int64_t integer_chain(const Call* layers, int64_t count, int num_threads) {
     threads = std::max(threads, layer.shares);
   }
   if (fitting == 0) return 0;
-  const Floats memory = floats(threads * (size / int64_t{sizeof(float)}));
+  const Floats memory = floats((threads + 2) * (size / int64_t{sizeof(float)}));
   std::atomic<int64_t> served{fitting};
   run_together(static_cast<int>(threads), [&](const Team& team) {
     const DefaultFloatEnvironment environment;
-    char* own = reinterpret_cast<char*>(memory.get()) + team.rank * size;
+    char* const shared = reinterpret_cast<char*>(memory.get());
+    ChainThread thread(table, team, shared + (2 + team.rank) * size, shared, size);
     for (int64_t i = 0; i < fitting; ++i) {
       const IntegerLayer layer(layers[i], table, num_threads);
+      const IntegerLayer next(layers[i + 1 < fitting ? i + 1 : i], table, num_threads);
       // All threads find the same; the first, which has a share of every layer, tells.
-      const bool suits = serve(layer, table, team, own);
+      const bool suits = thread.serve(layer, i + 1 < fitting ? &next : nullptr);
       if (team.rank == 0 && !suits) served.store(i);
       team.meet();
       if (served.load() <= i) return;  // one that has gone on may have stored a later layer

@@ -76,6 +76,8 @@ struct IntegerInput {
   double* step;         // s
   double* radius_step;  // t
   int32_t* shift;       // m
+  int64_t* spread;      // sum of p
+  float* largest;       // |x|, infinite or NaN where an end is: then nothing else is there
   int64_t* total;       // sum of q
   uint8_t* quads;       // for panels: see order_quads
   uint8_t* ones;        // for panels: 1 where there is a column
@@ -87,11 +89,13 @@ struct IntegerInput {
   }
 };
 
+// Groups [first, last) of an input.
 struct IntegerPrepare {
   Ends ends;
   IntegerConstants constants;
   float* scratch;  // stride() floats
   IntegerInput* out;
+  int64_t first, last;
 };
 
 // yc and yr of rows [first, first + rows) for one input, without bias.
@@ -115,14 +119,12 @@ struct IntegerEnds {
 };
 
 struct IntegerKernels {
-  // False where the input is better served, or only served, by the float kernels; gives the largest
-  // |x| too.
-  bool (*prepare)(const IntegerPrepare& work, float* largest);
+  void (*prepare)(const IntegerPrepare& work);
   void (*rows)(const IntegerDots& work);
   bool (*finish)(const IntegerEnds& work, const IntegerConstants& constants);
   // With a weight in panel order, [first, first + rows) whole panels or up to the last row; null
   // where the set has no such order.
-  void (*order)(IntegerInput* input);
+  void (*order)(IntegerInput* input, int64_t first_group, int64_t last_group);
   void (*panels)(const IntegerDots& work);
 };
 

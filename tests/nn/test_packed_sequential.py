@@ -111,16 +111,23 @@ def test_inputs_that_keep_to_floats_may_come_at_any_layer(eps, chains):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_the_bits_do_not_depend_on_the_number_of_threads(threads):
-    model = network(sizes=(700, 1100, 900, 10))
-    box = box_of(model, 2)
+@pytest.mark.parametrize("group_size", [64, 128, 100])  # whole in each thread's rows, or not
+@pytest.mark.parametrize("rounding", ["real", "deployed"])
+def test_the_bits_do_not_depend_on_the_number_of_threads(threads, group_size, rounding):
+    torch.manual_seed(1)
+    sizes = [700, 1100, 900, 1024, 10]
+    layers = [nn.Linear(*pair) for pair in itertools.pairwise(sizes)]
+    chain = [layers[0], nn.ReLU(), *layers[1:3], nn.ReLU(), layers[3]]  # one input below zero
+    model = pack(nn.Sequential(*chain).eval(), bits=4, group_size=group_size)
+    box, narrow = box_of(model, 2, rounding), box_of(model, 1, rounding, 1e-6)
     with torch.no_grad():
-        expected = one_by_one(model, box)
+        expected = one_by_one(model, box), one_by_one(model, narrow)
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
             for _ in range(3):
-                assert_same(model(box), expected)
+                assert_same(model(box), expected[0])
+                assert_same(model(narrow), expected[1])
         finally:
             torch.set_num_threads(before)
 
