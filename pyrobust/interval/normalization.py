@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pyrobust.interval.arithmetic import add, mul
@@ -384,8 +385,10 @@ def _instance_norm(
     eps: float = 1e-5,
     *_: Any,
 ) -> Interval:
-    if not use_input_stats:
-        return _batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    if not use_input_stats:  # called as such, so that it takes the pass that batch norm has
+        values = cast(Tensor, require_box(input, "instance_norm"))
+        of_statistics = (running_mean, running_var, weight, bias, False, momentum, eps)
+        return cast(Interval, F.batch_norm(values, *of_statistics))
     if running_mean is not None:
         raise ValueError(
             "Interval: instance norm that tracks statistics must run in evaluation mode"
