@@ -13,6 +13,7 @@
 #include "interval/patches.h"
 #include "interval/plane_loops.h"
 #include "interval/radius_loops.h"
+#include "interval/uniform_loops.h"
 
 namespace pyrobust {
 namespace interval {
@@ -175,7 +176,8 @@ struct FewInputs {
 // rows would spill one.
 constexpr int kTileRows = 5;
 
-template <int R>
+// `kRadii`: the upper half of a panel holds radii, which meet |W|.
+template <int R, bool kRadii>
 void add_chunk(const float* panel, const float* weight, int64_t stride, int64_t terms,
                float* sums) {
   __m256 total_c[R], total_r[R];
@@ -195,7 +197,7 @@ void add_chunk(const float* panel, const float* weight, int64_t stride, int64_t 
       for (int i = 0; i < R; ++i) {
         const __m256 w = _mm256_broadcast_ss(weight + i * stride + k);
         c[i] = _mm256_fmadd_ps(w, x, c[i]);
-        r[i] = _mm256_fmadd_ps(magnitude(w), y, r[i]);
+        r[i] = _mm256_fmadd_ps(kRadii ? magnitude(w) : w, y, r[i]);
       }
     }
     for (int i = 0; i < R; ++i) {
@@ -209,6 +211,7 @@ void add_chunk(const float* panel, const float* weight, int64_t stride, int64_t 
   }
 }
 
+template <bool kRadii>
 void tiles_of_panel(const Tiles& work, const float* panel, float* sums) {
   for (int64_t i = 0; !work.add && i < work.rows * kPanelWidth; i += 8) {
     _mm256_storeu_ps(sums + i, _mm256_setzero_ps());
@@ -218,21 +221,34 @@ void tiles_of_panel(const Tiles& work, const float* panel, float* sums) {
     const float *column = panel + begin * kPanelWidth, *weight = work.weight + begin;
     int64_t n = 0;
     for (; n + kTileRows <= work.rows; n += kTileRows) {
-      add_chunk<kTileRows>(column, weight + n * work.weight_stride, work.weight_stride, count,
-                           sums + n * kPanelWidth);
+      add_chunk<kTileRows, kRadii>(column, weight + n * work.weight_stride, work.weight_stride,
+                                   count, sums + n * kPanelWidth);
     }
     for (; n < work.rows; ++n) {
-      add_chunk<1>(column, weight + n * work.weight_stride, work.weight_stride, count,
-                   sums + n * kPanelWidth);
+      add_chunk<1, kRadii>(column, weight + n * work.weight_stride, work.weight_stride, count,
+                           sums + n * kPanelWidth);
     }
   }
 }
 
+template <bool kRadii>
 void tiles(const Tiles& work) {
   for (int64_t p = 0; p < work.panels; ++p) {
-    tiles_of_panel(work, work.panel + p * work.panel_stride, work.sums + p * work.sum_stride);
+    tiles_of_panel<kRadii>(work, work.panel + p * work.panel_stride,
+                           work.sums + p * work.sum_stride);
   }
 }
+
+struct EightFloats {
+  using Vector = __m256;
+  static constexpr int64_t kWidth = 8;
+  static __m256 zero() { return _mm256_setzero_ps(); }
+  static __m256 load(const float* from, int64_t count) { return interval::load(from, count); }
+  static __m256 add_size(__m256 x, __m256 sum) { return _mm256_add_ps(sum, magnitude(x)); }
+  static __m256 add_square(__m256 x, __m256 sum) { return _mm256_fmadd_ps(x, x, sum); }
+  static __m256 add(__m256 a, __m256 b) { return _mm256_add_ps(a, b); }
+  static float sum(__m256 x) { return sum_of(x); }
+};
 
 // --- ends
 // -----------------------------------------------------------------------------------------
@@ -442,13 +458,14 @@ constexpr IntervalKernels kKernels = {
     pack_patches,
     spread,
     dots<FewInputs>,
-    tiles,
+    tiles<true>,
     finish_row,
     finish_panel,
     kElementLoops,
     kCurveLoops,
     kPairLoops,
     {widen_panel<0>, widen_row<8, 0>, count_nonzero},
+    uniform_loops<EightFloats, 0>(tiles<false>),
     &kIntegerLoops,
     nullptr,
     fill_plane<EightLanes>,

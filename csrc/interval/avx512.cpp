@@ -17,6 +17,7 @@
 #include "interval/few_inputs.h"
 #include "interval/pair_loops.h"
 #include "interval/radius_loops.h"
+#include "interval/uniform_loops.h"
 
 namespace pyrobust {
 namespace interval {
@@ -97,7 +98,8 @@ struct FewInputs {
 // the first cache, whose ways are eight on Zen 4: 84 GF/s where six rows take 111 of 118.
 constexpr int kTileRows = 6;
 
-template <int R, int P>
+// `kRadii`: the upper half of a panel holds radii, which meet |W|.
+template <bool kRadii, int R, int P>
 void add_chunk(const Tiles& work, int64_t first, int64_t n, int64_t begin, int64_t end) {
   const __m512i mask = _mm512_inserti64x4(_mm512_set1_epi32(-1), _mm256_set1_epi32(0x7fffffff), 1);
   const float* weight = work.weight + n * work.weight_stride;
@@ -122,8 +124,9 @@ void add_chunk(const Tiles& work, int64_t first, int64_t n, int64_t begin, int64
       }
 #pragma GCC unroll 6
       for (int i = 0; i < R; ++i) {
-        const __m512 both = _mm512_castsi512_ps(_mm512_and_si512(
-            mask, _mm512_castps_si512(_mm512_set1_ps(weight[i * work.weight_stride + k]))));
+        const __m512 w = _mm512_set1_ps(weight[i * work.weight_stride + k]);
+        const __m512 both =
+            kRadii ? _mm512_castsi512_ps(_mm512_and_si512(mask, _mm512_castps_si512(w))) : w;
 #pragma GCC unroll 4
         for (int p = 0; p < P; ++p) sum[i][p] = _mm512_fmadd_ps(both, x[p], sum[i][p]);
       }
@@ -146,15 +149,16 @@ void add_chunk(const Tiles& work, int64_t first, int64_t n, int64_t begin, int64
 
 using AddChunk = void (*)(const Tiles&, int64_t, int64_t, int64_t, int64_t);
 
-template <int P, int... R>
+template <bool kRadii, int P, int... R>
 constexpr std::array<AddChunk, sizeof...(R)> chunks_by_rows(std::integer_sequence<int, R...>) {
-  return {add_chunk<R + 1, P>...};
+  return {add_chunk<kRadii, R + 1, P>...};
 }
 
 // Tiles of nearly equal height: a last one of four rows would wait for its own sums.
-template <int P>
+template <bool kRadii, int P>
 void chunk_of_rows(const Tiles& work, int64_t first, int64_t begin, int64_t end) {
-  static constexpr auto kChunks = chunks_by_rows<P>(std::make_integer_sequence<int, kTileRows>());
+  static constexpr auto kChunks =
+      chunks_by_rows<kRadii, P>(std::make_integer_sequence<int, kTileRows>());
   const int64_t count = (work.rows + kTileRows - 1) / kTileRows;
   for (int64_t t = 0, n = 0; t < count; ++t) {
     const int64_t next = work.rows * (t + 1) / count;
@@ -163,20 +167,32 @@ void chunk_of_rows(const Tiles& work, int64_t first, int64_t begin, int64_t end)
   }
 }
 
+template <bool kRadii>
 void tiles(const Tiles& work) {
   for (int64_t begin = 0; begin < work.terms; begin += kChunk) {
     const int64_t end = work.terms - begin < kChunk ? work.terms : begin + kChunk;
     int64_t p = 0;
-    for (; p + 4 <= work.panels; p += 4) chunk_of_rows<4>(work, p, begin, end);
-    if (work.panels - p == 3) chunk_of_rows<3>(work, p, begin, end);
-    if (work.panels - p == 2) chunk_of_rows<2>(work, p, begin, end);
-    if (work.panels - p == 1) chunk_of_rows<1>(work, p, begin, end);
+    for (; p + 4 <= work.panels; p += 4) chunk_of_rows<kRadii, 4>(work, p, begin, end);
+    if (work.panels - p == 3) chunk_of_rows<kRadii, 3>(work, p, begin, end);
+    if (work.panels - p == 2) chunk_of_rows<kRadii, 2>(work, p, begin, end);
+    if (work.panels - p == 1) chunk_of_rows<kRadii, 1>(work, p, begin, end);
   }
   if (work.terms > 0 || work.add) return;
   for (int64_t p = 0; p < work.panels; ++p) {
     for (int64_t i = 0; i < work.rows * kPanelWidth; ++i) work.sums[p * work.sum_stride + i] = 0.0f;
   }
 }
+
+struct SixteenFloats {
+  using Vector = __m512;
+  static constexpr int64_t kWidth = 16;
+  static __m512 zero() { return _mm512_setzero_ps(); }
+  static __m512 load(const float* from, int64_t count) { return load_lanes(from, count); }
+  static __m512 add_size(__m512 x, __m512 sum) { return _mm512_add_ps(sum, magnitude(x)); }
+  static __m512 add_square(__m512 x, __m512 sum) { return _mm512_fmadd_ps(x, x, sum); }
+  static __m512 add(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
+  static float sum(__m512 x) { return _mm512_reduce_add_ps(x); }
+};
 
 // --- a convolution's pixels: R rows of W against P groups of sixteen
 // ---------------------------------
@@ -263,13 +279,14 @@ constexpr IntervalKernels kKernels = {
     pack_patches,
     spread_by_registers,
     dots<FewInputs>,
-    tiles,
+    tiles<true>,
     nullptr,
     finish_pixels,
     kRegisterLoops,
     kCurveLoops,
     kPairLoops,
     {widen_panel<0>, widen_row<16, 0>, count_nonzero},
+    uniform_loops<SixteenFloats, 0>(tiles<false>),
     &kIntegers,
     direct,
     fill_sixteen,

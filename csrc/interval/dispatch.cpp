@@ -9,6 +9,7 @@
 #include "interval/panels.h"
 #include "interval/plan.h"
 #include "interval/run_factors.h"
+#include "interval/uniform_inputs.h"
 #include "runtime/cpu_features.h"
 
 namespace pyrobust {
@@ -40,6 +41,7 @@ IntervalKernels pick_kernels() {
     if (faster->pairs.ends != nullptr) table.pairs = faster->pairs;
     if (faster->filter.product != nullptr) table.filter = faster->filter;
     if (faster->widen.panel != nullptr) table.widen = faster->widen;
+    if (faster->uniform.tiles != nullptr) table.uniform = faster->uniform;
     if (faster->integers != nullptr) table.integers = faster->integers;
     if (faster->coarse_tiles != nullptr) {
       table.round_sizes = faster->round_sizes;
@@ -225,17 +227,9 @@ struct RowShare {
   }
 
   void finish(int64_t batch) const {
-    const int64_t rows = call.weight.rows;
     for (int64_t p = 0; p < panels.count; ++p) {
-      const int64_t at = p * kLanes * rows + begin, lanes = std::min(kLanes, batch - p * kLanes);
-      float offsets[kLanes] = {};
-      for (int64_t lane = 0; lane < lanes; ++lane) {
-        offsets[lane] = offset_for(call, panels.largest[static_cast<size_t>(p * kLanes + lane)]);
-      }
-      call.report(table.finish_panel(
-          {sums + p * (end - begin) * kPanelWidth, shifted(call.bias, begin), offsets, end - begin,
-           lanes, 1, rows, 0, call.out_lower + at, call.out_upper + at},
-          panels.constants[static_cast<size_t>(p)].ends));
+      const float* own = sums + p * (end - begin) * kPanelWidth;
+      panels.constants.finish(call, table, batch, p, begin, end - begin, own);
     }
   }
 
@@ -268,8 +262,6 @@ struct RowShare {
 void many_inputs(const Call& call, const IntervalKernels& table, int64_t batch, int num_threads) {
   const int64_t terms = call.weight.terms, rows = call.weight.rows;
   Panels panels(call, batch, num_threads);
-  // finer than kRowStep, so that threads have the same to do
-  constexpr int64_t kShareStep = kRowStep / 5;
   const Shares shares(rows, kShareStep, static_cast<double>(batch) * rows * terms / 8, num_threads);
   const bool packed = call.weight.packed != nullptr;
   const int64_t step = rows_at_once(rows, packed ? terms : std::min(terms, kTermsAtOnce));
@@ -335,10 +327,16 @@ void interval_linear(const Call& asked, int64_t batch, int num_threads) {
   if (batch == 0 || asked.weight.rows == 0) return;
   const IntervalKernels table = pick_kernels();
   Call call = asked;
-  call.coarse_radius = batch > kFewInputs && coarse_pays(asked, table, asked.weight.rows);
+  call.coarse_radius = false;
   prefer_large_pages(call.out_lower, batch * call.weight.rows * int64_t{sizeof(float)});
   prefer_large_pages(call.out_upper, batch * call.weight.rows * int64_t{sizeof(float)});
-  if (batch > kFewInputs) return many_inputs(call, table, batch, num_threads);
+  if (const UniformRadii radii(call, table, batch, num_threads); radii.serve) {
+    return uniform_inputs(call, table, radii, batch, num_threads);
+  }
+  if (batch > kFewInputs) {
+    call.coarse_radius = coarse_pays(asked, table, asked.weight.rows);
+    return many_inputs(call, table, batch, num_threads);
+  }
   if (call.weight.packed != nullptr) {
     for (int64_t b = 0; b < batch; ++b) {
       Call one = call;

@@ -38,20 +38,15 @@ struct PanelConstants {
   }
 };
 
-// All inputs as panels, in blocks of kTermsAtOnce terms: those of one pass over W at a time.
-struct Panels {
+// `count` panels in blocks of kTermsAtOnce terms: those of one pass over W at a time.
+struct PanelBlocks {
   int64_t count;
   int64_t stride;  // from a block's panel to the next
   int64_t pass;    // terms: as many blocks as fit 2 MiB, or all of them
   int64_t first = 0;
   Floats values;
-  std::vector<PanelConstants> constants;  // (count)
-  std::vector<float> largest;             // (count * kLanes) |x| so far, 0 for absent inputs
 
-  Panels(const Call& call, int64_t batch, int num_threads)
-      : count(blocks(batch, kLanes)),
-        constants(static_cast<size_t>(count)),
-        largest(static_cast<size_t>(count * kLanes), 0.0f) {
+  PanelBlocks(const Call& call, int64_t count) : count(count) {
     constexpr int64_t kFloatsOfPass = int64_t{1} << 19;
     const int64_t terms = call.weight.terms, all = blocks(terms, kTermsAtOnce);
     // A panel is set off by a line: panels a multiple of 4096 bytes apart would share cache sets.
@@ -62,20 +57,53 @@ struct Panels {
     const bool whole = call.weight.packed != nullptr || call.int8;
     pass = std::max<int64_t>(1, whole ? all : std::min(fit, all)) * kTermsAtOnce;
     values = floats(std::min(pass / kTermsAtOnce, all) * count * stride);
-    const Constants of_all = constants_of(call, terms, counts_roundings(call));
-    const Shares shares(count, 1, static_cast<double>(batch * terms), num_threads);
-    shares.run([&](int64_t, int64_t begin, int64_t end) {
-      for (int64_t p = begin; p < end; ++p) {
-        constants[static_cast<size_t>(p)] =
-            PanelConstants(call, of_all, p * kLanes, std::min(kLanes, batch - p * kLanes));
-      }
-    });
   }
 
   // Panel p of the block that starts at term `begin` of this pass.
   float* at(int64_t p, int64_t begin) const {
     return values.get() + ((begin - first) / kTermsAtOnce * count + p) * stride;
   }
+};
+
+// What the inputs of eight lanes after another bring to their ends.
+struct InputConstants {
+  std::vector<PanelConstants> panels;
+  std::vector<float> largest;  // (panels * kLanes) |x| so far, 0 for absent inputs
+
+  InputConstants(const Call& call, int64_t batch, int num_threads)
+      : panels(static_cast<size_t>(blocks(batch, kLanes))), largest(panels.size() * kLanes, 0.0f) {
+    const int64_t terms = call.weight.terms, count = blocks(batch, kLanes);
+    const Constants of_all = constants_of(call, terms, counts_roundings(call));
+    const Shares shares(count, 1, static_cast<double>(batch * terms), num_threads);
+    shares.run([&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) {
+        panels[static_cast<size_t>(p)] =
+            PanelConstants(call, of_all, p * kLanes, std::min(kLanes, batch - p * kLanes));
+      }
+    });
+  }
+
+  // Ends of rows [begin, begin + rows) of the inputs of panel p from their sums.
+  void finish(const Call& call, const IntervalKernels& table, int64_t batch, int64_t p,
+              int64_t begin, int64_t rows, const float* sums) const {
+    const int64_t at = p * kLanes * call.weight.rows + begin;
+    const int64_t lanes = std::min(kLanes, batch - p * kLanes);
+    float offsets[kLanes] = {};
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      offsets[lane] = offset_for(call, largest[static_cast<size_t>(p * kLanes + lane)]);
+    }
+    call.report(table.finish_panel({sums, shifted(call.bias, begin), offsets, rows, lanes, 1,
+                                    call.weight.rows, 0, call.out_lower + at, call.out_upper + at},
+                                   panels[static_cast<size_t>(p)].ends));
+  }
+};
+
+// All inputs as panels of centres and radii.
+struct Panels : PanelBlocks {
+  InputConstants constants;
+
+  Panels(const Call& call, int64_t batch, int num_threads)
+      : PanelBlocks(call, blocks(batch, kLanes)), constants(call, batch, num_threads) {}
 };
 
 // Radii of terms [begin, begin + terms) of a panel, of the sums of all terms.
@@ -94,8 +122,8 @@ inline void fill_panel(const Call& call, const IntervalKernels& table, int64_t b
   const int64_t terms = call.weight.terms, lanes = std::min(kLanes, batch - p * kLanes);
   const int64_t block = call.int8 ? terms : std::min(terms, kTermsAtOnce);
   float *centre = scratch, *radius = scratch + kLanes * block;
-  float* largest = panels->largest.data() + p * kLanes;
-  const PanelConstants& constants = panels->constants[static_cast<size_t>(p)];
+  float* largest = panels->constants.largest.data() + p * kLanes;
+  const PanelConstants& constants = panels->constants.panels[static_cast<size_t>(p)];
   const bool counted = counts_roundings(call);
   const Constants plain = plain_radii();
   for (int64_t from = begin; from < end; from += block) {

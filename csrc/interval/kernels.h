@@ -462,6 +462,55 @@ struct RadiusLoops {
   void (*count)(const float* panel, int64_t terms, int32_t* nonzero) = nullptr;
 };
 
+// Inputs whose radii are all the same, in panels of kPanelWidth centres (uniform_inputs.h).
+struct RadiusRange {
+  float least, most;  // radii as `prepare` makes them; `least` is -inf where one is not finite
+  float size;         // the largest |x|
+};
+
+// Bounds of the errors of the centres of terms [begin, begin + terms), of sums of `total` terms, as
+// widen.panel adds to radii.
+struct PanelErrors {
+  const float* panel;
+  int64_t begin, terms, total;     // `begin` is a multiple of kChunk
+  const Constants* const* inputs;  // (kPanelWidth)
+  bool counted;                    // whether roundings are counted by their places
+  float* norms;                    // (runs, kPanelWidth): at least the root of the sum of squares
+  float* most;                     // (kPanelWidth): grows to the largest error
+};
+
+// Bounds of the sums of |W| of a row and of the norms of its runs, for terms [begin, begin +
+// terms).
+constexpr int64_t kWeighedTerms = 16 * kRun;
+struct WeighRows {
+  const float* weight;
+  int64_t stride;
+  int64_t rows;
+  int64_t begin, terms;  // `begin` a multiple of kRun, at most kWeighedTerms terms
+  bool outward;          // or else sums in plain rounding, and no norms
+  float* sizes;          // (rows, size_stride): the sum so far, then the norms of all runs
+  int64_t size_stride;
+};
+
+// Sums of centres and radii (rows, kPanelWidth) become those of two panels, in the same memory. A
+// radius is at most `top` times the sum of |W|.
+struct JoinSums {
+  float* centres;
+  float* radii;
+  int64_t rows;
+  const float* top;    // (kPanelWidth)
+  const float* sizes;  // (rows), size_stride apart
+  int64_t size_stride;
+};
+
+struct UniformLoops {
+  void (*tiles)(const Tiles& work) = nullptr;  // sums of W, not |W|, times all of a panel
+  RadiusRange (*range)(const Ends& ends) = nullptr;
+  void (*errors)(const PanelErrors& work) = nullptr;
+  void (*weigh)(const WeighRows& work) = nullptr;
+  void (*join)(const JoinSums& work) = nullptr;
+};
+
 struct IntegerKernels;  // integers.h
 
 struct IntervalKernels {
@@ -478,6 +527,7 @@ struct IntervalKernels {
   CurveLoops curves = {};      // all or none
   PairLoops pairs = {};        // all or none
   RadiusLoops widen = {};      // all or none
+  UniformLoops uniform = {};   // all or none
   const IntegerKernels* integers = nullptr;
   // Null from here on: the set has no such path, nor does the portable one.
   void (*direct)(const Direct& work) = nullptr;

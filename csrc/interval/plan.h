@@ -15,7 +15,8 @@
 namespace pyrobust {
 namespace interval {
 
-constexpr int64_t kRowStep = 60;  // a multiple of every kernel's tile height
+constexpr int64_t kRowStep = 60;              // a multiple of every kernel's tile height
+constexpr int64_t kShareStep = kRowStep / 5;  // of shares among threads that have the same to do
 
 IntervalKernels pick_kernels();
 // `nonzero` counts the terms of an output that may be other than zero.

@@ -10,6 +10,7 @@
 #include "interval/pair_loops.h"
 #include "interval/patches.h"
 #include "interval/radius_loops.h"
+#include "interval/uniform_loops.h"
 
 namespace pyrobust {
 namespace interval {
@@ -100,13 +101,15 @@ void pack(const PackRows& work) {
   }
 }
 
+// `kRadii`: the upper half of a panel holds radii, which meet |W|.
+template <bool kRadii>
 void add_chunk(const float* panel, const float* weight, int64_t terms, float* sums) {
   float total[kPanelWidth] = {};
   for (int64_t begin = 0; begin < terms; begin += kRun) {
     const int64_t end = terms < begin + kRun ? terms : begin + kRun;
     float part[kPanelWidth] = {};
     for (int64_t k = begin; k < end; ++k) {
-      const float w = weight[k], size = std::fabs(w);
+      const float w = weight[k], size = kRadii ? std::fabs(w) : w;
       const float* column = panel + k * kPanelWidth;
       for (int64_t lane = 0; lane < kLanes; ++lane) {
         part[lane] += w * column[lane];
@@ -118,22 +121,36 @@ void add_chunk(const float* panel, const float* weight, int64_t terms, float* su
   for (int64_t lane = 0; lane < kPanelWidth; ++lane) sums[lane] += total[lane];
 }
 
+template <bool kRadii>
 void tiles_of_panel(const Tiles& work, const float* panel, float* sums) {
   if (!work.add) std::fill(sums, sums + work.rows * kPanelWidth, 0.0f);
   for (int64_t begin = 0; begin < work.terms; begin += kChunk) {
     const int64_t count = work.terms - begin < kChunk ? work.terms - begin : kChunk;
     for (int64_t n = 0; n < work.rows; ++n) {
-      add_chunk(panel + begin * kPanelWidth, work.weight + n * work.weight_stride + begin, count,
-                sums + n * kPanelWidth);
+      add_chunk<kRadii>(panel + begin * kPanelWidth, work.weight + n * work.weight_stride + begin,
+                        count, sums + n * kPanelWidth);
     }
   }
 }
 
+template <bool kRadii>
 void tiles(const Tiles& work) {
   for (int64_t p = 0; p < work.panels; ++p) {
-    tiles_of_panel(work, work.panel + p * work.panel_stride, work.sums + p * work.sum_stride);
+    tiles_of_panel<kRadii>(work, work.panel + p * work.panel_stride,
+                           work.sums + p * work.sum_stride);
   }
 }
+
+struct OneFloat {
+  using Vector = float;
+  static constexpr int64_t kWidth = 1;
+  static float zero() { return 0.0f; }
+  static float load(const float* from, int64_t) { return *from; }
+  static float add_size(float x, float sum) { return sum + std::fabs(x); }
+  static float add_square(float x, float sum) { return sum + x * x; }
+  static float add(float a, float b) { return a + b; }
+  static float sum(float x) { return x; }
+};
 
 // finish_one, and whether the ends are finite.
 bool finish(float centre, float radius, float shift, float offset, const Constants& constants,
@@ -170,10 +187,19 @@ bool finish_panel(const FinishPanel& work, const Constants& constants) {
 }  // namespace
 
 const IntervalKernels kPortableKernels = {
-    prepare,        pack,         pack_patches,
-    spread,         dots,         tiles,
-    finish_row,     finish_panel, kElementLoops,
-    kCurveLoops,    kPairLoops,   {widen_panel<1>, widen_row<kDotLanes, 1>, count_nonzero},
+    prepare,
+    pack,
+    pack_patches,
+    spread,
+    dots,
+    tiles<true>,
+    finish_row,
+    finish_panel,
+    kElementLoops,
+    kCurveLoops,
+    kPairLoops,
+    {widen_panel<1>, widen_row<kDotLanes, 1>, count_nonzero},
+    uniform_loops<OneFloat, 1>(tiles<false>),
     &kIntegerLoops,
 };
 
