@@ -80,6 +80,24 @@
 // sum of |w| r' may overflow where r' is 2^111 or more: the ends are infinite then. Where a scale
 // is not 0 and below 2^-100 or above 2^100, |f w| is rounded up as above.
 //
+// Uniform radii (uniform_inputs.h). Where the radii of every input, more than eight of them, are
+// equal but for the rounding of its ends, as those of a ball are, one product is enough. Let rho'
+// be at least r_k (1 + g_x) of an input and e_k = up(g_c |c_k| + 2^-100), with d_k as before: the
+// centres are summed in the same order. So r'_k <= rho' + e_k, and by Cauchy and Schwarz in each
+// run of kRun terms, ||.|| being the root of its sum of squares,
+//   S(r') <= rho' sum_k |W[n,k]| + sum over runs of ||e|| ||W[n]||,
+//   S(r') <= (rho' + max e) sum_k |W[n,k]|.
+// The smaller one takes the place of S(r'). Sums of |W| and roots are rounded up (uniform_loops.h):
+// a square that overflows makes the first bound infinite, and what squares lose by underflow is
+// below the 2^-70 that is added to each root. The first has 1 + K / kRun (rounded up) terms >= 0,
+// no more than K, and is summed as all others, so that (2) holds; the second rounds once. The path
+// serves if 64 g max |x| <= min r for each input, g the most that g_c may be, so that S(r') grows
+// by less than 1/40 (and by a third of what rounding takes where e and W are spread evenly), if r
+// differs by at most 2^-20 max |x|, and if r is within [2^-40, 2^60], which keeps the squares of e
+// from overflow and the 2^-70 from showing. Points, whose radii are rounding alone, keep both
+// products. With int8 activations their half step joins rho'. kNearest takes the middle of the
+// radii and no e.
+//
 // Overflow. An infinity or NaN in yc + b or in R (it never becomes finite again) gives the ends
 // -inf and +inf, never NaN; so do infinite or NaN inputs. A deployed sum cannot overflow while
 // R < H 2^126 (H of the least n), as S(|x|) + |b| <= R / H then; otherwise the ends are infinite.

@@ -67,7 +67,7 @@ def underflowing(batch, terms, rows):
 def just_above_powers(batch, terms, rows):
     """Each operand is as much too small for bfloat16 as can be."""
     x = torch.randn(batch, terms)
-    width = torch.full((batch, terms), 2.0**-6 * (1 + 2.0**-23))
+    width = 2.0**-6 * (1 + 2.0**-23) * (1 + torch.arange(terms).expand(batch, -1) % 2)
     return x, x + width, torch.full((rows, terms), 1 + 2.0**-23), torch.zeros(rows)
 
 
@@ -198,7 +198,7 @@ def test_tiles_are_counted(emulated_tiles, shape):
     batch, terms, rows = shape
     x = torch.randn(batch, terms)
     with radius_precision("bfloat16"):
-        interval_linear(x, x + 1, torch.randn(rows, terms))
+        interval_linear(x, x + torch.rand_like(x), torch.randn(rows, terms))
     seen = emulated_tiles.take_interval_counters()
     steps = sum(-(-min(256, terms - first) // 32) for first in range(0, terms, 256))
     assert seen["products"] == -(-batch // 16) * -(-rows // 16) * steps
@@ -227,15 +227,18 @@ def test_no_attained_corner_of_packed_weights_lies_outside(tiles, kind, rounding
 
 def test_float32_radii_take_no_tiles(emulated_tiles):
     x = torch.randn(40, 128)
-    interval_linear(x, x + 1, torch.randn(64, 128))
+    upper = x + torch.rand_like(x)
+    interval_linear(x, upper, torch.randn(64, 128))
     with radius_precision("bfloat16"):
-        interval_linear(x[:4], x[:4] + 1, torch.randn(64, 128))  # few inputs
-        interval_linear(x, x + 1, torch.randn(10, 128))  # few rows
+        interval_linear(x[:4], upper[:4], torch.randn(64, 128))  # few inputs
+        interval_linear(x, upper, torch.randn(10, 128))  # few rows
+        interval_linear(x, x + 1, torch.randn(64, 128))  # equal radii
     assert emulated_tiles.take_interval_counters()["products"] == 0
 
 
 def test_threads_change_no_bit(emulated_tiles):
     x, weight = torch.randn(130, 700), torch.randn(250, 700)
+    upper = x + torch.rand_like(x)
     image, window = torch.randn(4, 32, 16, 16), torch.randn(48, 32, 5, 5)
     one, filtered = torch.randn(1, 34, 16, 16), torch.randn(56, 34, 3, 3)
     before = torch.get_num_threads()
@@ -244,7 +247,7 @@ def test_threads_change_no_bit(emulated_tiles):
         for threads in (1, 2):
             torch.set_num_threads(threads)
             with radius_precision("bfloat16"):
-                results.append(interval_linear(x, x + 1, weight))
+                results.append(interval_linear(x, upper, weight))
                 results.append(interval_conv2d(image, image + 1, window, padding=2))
                 results.append(interval_conv2d(one, one + 1, filtered, padding=1))
     finally:
@@ -375,14 +378,15 @@ def test_the_real_kernel_is_made_of_tile_instructions():
 @pytest.mark.skipif("amx" not in _native.supported_isas(), reason="no AMX here")
 def test_the_processor_adds_as_the_emulation(emulated_tiles, monkeypatch):
     x, weight = torch.randn(40, 300), torch.randn(90, 300)
+    upper = x + 0.1 * torch.rand_like(x)
     with radius_precision("bfloat16"):
-        expected = interval_linear(x - 0.1, x + 0.1, weight)
+        expected = interval_linear(x - 0.1, upper, weight)
     monkeypatch.undo()
     before = _native.isa()
     _native.set_isa("amx")
     try:
         with radius_precision("bfloat16"):
-            ends = interval_linear(x - 0.1, x + 0.1, weight)
+            ends = interval_linear(x - 0.1, upper, weight)
     finally:
         _native.set_isa(before)
     assert torch.equal(ends[0], expected[0])

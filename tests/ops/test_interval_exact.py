@@ -58,8 +58,8 @@ def spread(shape, low, high):
 
 
 def ordinary(batch, terms, rows):
-    x = torch.rand(batch, terms)
-    return x - 2 / 255, x + 2 / 255, torch.randn(rows, terms), torch.randn(rows)
+    x, width = torch.rand(batch, terms), (0.5 + torch.rand(batch, terms)) * 2 / 255
+    return x - width, x + width, torch.randn(rows, terms), torch.randn(rows)
 
 
 def no_radius(batch, terms, rows):

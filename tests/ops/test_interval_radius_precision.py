@@ -67,9 +67,10 @@ def test_no_attained_corner_of_a_million_lies_outside(kind):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_boxes_are_wider_by_at_most_two_roundings(isa, shape):
     x, weight = torch.randn(shape[0], shape[1]), torch.randn(shape[2], shape[1])
-    plain = interval_linear(x - 0.1, x + 0.1, weight)
+    ends = x - 0.1, x + 0.1 * torch.rand_like(x)  # equal radii are not multiplied
+    plain = interval_linear(*ends, weight)
     with radius_precision("bfloat16"):
-        coarse = interval_linear(x - 0.1, x + 0.1, weight)
+        coarse = interval_linear(*ends, weight)
     ratio = (coarse[1] - coarse[0]) / (plain[1] - plain[0])
     assert ratio.max() <= WIDEST
     if used():
@@ -105,13 +106,14 @@ def test_infinite_and_missing_numbers_give_everything():
 
 def test_the_block_ends_with_the_setting_before():
     x, weight = torch.randn(9, 64), torch.randn(32, 64)
-    plain = interval_linear(x, x + 1, weight)
+    ends = x, x + torch.rand_like(x)
+    plain = interval_linear(*ends, weight)
     with radius_precision("bfloat16"):
-        coarse = interval_linear(x, x + 1, weight)
+        coarse = interval_linear(*ends, weight)
         with radius_precision("float32"):
-            assert torch.equal(interval_linear(x, x + 1, weight)[0], plain[0])
-        assert torch.equal(interval_linear(x, x + 1, weight)[0], coarse[0])
-    assert torch.equal(interval_linear(x, x + 1, weight)[0], plain[0])
+            assert torch.equal(interval_linear(*ends, weight)[0], plain[0])
+        assert torch.equal(interval_linear(*ends, weight)[0], coarse[0])
+    assert torch.equal(interval_linear(*ends, weight)[0], plain[0])
     with pytest.raises(ValueError, match=r"radius_precision: name must be"):
         radius_precision("half").__enter__()
 
