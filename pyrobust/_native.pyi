@@ -133,6 +133,31 @@ def interval_pair_backward(
     to: Sequence[Tensor],
     num_threads: int,
 ) -> None: ...
+def interval_constant(
+    lower: Tensor,
+    upper: Tensor,
+    first: float,
+    last: float,
+    operation: str,
+    reversed: bool,
+    rounding: str,
+    out_lower: Tensor,
+    out_upper: Tensor,
+    num_threads: int,
+) -> bool: ...
+def interval_constant_backward(
+    of_lower: Tensor,
+    of_upper: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    first: float,
+    last: float,
+    operation: str,
+    reversed: bool,
+    to_lower: Tensor,
+    to_upper: Tensor,
+    num_threads: int,
+) -> None: ...
 def interval_add_weight_gradient(
     from_centre: Tensor, from_radius: Tensor, weight: Tensor, num_threads: int
 ) -> None: ...

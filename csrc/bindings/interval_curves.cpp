@@ -1,4 +1,5 @@
-// Python entry points of boxes under functions of one number, and of pairs of boxes.
+// Python entry points of boxes under functions of one number, and of pairs of boxes or of a box and
+// a constant.
 #include <pybind11/stl.h>
 
 #include <vector>
@@ -130,6 +131,30 @@ void interval_pair_backward(py::handle of_lower, py::handle of_upper, py::handle
   interval::bound_pair_backward(work, num_threads);
 }
 
+bool interval_constant(py::handle lower, py::handle upper, double first, double last,
+                       const std::string& operation, bool reversed, const std::string& rounding,
+                       py::handle out_lower, py::handle out_upper, int num_threads) {
+  int64_t count;
+  const auto t = alike<4>({lower, upper, out_lower, out_upper}, &count);
+  const interval::BoxConstant work{
+      parse_pairing(operation),          reversed, first, last, t[0], t[1], count,
+      parse_rounding(rounding).rounding, t[2],     t[3]};
+  const py::gil_scoped_release release;
+  return interval::bound_constant(work, num_threads);
+}
+
+void interval_constant_backward(py::handle of_lower, py::handle of_upper, py::handle lower,
+                                py::handle upper, double first, double last,
+                                const std::string& operation, bool reversed, py::handle to_lower,
+                                py::handle to_upper, int num_threads) {
+  int64_t count;
+  const auto t = alike<6>({of_lower, of_upper, lower, upper, to_lower, to_upper}, &count);
+  const interval::ConstantBackward work{
+      parse_pairing(operation), reversed, first, last, t[0], t[1], t[2], t[3], count, t[4], t[5]};
+  const py::gil_scoped_release release;
+  interval::bound_constant_backward(work, num_threads);
+}
+
 }  // namespace
 
 void bind_curves(py::module_& m) {
@@ -138,6 +163,8 @@ void bind_curves(py::module_& m) {
   m.def("interval_curve_values", &interval_curve_values);
   m.def("interval_pair", &interval_pair);
   m.def("interval_pair_backward", &interval_pair_backward);
+  m.def("interval_constant", &interval_constant);
+  m.def("interval_constant_backward", &interval_constant_backward);
 }
 
 }  // namespace pyrobust

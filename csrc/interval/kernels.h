@@ -453,6 +453,8 @@ struct CurveLoops {
 struct PairLoops {
   bool (*ends)(const BoxPair& work) = nullptr;  // as bound_pair
   void (*gradients)(const PairBackward& work) = nullptr;
+  bool (*constant)(const BoxConstant& work) = nullptr;  // as bound_constant
+  void (*constant_gradients)(const ConstantBackward& work) = nullptr;
 };
 
 struct RadiusLoops {

@@ -1,5 +1,5 @@
-// Sums, differences, products and quotients of two boxes, element by element, in one pass over
-// memory: the least float32 boxes around the exact ones.
+// Sums, differences, products and quotients of two boxes, or of a box and a constant, element by
+// element, in one pass over memory: the least float32 boxes around the exact ones.
 #pragma once
 
 #include <cstdint>
@@ -21,6 +21,28 @@ struct BoxPair {
   float *out_lower, *out_upper;
 };
 
+// The same of a box and a number between `first` and `last`, which are 0 or of magnitudes between
+// 2^-127 and 2^127; `reversed`: the constant comes first. What float32 cannot hold makes products
+// and quotients step: their ends may be a float further out where the exact ones are floats.
+struct BoxConstant {
+  Pairing pairing;
+  bool reversed;
+  double first, last;
+  const float *lower, *upper;
+  int64_t count;
+  Rounding rounding;
+  float *out_lower, *out_upper;
+};
+
+struct ConstantBackward {
+  Pairing pairing;
+  bool reversed;
+  double first, last;
+  const float *of_lower, *of_upper, *lower, *upper;
+  int64_t count;
+  float *to_lower, *to_upper;
+};
+
 // Gradients of all four ends from those of the result's. An end that several corners give equally
 // goes to them as torch's minimum of one after the other shares it.
 struct PairBackward {
@@ -34,6 +56,8 @@ struct PairBackward {
 // that are infinite is infinite or NaN; products and quotients say nothing.
 bool bound_pair(const BoxPair& work, int num_threads);
 void bound_pair_backward(const PairBackward& work, int num_threads);
+bool bound_constant(const BoxConstant& work, int num_threads);
+void bound_constant_backward(const ConstantBackward& work, int num_threads);
 
 }  // namespace interval
 }  // namespace pyrobust

@@ -17,7 +17,16 @@ from torch import Tensor
 from pyrobust.interval.curve_pass import passed
 from pyrobust.interval.curves import CURVES
 from pyrobust.interval.errors import reject
-from pyrobust.interval.operands import common_dtype, ends_of, is_held, refuse, require_box, working
+from pyrobust.interval.operands import (
+    common_dtype,
+    concrete,
+    ends_of,
+    is_held,
+    readings_of,
+    refuse,
+    require_box,
+    working,
+)
 from pyrobust.interval.outward import UNIT, Ends, enclose, step_where, sum_ends
 from pyrobust.interval.type import Interval, weakest, wrap
 from pyrobust.ops._interval_checks import is_deployed
@@ -27,6 +36,7 @@ __all__ = [
     "add",
     "bent",
     "div",
+    "evaluated_quotient",
     "maximum",
     "minimum",
     "mul",
@@ -35,6 +45,7 @@ __all__ = [
     "scaled_ends",
     "square",
     "sub",
+    "times_number_between",
 ]
 
 
@@ -180,7 +191,7 @@ def square(x: Interval) -> Interval:
     return wrap(lower.clamp(min=0.0), upper, rounding)
 
 
-def div(x: Any, y: Any, *, rounding_mode: None = None, out: None = None) -> Interval:
+def div(x: Any, y: Any, *, rounding_mode: Any = None, out: Any = None) -> Interval:
     """``x / y`` for a divisor whose box does not hold zero.
 
     Raises:
@@ -188,6 +199,62 @@ def div(x: Any, y: Any, *, rounding_mode: None = None, out: None = None) -> Inte
     """
     if rounding_mode is not None or out is not None:
         raise refuse("division with rounding_mode= or out=")
+    done = evaluated_quotient(x, y, div, mul, times_number_between)
+    return _quotient(x, y) if done is None else done
+
+
+def evaluated_quotient(
+    x: Any,
+    y: Any,
+    quotient: Callable[[Any, Any], Interval],
+    product: Callable[[Any, Any], Interval],
+    between: Callable[[Interval, float, float], Interval],
+) -> Interval | None:
+    """In deployed mode, a quotient with a number as torch evaluates it, exact and direct ones too.
+
+    Torch takes ``3 / x`` for ``x.reciprocal() * 3`` everywhere, and ``x / 3`` for ``x * (1 / 3)``
+    on GPUs: with one rounding more. None where torch divides.
+
+    Args:
+        x: the dividend.
+        y: the divisor.
+        quotient: ``x / y``.
+        product: ``x y``.
+        between: a box times a number that lies between two.
+    """
+    if not is_deployed(weakest(x, y)):
+        return None
+    if isinstance(x, (int, float)) and x != 1:
+        return product(quotient(1.0, y), x)
+    if not isinstance(y, (int, float)):
+        return None
+    ends = _reciprocals(y, x.dtype)
+    return None if ends is None else between(x, *ends)
+
+
+def _reciprocals(value: float, dtype: torch.dtype) -> tuple[float, float] | None:
+    """What ``1 / value`` may be taken for; None where float32 has no normal number for either."""
+    readings = readings_of(value)
+    if readings is None or value == 0:
+        return None
+    near = [1.0 / reading for reading in (readings if dtype == torch.float32 else (float(value),))]
+    if near[0] == near[-1] and near[0] * value == 1.0 and is_held(near[0], torch.float32):
+        return near[0], near[0]  # of a power of two
+    room = 2.0**-51  # for the roundings of these quotients
+    rounded = [end for number in near for end in readings_of(number) or ()]
+    found = [*near, *rounded] if dtype == torch.float32 else near
+    ends = [number * (1.0 + sign * room) for number in found for sign in (-1.0, 1.0)]
+    return min(ends), max(ends)
+
+
+def times_number_between(box: Interval, first: float, last: float) -> Interval:
+    """``box`` times a number between ``first`` and ``last``."""
+    ends = (torch.full((), end, dtype=torch.float64, device=box.device) for end in (first, last))
+    constant = next(ends), next(ends)
+    return wrap(*scaled_ends(working(box), constant, box.rounding, box.dtype), box.rounding)
+
+
+def _quotient(x: Any, y: Any) -> Interval:
     (low_x, high_x), (low_y, high_y), dtype, rounding = _operands(x, y)
     has_zero = (low_y <= 0) & (high_y >= 0)
     reject("div: the divisor must not contain zero", has_zero)
@@ -233,6 +300,7 @@ def power(x: Any, exponent: Any) -> Interval:
     box = require_box(x, "pow")
     if isinstance(exponent, (Interval, Tensor)):
         raise refuse("pow with a tensor as exponent")
+    exponent = concrete(exponent)
     if exponent == 1:
         return wrap(box.lower, box.upper, box.rounding)
     if exponent == 2:

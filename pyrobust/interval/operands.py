@@ -15,10 +15,12 @@ from pyrobust.ops._interval_checks import is_deployed
 
 __all__ = [
     "common_dtype",
+    "concrete",
     "ends_of",
     "in_place",
     "is_held",
     "on_ends",
+    "readings_of",
     "refuse",
     "require_box",
     "reshaped",
@@ -54,12 +56,39 @@ def common_dtype(*values: Any) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
+def concrete(value: float) -> float:
+    """``value`` itself where compiled code has a number that varies, of which it then is one case.
+
+    Splits of such numbers are simplified as if their sums did not round.
+    """
+    if torch.compiler.is_compiling():  # when the module is there, which takes a second to import
+        return torch.fx.experimental.symbolic_shapes.guard_scalar(value)
+    return value
+
+
 def is_held(value: float, dtype: torch.dtype) -> bool:
     """Whether ``value`` is a normal number of ``dtype``, or zero."""
+    value = concrete(value)
     if dtype == torch.float64 or value == 0:
         return True
     split = value * (2.0**29 + 1)
     return 2.0**-126 <= abs(value) < 2.0**127 and split - (split - value) == value  # 24 bits
+
+
+_LEAST, _MOST = 2.0**-126, 2.0**126  # magnitudes whose nearest float32 is a normal number
+
+
+def readings_of(value: float) -> tuple[float, float] | None:
+    """A number and what float32 makes of it, in order; None where that takes more than a split."""
+    value = concrete(value)
+    number = float(value) if abs(value) <= _MOST else 0.0
+    if number != value or (number != 0 and abs(number) < _LEAST):
+        return None
+    split = number * (2.0**29 + 1)
+    rounded = split - (split - number)  # to 24 bits
+    if rounded != number and is_held(2 * number - rounded, torch.float32):
+        return None  # halfway between two numbers of float32
+    return (number, rounded) if number < rounded else (rounded, number)
 
 
 def working(x: Interval) -> Ends:

@@ -13,24 +13,48 @@ from torch import Tensor
 
 from pyrobust import _native
 from pyrobust.interval import arithmetic
-from pyrobust.interval.operands import Rule, is_held
+from pyrobust.interval.constant_pass import times_number_between, with_constant
+from pyrobust.interval.operands import Rule, refuse
 from pyrobust.interval.pass_operator import NativeGradients, PassOperator, pass_serves
 from pyrobust.interval.scale_pass import scaled
 from pyrobust.interval.type import Interval, weakest, with_flushed, wrap
 from pyrobust.ops._interval_checks import Ends, dense, finite_ends, is_deployed
 from pyrobust.ops._kept_memory import new_ends
+from pyrobust.ops._library import plain_eager
 
 __all__ = ["RULES", "mul"]
+
+
+_SMALL = (torch.bool, torch.uint8, torch.int8, torch.int16)  # whose numbers float32 holds
+_LARGE = (torch.int32, torch.int64)
+_MOST = 1 << 24  # up to which it holds all whole numbers
+
+
+def _whole(value: Any) -> Any:
+    """A tensor of whole numbers that float32 holds in float32, others as they are."""
+    if not isinstance(value, Tensor) or value.dtype not in (*_SMALL, *_LARGE):
+        return value
+    if value.dtype in _LARGE:
+        within = plain_eager(value) and bool(((value >= -_MOST) & (value <= _MOST)).all())
+        return value.float() if within else value
+    return value.float()
 
 
 def _line(tensor: Tensor) -> Tensor:
     return dense(tensor).view(-1)
 
 
+def _lines(low: Tensor, high: Tensor) -> Ends:
+    """Both in the order of their elements; a tensor's, which are one, copied once."""
+    first = _line(low)
+    one = low.data_ptr() == high.data_ptr() and low.stride() == high.stride()
+    return first, first if one else _line(high)
+
+
 def _native_ends(
     low_x: Tensor, high_x: Tensor, low_y: Tensor, high_y: Tensor, operation: str, rounding: str
 ) -> Ends | None:
-    x, y = (_line(low_x), _line(high_x)), (_line(low_y), _line(high_y))
+    x, y = _lines(low_x, high_x), _lines(low_y, high_y)
     low, high = new_ends(low_x)
     out, threads = (low.view(-1), high.view(-1)), torch.get_num_threads()
     finite = _native.interval_pair(*x, *y, operation, rounding, *out, threads)
@@ -51,7 +75,7 @@ def _native_gradients(
     operation: str,
 ) -> tuple[Tensor, ...]:
     of = _line(of_lower), _line(of_upper)
-    x, y = (_line(low_x), _line(high_x)), (_line(low_y), _line(high_y))
+    x, y = _lines(low_x, high_x), _lines(low_y, high_y)
     out = [torch.empty_like(of[0]) for _ in range(4)]
     _native.interval_pair_backward(*of, *x, *y, operation, out, torch.get_num_threads())
     return tuple(gradient.view(low_x.shape) for gradient in out)
@@ -88,13 +112,8 @@ def _ends(value: Any, box: Interval, rounding: str) -> Ends | None:
     """The ends of an operand beside ``box``, or None where they are no float32 numbers."""
     if isinstance(value, Interval):
         return (value.lower, value.upper) if pass_serves(value, nearest=True) else None
-    if not isinstance(value, Tensor):
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            return None
-        if not is_held(value, torch.float32):
-            return None
-        value = torch.full((), value, dtype=torch.float32)
-    if not pass_serves(box, value, nearest=True):
+    value = _whole(value)
+    if not isinstance(value, Tensor) or not pass_serves(box, value, nearest=True):
         return None
     if not is_deployed(rounding):
         return value, value
@@ -102,8 +121,10 @@ def _ends(value: Any, box: Interval, rounding: str) -> Ends | None:
 
 
 def _passed(operation: str, x: Any, y: Any) -> Interval | None:
-    """``x operation y`` by the pass, or None where it does not serve."""
-    box = x if isinstance(x, Interval) else y
+    """``x operation y`` by a pass, or None where none serves."""
+    box, other = (x, y) if isinstance(x, Interval) else (y, x)
+    if isinstance(other, (int, float)):
+        return with_constant(operation, x, y)
     if not pass_serves(box, nearest=True):
         return None
     rounding = weakest(x, y)
@@ -116,13 +137,26 @@ def _passed(operation: str, x: Any, y: Any) -> Interval | None:
 
 def _add(x: Any, y: Any, *, alpha: float = 1, out: None = None) -> Interval:
     """``x + alpha y``."""
-    done = _passed("add", x, y) if alpha == 1 and out is None else None
+    if alpha != 1 and out is None:
+        return _add(x, _times(alpha, y, x))
+    done = _passed("add", x, y) if out is None else None
     return arithmetic.add(x, y, alpha=alpha, out=out) if done is None else done
+
+
+def _times(alpha: float, y: Any, x: Any) -> Interval:
+    """``alpha y`` beside ``x``, which is a box where ``y`` is none."""
+    if isinstance(y, Tensor):
+        y = wrap(y, y, x.rounding)
+    if not isinstance(y, Interval):
+        raise refuse("alpha= with a number")
+    return mul(y, alpha)
 
 
 def _sub(x: Any, y: Any, *, alpha: float = 1, out: None = None) -> Interval:
     """``x - alpha y``; 0 for an interval less itself."""
-    done = _passed("sub", x, y) if alpha == 1 and out is None and x is not y else None
+    if alpha != 1 and out is None:
+        return _sub(x, _times(alpha, y, x))
+    done = _passed("sub", x, y) if out is None and x is not y else None
     return arithmetic.sub(x, y, alpha=alpha, out=out) if done is None else done
 
 
@@ -134,17 +168,28 @@ def _rsub(x: Any, y: Any, *, alpha: float = 1) -> Interval:
 def mul(x: Any, y: Any, *, out: None = None) -> Interval:
     """``x y``; the square where both are the same box."""
     if out is None and x is not y:
-        done = scaled(x, y)
-        done = _passed("mul", x, y) if done is None else done
+        by_number = isinstance(x, (int, float)) or isinstance(y, (int, float))
+        done = _passed("mul", x, y) if by_number else scaled(x, y)
+        if done is None:  # the other way
+            done = scaled(x, y) if by_number else _passed("mul", x, y)
         if done is not None:
             return done
     return arithmetic.mul(x, y, out=out)
 
 
-def _div(x: Any, y: Any, *, rounding_mode: None = None, out: None = None) -> Interval:
+def _times_number_between(box: Interval, first: float, last: float) -> Interval:
+    done = times_number_between(box, first, last)
+    return arithmetic.times_number_between(box, first, last) if done is None else done
+
+
+def _div(x: Any, y: Any, *, rounding_mode: Any = None, out: Any = None) -> Interval:
     """``x / y`` for a divisor whose box does not hold zero."""
-    done = _passed("div", x, y) if rounding_mode is None and out is None else None
-    return arithmetic.div(x, y, rounding_mode=rounding_mode, out=out) if done is None else done
+    if rounding_mode is not None or out is not None:
+        return arithmetic.div(x, y, rounding_mode=rounding_mode, out=out)
+    done = arithmetic.evaluated_quotient(x, y, _div, mul, _times_number_between)
+    if done is None:
+        done = _passed("div", x, y)
+    return arithmetic.div(x, y) if done is None else done
 
 
 RULES: dict[str, Rule] = {

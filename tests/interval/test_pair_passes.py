@@ -298,6 +298,20 @@ def test_bits_depend_on_no_instruction_set_thread_or_length(isa, name, rounding)
         _native.set_isa(before)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int16, torch.int64])
+@pytest.mark.parametrize("name", ["add", "mul"])
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_whole_numbers_are_taken_by_the_pass(name, dtype, rounding, passes):
+    box = Interval.ball(torch.randn(5, 9), 0.1, rounding=rounding)
+    whole = torch.randint(0, 2, (5, 9)).to(dtype)
+    assert_equal(BY_NAME[name](box, whole), arithmetic.RULES[name](box, whole))
+    assert len(passes) == 1
+    large = torch.full((5, 9), 2**24 + 1)
+    assert_equal(BY_NAME[name](box, large), arithmetic.RULES[name](box, large))
+    assert_equal(BY_NAME[name](box, -large), arithmetic.RULES[name](box, -large))
+    assert len(passes) == 1
+
+
 # -- bends -----------------------------------------------------------------------------------
 
 SLOPES = {
