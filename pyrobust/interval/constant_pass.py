@@ -79,8 +79,9 @@ def _rule(
     rounding: str,
 ) -> Ends:
     if operation == "mul":
-        ends = lower.double(), upper.double()
-        constants = [lower.new_tensor(end, dtype=torch.float64) for end in (first, last)]
+        wide = lower.dtype if rounding == "nearest" else torch.float64
+        ends = lower.to(wide), upper.to(wide)
+        constants = [lower.new_tensor(end, dtype=wide) for end in (first, last)]
         return arithmetic.scaled_ends(ends, (constants[0], constants[1]), rounding, lower.dtype)
     box, constant = wrap(lower, upper, rounding), first
     if first != last and rounding != "nearest":  # of which the first or the last is the number
