@@ -289,10 +289,17 @@ def reciprocal(x: Interval) -> Interval:
     return div(1.0, x)
 
 
-def power(x: Any, exponent: Any) -> Interval:
+def power(
+    x: Any, exponent: Any, *, invert: Callable[[Interval], Interval] = reciprocal
+) -> Interval:
     """``x^p`` for a number ``p``; a box below zero only for integers ``p``.
 
     An exponent that the dtype cannot hold is read both ways, exactly and rounded.
+
+    Args:
+        x: the box.
+        exponent: the number.
+        invert: what gives ``1 / x``.
 
     Raises:
         ValueError: the box holds negative numbers and ``p`` is no integer, or zero and ``p < 0``.
@@ -310,7 +317,7 @@ def power(x: Any, exponent: Any) -> Interval:
     if exponent == -0.5:
         return inverse_root(box)
     if exponent < 0:
-        return reciprocal(power(box, -exponent))
+        return invert(power(box, -exponent))
     if exponent == 0.5:
         return root(box)
     return _rising_power(box, exponent)

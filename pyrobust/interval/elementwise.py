@@ -10,12 +10,20 @@ from torch import Tensor
 
 from pyrobust import _native
 from pyrobust.interval import arithmetic
-from pyrobust.interval.arithmetic import div, mul
 from pyrobust.interval.curve_pass import trace
 from pyrobust.interval.curves import CURVES, SELU, Curve, celu_curve, elu_curve
 from pyrobust.interval.errors import check_shape, reject
-from pyrobust.interval.operands import Rule, ends_of, is_held, refuse, require_box, spellings
+from pyrobust.interval.operands import (
+    Rule,
+    ends_of,
+    is_held,
+    readings_of,
+    refuse,
+    require_box,
+    spellings,
+)
 from pyrobust.interval.outward import Ends, straight_through
+from pyrobust.interval.pair_pass import div, mul
 from pyrobust.interval.scale_pass import bent
 from pyrobust.interval.type import Interval, assign, rectify, wrap
 from pyrobust.ops._interval_fallback import round_outward
@@ -51,10 +59,34 @@ def _clamp(input: Any, min: Any = None, max: Any = None, inplace: bool = False) 
     box = require_box(input, "clamp")
     if isinstance(min, Interval) or isinstance(max, Interval):
         raise refuse("clamp with an interval as bound")
+    if box.rounding != "nearest" and not isinstance(min, Tensor) and not isinstance(max, Tensor):
+        least, most = _floats_around(min, box), _floats_around(max, box)
+        if least is not None and most is not None:
+            ends = box.lower.clamp(least[0], most[0]), box.upper.clamp(least[1], most[1])
+            return _finish(box, wrap(*ends, box.rounding), inplace)
     low, high = box.lower.clamp(min, max), box.upper.clamp(min, max)
     if box.rounding != "nearest" and not (_is_held(min, box) and _is_held(max, box)):
         low, high = _both_readings(low, high, box, min, max)
     return _finish(box, wrap(low, high, box.rounding), inplace)
+
+
+def _floats_around(bound: Any, box: Interval) -> tuple[Any, Any] | None:
+    """The numbers of the box's dtype next to a bound, itself where it is one; None: not known."""
+    if bound is None or is_held(bound, box.dtype):
+        return bound, bound
+    readings = readings_of(bound) if box.dtype == torch.float32 else None
+    if readings is None:
+        return None
+    first, last = readings
+    near = first if is_held(first, torch.float32) else last
+    step = abs(near) * (1.5 * 2.0**-24)  # of which rounding makes one unit
+    return (near, _rounded(near + step)) if near == first else (_rounded(near - step), near)
+
+
+def _rounded(number: float) -> float:
+    """``number`` to 24 bits."""
+    split = number * (2.0**29 + 1)
+    return split - (split - number)
 
 
 def _is_held(bound: Any, box: Interval) -> bool:

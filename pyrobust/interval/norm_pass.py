@@ -149,8 +149,29 @@ def _group_norm(
     return _rows(input, form, weight, bias, eps, centred=True)
 
 
+def _instance_norm(
+    input: Any,
+    running_mean: Any = None,
+    running_var: Any = None,
+    weight: Any = None,
+    bias: Any = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *options: Any,
+) -> Interval:
+    by_itself = use_input_stats and running_mean is None
+    channels = input.shape[1] if isinstance(input, Interval) and input.ndim >= 3 else 0
+    if by_itself and channels and _served(input, weight, bias, channels):
+        return _group_norm(input, channels, weight, bias, eps)
+    rule: Rule = normalization.RULES["instance_norm"]
+    given = input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
+    return rule(*given, *options)  # type: ignore[no-any-return]
+
+
 RULES: dict[str, Rule] = {
     "layer_norm": _layer_norm,
     "rms_norm": _rms_norm,
     "group_norm": _group_norm,
+    "instance_norm": _instance_norm,
 }

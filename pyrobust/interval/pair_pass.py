@@ -22,7 +22,7 @@ from pyrobust.ops._interval_checks import Ends, dense, finite_ends, is_deployed
 from pyrobust.ops._kept_memory import new_ends
 from pyrobust.ops._library import plain_eager
 
-__all__ = ["RULES", "mul"]
+__all__ = ["RULES", "div", "mul"]
 
 
 _SMALL = (torch.bool, torch.uint8, torch.int8, torch.int16)  # whose numbers float32 holds
@@ -182,14 +182,19 @@ def _times_number_between(box: Interval, first: float, last: float) -> Interval:
     return arithmetic.times_number_between(box, first, last) if done is None else done
 
 
-def _div(x: Any, y: Any, *, rounding_mode: Any = None, out: Any = None) -> Interval:
+def div(x: Any, y: Any, *, rounding_mode: Any = None, out: Any = None) -> Interval:
     """``x / y`` for a divisor whose box does not hold zero."""
     if rounding_mode is not None or out is not None:
         return arithmetic.div(x, y, rounding_mode=rounding_mode, out=out)
-    done = arithmetic.evaluated_quotient(x, y, _div, mul, _times_number_between)
+    done = arithmetic.evaluated_quotient(x, y, div, mul, _times_number_between)
     if done is None:
         done = _passed("div", x, y)
     return arithmetic.div(x, y) if done is None else done
+
+
+def _reciprocal(x: Interval) -> Interval:
+    """``1 / x``."""
+    return div(1.0, x)
 
 
 RULES: dict[str, Rule] = {
@@ -197,7 +202,10 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("sub", "subtract"), _sub),
     **dict.fromkeys(("rsub", "__rsub__"), _rsub),
     **dict.fromkeys(("mul", "multiply"), mul),
-    **dict.fromkeys(("div", "divide", "true_divide"), _div),
-    **dict.fromkeys(("__rdiv__", "__rtruediv__"), lambda x, y: _div(y, x)),
-    "reciprocal": lambda x: _div(1.0, x),
+    **dict.fromkeys(("div", "divide", "true_divide"), div),
+    **dict.fromkeys(("__rdiv__", "__rtruediv__"), lambda x, y: div(y, x)),
+    "reciprocal": _reciprocal,
+    **dict.fromkeys(
+        ("pow", "__pow__"), lambda x, exponent: arithmetic.power(x, exponent, invert=_reciprocal)
+    ),
 }
