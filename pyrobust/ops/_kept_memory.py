@@ -52,4 +52,6 @@ def new_ends(like: Tensor, shape: Sequence[int] | None = None) -> Ends:
     grow.
     """
     sizes = tuple(like.shape if shape is None else shape)
+    if not sizes:
+        return like.new_empty(()), like.new_empty(())
     return _native.new_end(like, sizes), _native.new_end(like, sizes)

@@ -74,3 +74,13 @@ def test_powers_below_zero_divide_by_the_pass(rounding, exponent, watch_passes):
         assert bool(
             (fast.contains(value) | ((rounding == "real") & (value.dtype == x.dtype))).all()
         )
+
+
+@pytest.mark.parametrize(
+    "call", [F.leaky_relu, F.gelu, torch.square, lambda b: b + torch.tensor(2.0), lambda b: b * 0.3]
+)
+def test_boxes_of_one_number_pass(call):
+    box = Interval(torch.tensor(1.0), torch.tensor(2.0))
+    result = call(box)
+    assert result.shape == ()
+    assert bool(result.contains(call(torch.tensor(1.5))))
