@@ -14,13 +14,17 @@
 namespace pyrobust {
 namespace {
 
+// Of smaller ends malloc has pages at hand, as a rule.
+constexpr int64_t kLeastKeptEnd = int64_t{128} << 10;
+
 // A tensor of floats that owns its memory, in the form that DLPack hands on.
 struct KeptTensor {
   DLManagedTensor managed{};
   KeptBlock block;
   int64_t shape[TensorView::kMaxDims];
 
-  KeptTensor(const int64_t* sizes, int ndim, int64_t bytes) : block(take_block(bytes)) {
+  KeptTensor(const int64_t* sizes, int ndim, int64_t bytes)
+      : block(take_block(bytes, Use::kResult)) {
     std::copy_n(sizes, ndim, shape);
     managed.tensor = {block.memory, {kDeviceCpu, 0}, ndim, {kCodeFloat, 32, 1}, shape, nullptr, 0};
     managed.context = this;
@@ -70,7 +74,7 @@ bool is_plain_float(py::handle like) {
 py::object new_end(py::handle like, const int64_t* sizes, int ndim) {
   int64_t bytes = int64_t{sizeof(float)};
   for (int i = 0; i < ndim; ++i) bytes *= sizes[i];
-  const bool large = bytes >= kLeastLent && bytes <= lent_limit();
+  const bool large = bytes >= kLeastKeptEnd && bytes <= lent_limit();
   if (!large || !is_plain_float(like)) return new_output(like, sizes, ndim);
   return kept_tensor(sizes, ndim, bytes);
 }

@@ -154,6 +154,17 @@ constexpr std::array<AddChunk, sizeof...(R)> chunks_by_rows(std::integer_sequenc
   return {add_chunk<kRadii, R + 1, P>...};
 }
 
+// Asks for the lines of `next` from row n on, those of a part of the lanes in each of the chunks of
+// [0, terms). Another processor that read them holds them: to wait for it when ends are stored
+// takes a tenth of a layer.
+inline void fetch_ends(const NextEnds& next, int64_t n, int64_t chunk, int64_t terms) {
+  const int64_t chunks = (terms + kChunk - 1) / kChunk;
+  for (int64_t lane = chunk; next.lower != nullptr && lane < next.lanes; lane += chunks) {
+    _mm_prefetch(next.lower + lane * next.lane_stride + n, _MM_HINT_ET0);
+    _mm_prefetch(next.upper + lane * next.lane_stride + n, _MM_HINT_ET0);
+  }
+}
+
 // Tiles of nearly equal height: a last one of four rows would wait for its own sums.
 template <bool kRadii, int P>
 void chunk_of_rows(const Tiles& work, int64_t first, int64_t begin, int64_t end) {
@@ -162,6 +173,7 @@ void chunk_of_rows(const Tiles& work, int64_t first, int64_t begin, int64_t end)
   const int64_t count = (work.rows + kTileRows - 1) / kTileRows;
   for (int64_t t = 0, n = 0; t < count; ++t) {
     const int64_t next = work.rows * (t + 1) / count;
+    if (first == 0) fetch_ends(work.next, n, begin / kChunk, work.terms);
     kChunks[static_cast<size_t>(next - n - 1)](work, first, n, begin, end);
     n = next;
   }

@@ -137,6 +137,7 @@ struct RowShare {
   const Call& call;
   const IntervalKernels& table;
   const Panels& panels;
+  int64_t batch;
   int64_t begin, end;
   int64_t step;        // rows at once
   float* decoded;      // of packed rows
@@ -164,11 +165,12 @@ struct RowShare {
            (call.coarse_radius ? coarse : 0);
   }
 
-  RowShare(const Call& call, const IntervalKernels& table, const Panels& panels, int64_t begin,
-           int64_t end, int64_t step, bool whole_numbers, float* memory)
+  RowShare(const Call& call, const IntervalKernels& table, const Panels& panels, int64_t batch,
+           int64_t begin, int64_t end, int64_t step, bool whole_numbers, float* memory)
       : call(call),
         table(table),
         panels(panels),
+        batch(batch),
         begin(begin),
         end(end),
         step(step),
@@ -217,7 +219,8 @@ struct RowShare {
                         count,
                         sums + p * sum_stride + (n - begin) * kPanelWidth,
                         sum_stride,
-                        from > 0};
+                        from > 0,
+                        next_ends(p, n, from + count == terms)};
       if (call.coarse_radius) {
         table.coarse_tiles({tiles, gathered_at(p, from), sizes, size_stride, scratch, own});
       } else {
@@ -226,14 +229,23 @@ struct RowShare {
     }
   }
 
-  void finish(int64_t batch) const {
+  NextEnds next_ends(int64_t p, int64_t n, bool last) const {
+    if (!last) return {};
+    const int64_t at = p * kLanes * call.weight.rows + n;
+    const int64_t lanes = std::min(kPanelsOfTile, panels.count - p) * kLanes;
+    return {call.out_lower + at, call.out_upper + at, std::min(lanes, batch - p * kLanes),
+            call.weight.rows};
+  }
+
+  // Ends of rows [n, n + rows), while their sums are at hand.
+  void finish(int64_t n, int64_t rows) const {
     for (int64_t p = 0; p < panels.count; ++p) {
-      const float* own = sums + p * (end - begin) * kPanelWidth;
-      panels.constants.finish(call, table, batch, p, begin, end - begin, own);
+      const float* own = sums + (p * (end - begin) + n - begin) * kPanelWidth;
+      panels.constants.finish(call, table, batch, p, n, rows, own);
     }
   }
 
-  // Terms [from, to) of W against the panels of this pass.
+  // Terms [from, to) of W against the panels of this pass, and the ends after the last of them.
   void add_pass(int64_t from, int64_t to) const {
     const bool packed = call.weight.packed != nullptr;
     if (packed) {  // decoded once: rows outside, terms inside
@@ -246,14 +258,16 @@ struct RowShare {
         for (int64_t k = from; k < to; k += kTermsAtOnce) {
           add(weight, n, count, k, std::min(kTermsAtOnce, to - k));
         }
+        if (to == call.weight.terms) finish(n, count);
       }
       return;
     }
     for (int64_t k = from; k < std::max(to, from + 1); k += kTermsAtOnce) {  // once without terms
       if (call.coarse_radius) gather(k, std::min(kTermsAtOnce, to - k));
       for (int64_t n = begin; n < end; n += step) {
-        add(call.weight.data + n * call.weight.terms, n, std::min(step, end - n), k,
-            std::min(kTermsAtOnce, to - k));
+        const int64_t count = std::min(step, end - n), next = k + kTermsAtOnce;
+        add(call.weight.data + n * call.weight.terms, n, count, k, std::min(next, to) - k);
+        if (next >= call.weight.terms) finish(n, count);
       }
     }
   }
@@ -273,10 +287,9 @@ void many_inputs(const Call& call, const IntervalKernels& table, int64_t batch, 
     const int64_t to = std::min(terms, from + panels.pass);
     fill_panels(call, table, batch, from, to, num_threads, &panels);
     shares.run([&](int64_t share, int64_t begin, int64_t end) {
-      const RowShare own(call, table, panels, begin, end, step, whole_numbers,
+      const RowShare own(call, table, panels, batch, begin, end, step, whole_numbers,
                          memory.get() + share * size);
       own.add_pass(from, to);
-      if (to == terms) own.finish(batch);
     });
   }
 }

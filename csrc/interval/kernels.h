@@ -149,6 +149,15 @@ struct PackedDots {
 };
 
 // The same for a few panels: sums (rows, kPanelWidth) of each, centres then radii.
+// Ends of the inputs of panels, from the first row of a tile on, that are written next: their lines
+// may be fetched for writing meanwhile. None where null.
+struct NextEnds {
+  const float* lower = nullptr;
+  const float* upper = nullptr;
+  int64_t lanes = 0;
+  int64_t lane_stride = 0;
+};
+
 struct Tiles {
   const float* panel;  // (terms, kPanelWidth) each
   int64_t panels;
@@ -160,6 +169,7 @@ struct Tiles {
   float* sums;
   int64_t sum_stride;  // from one panel's to the next
   bool add;            // to the sums of whole chunks before these terms
+  NextEnds next = {};  // of these panels
 };
 
 // Factors of rows by which runs of kRun terms of W are whole numbers of at most 255, as bfloat16

@@ -182,13 +182,14 @@ struct UniformShare {
   int64_t step;    // rows at once
   float* decoded;  // of packed rows
   float* sums;     // (panels, end - begin, kPanelWidth)
-  float* radii;    // (kPanelsOfTile, end - begin, kPanelWidth)
+  float* radii;    // (kPanelsOfTile, step, kPanelWidth)
   float* sizes;    // (end - begin, factors)
 
   static int64_t scratch_size(const Call& call, int64_t rows, int64_t step,
                               const UniformPanels& panels) {
     return whole_lines(decoded_size(call.weight, step)) +
-           (panels.count + kPanelsOfTile) * rows * kPanelWidth + whole_lines(rows * panels.factors);
+           (panels.count * rows + kPanelsOfTile * step) * kPanelWidth +
+           whole_lines(rows * panels.factors);
   }
 
   UniformShare(const Call& call, const IntervalKernels& table, const UniformPanels& panels,
@@ -197,7 +198,7 @@ struct UniformShare {
     decoded = memory;
     sums = decoded + whole_lines(decoded_size(call.weight, step));
     radii = sums + panels.count * (end - begin) * kPanelWidth;
-    sizes = radii + kPanelsOfTile * (end - begin) * kPanelWidth;
+    sizes = radii + kPanelsOfTile * step * kPanelWidth;
   }
 
   int64_t sum_stride() const { return (end - begin) * kPanelWidth; }
@@ -212,11 +213,18 @@ struct UniformShare {
       table.uniform.tiles({panels.at(p, from), std::min(kPanelsOfTile, panels.count - p),
                            panels.stride, weight + from, terms, rows, count,
                            sums + p * sum_stride() + (n - begin) * kPanelWidth, sum_stride(),
-                           from > 0});
+                           from > 0, next_ends(p, n, from + count == terms)});
     }
   }
 
-  // Terms [from, to) of W against the panels of this pass.
+  NextEnds next_ends(int64_t p, int64_t n, bool last) const {
+    if (!last) return {};
+    const int64_t at = p * kPanelWidth * call.weight.rows + n;
+    const int64_t lanes = std::min(kPanelsOfTile * kPanelWidth, panels.inputs - p * kPanelWidth);
+    return {call.out_lower + at, call.out_upper + at, lanes, call.weight.rows};
+  }
+
+  // Terms [from, to) of W against the panels of this pass, and the ends after the last of them.
   void add_pass(int64_t from, int64_t to) const {
     const bool packed = call.weight.packed != nullptr;
     // Packed rows are decoded once: rows outside, terms inside.
@@ -228,22 +236,26 @@ struct UniformShare {
         for (int64_t inner = k; inner < std::min(k + outer, to); inner += kTermsAtOnce) {
           add(weight, n, count, inner, std::min(kTermsAtOnce, to - inner));
         }
+        if (k + outer >= call.weight.terms) finish(n, count);
       }
     }
   }
 
-  void finish() const {
-    const int64_t rows = end - begin, factors = panels.factors;
+  // Ends of rows [n, n + rows), while their sums are at hand.
+  void finish(int64_t n, int64_t rows) const {
+    const int64_t factors = panels.factors;
+    const float* of_rows = sizes + (n - begin) * factors;
     for (int64_t p = 0; p < panels.count; ++p) {
       if (p % kPanelsOfTile == 0) {
         table.uniform.tiles({panels.radii_of(p), std::min(kPanelsOfTile, panels.count - p),
-                             factors * kPanelWidth, sizes, factors, rows, factors, radii,
-                             sum_stride(), false});
+                             factors * kPanelWidth, of_rows, factors, rows, factors, radii,
+                             rows * kPanelWidth, false});
       }
-      float* own[2] = {sums + p * sum_stride(), radii + p % kPanelsOfTile * sum_stride()};
-      table.uniform.join({own[0], own[1], rows, panels.most_of(p), sizes, factors});
+      float* own[2] = {sums + p * sum_stride() + (n - begin) * kPanelWidth,
+                       radii + p % kPanelsOfTile * rows * kPanelWidth};
+      table.uniform.join({own[0], own[1], rows, panels.most_of(p), of_rows, factors});
       for (int64_t half = 0; half < 2 && half * kLanes < panels.lanes(p); ++half) {
-        panels.constants.finish(call, table, panels.inputs, 2 * p + half, begin, rows, own[half]);
+        panels.constants.finish(call, table, panels.inputs, 2 * p + half, n, rows, own[half]);
       }
     }
   }
@@ -267,7 +279,6 @@ void uniform_inputs(const Call& call, const IntervalKernels& table, const Unifor
     shares.run([&](int64_t share, int64_t begin, int64_t end) {
       const UniformShare own(call, table, panels, begin, end, step, memory.get() + share * size);
       own.add_pass(from, to);
-      if (to == terms) own.finish();
     });
   }
 }

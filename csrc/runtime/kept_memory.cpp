@@ -19,16 +19,19 @@ std::align_val_t alignment_of(int64_t bytes) {
   return static_cast<std::align_val_t>(bytes >= kLeastLarge ? kLargePage : 64);
 }
 
-// What the size of a block is a multiple of. The last large page of results that somebody holds for
-// long would be half empty on average: theirs ends in small ones.
-int64_t unit_of(int64_t bytes) {
-  if (bytes >= kLeastLent) return kAnySmallPage;
-  return bytes >= kLeastLarge ? kLargePage : bytes >= kLeastKept ? kSmallPage : 64;
+// Of whole pages. The last large page of results that somebody holds for long would be half empty
+// on average: theirs ends in small ones.
+int64_t whole_size(int64_t bytes, Use use) {
+  int64_t unit = 64;
+  if (use == Use::kResult || bytes >= kLeastLent) {
+    unit = kAnySmallPage;
+  } else if (bytes >= kLeastKept) {
+    unit = bytes >= kLeastLarge ? kLargePage : kSmallPage;
+  }
+  return std::max(unit, (bytes + unit - 1) / unit * unit);
 }
 
-KeptBlock fresh_block(int64_t bytes) {
-  const int64_t unit = unit_of(bytes);
-  const int64_t whole = std::max(unit, (bytes + unit - 1) / unit * unit);
+KeptBlock fresh_block(int64_t whole) {
   void* memory = operator new[](static_cast<size_t>(whole), alignment_of(whole));
   if (whole >= kLeastLarge) ask_large_pages(memory, whole);
   return {memory, whole};
@@ -83,8 +86,9 @@ struct Shelf {
 
   // The smallest that is large enough, and not so large that another call would miss it, or that
   // results which somebody holds for long would hold much more than they need.
-  int find(int64_t wanted) const {
-    const int64_t most = lends ? wanted + wanted / 4 : std::max(2 * wanted, kLargePage);
+  int find(int64_t wanted, Use use) const {
+    const bool close = lends || use == Use::kResult;
+    const int64_t most = close ? wanted + wanted / 4 : std::max(2 * wanted, kLargePage);
     int best = -1;
     for (int i = 0; i < count; ++i) {
       const int64_t size = blocks[i].bytes;
@@ -123,13 +127,14 @@ class Turn {
 
 }  // namespace
 
-KeptBlock take_block(int64_t bytes) {
-  if (Shelf* const shelf = shelf_of(bytes)) {
+KeptBlock take_block(int64_t bytes, Use use) {
+  const int64_t whole = whole_size(bytes, use);
+  if (Shelf* const shelf = shelf_of(whole)) {
     const Turn turn(*shelf);
-    const int at = turn.granted() ? shelf->find(bytes) : -1;
+    const int at = turn.granted() ? shelf->find(whole, use) : -1;
     if (at >= 0) return shelf->remove(at);
   }
-  return fresh_block(bytes);
+  return fresh_block(whole);
 }
 
 void give_back(const KeptBlock& block) noexcept {

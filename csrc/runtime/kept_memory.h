@@ -15,7 +15,8 @@ struct KeptBlock {
 // 64-byte aligned, with whatever its last owner wrote. Blocks of a megabyte and more are whole
 // large pages where the system has them: pages of 4 KiB lie anywhere and share sets of a
 // second-level cache at random. Throws std::bad_alloc.
-KeptBlock take_block(int64_t bytes);
+enum class Use { kWork, kResult };  // of one call, or perhaps held for long
+KeptBlock take_block(int64_t bytes, Use use = Use::kWork);
 
 void give_back(const KeptBlock& block) noexcept;
 

@@ -21,8 +21,9 @@ def set_kept_memory(limit: int) -> int:
     gave in blocks of 4 MiB and more is kept once no tensor needs it, up to 256 MiB at first, and
     lent to the system: it counts as memory of the process, but the system takes it, with no need to
     write it anywhere, before it would run short (``MADV_FREE``; on other systems than Linux
-    nothing is kept). The setting is that of the process; ``PYROBUST_KEPT_MEMORY=0`` in the
-    environment is a limit of 0 from the start.
+    nothing is kept). Smaller ends, from 128 KiB on, share 32 MiB with the work on them, which are
+    not lent; with a limit of 0 they are torch's. The setting is that of the process;
+    ``PYROBUST_KEPT_MEMORY=0`` in the environment is a limit of 0 from the start.
 
     Args:
         limit: bytes, ``>= 0``. What is kept beyond goes at once; with 0 nothing is kept.

@@ -121,9 +121,10 @@ def test_the_block_ends_with_the_setting_before():
 @pytest.mark.skipif(not _native.has_bfloat16_products(), reason="nothing is rounded here")
 def test_one_permission_serves_many_blocks():
     x, weight = torch.randn(9, 64), torch.randn(32, 64)
-    plain = interval_linear(x, x + 1, weight)[0]
+    upper = x + torch.rand(9, 64)
+    plain = interval_linear(x, upper, weight)[0]
     permission = radius_precision("bfloat16")
-    bounds = permission(lambda: interval_linear(x, x + 1, weight)[0])  # as a decorator
+    bounds = permission(lambda: interval_linear(x, upper, weight)[0])  # as a decorator
     assert not torch.equal(bounds(), plain)
     with permission, permission:
         coarse = interval_linear(x, x + 1, weight)[0]
