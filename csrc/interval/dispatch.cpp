@@ -220,21 +220,13 @@ struct RowShare {
                         sums + p * sum_stride + (n - begin) * kPanelWidth,
                         sum_stride,
                         from > 0,
-                        next_ends(p, n, from + count == terms)};
+                        next_ends(call, batch, p, kLanes, n, from + count)};
       if (call.coarse_radius) {
         table.coarse_tiles({tiles, gathered_at(p, from), sizes, size_stride, scratch, own});
       } else {
         table.tiles(tiles);
       }
     }
-  }
-
-  NextEnds next_ends(int64_t p, int64_t n, bool last) const {
-    if (!last) return {};
-    const int64_t at = p * kLanes * call.weight.rows + n;
-    const int64_t lanes = std::min(kPanelsOfTile, panels.count - p) * kLanes;
-    return {call.out_lower + at, call.out_upper + at, std::min(lanes, batch - p * kLanes),
-            call.weight.rows};
   }
 
   // Ends of rows [n, n + rows), while their sums are at hand.

@@ -98,6 +98,15 @@ struct InputConstants {
   }
 };
 
+// What follows the terms up to `to` of a tile at panel p and row n: ends, after the last of them.
+inline NextEnds next_ends(const Call& call, int64_t batch, int64_t p, int64_t lanes_of_panel,
+                          int64_t n, int64_t to) {
+  if (to < call.weight.terms) return {};
+  const int64_t first = p * lanes_of_panel, at = first * call.weight.rows + n;
+  return {call.out_lower + at, call.out_upper + at,
+          std::min(kPanelsOfTile * lanes_of_panel, batch - first), call.weight.rows};
+}
+
 // All inputs as panels of centres and radii.
 struct Panels : PanelBlocks {
   InputConstants constants;

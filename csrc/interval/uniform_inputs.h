@@ -213,15 +213,9 @@ struct UniformShare {
       table.uniform.tiles({panels.at(p, from), std::min(kPanelsOfTile, panels.count - p),
                            panels.stride, weight + from, terms, rows, count,
                            sums + p * sum_stride() + (n - begin) * kPanelWidth, sum_stride(),
-                           from > 0, next_ends(p, n, from + count == terms)});
+                           from > 0,
+                           next_ends(call, panels.inputs, p, kPanelWidth, n, from + count)});
     }
-  }
-
-  NextEnds next_ends(int64_t p, int64_t n, bool last) const {
-    if (!last) return {};
-    const int64_t at = p * kPanelWidth * call.weight.rows + n;
-    const int64_t lanes = std::min(kPanelsOfTile * kPanelWidth, panels.inputs - p * kPanelWidth);
-    return {call.out_lower + at, call.out_upper + at, lanes, call.weight.rows};
   }
 
   // Terms [from, to) of W against the panels of this pass, and the ends after the last of them.
